@@ -1,0 +1,1 @@
+"""Composer callbacks, one file each, registered by entry point."""

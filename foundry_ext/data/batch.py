@@ -1,0 +1,102 @@
+"""The pack: its keys, how packs join into a microbatch, and what is counted in it.
+
+T tokens, D documents. A *document* is one training example; a *pack* is whole documents end to end; a
+*loader batch* is a list of packs; a *microbatch* is some of them joined. Batch sizes count packs,
+Composer's samples are documents, its tokens are real tokens.
+
+| key | shape, type | meaning |
+|---|---|---|
+| `input_ids` | [1, T] int64 | the documents end to end |
+| `position_ids` | [1, T] int64 | 0, 1, ... restarting at each document |
+| `labels` | [1, T] int64 | unshifted; -100 where no loss, and at every document's first token |
+| `cu_seqlens` | [D+1] int32 | 0 and each document's end; last = T |
+| `max_seqlen` | int | `max_seq_len`, constant over the run |
+| `num_documents`, `num_tokens`, `num_loss_tokens` | int | counted on the CPU, padding excluded |
+
+Example, documents `5 6 7` and `8 9` with prompts of one token: input_ids 5 6 7 8 9,
+position_ids 0 1 2 0 1, labels -100 6 7 -100 9, cu_seqlens 0 3 5, counts 2, 5, 3.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class Pack(TypedDict):
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_documents: int
+    num_tokens: int
+    num_loss_tokens: int
+
+
+Batch = Sequence[Pack] | Pack
+
+
+def join_packs(packs: Sequence[Pack]) -> Pack:
+    """Lays packs end to end and rebases their offsets.
+
+    Example: cu_seqlens 0 3 5 and 0 2 become 0 3 5 7.
+    """
+    if len(packs) == 1:
+        return packs[0]
+    offsets, end = [packs[0]["cu_seqlens"][:1]], 0
+    for pack in packs:
+        offsets.append(pack["cu_seqlens"][1:] + end)
+        end += pack["input_ids"].shape[1]
+    return Pack(
+        input_ids=torch.cat([pack["input_ids"] for pack in packs], dim=1),
+        position_ids=torch.cat([pack["position_ids"] for pack in packs], dim=1),
+        labels=torch.cat([pack["labels"] for pack in packs], dim=1),
+        cu_seqlens=torch.cat(offsets),
+        max_seqlen=max(pack["max_seqlen"] for pack in packs),
+        num_documents=sum(pack["num_documents"] for pack in packs),
+        num_tokens=sum(pack["num_tokens"] for pack in packs),
+        num_loss_tokens=sum(pack["num_loss_tokens"] for pack in packs),
+    )
+
+
+def split_batch(batch: Batch, microbatch_size: int | float | str) -> list[Pack]:
+    """Composer's `split_batch`: cuts a loader batch between packs only, never inside one.
+
+    Args:
+        batch: the loader's list of packs; a single pack counts as a list of one.
+        microbatch_size: packs per microbatch (`device_train_microbatch_size`).
+
+    Raises:
+        ValueError: not a whole number of packs. A fraction cannot be cut.
+    """
+    if isinstance(microbatch_size, bool) or microbatch_size != int(microbatch_size):
+        raise ValueError(
+            f"microbatch size {microbatch_size!r} is not a whole number of packs; a pack is sized by"
+            " pack_tokens to fill the device, so use 1"
+        )
+    packs, size = _packs(batch), int(microbatch_size)
+    if size < 1:
+        raise ValueError(f"microbatch size {size} is below one pack; use 1")
+    return [join_packs(packs[start : start + size]) for start in range(0, len(packs), size)]
+
+
+def num_documents(batch: Batch) -> int:
+    """Composer's samples."""
+    return sum(pack["num_documents"] for pack in _packs(batch))
+
+
+def num_tokens(batch: Batch) -> dict[str, int]:
+    """Composer's tokens: `total` for the clock, `loss_generating` to weigh microbatches and ranks."""
+    packs = _packs(batch)
+    return {
+        "total": sum(pack["num_tokens"] for pack in packs),
+        "loss_generating": sum(pack["num_loss_tokens"] for pack in packs),
+    }
+
+
+def _packs(batch: Batch) -> Sequence[Pack]:
+    return [batch] if isinstance(batch, dict) else batch  # pyright: ignore[reportReturnType]

@@ -1,0 +1,81 @@
+"""Tokenised documents, memory-mapped: what the packs' indices point to."""
+
+import hashlib
+from enum import IntEnum
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from foundry_ext.data.collator import Document
+
+
+class Outcome(IntEnum):
+    """What became of a row. A dropped one stays as a document of no tokens, so that it is counted."""
+
+    KEPT = 0
+    TRUNCATED = 1
+    SPLIT = 2
+    DROPPED_OVERLONG = 3
+    DROPPED_NO_LOSS = 4
+    DROPPED_EMPTY = 5
+
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "has_loss": datasets.Sequence(datasets.Value("uint8")),
+        "outcome": datasets.Value("int8"),
+        "num_cut": datasets.Value("int32"),
+    }
+)
+
+
+class Documents:
+    """Random access to token ids and loss flags, straight from the Arrow files' pages.
+
+    `lengths` [n] int64, 0 for a dropped one; `counts` maps each `Outcome`'s name in lower case, and
+    `tokens_cut`, to how many there are.
+    """
+
+    def __init__(self, table: datasets.Dataset):
+        """`table` has the columns of `FEATURES`."""
+        ids, flags = (table.data.column(name).chunks for name in ("input_ids", "has_loss"))
+        self._chunks = [
+            (
+                chunk.offsets.to_numpy(),
+                chunk.values.to_numpy(),
+                flag.offsets.to_numpy(),
+                flag.values.to_numpy().view(np.bool_),
+            )
+            for chunk, flag in zip(ids, flags, strict=True)
+        ]
+        sizes = [len(chunk[0]) - 1 for chunk in self._chunks]
+        self._first = np.cumsum([0, *sizes])
+        self.lengths = np.concatenate(
+            [np.diff(offsets).astype(np.int64) for offsets, *_ in self._chunks]
+            or [np.empty(0, np.int64)]
+        )
+        outcome = np.asarray(table.data.column("outcome").to_numpy(), dtype=np.int64)
+        counts = np.bincount(outcome, minlength=len(Outcome)).tolist()
+        self.counts = {kind.name.lower(): counts[kind] for kind in Outcome}
+        self.counts["tokens_cut"] = int(table.data.column("num_cut").to_numpy().sum())
+        self._fingerprint = table._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        chunk = int(np.searchsorted(self._first, index, side="right")) - 1
+        row = index - self._first[chunk]
+        ids_at, ids, flags_at, flags = self._chunks[chunk]
+        return Document(
+            input_ids=ids[ids_at[row] : ids_at[row + 1]],
+            has_loss=flags[flags_at[row] : flags_at[row + 1]],
+        )
+
+    def fingerprint(self) -> str:
+        """Changes with the tokens' source or settings, or with any document's length."""
+        digest = hashlib.sha256(self._fingerprint.encode())
+        digest.update(self.lengths.tobytes())
+        return digest.hexdigest()[:16]

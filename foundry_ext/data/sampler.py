@@ -1,0 +1,116 @@
+"""Packs -> the batches of one rank and epoch; a walk over a plan, nothing carried over.
+
+The plan is a pure function of (lengths, capacity, seed, epoch) and knows nothing of ranks. A global
+batch is `batch_packs` packs on each of `world_size` ranks, which take packs in turn; the last one is
+completed with empty packs, so that every rank has the same number of batches and microbatches.
+
+Example, 2 ranks of 1 pack, packs A B C: rank 0 gets [A] [C], rank 1 gets [B] [empty].
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, DistributedSampler
+
+from foundry_ext.data.packing import pack
+
+log = logging.getLogger(__name__)
+
+_EMPTY = np.empty(0, dtype=np.int64)
+
+
+class PackedBatchSampler(DistributedSampler):
+    """A batch sampler: yields lists of packs, each an int64 array of document indices.
+
+    It is a DistributedSampler because that is how Composer recognises a sampler that shares data out
+    over ranks; Composer then calls `set_epoch` before every epoch. Composer also takes
+    `total_size - len(dataset)` samples for padding and cuts them off in evaluation; here the two are
+    equal, for an empty pack holds no sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        lengths: NDArray[np.int64],
+        *,
+        capacity: int,
+        batch_packs: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool = False,
+    ):
+        """
+        Args:
+            dataset: `len` is the number of documents.
+            lengths: tokens of each document; 0 for one that is not to be used.
+            capacity: tokens a pack may hold.
+            batch_packs: packs of a batch on this rank.
+            shuffle: another plan every epoch; else one and the same.
+            drop_last: leave out a last incomplete global batch, which is logged.
+
+        Raises:
+            ValueError: no documents, or too few for one whole batch with `drop_last`.
+        """
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.total_size = len(dataset)  # pyright: ignore[reportArgumentType]
+        self.used = np.flatnonzero(lengths)
+        self.lengths = np.asarray(lengths, dtype=np.int64)[self.used]
+        self.capacity, self.batch_packs = capacity, batch_packs
+        self.drop_last = drop_last
+        self.first_batch = 0
+        self._plan: tuple[int, Sequence[NDArray[np.int64]]] | None = None
+        self._num_batches: int | None = None
+        if len(self.used) == 0:
+            raise ValueError("no document is left to train on: see the counts of the data above")
+        if len(self) == 0:
+            raise ValueError(
+                f"{len(self.plan(0))} packs do not fill one global batch of"
+                f" {batch_packs} x {world_size}; lower the batch size, or set drop_last: false"
+            )
+
+    def plan(self, epoch: int) -> Sequence[NDArray[np.int64]]:
+        """The packs of an epoch; indices are into the used documents.
+
+        Composer takes the number of batches once and holds every epoch to it, so an epoch whose own
+        plan needs one batch more or less gets the first epoch's packs in another order instead.
+        """
+        epoch = epoch if self.shuffle else 0
+        if self._plan is None or self._plan[0] != epoch:
+            packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
+            log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), 100 * packs.fill)
+            if self._num_batches is not None and self._batches_of(packs) != self._num_batches:
+                first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(first))
+                packs = [first[i] for i in order]
+            self._plan = epoch, packs
+        return self._plan[1]
+
+    def _batches_of(self, packs: Sequence[NDArray[np.int64]]) -> int:
+        whole, rest = divmod(len(packs), self.batch_packs * self.num_replicas)
+        return whole if self.drop_last else whole + bool(rest)
+
+    def __len__(self) -> int:
+        """Batches of every epoch, the same on every rank."""
+        if self._num_batches is None:
+            self._num_batches = self._batches_of(self.plan(0))
+        return self._num_batches
+
+    def resume_at(self, *, epoch: int, batch: int) -> None:
+        """The next iteration starts at this batch of this epoch; the following ones at 0."""
+        self.epoch, self.first_batch = epoch, batch
+
+    def __iter__(self) -> Iterator[list[NDArray[np.int64]]]:
+        first, self.first_batch = self.first_batch, 0
+        for batch in range(first, len(self)):
+            yield self.batch(batch)
+
+    def batch(self, number: int) -> list[NDArray[np.int64]]:
+        """This rank's packs of batch `number`, found without reading any other."""
+        packs = self.plan(self.epoch)
+        start = number * self.batch_packs * self.num_replicas + self.rank
+        numbers = range(start, start + self.batch_packs * self.num_replicas, self.num_replicas)
+        return [self.used[packs[i]] if i < len(packs) else _EMPTY for i in numbers]

@@ -1,0 +1,178 @@
+"""Causal attention over documents laid end to end: one signature, several kernels.
+
+T tokens, D documents, H query heads, K key/value heads (H a multiple of K), N head dimension.
+`q_THN` says its shape. `cu_seqlens` [D+1] int32 holds 0 and the end of every document: queries see
+keys of their own document only, up to their own position. No backend ever sees across documents.
+
+Example: cu_seqlens 0 3 5 are the documents of tokens 0-2 and 3-4; token 3 sees token 3 alone.
+"""
+
+import functools
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "flex", "sdpa")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def varlen_attention(
+    q_THN: Tensor,
+    k_TKN: Tensor,
+    v_TKN: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention within each document, softmax scale N**-0.5.
+
+    Args:
+        q_THN, k_TKN, v_TKN: one dtype and device; the flash backends take fp16 and bf16 only.
+        cu_seqlens: [D+1] int32, from 0 to T; repeated values are empty documents.
+        max_seqlen: a Python int no document exceeds. Keep it constant over a run: a tensor, or a
+            value that changes, synchronises or recompiles.
+        backend: one of `BACKENDS`; "auto" is `resolve_backend`'s choice.
+
+    Returns:
+        [T, H, N] in the dtype of `v_TKN`.
+
+    Raises:
+        ValueError: unknown or unusable backend.
+    """
+    backend = resolve_backend(backend, device=q_THN.device.type, dtype=v_TKN.dtype)
+    return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen)
+
+
+def resolve_backend(backend: str, *, device: str, dtype: torch.dtype) -> str:
+    """Turns "auto" into the best backend for this device and dtype and checks a named one.
+
+    Raises:
+        ValueError: unknown, not installed, or not for this device or dtype; says what to do.
+    """
+    if backend == "auto":
+        return _best_backend(device, dtype)
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"attention_backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
+        )
+    problem = _why_not(backend, device, dtype)
+    if problem:
+        raise ValueError(f"attention_backend: {backend!r} {problem}")
+    return backend
+
+
+@functools.cache
+def _best_backend(device: str, dtype: torch.dtype) -> str:
+    best = next(name for name in BACKENDS[1:] if not _why_not(name, device, dtype, auto=True))
+    log.info("attention_backend: auto took %r for %s on %s", best, dtype, device)
+    return best
+
+
+@functools.cache
+def _why_not(backend: str, device: str, dtype: torch.dtype, auto: bool = False) -> str:
+    """Why a backend cannot run here, and the way out; empty if it can."""
+    if backend == "sdpa":
+        return ""
+    if backend == "flex":
+        # Without a GPU it has no backward and is only of use to compare with; never chosen for one.
+        return "runs on a GPU; use 'sdpa'" if auto and device != "cuda" else ""
+    if device != "cuda":
+        return f"needs a GPU, and this tensor is on {device}; use 'sdpa'"
+    if dtype not in _HALF:
+        return f"takes fp16 or bf16, not {dtype}; set precision: amp_bf16, or use 'flex' or 'sdpa'"
+    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        return "is not installed; pip install 'foundry-ext[gpu]', or use 'torch_varlen'"
+    return ""
+
+
+def _repeat_heads(x_TKN: Tensor, num_heads: int) -> Tensor:
+    """[T, K, N] -> [T, H, N], each key/value head for its group of H/K query heads."""
+    groups = num_heads // x_TKN.shape[1]
+    return x_TKN if groups == 1 else x_TKN.repeat_interleave(groups, dim=1)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True
+    )
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
+        return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0]
+    from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
+
+    # torch 2.10 names causality, later versions express it as a window.
+    named = "is_causal" in inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if named else {"window_size": (-1, 0)}
+    return varlen_attn(q, k, v, *lengths, **causal)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)  # pyright: ignore[reportReturnType]
+
+
+@functools.lru_cache(maxsize=2)
+def _document_mask(cu_seqlens: Tensor, num_tokens: int):
+    """FlexAttention's block mask, made once a microbatch: tensors hash by identity."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, token, right=True)
+
+    def same_document_causal(_batch, _head, query, key):
+        return (document[query] == document[key]) & (query >= key)
+
+    return create_block_mask(
+        same_document_causal, None, None, num_tokens, num_tokens, device=str(cu_seqlens.device)
+    )
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    if q.device.type == "cuda":
+        flex_attention = _compiled_flex()
+    else:
+        from torch.nn.attention.flex_attention import flex_attention
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    mask = _document_mask(cu_seqlens, q.shape[2])
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Every document by itself: the reference for the others, and what a CPU runs."""
+    ends = cu_seqlens.tolist()
+    documents = [
+        _attend_document(q[start:end], k[start:end], v[start:end])
+        for start, end in zip(ends, ends[1:], strict=False)
+        if end > start
+    ]
+    return torch.cat(documents)
+
+
+def _attend_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
+    "flash_attn": _flash_attn,
+    "torch_varlen": _torch_varlen,
+    "flex": _flex,
+    "sdpa": _sdpa,
+}

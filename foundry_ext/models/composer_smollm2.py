@@ -1,0 +1,300 @@
+"""`smollm2_packed`: SmolLM2 as Composer and llm-foundry see it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.metrics.nlp import LanguageCrossEntropy
+from composer.utils import dist
+from llmfoundry.metrics.token_acc import TokenAccuracy
+from llmfoundry.models.hf.hf_base import BaseHuggingFaceModel
+from llmfoundry.models.hf.hf_causal_lm import ComposerHFCausalLM
+from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
+from llmfoundry.models.utils import init_empty_weights
+from llmfoundry.utils.config_utils import set_config_overrides
+from peft import LoraConfig, PeftModelForCausalLM
+from torchmetrics import Metric
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+
+from foundry_ext.models.attention import resolve_backend
+from foundry_ext.models.loss import check_loss
+from foundry_ext.models.smollm2 import PackedCausalLMOutput, SmolLM2ForCausalLM
+
+log = logging.getLogger(__name__)
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+class ComposerSmolLM2(BaseHuggingFaceModel):
+    """SmolLM2 on packed batches, with everything `hf_causal_lm` takes in a YAML.
+
+    Args:
+        tokenizer: the tokenizer, saved with every checkpoint.
+        pretrained_model_name_or_path: hub name, local folder, or a shape shipped here
+            ("smollm2-135m", "smollm2-360m", "smollm2-1.7b") for random weights without a network.
+        pretrained: load the weights; else they are random.
+        pretrained_lora_id_or_path: a saved adapter to go on training.
+        config_overrides: changes to the configuration, e.g. {num_hidden_layers: 4}.
+        peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, use_rslora, ...}.
+        init_device: cpu, meta, or mixed (cpu on rank 0, meta elsewhere, for FSDP).
+        attention_backend: auto, flash_attn, torch_varlen, flex or sdpa.
+        loss: chunked (any device) or liger (GPU).
+        activation_checkpointing: recompute each layer in the backward pass. Set here, because
+            llm-foundry drops fsdp_config, and what it says of this, on a single GPU.
+        use_train_metrics: only false is possible, for training computes no logits.
+        trust_remote_code, use_auth_token, allow_embedding_resizing, additional_eval_metrics,
+        should_save_peft_only: as in `hf_causal_lm`, with trust_remote_code off.
+
+    Raises:
+        ValueError: an impossible setting; names the key, the value and the way out.
+    """
+
+    default_eval_metrics = ComposerHFCausalLM.default_eval_metrics
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pretrained_model_name_or_path: str,
+        pretrained: bool = True,
+        pretrained_lora_id_or_path: str | None = None,
+        trust_remote_code: bool = False,
+        use_auth_token: bool = False,
+        load_in_8bit: bool = False,
+        init_device: str = "cpu",
+        config_overrides: dict[str, Any] | None = None,
+        peft_config: dict[str, Any] | None = None,
+        use_train_metrics: bool = False,
+        allow_embedding_resizing: bool = False,
+        additional_train_metrics: list | None = None,
+        additional_eval_metrics: list | None = None,
+        should_save_peft_only: bool = True,
+        attention_backend: str = "auto",
+        loss: str = "chunked",
+        activation_checkpointing: bool = False,
+    ):
+        _check_settings(
+            use_train_metrics=use_train_metrics or bool(additional_train_metrics),
+            load_in_8bit=load_in_8bit,
+            trust_remote_code=trust_remote_code,
+            attention_backend=attention_backend,
+        )
+        check_loss(loss)
+        super().__init__(
+            pretrained_model_name_or_path,
+            tokenizer=tokenizer,
+            pretrained=pretrained,
+            pretrained_lora_id_or_path=pretrained_lora_id_or_path,
+            trust_remote_code=trust_remote_code,
+            use_auth_token=use_auth_token,
+            init_device=init_device,
+            config_overrides=config_overrides,
+            shift_labels=True,
+            peft_config=peft_config,
+            allow_embedding_resizing=allow_embedding_resizing,
+            use_train_metrics=False,
+            additional_eval_metrics=additional_eval_metrics,
+            should_save_peft_only=should_save_peft_only,
+        )
+        inner = self.inner_model
+        inner.attention_backend, inner.loss_implementation = attention_backend, loss
+        if activation_checkpointing:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if inner.config.tie_word_embeddings:
+            assert inner.lm_head.weight is inner.model.embed_tokens.weight, "head came untied"
+
+    @property
+    def inner_model(self) -> SmolLM2ForCausalLM:
+        """The decoder, below an adapter if there is one."""
+        inner = self.model.get_base_model() if self.using_peft else self.model
+        assert isinstance(inner, SmolLM2ForCausalLM)
+        return inner
+
+    @classmethod
+    def build_config(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str,
+        trust_remote_code: bool,
+        use_auth_token: bool,
+        attn_implementation: str | None,
+        config_overrides: dict[str, Any],
+    ) -> LlamaConfig:
+        """The configuration, with overrides; a shipped shape needs no network."""
+        config = AutoConfig.from_pretrained(
+            shipped_config(pretrained_model_name_or_path) or pretrained_model_name_or_path,
+            trust_remote_code=trust_remote_code,
+            token=True if use_auth_token else None,
+            torch_dtype=torch.float32,
+            use_cache=False,
+        )
+        if not isinstance(config, LlamaConfig):
+            raise ValueError(
+                f"smollm2_packed: {pretrained_model_name_or_path} is a {config.model_type} model; only"
+                " Llama-shaped ones run packed, use hf_causal_lm for others"
+            )
+        resized = config_overrides.keys() & {"hidden_size", "num_attention_heads"}
+        if resized and "head_dim" not in config_overrides:
+            # Derived from the file's sizes when it was read; derive it again from the overridden ones.
+            hidden, heads = (
+                config_overrides.get(key, getattr(config, key))
+                for key in ("hidden_size", "num_attention_heads")
+            )
+            config_overrides = {**config_overrides, "head_dim": hidden // heads}
+        set_config_overrides(config, config_overrides)
+        return config
+
+    @classmethod
+    def build_inner_model(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str,
+        pretrained_lora_id_or_path: str | None,
+        trust_remote_code: bool,
+        init_device: str,
+        use_auth_token: bool,
+        config_overrides: dict[str, Any],
+        pretrained: bool,
+        **_unused: Any,
+    ) -> SmolLM2ForCausalLM | PeftModelForCausalLM:
+        """Builds the decoder; with `pretrained`, every weight must be found and none be left over."""
+        device = hf_get_init_device(init_device)
+        if pretrained and device == "meta" and init_device != "mixed":
+            raise ValueError("init_device: meta holds no weights; use cpu or mixed with pretrained")
+        if pretrained and shipped_config(pretrained_model_name_or_path):
+            raise ValueError(
+                f"pretrained_model_name_or_path: {pretrained_model_name_or_path} is a shape without"
+                " weights; set pretrained: false, or name the hub's checkpoint"
+                f" {_HUB_NAMES[pretrained_model_name_or_path]}"
+            )
+        with dist.run_local_rank_zero_first():  # one download a node
+            config = cls.build_config(
+                pretrained_model_name_or_path,
+                trust_remote_code,
+                use_auth_token,
+                None,
+                config_overrides,
+            )
+            if pretrained and device == "cpu":
+                model = _load_strictly(pretrained_model_name_or_path, config, use_auth_token)
+            elif device == "cpu":
+                model = SmolLM2ForCausalLM(config)
+            elif device == "meta":
+                with init_empty_weights(include_buffers=False):
+                    model = SmolLM2ForCausalLM(config)
+                model.tie_weights()
+            else:
+                raise ValueError(f"init_device: {init_device!r}; choose cpu, meta or mixed")
+        if pretrained:
+            _load_generation_config(model, pretrained_model_name_or_path)
+        if pretrained_lora_id_or_path is None:
+            return model
+        return PeftModelForCausalLM.from_pretrained(  # pyright: ignore[reportReturnType]
+            model, pretrained_lora_id_or_path, is_trainable=True
+        )
+
+    def get_peft_config(self, peft_config_dict: dict[str, Any]) -> LoraConfig:
+        """Checks what would only show in a lost checkpoint or an unseen adapter."""
+        if peft_config_dict.get("modules_to_save"):
+            raise ValueError(
+                f"peft_config.modules_to_save: {peft_config_dict['modules_to_save']} would be trained"
+                " and then missing from Composer's checkpoints; leave it out"
+            )
+        targets = peft_config_dict.get("target_modules") or []
+        if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+            raise ValueError(
+                "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
+                " through an adapter; leave it out"
+            )
+        try:
+            return super().get_peft_config(peft_config_dict)  # pyright: ignore[reportReturnType]
+        except TypeError as error:
+            raise ValueError(f"peft_config: {error}") from error
+
+    def eval_forward(self, batch: Any, outputs: Any | None = None) -> Any:
+        """Packed batches go through the chunked loss, so [T, V] logits never exist; other batches,
+        those of in-context tasks, give logits as in every causal language model."""
+        if "cu_seqlens" not in batch:
+            return super().eval_forward(batch, outputs)
+        return self.forward(batch) if outputs is None else outputs
+
+    def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> dict:
+        """Packed evaluation adds its sums to the metrics' own; the results are those of logits."""
+        if not isinstance(outputs, PackedCausalLMOutput):
+            return super().update_metric(batch, outputs, metric)
+        count = outputs.num_loss_tokens
+        assert outputs.loss is not None and outputs.num_correct is not None and count is not None
+        if isinstance(metric, LanguageCrossEntropy):  # perplexity is a kind of it
+            metric.sum_loss += (outputs.loss * count).to(metric.sum_loss.device)
+            metric.total_items += count.to(metric.total_items.device)
+        elif isinstance(metric, TokenAccuracy):
+            metric.correct_tokens += outputs.num_correct.to(metric.correct_tokens.device)
+            metric.total_tokens += count.to(metric.total_tokens.device)
+        else:
+            raise ValueError(
+                f"{type(metric).__name__} needs logits, which a packed evaluation does not compute; take"
+                " it out of additional_eval_metrics, or evaluate with the finetuning loader"
+            )
+        # Updated from outside, so torchmetrics must be told.
+        metric._update_count += 1
+        metric._computed = None
+        return {}
+
+
+_HUB_NAMES = {
+    f"smollm2-{size.lower()}": f"HuggingFaceTB/SmolLM2-{size}" for size in ("135M", "360M", "1.7B")
+}
+
+
+def shipped_config(name: str) -> str | None:
+    """The folder of a shape shipped with the package, by its name here."""
+    if name not in _HUB_NAMES:
+        return None
+    return str(CONFIG_FOLDER / name)
+
+
+def _load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolLM2ForCausalLM:
+    """A missing or left-over weight would otherwise be a warning and a model half random."""
+    model, report = SmolLM2ForCausalLM.from_pretrained(
+        path,
+        config=config,
+        torch_dtype=torch.float32,
+        token=True if use_auth_token else None,
+        output_loading_info=True,
+    )
+    wrong = {kind: names for kind, names in report.items() if names}
+    if wrong:
+        shown = "; ".join(f"{kind}: {list(names)[:3]}" for kind, names in wrong.items())
+        raise ValueError(
+            f"checkpoint {path} does not fit its configuration: {shown}. config_overrides may not"
+            " change the shape of a pretrained model"
+        )
+    return model
+
+
+def _load_generation_config(model: SmolLM2ForCausalLM, path: str) -> None:
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:
+        log.info("%s has no generation_config.json; the defaults are used", path)
+
+
+def _check_settings(
+    *,
+    use_train_metrics: bool,
+    load_in_8bit: bool,
+    trust_remote_code: bool,
+    attention_backend: str,
+) -> None:
+    if use_train_metrics:
+        raise ValueError(
+            "use_train_metrics: true needs logits, which training does not compute; set it to false"
+            " (the training loss is logged anyway)"
+        )
+    if load_in_8bit:
+        raise ValueError("load_in_8bit: true is for inference only; leave it out")
+    if trust_remote_code:
+        log.warning(
+            "trust_remote_code: true has no effect here: the model's code is this package's"
+        )
+    # The trainer's device is not known yet, but it is the GPU wherever there is one.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolve_backend(attention_backend, device=device, dtype=torch.bfloat16)

@@ -1,0 +1,74 @@
+"""Between padded batches [B, S] and tokens laid end to end [T]."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foundry_ext.models.loss import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Where the tokens of a padded batch are.
+
+    Example: masks `1 1 0` and `0 1 1` give slot_index 0 1 4 5, cu_seqlens 0 2 4, position_ids 0 1 0 1.
+    """
+
+    batch: int
+    slots: int
+    """S, padding included."""
+    slot_index: Tensor
+    """[T] int64, each token's place in the flattened [B * S]."""
+    cu_seqlens: Tensor
+    """[B+1] int32."""
+    position_ids: Tensor
+    """[T] int64, from 0 in every row, whichever side is padded."""
+
+    @classmethod
+    def from_mask(cls, mask: Tensor | None, *, batch: int, slots: int) -> "Padded":
+        """`mask` [B, S] of ones and zeros, the ones of a row in one run; None for no padding.
+
+        Raises:
+            ValueError: another shape (a 4-D mask, say), or a hole in a row.
+        """
+        if mask is None:
+            mask = torch.ones(batch, slots, dtype=torch.bool)
+        if mask.shape != (batch, slots):
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)}, needs [{batch}, {slots}] of ones and zeros;"
+                " packed documents go in cu_seqlens"
+            )
+        mask = mask.bool()
+        starts = mask & ~F.pad(mask, (1, 0))[:, :-1]
+        if bool((starts.sum(1) > 1).any()):
+            raise ValueError(
+                "attention_mask has a hole inside a row; only padding at its ends works"
+            )
+        lengths = mask.sum(1)
+        return cls(
+            batch=batch,
+            slots=slots,
+            slot_index=mask.flatten().nonzero().squeeze(-1),
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            position_ids=(mask.long().cumsum(1) - 1)[mask],
+        )
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        x = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
+        return x[self.slot_index.to(x.device)]
+
+    def unpad_labels(self, labels: Tensor) -> Tensor:
+        """[B, S] -> [T], with -100 at every row's first token: the row before must not predict it."""
+        labels = self.unpad(labels).clone()
+        starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
+        labels[starts] = IGNORE_INDEX
+        return labels
+
+    def repad(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...], zeros where there is padding."""
+        full = x.new_zeros(self.batch * self.slots, *x.shape[1:])
+        full = full.index_copy(0, self.slot_index.to(x.device), x)
+        return full.unflatten(0, (self.batch, self.slots))
