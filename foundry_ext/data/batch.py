@@ -63,7 +63,7 @@ def join_packs(packs: Sequence[Pack]) -> Pack:
     )
 
 
-def split_batch(batch: Batch, microbatch_size: int | float | str) -> list[Pack]:
+def split_batch(batch: Batch, microbatch_size: int | float | None) -> list[Pack]:
     """Composer's `split_batch`: cuts a loader batch between packs only, never inside one.
 
     Args:
@@ -71,8 +71,14 @@ def split_batch(batch: Batch, microbatch_size: int | float | str) -> list[Pack]:
         microbatch_size: packs per microbatch (`device_train_microbatch_size`).
 
     Raises:
-        ValueError: not a whole number of packs. A fraction cannot be cut.
+        ValueError: not a whole number of packs, or None, which is what "auto" begins with on a
+            loader of packs.
     """
+    if microbatch_size is None:
+        raise ValueError(
+            "device_train_microbatch_size: auto cannot work with packs: it would halve a number of"
+            " packs, not of tokens. Set it to 1, and size pack_tokens to fill the device"
+        )
     if isinstance(microbatch_size, bool) or microbatch_size != int(microbatch_size):
         raise ValueError(
             f"microbatch size {microbatch_size!r} is not a whole number of packs; a pack is sized by"

@@ -125,18 +125,6 @@ class PackedDataLoader(DataLoader):
             **kwargs,
         )
 
-    @property
-    def batch_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # Composer asks for it in one case only.
-        raise ValueError(
-            "device_train_microbatch_size: auto cannot work with packs: it would halve a number of"
-            " packs, not of tokens. Set it to 1, and size pack_tokens to fill the device"
-        )
-
-    @batch_size.setter
-    def batch_size(self, value: int | None) -> None:
-        """Torch sets it to None beside a batch sampler."""
-
     def __iter__(self) -> Iterator[list[Pack]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dataset, sampler = self.dataset, self.dataset.sampler
         dataset.epoch, dataset.next_batch = sampler.epoch, sampler.first_batch

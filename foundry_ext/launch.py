@@ -1,0 +1,172 @@
+"""What `composer train.py a.yaml [b.yaml ...] [key=value ...]` does.
+
+One file trains in this process; run_sequence.py takes several in turn. Mistakes found before
+training starts end in one line `train.py: error: <file>: <what>, <value>; <way out>` and exit
+code 2. Errors raised while training keep their traceback.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from foundry_ext.run_config import (
+    UsageError,
+    check_several,
+    first_line,
+    load_config,
+    one_line,
+    split_arguments,
+    suggest,
+)
+from foundry_ext.run_sequence import train_in_turn
+
+USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...]
+
+  a.yaml      a run; several are trained one after another, each in a fresh process
+  key=value   an override for every file, such as optimizer.lr=1e-4
+"""
+USAGE_EXIT = 2
+TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
+# llm-foundry's builders, and the part of the YAML that each one reads.
+SECTIONS = {
+    "build_tokenizer": "tokenizer",
+    "build_scheduler": "scheduler",
+    "build_logger": "loggers",
+    "build_callback": "callbacks",
+    "build_algorithm": "algorithms",
+    "build_dataloader": "train_loader",
+    "build_evaluators": "eval_loader",
+    "build_composer_model": "model",
+    "build_optimizer": "optimizer",
+}
+
+
+def main(script: str, arguments: Sequence[str]) -> int:
+    """The exit code of train.py, which lies at `script` and was given `arguments`."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else USAGE_EXIT
+    OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: a run is what its YAML says
+    try:
+        files, overrides = split_arguments(arguments)
+        configs = load_all(files, overrides)
+    except UsageError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same
+            for line in str(error).splitlines():
+                print(f"train.py: error: {line}", file=sys.stderr)
+        return USAGE_EXIT
+    if len(files) == 1:
+        return train_here(files[0], configs[0])
+    return train_in_turn(script, files, overrides)
+
+
+def load_all(files: Sequence[Path], overrides: Sequence[str]) -> list[DictConfig]:
+    """Every file checked before the first one starts; all complaints at once, one a line."""
+    configs: list[DictConfig] = []
+    complaints: list[str] = []
+    for path in files:
+        try:
+            configs.append(load_config(path, overrides))
+        except UsageError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise UsageError("\n".join(dict.fromkeys(complaints)))
+    if len(files) > 1:
+        check_several(files, configs, overrides)
+    return configs
+
+
+def train_here(path: Path, config: DictConfig) -> int:
+    """One run in this process."""
+    from llmfoundry.command_utils import train
+    from llmfoundry.utils.exceptions import BaseContextualError
+
+    mistakes = (BaseContextualError, KeyError, OmegaConfBaseException, OSError, TypeError)
+    try:
+        trainer = train(config)
+    except (*mistakes, ValueError) as error:
+        if started_training(error) or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
+            raise
+        # On every rank: the launcher holds back what the others say and shows it if they failed.
+        rank = os.environ.get("RANK", "0")
+        label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
+        hint = f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
+        print(f"{label}: {path}: {describe(error, config)} {hint}", file=sys.stderr)
+        return USAGE_EXIT
+    trainer.close()  # loggers write out what they still hold
+    return 0
+
+
+def started_training(error: BaseException) -> bool:
+    """Whether Composer's fit or eval was on the stack: then the traceback is worth its length."""
+    return any(
+        frame.f_code.co_name in ("fit", "eval")
+        and Path(frame.f_code.co_filename).parts[-3:] == ("composer", "trainer", "trainer.py")
+        for frame in _frames(error)
+    )
+
+
+def describe(error: BaseException, config: DictConfig) -> str:
+    """`optimizer (decoupled_adamw): unknown key, optimizer.lrr; remove or correct it`."""
+    section, name = _section(error)
+    where = f"{section} ({name}): " if name else f"{section}: " if section else ""
+    text = one_line(error)
+    if isinstance(error, KeyError):
+        return f"{where}missing key, {text}; add it"
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key or 'configuration'}: {first_line(error)}"
+    _, unregistered, names = text.partition(" Available names: ")
+    if unregistered:
+        hint = suggest(name, names.split(", "))
+        return f"{where}unknown name, {name!r}{hint or ';'} known: {names}"
+    _, unexpected, rest = text.partition("unexpected keyword argument ")
+    if unexpected:
+        key = rest.split("'")[1]
+        sections = OmegaConf.to_container(config, resolve=True)
+        path = find_key(sections, key, below=section)
+        if path:
+            return f"{where}unknown key, {path}; remove or correct it"
+    return f"{where}{text} [{type(error).__name__}]"
+
+
+def find_key(node: Any, key: str, *, below: str = "") -> str:
+    """The dotted path of the first `key` in nested mappings and lists, or ''.
+
+    `below` narrows the search to that top-level section.
+    """
+    if below:
+        path = find_key(node.get(below), key)
+        return f"{below}.{path}" if path else ""
+    items = node.items() if isinstance(node, dict) else ()
+    for name, child in enumerate(node) if isinstance(node, list) else items:
+        if name == key:
+            return str(name)
+        path = find_key(child, key)
+        if path:
+            return f"{name}.{path}"
+    return ""
+
+
+def _section(error: BaseException) -> tuple[str, str]:
+    """The part of the YAML being built when error was raised, and the name registered there."""
+    section, name = "", ""
+    for frame in _frames(error):
+        found = SECTIONS.get(frame.f_code.co_name)
+        if found:
+            # Loaders for evaluation come from build_dataloader too.
+            section = section if section == "eval_loader" else found
+            name = frame.f_locals.get("name") or frame.f_locals.get("tokenizer_name") or ""
+    return section, str(name)
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    traceback = error.__traceback__
+    while traceback:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
