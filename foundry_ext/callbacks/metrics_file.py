@@ -1,0 +1,62 @@
+"""Every logged number of a run as a line of JSON, to be read without a server."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+
+class MetricsFile(LoggerDestination):
+    """Appends {"batch": 20, "token": 81920, "loss/train/total": 3.1, ...} lines on rank 0.
+
+    `batch` and `token` (real tokens) say how far training was. A resumed run goes on in the same file;
+    lines of batches after the checkpoint stand there twice, and the later ones count.
+
+    Args:
+        path: the file; `{run_name}` is replaced.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.file: IO[str] | None = None
+        self.state: State | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.state = state
+        if dist.get_global_rank() == 0:
+            path = Path(self.path.format(run_name=state.run_name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A run from its beginning replaces what another left here.
+            self.file = path.open("a" if state.timestamp.batch > 0 else "w")
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self.file is None or self.state is None:
+            return
+        numbers = {name: float(value) for name, value in metrics.items()}
+        clock = self.state.timestamp
+        line = {"batch": clock.batch.value, "token": clock.token.value, **numbers}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def post_close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Each metric's values by batch; of two values for a batch the later one.
+
+    Example: {"loss/train/total": {0: 8.3, 1: 8.1}}.
+    """
+    metrics: dict[str, dict[int, float]] = {}
+    with path.open() as lines:
+        for line in lines:
+            values = json.loads(line)
+            batch = values.pop("batch")
+            for name, value in values.items():
+                metrics.setdefault(name, {})[batch] = value
+    return metrics
