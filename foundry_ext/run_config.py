@@ -159,20 +159,13 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _near_files(path: Path) -> str:
-    parent = path.parent if path.parent.is_dir() else Path("yamls")
-    found = {
-        str(candidate)
-        for folder in {parent, Path("yamls")}
-        for suffix in SUFFIXES
-        for candidate in folder.rglob(f"*{suffix}")
-        if folder == Path("yamls") or candidate.parent == parent
-    }
-    by_name = {Path(name).name: name for name in sorted(found)}
-    near = difflib.get_close_matches(str(path), sorted(found), n=3, cutoff=0.6)
-    near += [
-        by_name[name] for name in difflib.get_close_matches(path.name, by_name, n=3, cutoff=0.6)
-    ]
-    return f", did you mean {' or '.join(list(dict.fromkeys(near))[:3])}?" if near else ""
+    """Files of a similar name beside the missing one, or under yamls/."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else []
+    found = sorted({*beside, *Path("yamls").rglob("*")})
+    found = [file for file in found if file.suffix in SUFFIXES]
+    stems = difflib.get_close_matches(path.stem, {file.stem for file in found}, n=3, cutoff=0.6)
+    near = [str(file) for stem in stems for file in found if file.stem == stem]
+    return f", did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def _merge_override(config: DictConfig, override: str) -> DictConfig:

@@ -10,6 +10,7 @@ Example: cu_seqlens 0 3 5 are the documents of tokens 0-2 and 3-4; token 3 sees 
 import functools
 import importlib.util
 import inspect
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -82,7 +83,7 @@ def _why_not(backend: str, device: str, dtype: torch.dtype, auto: bool = False) 
     if backend == "sdpa":
         return ""
     if backend == "flex":
-        # Without a GPU it has no backward and is only of use to compare with; never chosen for one.
+        # Without a GPU it runs uncompiled, with all T x T scores: only of use to compare with.
         return "runs on a GPU; use 'sdpa'" if auto and device != "cuda" else ""
     if device != "cuda":
         return f"needs a GPU, and this tensor is on {device}; use 'sdpa'"
@@ -111,7 +112,8 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
-        return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[0]
+        forward = torch.ops.aten._flash_attention_forward
+        return forward(q, k, v, *lengths, 0.0, True, False)[0]  # pyright: ignore[reportCallIssue]
     from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
     # torch 2.10 names causality, later versions express it as a window.
@@ -128,8 +130,9 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 @functools.lru_cache(maxsize=2)
-def _document_mask(cu_seqlens: Tensor, num_tokens: int):
-    """FlexAttention's block mask, made once a microbatch: tensors hash by identity."""
+def _document_mask(cu_seqlens: Tensor, _version: int, num_tokens: int):
+    """FlexAttention's block mask, made once a microbatch: tensors hash by identity, and the version
+    tells a buffer that was filled anew."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     token = torch.arange(num_tokens, device=cu_seqlens.device)
@@ -149,8 +152,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
     else:
         from torch.nn.attention.flex_attention import flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    mask = _document_mask(cu_seqlens, q.shape[2])
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    mask = _document_mask(cu_seqlens, version, q.shape[2])
+    # Its other kernel, taken for fewer than 128 tokens, wants H/K to be a power of two.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
+    return out[0].transpose(0, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -158,7 +165,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
     ends = cu_seqlens.tolist()
     documents = [
         _attend_document(q[start:end], k[start:end], v[start:end])
-        for start, end in zip(ends, ends[1:], strict=False)
+        for start, end in itertools.pairwise(ends)
         if end > start
     ]
     return torch.cat(documents)

@@ -1,6 +1,7 @@
 """`smollm2_packed`: SmolLM2 as Composer and llm-foundry see it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ from llmfoundry.models.hf.hf_causal_lm import ComposerHFCausalLM
 from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
 from llmfoundry.models.utils import init_empty_weights
 from llmfoundry.utils.config_utils import set_config_overrides
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType
+from torch import nn
 from torchmetrics import Metric
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.loss import check_loss
-from foundry_ext.models.smollm2 import PackedCausalLMOutput, SmolLM2ForCausalLM
+from foundry_ext.models.smollm2 import (
+    PackedCausalLMOutput,
+    SmolLM2DecoderLayer,
+    SmolLM2ForCausalLM,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +86,17 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             attention_backend=attention_backend,
         )
         check_loss(loss)
+        adapters = [name for name in (pretrained_lora_id_or_path, peft_config) if name is not None]
+        if len(adapters) == 2:
+            raise ValueError(
+                f"pretrained_lora_id_or_path: {pretrained_lora_id_or_path} brings its own"
+                " configuration; leave out peft_config"
+            )
+        if adapters and allow_embedding_resizing:
+            raise ValueError(
+                "allow_embedding_resizing: true would add random rows, frozen and in no checkpoint"
+                " of an adapter; leave it out, or train without peft_config"
+            )
         super().__init__(
             pretrained_model_name_or_path,
             tokenizer=tokenizer,
@@ -97,6 +114,11 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             should_save_peft_only=should_save_peft_only,
         )
         inner = self.inner_model
+        if self.using_peft:
+            for adapter in self.model.peft_config.values():
+                _check_adapter(adapter, inner)
+                # Composer makes a plain string of it, with which peft 0.16 cannot save.
+                adapter.peft_type = PeftType(adapter.peft_type)
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
         if activation_checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
@@ -192,22 +214,48 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         )
 
     def get_peft_config(self, peft_config_dict: dict[str, Any]) -> LoraConfig:
-        """Checks what would only show in a lost checkpoint or an unseen adapter."""
-        if peft_config_dict.get("modules_to_save"):
-            raise ValueError(
-                f"peft_config.modules_to_save: {peft_config_dict['modules_to_save']} would be trained"
-                " and then missing from Composer's checkpoints; leave it out"
-            )
-        targets = peft_config_dict.get("target_modules") or []
-        if "lm_head" in ([targets] if isinstance(targets, str) else targets):
-            raise ValueError(
-                "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
-                " through an adapter; leave it out"
-            )
+        """As in `hf_causal_lm`, with an unknown key as a ValueError."""
         try:
             return super().get_peft_config(peft_config_dict)  # pyright: ignore[reportReturnType]
         except TypeError as error:
             raise ValueError(f"peft_config: {error}") from error
+
+    @staticmethod
+    def prepare_inner_model(model: Any, init_device: str | None = None) -> None:
+        """As in `hf_causal_lm`, but what it hangs on the model for FSDP can be pickled."""
+        BaseHuggingFaceModel.prepare_inner_model(model, init_device)
+        model.fsdp_wrap_fn = model.activation_checkpointing_fn = _is_decoder_layer
+        model.param_init_fn = model._init_weights
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights, or the adapter's alone; under DDP too, which collects them in
+        `destination` and so past Composer's filter."""
+        kept = super().state_dict(*args, **kwargs)
+        destination = kwargs.get("destination")
+        if destination is not None and self.using_peft and self.should_save_peft_only:
+            for name in destination.keys() - kept.keys():
+                if name.startswith(kwargs.get("prefix", "")):
+                    del destination[name]
+        return kept
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Takes a checkpoint of this very model: Composer resumes with `strict` off, and with it on
+        refuses the checkpoint of an adapter, which holds no base weights.
+
+        Raises:
+            ValueError: a weight is missing or left over.
+        """
+        report = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in report.missing_keys if not self.using_peft or "lora_" in name]
+        if missing or report.unexpected_keys:
+            raise ValueError(
+                "the checkpoint is of another model or peft_config: missing"
+                f" {missing[:3]}, left over {report.unexpected_keys[:3]}; restore the model's part"
+                " of the YAML it was trained with"
+            )
+        return report
 
     def eval_forward(self, batch: Any, outputs: Any | None = None) -> Any:
         """Packed batches go through the chunked loss, so [T, V] logits never exist; other batches,
@@ -258,11 +306,12 @@ def _load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> Smol
         config=config,
         torch_dtype=torch.float32,
         token=True if use_auth_token else None,
+        ignore_mismatched_sizes=True,  # reported below
         output_loading_info=True,
     )
-    wrong = {kind: names for kind, names in report.items() if names}
+    wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:
-        shown = "; ".join(f"{kind}: {list(names)[:3]}" for kind, names in wrong.items())
+        shown = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
         raise ValueError(
             f"checkpoint {path} does not fit its configuration: {shown}. config_overrides may not"
             " change the shape of a pretrained model"
@@ -275,6 +324,32 @@ def _load_generation_config(model: SmolLM2ForCausalLM, path: str) -> None:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:
         log.info("%s has no generation_config.json; the defaults are used", path)
+
+
+def _is_decoder_layer(module: nn.Module) -> bool:
+    return isinstance(module, SmolLM2DecoderLayer)
+
+
+def _check_adapter(adapter: PeftConfig, inner: SmolLM2ForCausalLM) -> None:
+    """Refuses what would only show in a lost checkpoint or in an export that differs."""
+    if not isinstance(adapter, LoraConfig):
+        raise ValueError(f"peft_type: {adapter.peft_type} is not supported; only LORA is")
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if getattr(adapter, key):
+            raise ValueError(
+                f"peft_config.{key}: {getattr(adapter, key)} would be trained and then missing from"
+                " Composer's checkpoints; leave it out"
+            )
+    if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"peft_config.init_lora_weights: {adapter.init_lora_weights!r} changes the base model,"
+            " which neither a checkpoint nor an export of the adapter holds; use true or gaussian"
+        )
+    if type(inner.lm_head) is not nn.Linear:
+        raise ValueError(
+            "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
+            " through an adapter; leave it out"
+        )
 
 
 def _check_settings(

@@ -19,7 +19,7 @@ LOSSES = ("chunked", "liger")
 
 
 class LossSum(NamedTuple):
-    """Sums over labelled positions. `loss`: fp32 nats. `num_correct`: int64, argmax equals label."""
+    """Sums over labelled positions. `loss`: fp32 nats. `num_correct`: int64, argmax is label."""
 
     loss: Tensor
     num_correct: Tensor
@@ -28,8 +28,8 @@ class LossSum(NamedTuple):
 def labelled_positions(labels: Tensor, num_loss_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Where a hidden state predicts a label, and that label.
 
-    `labels` are unshifted, so that the state at t predicts `labels[t + 1]`; a document's first label
-    is always -100, which is what keeps a document's last state from predicting its neighbour.
+    `labels` are unshifted, so that the state at t predicts `labels[t + 1]`; a document's first
+    label is always -100, which keeps a document's last state from predicting its neighbour.
 
     Args:
         labels: [T] int64, -100 where there is no loss.

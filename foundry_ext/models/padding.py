@@ -13,7 +13,8 @@ from foundry_ext.models.loss import IGNORE_INDEX
 class Padded:
     """Where the tokens of a padded batch are.
 
-    Example: masks `1 1 0` and `0 1 1` give slot_index 0 1 4 5, cu_seqlens 0 2 4, position_ids 0 1 0 1.
+    Example: masks `1 1 0` and `0 1 1` give slot_index 0 1 4 5, cu_seqlens 0 2 4 and
+    position_ids 0 1 0 1.
     """
 
     batch: int
@@ -27,20 +28,22 @@ class Padded:
     """[T] int64, from 0 in every row, whichever side is padded."""
 
     @classmethod
-    def from_mask(cls, mask: Tensor | None, *, batch: int, slots: int) -> "Padded":
+    def from_mask(
+        cls, mask: Tensor | None, *, batch: int, slots: int, device: torch.device
+    ) -> "Padded":
         """`mask` [B, S] of ones and zeros, the ones of a row in one run; None for no padding.
 
         Raises:
             ValueError: another shape (a 4-D mask, say), or a hole in a row.
         """
         if mask is None:
-            mask = torch.ones(batch, slots, dtype=torch.bool)
+            mask = torch.ones(batch, slots, dtype=torch.bool, device=device)
         if mask.shape != (batch, slots):
             raise ValueError(
                 f"attention_mask is {list(mask.shape)}, needs [{batch}, {slots}] of ones and zeros;"
                 " packed documents go in cu_seqlens"
             )
-        mask = mask.bool()
+        mask = mask.to(device, torch.bool)
         starts = mask & ~F.pad(mask, (1, 0))[:, :-1]
         if bool((starts.sum(1) > 1).any()):
             raise ValueError(
@@ -58,10 +61,11 @@ class Padded:
     def unpad(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [T, ...]."""
         x = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
-        return x[self.slot_index.to(x.device)]
+        return x[self.slot_index]
 
     def unpad_labels(self, labels: Tensor) -> Tensor:
-        """[B, S] -> [T], with -100 at every row's first token: the row before must not predict it."""
+        """[B, S] -> [T], with -100 at every row's first token, which the row before must not
+        predict."""
         labels = self.unpad(labels).clone()
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
         labels[starts] = IGNORE_INDEX
@@ -70,5 +74,5 @@ class Padded:
     def repad(self, x: Tensor) -> Tensor:
         """[T, ...] -> [B, S, ...], zeros where there is padding."""
         full = x.new_zeros(self.batch * self.slots, *x.shape[1:])
-        full = full.index_copy(0, self.slot_index.to(x.device), x)
+        full = full.index_copy(0, self.slot_index, x)
         return full.unflatten(0, (self.batch, self.slots))

@@ -40,7 +40,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin).to(grad.dtype), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

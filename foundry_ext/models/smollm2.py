@@ -2,8 +2,8 @@
 
 T tokens, D documents, V vocabulary, B sequences of S slots where a batch comes padded.
 Parameters are named as in the hub's checkpoints, so that those load strictly and what is saved here
-loads in stock `AutoModelForCausalLM`. Compared with transformers' LlamaForCausalLM layer by layer in
-tests/models.
+loads in stock `AutoModelForCausalLM`. Compared with transformers' LlamaForCausalLM layer by layer
+in tests/models.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,14 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.attention import varlen_attention
 from foundry_ext.models.loss import (
-    IGNORE_INDEX,
     evaluate_linear_head,
     labelled_positions,
     linear_cross_entropy,
@@ -77,8 +78,8 @@ class SelfAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Autocast keeps the residual stream, hence cos and sin, in fp32 and would leave q and k there
-        # with v in bf16, which kernels refuse or upcast: rotate in fp32, then back to v's dtype.
+        # Autocast keeps the residual stream, hence cos and sin, in fp32 and would leave q and k
+        # there with v in bf16, which kernels refuse or upcast: rotate in fp32, then to v's dtype.
         q, k = (apply_rotary(heads, cos, sin).to(v.dtype) for heads in (q, k))
         return self.o_proj(attend(self.layer_idx, q, k, v).flatten(-2))
 
@@ -119,8 +120,8 @@ class SmolLM2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Complete, so that meta-device initialisation, which calls it for every module, leaves nothing
-        # to a match by class name.
+        # Complete, so that meta-device initialisation, which calls it for every module, leaves
+        # nothing to a match by class name.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
@@ -188,8 +189,8 @@ def _check_config(config: LlamaConfig) -> None:
 class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     """SmolLM2 with its language-modelling head, tied to the embedding where the config says so.
 
-    `attention_backend` and `loss_implementation` are plain attributes, set by the trainer's wrapper;
-    they are no part of the configuration, which stays exactly a Llama's.
+    `attention_backend` and `loss_implementation` are plain attributes, set by the trainer's
+    wrapper; they are no part of the configuration, which stays exactly a Llama's.
     """
 
     _tied_weights_keys = ["lm_head.weight"]  # noqa: RUF012 - transformers reads a list
@@ -244,13 +245,14 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     ) -> PackedCausalLMOutput:
         """Packed, padded or cached, by what is given.
 
-        - Packed (`cu_seqlens` given): `input_ids`, `position_ids`, `labels` are [1, T], `cu_seqlens`
-          is [D+1] int32, `max_seqlen` an int no document exceeds. With labels: the mean loss over
-          labelled positions and no logits; without: logits [1, T, V].
+        - Packed (`cu_seqlens` given): `input_ids`, `position_ids`, `labels` are [1, T],
+          `cu_seqlens` is [D+1] int32, `max_seqlen` an int no document exceeds. With labels: the
+          mean loss over labelled positions and no logits; without: logits [1, T, V].
         - Padded [B, S] with `attention_mask` [B, S] of ones and zeros, padded left or right: the
           padding is removed at the embedding and put back at the end, where its logits are zero.
           With labels: the loss, and outside training the logits too.
-        - Cached (`use_cache` or `past_key_values`): padded attention over the cache, for `generate`.
+        - Cached (`use_cache` or `past_key_values`): padded attention over the cache, for
+          `generate`.
 
         Labels are unshifted, -100 where there is no loss. `num_loss_tokens`, where known, spares a
         device synchronisation. `inputs_embeds` takes the place of `input_ids`.
@@ -263,6 +265,8 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
                 "output_attentions and output_hidden_states are not available in smollm2_packed;"
                 " load the checkpoint with AutoModelForCausalLM to look inside"
             )
+        if return_dict is False:
+            raise ValueError("return_dict=False is not available in smollm2_packed; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -272,8 +276,14 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
                     "a packed batch (cu_seqlens) takes no attention_mask and no cache:"
                     " cu_seqlens alone says which tokens see each other"
                 )
+            if logits_to_keep:
+                raise ValueError("a packed batch (cu_seqlens) gives all logits or none")
             return self._forward_packed(
                 hidden, position_ids, cu_seqlens, max_seqlen, labels, num_loss_tokens
+            )
+        if max_seqlen is not None or num_loss_tokens is not None:
+            raise ValueError(
+                "max_seqlen and num_loss_tokens belong to a packed batch: its cu_seqlens is missing"
             )
         if past_key_values is not None or use_cache:
             if labels is not None:
@@ -309,10 +319,11 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     ) -> PackedCausalLMOutput:
         if position_ids is None or max_seqlen is None:
             raise ValueError("a packed batch (cu_seqlens) needs position_ids and max_seqlen too")
-        _check_cu_seqlens(cu_seqlens, hidden)
+        _check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
         hidden = self._run_packed(hidden[0], position_ids[0], cu_seqlens, int(max_seqlen))
         if labels is None:
-            return PackedCausalLMOutput(logits=self._logits(hidden)[None])
+            logits = self._logits(hidden)[None]
+            return PackedCausalLMOutput(logits=cast(torch.FloatTensor, logits))
         return self._loss(hidden, labels[0], num_loss_tokens)
 
     def _forward_padded(
@@ -323,7 +334,8 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         labels: Tensor | None,
         logits_to_keep: int,
     ) -> PackedCausalLMOutput:
-        padded = Padded.from_mask(attention_mask, batch=hidden.shape[0], slots=hidden.shape[1])
+        batch, slots = hidden.shape[:2]
+        padded = Padded.from_mask(attention_mask, batch=batch, slots=slots, device=hidden.device)
         packed = self._run_packed(
             padded.unpad(hidden),
             padded.position_ids if position_ids is None else padded.unpad(position_ids),
@@ -347,7 +359,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         cache_position: Tensor | None,
         logits_to_keep: int,
     ) -> PackedCausalLMOutput:
-        """Prefill and decoding: [B, S] new slots over `past` cached ones, by masked dense attention.
+        """Prefill and decoding: [B, S] new slots over `past` cached ones, by a dense mask.
 
         One cu_seqlens cannot describe one query over many cached keys, and generation is not what
         training speed hangs on, so this path is the plain one.
@@ -382,11 +394,11 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         return self.lm_head(self.model.norm(hidden))
 
     def _head_weight(self) -> Tensor:
-        """The head's weight for the loss, which does not call the module: so it must be a plain one."""
+        """The head's weight for the loss, which does not call the module: a plain one, then."""
         if type(self.lm_head) is not nn.Linear:
             raise ValueError(
-                f"lm_head is wrapped in {type(self.lm_head).__name__}, whose change the loss would not"
-                " see; take lm_head out of peft_config's target_modules"
+                f"lm_head is wrapped in {type(self.lm_head).__name__}, whose change the loss would"
+                " not see; take lm_head out of peft_config's target_modules"
             )
         return self.lm_head.weight
 
@@ -413,15 +425,31 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+def _check_packed(
+    hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> None:
     """Documents must cover exactly the tokens: a batch cut across would go on training silently."""
     num_tokens = hidden.shape[1]
     if hidden.shape[0] != 1:
         raise ValueError(f"a packed batch is [1, T], not {list(hidden.shape[:2])}; join its packs")
-    if cu_seqlens.is_cuda:  # no synchronisation: the device checks when it gets there
-        torch._assert_async(cu_seqlens[-1] == num_tokens, "cu_seqlens does not end at T")
-    elif int(cu_seqlens[-1]) != num_tokens or int(cu_seqlens[0]) != 0:
+    if position_ids.shape != (1, num_tokens):
         raise ValueError(
-            f"cu_seqlens goes from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}, but there are"
-            f" {num_tokens} tokens: the batch was cut across; split it with data.batch.split_batch"
+            f"position_ids is {list(position_ids.shape)}, needs [1, {num_tokens}] as input_ids"
+        )
+    length = cu_seqlens.diff()
+    whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (length >= 0).all()
+    fits = (length <= max_seqlen).all()
+    if cu_seqlens.is_cuda:  # no synchronisation: the device checks when it gets there
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            whole & fits, "cu_seqlens does not go from 0 to T in documents of at most max_seqlen"
+        )
+    elif not whole:
+        raise ValueError(
+            f"cu_seqlens {cu_seqlens.tolist()} does not go from 0 to the number of tokens,"
+            f" {num_tokens}: the batch was cut across; split it with data.batch.split_batch"
+        )
+    elif not fits:
+        raise ValueError(
+            f"max_seqlen: {max_seqlen} is exceeded by a document of {int(length.max())} tokens,"
+            " whose end a kernel would leave out"
         )

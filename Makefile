@@ -1,0 +1,53 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow check bench lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: install ## train a small model on this machine, then show what it learned
+	$(BIN)/python -m foundry_ext.quickstart prepare
+	$(BIN)/composer train.py yamls/quickstart/base.yaml
+	$(BIN)/python -m foundry_ext.quickstart show
+
+test: install ## the default tests: no GPU, no network, a few minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: install ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: install ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install ## packing and step time on this machine
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/step_time.py
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet '.[dev]'
+	sed '/^#/!d' requirements.lock > .venv-lock/new
+	.venv-lock/bin/pip freeze --all --exclude pip --exclude foundry-ext >> .venv-lock/new
+	mv .venv-lock/new requirements.lock
+	rm -rf .venv-lock
+
+clean: ## remove caches and builds; keeps .venv and outputs
+	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
