@@ -162,19 +162,16 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Every document by itself: the reference for the others, and what a CPU runs."""
-    ends = cu_seqlens.tolist()
-    documents = [
-        _attend_document(q[start:end], k[start:end], v[start:end])
-        for start, end in itertools.pairwise(ends)
-        if end > start
-    ]
-    return torch.cat(documents)
-
-
-def _attend_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+    # Split, not sliced: the gradient of a slice is as large as all documents, that of a split is not.
+    documents = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(*document, is_causal=True)
+        for document in documents
+        if document[0].shape[2] > 0
+    ]
+    return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
