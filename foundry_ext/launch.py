@@ -55,31 +55,39 @@ def main(script: str, arguments: Sequence[str]) -> int:
     OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: a run is what its YAML says
     try:
         files, overrides = split_arguments(arguments)
-        configs = load_all(files, overrides)
+        configs, complaints = check_all(files, overrides)
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same
-            for line in str(error).splitlines():
-                print(f"train.py: error: {line}", file=sys.stderr)
+        configs, complaints = [], [str(error)]
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same
+        for line in complaints:
+            print(f"train.py: error: {line}", file=sys.stderr)
+    if not configs:
         return USAGE_EXIT
     if len(files) == 1:
-        return train_here(files[0], configs[0])
+        return train_here(*configs[0])
+    # A file with a mistake takes its turn too: it fails at once, and the summary names it.
     return train_in_turn(script, files, overrides)
 
 
-def load_all(files: Sequence[Path], overrides: Sequence[str]) -> list[DictConfig]:
-    """Every file checked before the first one starts; all complaints at once, one a line."""
-    configs: list[DictConfig] = []
+def check_all(
+    files: Sequence[Path], overrides: Sequence[str]
+) -> tuple[list[tuple[Path, DictConfig]], list[str]]:
+    """The configurations of the files without a mistake, and a line for each of the others.
+
+    All are looked at before the first one starts, so that a mistake in the last file is seen now and
+    not tomorrow morning.
+    """
+    configs: list[tuple[Path, DictConfig]] = []
     complaints: list[str] = []
     for path in files:
         try:
-            configs.append(load_config(path, overrides))
+            configs.append((path, load_config(path, overrides)))
         except UsageError as error:
             complaints.append(str(error))
-    if complaints:
-        raise UsageError("\n".join(dict.fromkeys(complaints)))
-    if len(files) > 1:
-        check_several(files, configs, overrides)
-    return configs
+    if len(configs) > 1:
+        paths, loaded = zip(*configs, strict=True)
+        check_several(paths, loaded, overrides)
+    return configs, list(dict.fromkeys(complaints))
 
 
 def train_here(path: Path, config: DictConfig) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from foundry_ext.launch import describe, find_key, load_all, main, started_training
+from foundry_ext.launch import check_all, describe, find_key, main, started_training
 from foundry_ext.run_config import (
     UsageError,
     load_config,
@@ -132,28 +132,41 @@ def test_a_missing_file_brings_near_names(valid: Path):
         load_config(valid.with_name("vaild.yaml"), [])
 
 
-def test_complaints_about_several_files_come_together(valid: Path, tmp_path: Path):
+def test_a_mistake_in_one_file_is_reported_and_leaves_the_others(valid: Path, tmp_path: Path):
     wrong = write(tmp_path / "wrong.yaml", VALID + "modle: 3\n")
-    with pytest.raises(UsageError) as raised:
-        load_all([wrong, valid, tmp_path / "none.yaml"], [])
-    lines = str(raised.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == [str(wrong), str(tmp_path / "none.yaml")]
+    configs, complaints = check_all([wrong, valid, tmp_path / "none.yaml"], [])
+    assert [path for path, _ in configs] == [valid]
+    assert [line.split(":")[0] for line in complaints] == [str(wrong), str(tmp_path / "none.yaml")]
+
+
+def test_main_trains_the_files_without_a_mistake_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    stub = write(tmp_path / "stub.py", STUB)
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.yaml", VALID)
+    assert main(str(stub), ["a.yaml", "bad.yaml", "b.yaml"]) == 1
+    assert Path("log").read_text() == "a.yaml\nbad.yaml\nb.yaml\n"
+    assert capsys.readouterr().err.startswith("train.py: error: bad.yaml: no such file")
+    assert main(str(stub), ["bad.yaml", "worse.yaml"]) == 2  # nothing to train
+    assert Path("log").read_text() == "a.yaml\nbad.yaml\nb.yaml\n"
 
 
 @pytest.mark.parametrize("override", ["run_name=x", "save_folder=x"])
 def test_one_name_for_several_runs_is_refused(valid: Path, tmp_path: Path, override: str):
     other = write(tmp_path / "other.yaml", VALID)
-    assert load_all([valid], [override])
+    assert check_all([valid], [override])
     with pytest.raises(UsageError, match="overwrite one another"):
-        load_all([valid, other], [override])
+        check_all([valid, other], [override])
 
 
 def test_one_save_folder_for_several_runs_is_refused(tmp_path: Path):
     texts = {name: f"{VALID}run_name: {name}\nsave_folder: out/{{run_name}}\n" for name in "ab"}
     a, b = (write(tmp_path / f"{name}.yaml", text) for name, text in texts.items())
-    assert load_all([a, b], [])
+    assert check_all([a, b], [])
     with pytest.raises(UsageError, match="is that of"):
-        load_all([a, a], [])
+        check_all([a, a], [])
 
 
 def test_several_files_on_several_nodes_are_refused(
@@ -162,7 +175,7 @@ def test_several_files_on_several_nodes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="several nodes"):
-        load_all([valid, write(tmp_path / "other.yaml", VALID)], [])
+        check_all([valid, write(tmp_path / "other.yaml", VALID)], [])
 
 
 def test_main_prints_one_line_on_rank_0_alone(
