@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py
 
-One step is forward and backward of SmolLM2-135M with random weights on the same documents. Only real
-tokens are counted, on both sides. Baseline and ours alternate, and the ratio is taken pair by pair,
-so that what else the machine does falls on both. On a CPU time is the process's CPU time.
+One step is forward and backward of SmolLM2-135M with random weights on the same documents. Only
+real tokens are counted, on both sides. Baseline and ours alternate, and the ratio is taken pair by
+pair, so that what else the machine does falls on both. On a CPU time is the process's CPU time.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def measure(case: Case, config: LlamaConfig, options: argparse.Namespace) -> str
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     torch.manual_seed(0)
     theirs = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", torch_dtype=dtype)
-    ours = SmolLM2ForCausalLM(config).to(dtype)
+    ours = SmolLM2ForCausalLM(config).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     ours.load_state_dict(theirs.state_dict())
     ours.attention_backend, ours.loss_implementation = options.backend, options.loss
     theirs, ours = theirs.to(device).train(), ours.to(device).train()  # pyright: ignore
@@ -171,9 +171,10 @@ def machine(options: argparse.Namespace) -> str:
     if options.device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        cpu = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        name = f"{cpu[0].split(':')[1].strip() if cpu else platform.machine()}, "
-        name += f"{torch.get_num_threads()} threads"
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        cpu = next((line for line in lines if line.startswith("model name")), platform.machine())
+        name = f"{cpu.split(':')[-1].strip()}, {torch.get_num_threads()} threads"
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
     backend = resolve_backend(options.backend, device=options.device, dtype=dtype)
     return (

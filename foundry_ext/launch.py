@@ -74,8 +74,8 @@ def check_all(
 ) -> tuple[list[tuple[Path, DictConfig]], list[str]]:
     """The configurations of the files without a mistake, and a line for each of the others.
 
-    All are looked at before the first one starts, so that a mistake in the last file is seen now and
-    not tomorrow morning.
+    All are looked at before the first one starts, so that a mistake in the last file is seen now
+    and not tomorrow morning.
     """
     configs: list[tuple[Path, DictConfig]] = []
     complaints: list[str] = []

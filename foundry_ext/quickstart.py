@@ -1,7 +1,8 @@
 """The quickstart's two ends: data and tokenizer before training, and a look at the result after it.
 
 `python -m foundry_ext.quickstart prepare` writes the Python standard library's source, which every
-machine has, as training and held-out documents, and trains a byte-level BPE tokenizer on the former.
+machine has, as training and held-out documents, and trains a byte-level BPE tokenizer on the
+former.
 `python -m foundry_ext.quickstart show` prints what the run did and lets its export write some code.
 """
 
@@ -24,7 +25,7 @@ PROMPT = "def read(self, size=-1):\n"
 
 
 def prepare(folder: Path = FOLDER) -> None:
-    """Writes data/train.jsonl, data/eval.jsonl and tokenizer/; a file is held out by its path's hash."""
+    """Writes data/{train,eval}.jsonl and tokenizer/; a path's hash decides what is held out."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     texts: dict[str, list[dict[str, str]]] = {"train": [], "eval": []}
@@ -54,7 +55,7 @@ def _is_held_out(name: str) -> bool:
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
     """A byte-level BPE tokenizer like SmolLM2's, small: every text is representable."""
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.implementations import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
@@ -98,8 +99,8 @@ def show(run: Path = RUN) -> None:
     torch.manual_seed(0)
     output = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=40)
     print(
-        f"\n{run / 'hf'}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, loaded by"
-        f" stock transformers, continues {PROMPT!r}:\n"
+        f"\n{run / 'hf'}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, loaded"
+        f" by stock transformers, continues {PROMPT!r}:\n"
     )
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 

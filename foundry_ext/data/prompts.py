@@ -1,6 +1,6 @@
-"""Rows of the shipped data sets -> prompt and response, for `preprocessing_fn: foundry_ext.data.prompts:NAME`.
+"""Rows of the shipped data sets -> prompt and response.
 
-Questions are put as lm-evaluation-harness puts GSM8K's, "Question: ...\\nAnswer:", so that what is
+A YAML names one as `preprocessing_fn: foundry_ext.data.prompts:metamathqa`. Questions are put as lm-evaluation-harness puts GSM8K's, "Question: ...\\nAnswer:", so that what is
 trained and what is asked in evaluation have one form.
 """
 

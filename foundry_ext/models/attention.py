@@ -10,7 +10,6 @@ Example: cu_seqlens 0 3 5 are the documents of tokens 0-2 and 3-4; token 3 sees 
 import functools
 import importlib.util
 import inspect
-import itertools
 import logging
 from collections.abc import Callable
 
@@ -164,12 +163,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
     """Every document by itself: the reference for the others, and what a CPU runs."""
     lengths = cu_seqlens.diff().tolist()
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    # Split, not sliced: the gradient of a slice is as large as all documents, that of a split is not.
-    documents = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    # Split, not sliced: a slice's gradient is as large as all documents together.
+    q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     attended = [
-        F.scaled_dot_product_attention(*document, is_causal=True)
-        for document in documents
-        if document[0].shape[2] > 0
+        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True)
+        for q_i, k_i, v_i in zip(q, k, v, strict=True)
+        if q_i.shape[2] > 0
     ]
     return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
