@@ -60,7 +60,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        texts, vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False
+        iter(texts), vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False
     )
     PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,

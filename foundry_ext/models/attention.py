@@ -164,10 +164,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
     lengths = cu_seqlens.diff().tolist()
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     # Split, not sliced: a slice's gradient is as large as all documents together.
-    q, k, v = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
+    by_document = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     attended = [
         F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True)
-        for q_i, k_i, v_i in zip(q, k, v, strict=True)
+        for q_i, k_i, v_i in zip(*by_document, strict=True)
         if q_i.shape[2] > 0
     ]
     return torch.cat(attended, dim=2)[0].transpose(0, 1)
