@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.models.huggingface import HuggingFaceModel
-from peft import LoraConfig, PeftModelForCausalLM, get_peft_model, set_peft_model_state_dict
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from composer.models.huggingface import HuggingFaceModel, filter_state_dict_peft
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama import LlamaConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-
-_ADAPTER_MARK = ".default."  # peft's adapter name inside Composer's parameter names
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> Path:
     """Writes a Composer checkpoint as a folder that stock transformers, or peft, loads.
 
-    A full model becomes config.json and model.safetensors in fp32 (config says LlamaForCausalLM); an
-    adapter becomes adapter_config.json and adapter_model.safetensors, to be loaded onto the base
+    A full model becomes config.json and model.safetensors in fp32 (config says LlamaForCausalLM);
+    an adapter becomes adapter_config.json and adapter_model.safetensors, to be loaded onto the base
     model that its configuration names. The tokenizer comes along.
 
     Args:
@@ -31,82 +32,114 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: not a full Composer checkpoint of a smollm2_packed model, `out` in use, or weights
-            that do not fit the saved configuration.
+        ValueError: not a whole checkpoint of a smollm2_packed model, `out` in use, or weights that
+            do not fit the saved configuration.
     """
-    state = _load_state(checkpoint)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; name another folder or remove it")
+    state = _load_state(checkpoint)
     try:
-        saved = state["integrations"]["huggingface"]
-        weights, config = state["model"], saved["model"]["config"]["content"]
+        saved, weights = state["integrations"]["huggingface"], state["model"]
+        config = saved["model"]["config"]["content"]
     except KeyError as error:
         raise ValueError(
-            f"{checkpoint} holds no {error} and so is no whole checkpoint of a Hugging Face model;"
-            " a sharded one must be saved with state_dict_type: full"
+            f"{checkpoint} holds no {error}: it is of no Hugging Face model"
         ) from error
+    if config["model_type"] != "llama":
+        raise ValueError(f"{checkpoint} is of a {config['model_type']} model, not of SmolLM2")
     weights = {name.removeprefix("model."): value for name, value in weights.items()}
-    model = SmolLM2ForCausalLM(LlamaConfig.from_dict(config))
-    adapter = saved["model"].get("peft_config")
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    if adapter is None:
-        _load_full(model, weights, checkpoint)
-        model.save_pretrained(scratch)
-    else:
-        _load_adapter(model, weights, adapter["content"], checkpoint).save_pretrained(scratch)
-    tokenizer = _saved_tokenizer(saved, scratch / "tokenizer")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(scratch)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    scratch.rename(out)  # whole or not at all
+    model = _build(saved["model"], weights, checkpoint)
+    with _Scratch(out) as scratch:
+        write_folder(model, _saved_tokenizer(saved, scratch / "tokenizer"), scratch)
     return out
 
 
+def write_folder(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Model, or adapter, and tokenizer as stock libraries load them; `weights` if not its own."""
+    # Else peft looks on the hub whether the vocabulary has grown, which is refused where it could.
+    adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    options: dict[str, Any] = {"state_dict": weights, **adapter}
+    model.save_pretrained(str(folder), **options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+class _Scratch:
+    """A folder beside `out` that takes its place, whole or not at all."""
+
+    def __init__(self, out: Path):
+        self.out, self.folder = out, out.with_name(out.name + ".partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        if self.out.exists():
+            self.out.rmdir()
+        self.folder.rename(self.out)
+
+
 def _load_state(checkpoint: Path) -> dict[str, Any]:
+    if checkpoint.is_dir():
+        raise ValueError(
+            f"{checkpoint} is a folder, a sharded checkpoint; save with state_dict_type: full"
+        )
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
     try:
         # Composer's checkpoints hold timestamps and metrics, not tensors alone.
         return torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]
     except Exception as error:
-        raise ValueError(f"{checkpoint} is not a readable Composer checkpoint: {error}") from error
-
-
-def _load_full(model: SmolLM2ForCausalLM, weights: dict[str, Any], source: Path) -> None:
-    """All or nothing: a part left random would be a model that looks whole."""
-    # A model trained with an adapter, saved whole, is not a plain decoder.
-    wrapped = [name for name in weights if "lora_" in name]
-    if wrapped:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"{source} was saved whole with an adapter ({wrapped[0]}); train with"
-            " should_save_peft_only: true, its default"
+            f"{checkpoint} is not a readable Composer checkpoint: {problem}"
+        ) from error
+
+
+def _build(
+    saved: dict[str, Any], weights: dict[str, Any], source: Path
+) -> SmolLM2ForCausalLM | PeftModel:
+    """The model with exactly these weights: one left random would be a model that looks whole."""
+    adapter = saved.get("peft_config", {}).get("content")
+    config: Any = LlamaConfig.from_dict(saved["config"]["content"])
+    if adapter is not None:
+        config.name_or_path = adapter["base_model_name_or_path"]
+    model = SmolLM2ForCausalLM(config)
+    if "generation_config" in saved:
+        content = saved["generation_config"]["content"]
+        model.generation_config = GenerationConfig.from_dict(content)
+    expected: Any = model.state_dict()
+    if adapter is not None:
+        peft_config = LoraConfig(**adapter)
+        model = get_peft_model(model, peft_config)
+        assert isinstance(model, PeftModel)
+        # The base model is in the checkpoint only if it was asked for, and not in the export.
+        expected, weights = (
+            filter_state_dict_peft(names, peft_config, remove_adapter_names=False)
+            for names in (model.state_dict(), weights)
+        )
+    wrong = sorted(expected.keys() ^ weights.keys())
+    if wrong:
+        raise ValueError(
+            f"{source} does not hold the weights of its own configuration: missing or left over"
+            f" {', '.join(wrong[:3])}"
         )
     try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit its own configuration: {error}") from error
-
-
-def _load_adapter(
-    model: SmolLM2ForCausalLM, weights: dict[str, Any], config: dict[str, Any], source: Path
-) -> PeftModelForCausalLM:
-    peft_config = LoraConfig(**config)
-    peft_model = get_peft_model(model, peft_config)
-    adapter = {name: value for name, value in weights.items() if "lora_" in name}
-    expected = {name for name in peft_model.state_dict() if "lora_" in name}
-    missing = sorted(expected - adapter.keys()) + sorted(adapter.keys() - expected)
-    if missing:
-        raise ValueError(f"{source}: adapter weights do not match its peft_config: {missing[:3]}")
-    stripped = {name.replace(_ADAPTER_MARK, "."): value for name, value in adapter.items()}
-    set_peft_model_state_dict(peft_model, stripped)
-    loaded = peft_model.state_dict()
-    assert all(torch.equal(loaded[name], adapter[name]) for name in expected), "adapter not loaded"
-    assert isinstance(peft_model, PeftModelForCausalLM)
-    return peft_model
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # another shape
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{source} does not fit its own configuration: {problem}") from error
+    return model
 
 
 def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenizerBase | None:

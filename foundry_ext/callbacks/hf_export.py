@@ -9,9 +9,12 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from foundry_ext.adapters import write_folder
 from foundry_ext.models.composer_smollm2 import ComposerSmolLM2
 
 log = logging.getLogger(__name__)
+
+_MARK = ".hf_export"  # lies in what this callback wrote, and so may write over
 
 
 class HFExport(Callback):
@@ -24,8 +27,23 @@ class HFExport(Callback):
     def __init__(self, folder: str):
         self.folder = folder
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuses a folder in use before the training, not after it.
+
+        Raises:
+            ValueError: there is something in it that this callback did not write.
+        """
+        folder = self._folder(state)
+        if dist.get_global_rank() != 0 or not folder.exists():
+            return
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / _MARK).exists()):
+            raise ValueError(
+                f"hf_export.folder: {folder} exists and is no earlier export; name another folder"
+                " or remove it"
+            )
+
     def fit_end(self, state: State, logger: Logger) -> None:
-        folder = Path(self.folder.format(run_name=state.run_name))
+        folder = self._folder(state)
         model = state.model.module if state.is_model_ddp else state.model
         assert isinstance(model, ComposerSmolLM2), type(model)
         # A collective under FSDP, so on every rank; rank 0 keeps the result.
@@ -34,11 +52,12 @@ class HFExport(Callback):
         if dist.get_global_rank() == 0:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            model.model.save_pretrained(partial, state_dict=weights)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(partial)
-            if folder.exists():
-                shutil.rmtree(folder)
+            write_folder(model.model, model.tokenizer, partial, weights)
+            (partial / _MARK).touch()
+            shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             log.info("exported to %s", folder)
         dist.barrier()
+
+    def _folder(self, state: State) -> Path:
+        return Path(self.folder.format(run_name=state.run_name))

@@ -12,8 +12,8 @@ from composer.utils import dist
 class MetricsFile(LoggerDestination):
     """Appends {"batch": 20, "token": 81920, "loss/train/total": 3.1, ...} lines on rank 0.
 
-    `batch` and `token` (real tokens) say how far training was. A resumed run goes on in the same file;
-    lines of batches after the checkpoint stand there twice, and the later ones count.
+    `batch` and `token` (real tokens) say how far training was. A resumed run goes on in the same
+    file; lines of batches after the checkpoint stand there twice, and the later ones count.
 
     Args:
         path: the file; `{run_name}` is replaced.
@@ -24,7 +24,8 @@ class MetricsFile(LoggerDestination):
         self.file: IO[str] | None = None
         self.state: State | None = None
 
-    def init(self, state: State, logger: Logger) -> None:
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Not at `init`, when a run that is about to be resumed still looks like a new one."""
         self.state = state
         if dist.get_global_rank() == 0:
             path = Path(self.path.format(run_name=state.run_name))

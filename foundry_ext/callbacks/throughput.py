@@ -19,7 +19,7 @@ class PackedThroughput(Callback):
     - `packing/fill`: real tokens over pack capacity, `packing/documents_per_pack`,
     - once, `data/<outcome>`: documents kept, truncated, split or dropped, and tokens cut.
 
-    Evaluation, checkpoints and the first batch are not in the time.
+    Evaluation, checkpoints and a process's first batch are not in the time.
 
     Args:
         window_size: batches to average over.
@@ -31,6 +31,7 @@ class PackedThroughput(Callback):
         # (seconds, real tokens, loss tokens, documents, packs) of this rank
         self.history: deque[tuple[float, int, int, int, int]] = deque(maxlen=window_size)
         self.started: float | None = None
+        self.warmed_up = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = getattr(state.train_dataloader, "dataset", None)
@@ -47,7 +48,8 @@ class PackedThroughput(Callback):
         assert self.started is not None
         # Composer has waited for the step: it reads the loss before this event.
         seconds = time.perf_counter() - self.started
-        if state.timestamp.batch == 1:  # kernels are loaded and compiled in it
+        if not self.warmed_up:  # kernels are loaded and compiled in the first batch
+            self.warmed_up = True
             return
         tokens = packs.num_tokens(state.batch)
         counted = (tokens["total"], tokens["loss_generating"], packs.num_documents(state.batch))

@@ -1,8 +1,8 @@
 """The pack: its keys, how packs join into a microbatch, and what is counted in it.
 
-T tokens, D documents. A *document* is one training example; a *pack* is whole documents end to end; a
-*loader batch* is a list of packs; a *microbatch* is some of them joined. Batch sizes count packs,
-Composer's samples are documents, its tokens are real tokens.
+T tokens, D documents. A *document* is one training example; a *pack* is whole documents end to
+end; a *loader batch* is a list of packs; a *microbatch* is some of them joined. Batch sizes count
+packs, Composer's samples are documents, its tokens are real tokens.
 
 | key | shape, type | meaning |
 |---|---|---|
@@ -77,12 +77,13 @@ def split_batch(batch: Batch, microbatch_size: int | float | None) -> list[Pack]
     if microbatch_size is None:
         raise ValueError(
             "device_train_microbatch_size: auto cannot work with packs: it would halve a number of"
-            " packs, not of tokens. Set it to 1, and size pack_tokens to fill the device"
+            " packs, not of tokens. Set it (for an Evaluator of your own, its"
+            " device_eval_microbatch_size) to 1, and size pack_tokens to fill the device"
         )
     if isinstance(microbatch_size, bool) or microbatch_size != int(microbatch_size):
         raise ValueError(
-            f"microbatch size {microbatch_size!r} is not a whole number of packs; a pack is sized by"
-            " pack_tokens to fill the device, so use 1"
+            f"microbatch size {microbatch_size!r} is not a whole number of packs; a pack is sized"
+            " by pack_tokens to fill the device, so use 1"
         )
     packs, size = _packs(batch), int(microbatch_size)
     if size < 1:
@@ -96,7 +97,7 @@ def num_documents(batch: Batch) -> int:
 
 
 def num_tokens(batch: Batch) -> dict[str, int]:
-    """Composer's tokens: `total` for the clock, `loss_generating` to weigh microbatches and ranks."""
+    """Composer's tokens: `total` for its clock, `loss_generating` to weigh microbatches, ranks."""
     packs = _packs(batch)
     return {
         "total": sum(pack["num_tokens"] for pack in packs),

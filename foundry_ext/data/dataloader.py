@@ -1,10 +1,9 @@
 """`packed_finetuning` and `packed_text`: registry builders -> Composer DataSpec."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,29 +12,25 @@ from composer.utils import dist, reproducibility
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batch import Pack, num_documents, num_tokens, split_batch
 from foundry_ext.data.collator import PackCollator
+from foundry_ext.data.config import (
+    FINETUNING_KEYS,
+    TEXT_KEYS,
+    check_keys,
+    get_batch_packs,
+    get_pack_tokens,
+    stream_key,
+    tokenize_settings,
+)
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.sampler import PackedBatchSampler
-from foundry_ext.data.sources import load_rows, load_streams
-from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_stream
+from foundry_ext.data.sources import fetch, load_rows, load_streams, local_rank_zero_first
+from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
 
 log = logging.getLogger(__name__)
-
-_COMMON_KEYS = frozenset(
-    ("hf_name", "split", "hf_kwargs", "safe_load", "holdout", "max_seq_len", "overlong")
-    + ("shuffle", "shuffle_seed", "pack_tokens", "eval_packs", "fixed_shape")
-)
-_FINETUNING_KEYS = _COMMON_KEYS | {
-    *("preprocessing_fn", "target_prompts", "target_responses", "decoder_only_format"),
-    *("streams", "remote", "local", "download_retry", "download_timeout", "validate_hash"),
-    *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
-    # Padding's knobs, harmless where there is none: a stock YAML keeps working.
-    *("allow_pad_trimming", "pad_to_longest"),
-}
-_TEXT_KEYS = _COMMON_KEYS | {"text_key"}
 
 
 class PackedDataset(Dataset):
@@ -65,9 +60,7 @@ class PackedDataset(Dataset):
     def fingerprint(self) -> str:
         """Of the data and of all that decides the plan, ranks excluded."""
         sampler = self.sampler
-        return (
-            f"{self.documents.fingerprint()}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
-        )
+        return f"{self.documents.fingerprint}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
 
     def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict:
         """The batch that comes next; `num_samples`, which counts documents, is of no use here."""
@@ -76,6 +69,7 @@ class PackedDataset(Dataset):
             "batch": self.next_batch,
             "global_batch_packs": self.sampler.batch_packs * self.sampler.num_replicas,
             "fingerprint": self.fingerprint,
+            "plan": self.sampler.plan_digest(self.epoch) if self.next_batch else None,
             "rng": reproducibility.get_rng_state(),
         }
 
@@ -83,14 +77,20 @@ class PackedDataset(Dataset):
         """Goes on where `state` was saved, on any number of ranks that meets at a batch's end.
 
         Raises:
-            ValueError: saved with other data, or between the batches of this global batch size.
+            ValueError: saved with another loader, other data, other packs in the epoch at hand, or
+                between the batches of this global batch size.
         """
         if state is None:
-            return
+            # Composer takes it that the place was found again, and skips no batches itself.
+            raise ValueError(
+                "the checkpoint was made with another loader and does not say where in the data it"
+                " ends; restore that loader, or start anew with load_weights_only: true"
+            )
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
                 f"the checkpoint was made with other data or packing ({state['fingerprint']}, now"
-                f" {self.fingerprint}); restore the YAML, or start anew with load_weights_only: true"
+                f" {self.fingerprint}); restore the YAML, or start anew with load_weights_only:"
+                " true"
             )
         packs = state["batch"] * state["global_batch_packs"]
         batch, rest = divmod(packs, self.sampler.batch_packs * self.sampler.num_replicas)
@@ -99,10 +99,22 @@ class PackedDataset(Dataset):
                 f"the checkpoint ends after {packs} packs, which is inside a global batch of"
                 f" {self.sampler.batch_packs} x {self.sampler.num_replicas}; restore its batch size"
             )
+        if state["plan"] not in (None, self.sampler.plan_digest(state["epoch"])):
+            # The batch size decides whether an epoch has the first one's packs, see the sampler.
+            raise ValueError(
+                f"the checkpoint ends inside epoch {state['epoch']}, which has other packs under"
+                " this global batch size or numpy; restore those of the checkpoint"
+            )
         self.epoch, self.next_batch = state["epoch"], batch
         self.sampler.resume_at(epoch=self.epoch, batch=batch)
         # At an epoch's start Composer restores the random state itself.
         self.pending_rng = state["rng"] if batch else None
+
+    def restore_rng(self) -> None:
+        """Once, the random state that `load_state_dict` was given."""
+        if self.pending_rng is not None:
+            reproducibility.load_rng_state(self.pending_rng)
+            self.pending_rng = None
 
 
 class PackedDataLoader(DataLoader):
@@ -128,12 +140,13 @@ class PackedDataLoader(DataLoader):
     def __iter__(self) -> Iterator[list[Pack]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dataset, sampler = self.dataset, self.dataset.sampler
         dataset.epoch, dataset.next_batch = sampler.epoch, sampler.first_batch
+        if dataset.next_batch == 0:
+            dataset.pending_rng = None
         for batch in super().__iter__():
             dataset.next_batch += 1
-            if dataset.pending_rng is not None:
-                reproducibility.load_rng_state(dataset.pending_rng)
-                dataset.pending_rng = None
+            dataset.restore_rng()
             yield batch
+        dataset.restore_rng()  # where no batch was left in the epoch
         dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
 
 
@@ -169,21 +182,23 @@ def build_packed_finetuning_dataloader(
     Raises:
         ValueError: unknown or contradictory keys; names the key and the way out.
     """
-    _check_keys(dataset, _FINETUNING_KEYS, "packed_finetuning")
+    check_keys(dataset, FINETUNING_KEYS, "packed_finetuning")
     if not dataset.get("decoder_only_format", True):
         raise ValueError("packed_finetuning: decoder_only_format: false has no packed form")
     tokenizer = _require_tokenizer(tokenizer, "packed_finetuning")
-    policy = {key: dataset[key] for key in ("target_prompts", "target_responses") if key in dataset}
-    settings = _tokenize_settings(dataset, **policy)
+    settings = tokenize_settings(dataset, ("target_prompts", "target_responses"))
+    preprocess = _preprocessing_fn(dataset)
 
     def load() -> Documents:
-        if dataset.get("streams") is not None or dataset.get("remote") is not None:
-            rows = load_streams(dataset, tokenizer, settings.max_seq_len)
-            return tokenize_stream(rows, tokenizer, settings)
-        preprocess = _preprocessing_fn(dataset)
-        return tokenize_rows(
-            _rows(dataset), tokenizer, settings, preprocess=preprocess, num_proc=_num_proc()
-        )
+        if stream_key(dataset) is not None:
+            stream = load_streams(dataset, tokenizer, settings.max_seq_len)
+            return tokenize_stream(stream, tokenizer, settings)
+        arguments = _row_arguments(dataset)
+        with local_rank_zero_first():
+            rows = load_rows(**arguments)
+            return tokenize_rows(
+                rows, tokenizer, settings, preprocess=preprocess, num_proc=_num_proc()
+            )
 
     return _build(load, dataset, tokenizer, device_batch_size, num_workers, drop_last, **loader)
 
@@ -201,21 +216,24 @@ def build_packed_text_dataloader(
     Keys as in `packed_finetuning` without those of prompts and responses; `text_key` (default
     "text") names the column, and `overlong` is "split" unless said otherwise.
     """
-    _check_keys(dataset, _TEXT_KEYS, "packed_text")
+    check_keys(dataset, TEXT_KEYS, "packed_text")
     tokenizer = _require_tokenizer(tokenizer, "packed_text")
-    dataset = {"overlong": "split", **dataset}
-    settings = _tokenize_settings(dataset, text_key=dataset.get("text_key", "text"))
+    text_key = dataset.get("text_key") or "text"
+    dataset = {**dataset, "text_key": text_key, "overlong": dataset.get("overlong") or "split"}
+    settings = tokenize_settings(dataset, ("text_key",))
 
     def load() -> Documents:
-        rows = _rows(dataset)
-        if settings.text_key not in rows.column_names:
-            raise ValueError(
-                f"packed_text: no column {settings.text_key!r} in {dataset['hf_name']}; there are"
-                f" {', '.join(rows.column_names)}: set text_key"
+        arguments = _row_arguments(dataset)
+        with local_rank_zero_first():
+            rows = load_rows(**arguments)
+            if text_key not in rows.column_names:
+                raise ValueError(
+                    f"packed_text: no column {text_key!r} in {dataset['hf_name']}; there are"
+                    f" {', '.join(rows.column_names)}: set text_key"
+                )
+            return tokenize_rows(
+                rows.select_columns([text_key]), tokenizer, settings, num_proc=_num_proc()
             )
-        return tokenize_rows(
-            rows.select_columns([settings.text_key]), tokenizer, settings, num_proc=_num_proc()
-        )
 
     return _build(load, dataset, tokenizer, device_batch_size, num_workers, drop_last, **loader)
 
@@ -233,32 +251,29 @@ def _build(
     persistent_workers: bool = True,
     timeout: float = 0,
 ) -> DataSpec:
-    pack_tokens = dataset.get("pack_tokens", dataset["max_seq_len"])
-    if pack_tokens < dataset["max_seq_len"]:
-        raise ValueError(
-            f"pack_tokens: {pack_tokens} is below max_seq_len {dataset['max_seq_len']}, so a document"
-            " might not fit; raise pack_tokens"
-        )
-    with _local_rank_zero_first():
-        documents = load()
+    """Everything cheap is checked before `load`, which may take long."""
+    pack_tokens = get_pack_tokens(dataset)
+    eval_packs = dataset.get("eval_packs")
+    batch_packs = get_batch_packs(device_batch_size if eval_packs is None else eval_packs)
+    documents = load()
     _log_counts(documents, dataset)
     packed = PackedDataset(
         documents,
         PackCollator(
             max_seq_len=dataset["max_seq_len"],
             pack_tokens=pack_tokens,
-            pad_token_id=tokenizer.pad_token_id or 0,
+            pad_token_id=cast(int, tokenizer.pad_token_id or 0),
             fixed_shape=dataset.get("fixed_shape", False),
         ),
-        dict(
-            capacity=pack_tokens,
-            batch_packs=_batch_packs(dataset.get("eval_packs") or device_batch_size),
-            rank=dist.get_global_rank(),
-            world_size=dist.get_world_size(),
-            shuffle=dataset.get("shuffle", False),
-            seed=dataset.get("shuffle_seed", 17),
-            drop_last=drop_last,
-        ),
+        {
+            "capacity": pack_tokens,
+            "batch_packs": batch_packs,
+            "rank": dist.get_global_rank(),
+            "world_size": dist.get_world_size(),
+            "shuffle": dataset.get("shuffle", False),
+            "seed": dataset.get("shuffle_seed", 17),
+            "drop_last": drop_last,
+        },
     )
     dataloader = PackedDataLoader(
         packed,
@@ -276,28 +291,6 @@ def _build(
     )
 
 
-def _batch_packs(size: int | float) -> int:
-    if size != int(size) or size < 1:
-        raise ValueError(
-            f"batch size {size} is not a whole number of packs; raise the global batch"
-        )
-    return int(size)
-
-
-def _check_keys(dataset: dict[str, Any], known: frozenset[str] | set[str], name: str) -> None:
-    if dataset.get("packing_ratio") is not None:
-        raise ValueError(
-            f"{name}: replace dataset.packing_ratio by dataset.pack_tokens, the tokens a pack may hold"
-        )
-    unknown = sorted(dataset.keys() - known - {"packing_ratio"})
-    if unknown:
-        raise ValueError(
-            f"{name}: unknown key dataset.{unknown[0]}; the keys are {', '.join(sorted(known))}"
-        )
-    if not isinstance(dataset.get("max_seq_len"), int):
-        raise ValueError(f"{name}: set dataset.max_seq_len, the most tokens a document may have")
-
-
 def _require_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, name: str
 ) -> PreTrainedTokenizerBase:
@@ -306,17 +299,14 @@ def _require_tokenizer(
     return tokenizer
 
 
-def _tokenize_settings(dataset: dict[str, Any], **special: Any) -> TokenizeSettings:
-    common = {key: dataset[key] for key in ("max_seq_len", "overlong") if key in dataset}
-    return TokenizeSettings(**common, **special)
-
-
-def _rows(dataset: dict[str, Any]):
+def _row_arguments(dataset: dict[str, Any]) -> dict[str, Any]:
+    """Those of `load_rows`; to be called by all ranks at once, see `fetch`."""
     if dataset.get("hf_name") is None:
         raise ValueError("set dataset.hf_name: a hub dataset, a local file, or a folder")
+    hf_name, split = fetch(dataset["hf_name"], dataset.get("split"))
     keys = ("hf_kwargs", "safe_load", "holdout")
     options = {key: dataset[key] for key in keys if dataset.get(key) is not None}
-    return load_rows(dataset["hf_name"], dataset.get("split"), **options)
+    return {"hf_name": hf_name, "split": split, **options}
 
 
 def _preprocessing_fn(dataset: dict[str, Any]) -> Callable[[dict[str, Any]], Any] | None:
@@ -331,28 +321,6 @@ def _num_proc() -> int:
     return min(os.cpu_count() or 1, int(os.environ.get("MAX_NUM_PROC", 64)))
 
 
-@contextlib.contextmanager
-def _local_rank_zero_first() -> Iterator[None]:
-    """Local rank 0 fills the cache on disk, then the others read it.
-
-    They wait for a file, not in a collective, which would time out over a long tokenisation.
-    """
-    signal = dist.get_node_signal_file_name()
-    first = dist.get_local_rank() == 0
-    if not first:
-        with dist.local_rank_zero_download_and_wait(signal):
-            pass
-    try:
-        yield
-    finally:
-        if first:
-            with open(signal, "w"):
-                pass
-        dist.barrier()
-        if first:
-            os.remove(signal)
-
-
 def _log_counts(documents: Documents, dataset: dict[str, Any]) -> None:
     """What was cut, split or dropped is a warning, so that it is seen at any log level."""
     counts = {name: count for name, count in documents.counts.items() if count}
@@ -360,5 +328,5 @@ def _log_counts(documents: Documents, dataset: dict[str, Any]) -> None:
     tokens = int(documents.lengths.sum())
     log.info("%s: %d tokens; documents: %s", name, tokens, counts)
     if set(counts) - {"kept"} and dist.get_global_rank() == 0:
-        lost: Sequence[str] = [f"{count} {kind}" for kind, count in counts.items()]
-        log.warning("%s (max_seq_len %d): %s", name, dataset["max_seq_len"], ", ".join(lost))
+        found = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        log.warning("%s (max_seq_len %d): %s", name, dataset["max_seq_len"], found)

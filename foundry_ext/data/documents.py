@@ -2,16 +2,16 @@
 
 import hashlib
 from enum import IntEnum
+from functools import cached_property
 
 import datasets
 import numpy as np
-from numpy.typing import NDArray
 
 from foundry_ext.data.collator import Document
 
 
 class Outcome(IntEnum):
-    """What became of a row. A dropped one stays as a document of no tokens, so that it is counted."""
+    """What became of a row; a dropped one stays as a document of no tokens, to be counted."""
 
     KEPT = 0
     TRUNCATED = 1
@@ -60,7 +60,6 @@ class Documents:
         counts = np.bincount(outcome, minlength=len(Outcome)).tolist()
         self.counts = {kind.name.lower(): counts[kind] for kind in Outcome}
         self.counts["tokens_cut"] = int(table.data.column("num_cut").to_numpy().sum())
-        self._fingerprint = table._fingerprint
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -74,8 +73,16 @@ class Documents:
             has_loss=flags[flags_at[row] : flags_at[row + 1]],
         )
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes with the tokens' source or settings, or with any document's length."""
-        digest = hashlib.sha256(self._fingerprint.encode())
-        digest.update(self.lengths.tobytes())
+        """Of all tokens, loss flags and lengths: one on every machine, wherever the rows lie.
+
+        That of `datasets` changes with a file's path and time, and where rows come from a stream
+        it is of no file at all; a run could then not be resumed with the very same data.
+        """
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for ids_at, ids, *_ in self._chunks:
+            digest.update(ids[ids_at[0] : ids_at[-1]])
+        for *_, flags_at, flags in self._chunks:
+            digest.update(flags[flags_at[0] : flags_at[-1]])
         return digest.hexdigest()[:16]

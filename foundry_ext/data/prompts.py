@@ -1,7 +1,8 @@
 """Rows of the shipped data sets -> prompt and response.
 
-A YAML names one as `preprocessing_fn: foundry_ext.data.prompts:metamathqa`. Questions are put as lm-evaluation-harness puts GSM8K's, "Question: ...\\nAnswer:", so that what is
-trained and what is asked in evaluation have one form.
+A YAML names one as `preprocessing_fn: foundry_ext.data.prompts:metamathqa`. Questions are put as
+lm-evaluation-harness puts GSM8K's, "Question: ...\\nAnswer:", so that what is trained and what is
+asked in evaluation have one form.
 """
 
 from collections.abc import Mapping

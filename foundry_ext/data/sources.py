@@ -4,48 +4,84 @@ Every source ends as a memory-mapped `datasets.Dataset` of raw rows, or, for MDS
 tokenised into llm-foundry's turns.
 """
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
-from composer.utils import parse_uri
+from composer.utils import dist, parse_uri
 from llmfoundry.data.finetuning.dataloader import _download_remote_hf_dataset
 from llmfoundry.data.finetuning.tasks import SUPPORTED_EXTENSIONS, StreamingFinetuningDataset
 from llmfoundry.data.text_data import build_streams
-from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
+    """The local copy of an object store's folder, and its split; other names stay as they are.
+
+    All ranks must call it at once: they wait for one another in it.
+
+    Raises:
+        ValueError: no split.
+    """
+    if split is None:
+        raise ValueError(f"dataset {hf_name}: set split, e.g. split: train")
+    if parse_uri(hf_name)[0] in ("", None):
+        return hf_name, split
+    return _download_remote_hf_dataset(hf_name, split), split.replace("-", "_")
+
+
+@contextlib.contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """Local rank 0 fills the cache on disk, then the others read it.
+
+    They wait for a file, not in a collective, which would time out over a long tokenisation. So
+    there must be no collective inside, or rank 0 would wait for the others for ever.
+    """
+    signal = dist.get_node_signal_file_name()
+    first = dist.get_local_rank() == 0
+    if not first:
+        with dist.local_rank_zero_download_and_wait(signal):
+            pass
+    try:
+        yield
+    finally:
+        if first:
+            with open(signal, "w"):
+                pass
+        dist.barrier()
+        if first:
+            os.remove(signal)
+
+
 def load_rows(
     hf_name: str,
-    split: str | None,
+    split: str,
     *,
     hf_kwargs: dict[str, Any] | None = None,
     safe_load: bool = False,
     holdout: dict[str, Any] | None = None,
 ) -> datasets.Dataset:
-    """Rows of a hub dataset, a local file or folder, or a remote folder of `<split>.jsonl`.
+    """Rows of a hub dataset, or of a local file or folder.
 
     Args:
-        hf_name: hub name ("meta-math/MetaMathQA"), local file or folder, builder ("json", with
-            `data_files` in `hf_kwargs`), or URI of a folder in an object store.
+        hf_name: hub name ("meta-math/MetaMathQA"), local file or folder, or builder ("json", with
+            `data_files` in `hf_kwargs`).
         split: as in `datasets.load_dataset`, slices included ("train[:1%]").
         hf_kwargs: passed to `load_dataset`; `revision` pins a hub dataset.
         safe_load: download only data files, no code.
         holdout: {by: column, fraction: f, part: train or eval}, see `hold_out`.
 
     Raises:
-        ValueError: no split; unknown holdout. FileNotFoundError: no such file, folder or dataset.
+        ValueError: unknown holdout. FileNotFoundError: no such file, folder or dataset.
     """
-    if split is None:
-        raise ValueError(f"dataset {hf_name}: set split, e.g. split: train")
     kwargs = dict(hf_kwargs or {})
-    if parse_uri(hf_name)[0] not in ("", None):
-        hf_name, split = _download_remote_hf_dataset(hf_name, split), split.replace("-", "_")
     path = Path(hf_name)
     if path.suffix in _BUILDERS:
         if not path.is_file():
@@ -64,15 +100,19 @@ def load_rows(
     rows = datasets.load_dataset(hf_name, split=split, **kwargs)
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(f"dataset {hf_name}: streaming is not possible, a plan needs all lengths")
-    return rows if holdout is None else hold_out(rows, **holdout)
+    if holdout is None:
+        return rows
+    if set(holdout) != {"by", "fraction", "part"}:
+        raise ValueError(f"holdout: give by, fraction and part, not {', '.join(holdout) or 'none'}")
+    return hold_out(rows, **holdout)
 
 
 def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> datasets.Dataset:
     """One side of a split in which all rows with the same value of column `by` are on one side.
 
     MetaMathQA's rows are rephrasings of shared questions: a split by rows would show the model in
-    training what it is asked in evaluation. The side is decided by a hash of the value, so it is the
-    same on every machine and stays when rows are added.
+    training what it is asked in evaluation. The side is decided by a hash of the value, so it is
+    the same on every machine and stays when rows are added.
 
     Args:
         rows: must have the column `by`.
@@ -86,7 +126,8 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
         raise ValueError(f"holdout: no column {by!r}; there are {', '.join(rows.column_names)}")
     if part not in ("train", "eval") or not 0 < fraction < 1:
         raise ValueError(
-            f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in (0, 1)"
+            f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in"
+            " (0, 1)"
         )
 
     def is_wanted(values: list[Any]) -> list[bool]:
@@ -101,18 +142,21 @@ def _share(value: str) -> float:
 
 
 _STREAM_KEYS = frozenset(
-    ("streams", "remote", "local", "split", "download_retry", "download_timeout")
-    + ("validate_hash", "keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types")
+    (
+        *("remote", "local", "split", "download_retry", "download_timeout", "validate_hash"),
+        *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
+    )
 )
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 
 def load_streams(
     dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
-) -> Iterator[dict[str, Any]]:
-    """Rows of MDS streams as llm-foundry reads them: each a dict with `turns`, in stored order.
+) -> StreamingFinetuningDataset:
+    """MDS streams as llm-foundry reads them: row `i`, in stored order, is a dict with `turns`.
 
-    The whole stream is read, so it must fit on disk.
+    All of it will be read, so it must fit on disk. All ranks must call this at once: they wait for
+    one another in it.
 
     Raises:
         ValueError: streams with weights, which a plan over whole documents does not draw.
@@ -122,15 +166,14 @@ def load_streams(
         weighted = [key for key in _WEIGHTS if stream.get(key) is not None]
         if weighted:
             raise ValueError(
-                f"streams.{name}.{weighted[0]}: weighted streams are not supported by packed_finetuning;"
-                " every document is used once an epoch"
+                f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
+                " packed_finetuning; every document is used once an epoch"
             )
-    arguments = {key: dataset[key] for key in _STREAM_KEYS & dataset.keys() if key != "streams"}
-    rows = StreamingFinetuningDataset(
+    arguments = {key: dataset[key] for key in _STREAM_KEYS & dataset.keys()}
+    return StreamingFinetuningDataset(
         tokenizer=tokenizer,
         streams=None if streams is None else build_streams(streams),
         max_seq_len=max_seq_len,
         batch_size=1,
         **arguments,
     )
-    return (rows[index] for index in range(rows.num_samples))

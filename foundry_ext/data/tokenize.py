@@ -1,20 +1,25 @@
 """Row -> documents: token ids, and which of them are to be predicted.
 
-llm-foundry's own chat templates, preprocessing functions and target policies do the formatting, so a
-row means the same under `finetuning` and `packed_finetuning`. A document is at most `max_seq_len`
+llm-foundry's own chat templates, preprocessing functions and target policies do the formatting, so
+a row means the same under `finetuning` and `packed_finetuning`. A document is at most `max_seq_len`
 tokens; what happens to a longer row is chosen (`overlong`) and counted, never silent.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import datasets
 from datasets.fingerprint import Hasher
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only, validate_target_settings
-from llmfoundry.data.finetuning.tasks import tokenize_formatted_example
-from transformers import PreTrainedTokenizerBase
+from llmfoundry.data.finetuning.tasks import (
+    StreamingFinetuningDataset,
+    tokenize_formatted_example,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batch import IGNORE_INDEX
 from foundry_ext.data.documents import FEATURES, Documents, Outcome
@@ -64,9 +69,39 @@ def tokenize_rows(
         rows: prompt/response or chat rows after `preprocess`, or rows with `settings.text_key`.
 
     Raises:
-        ValueError: a row that cannot be read, or too long under `overlong: error`; names the row.
+        ValueError: no rows; a row that cannot be read, or too long under `overlong: error`, which
+            is named.
     """
+    if len(rows) == 0:
+        raise ValueError("the dataset has no rows: look at its split and holdout")
+    formatting = [preprocess, _source_code(preprocess)]
+    key = [rows._fingerprint, _identity(tokenizer), asdict(settings), formatting, _FORMAT_VERSION]
     tokenize = _row_tokenizer(tokenizer, settings, preprocess)
+    return _documents(rows, tokenize, settings, Hasher.hash(key), num_proc)
+
+
+def tokenize_stream(
+    rows: StreamingFinetuningDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenizeSettings,
+) -> Documents:
+    """As `tokenize_rows` for rows that come as `turns`; kept in memory, cached nowhere."""
+
+    def tokenize(row: dict[str, Any]) -> Tokens:
+        return _stitch(rows[row["index"]]["turns"], tokenizer, settings)
+
+    indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
+    return _documents(indices, tokenize, settings, fingerprint="stream")
+
+
+def _documents(
+    rows: datasets.Dataset,
+    tokenize: Callable[[dict[str, Any]], Tokens],
+    settings: TokenizeSettings,
+    fingerprint: str,
+    num_proc: int | None = None,
+) -> Documents:
+    """Maps rows to documents; `fingerprint` names the file of the cache, where `rows` have one."""
 
     def table(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         names = list(batch)
@@ -78,7 +113,6 @@ def tokenize_rows(
         )
         return _columns(records)
 
-    key = [rows._fingerprint, _identity(tokenizer), asdict(settings), preprocess, _FORMAT_VERSION]
     return Documents(
         rows.map(
             table,
@@ -86,27 +120,11 @@ def tokenize_rows(
             with_indices=True,
             remove_columns=rows.column_names,
             features=FEATURES,
-            new_fingerprint=Hasher.hash(key),
-            num_proc=num_proc if num_proc and len(rows) >= 1000 * num_proc else None,
+            new_fingerprint=fingerprint,
+            num_proc=min(num_proc or 1, len(rows) // 1000) or None,
             desc="Tokenizing",
         )
     )
-
-
-def tokenize_stream(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings
-) -> Documents:
-    """As `tokenize_rows` for rows that come as llm-foundry's `turns` already."""
-
-    def tokenize(row: dict[str, Any]) -> Tokens:
-        return _stitch(row["turns"], tokenizer, settings)
-
-    def generate() -> Iterator[dict[str, Any]]:
-        for index, row in enumerate(rows):
-            yield from _records(index, row, tokenize, settings)
-
-    table = datasets.Dataset.from_dict(_columns(generate()), features=FEATURES)
-    return Documents(table)
 
 
 def _row_tokenizer(
@@ -123,16 +141,18 @@ def _row_tokenizer(
 
         return tokenize
 
+    text_key = settings.text_key
+
     def tokenize_text(row: dict[str, Any]) -> Tokens:
-        text = row[settings.text_key]
+        text = row[text_key]
         if not isinstance(text, str):
-            raise ValueError(f"column {settings.text_key!r} holds {type(text).__name__}, not text")
-        if not text:
-            return [], []
-        ids = list(tokenizer(text, truncation=False, padding=False)["input_ids"])  # pyright: ignore
+            raise ValueError(f"column {text_key!r} holds {type(text).__name__}, not text")
+        # Not verbose: it warns of texts over the model's length, which `overlong` deals with.
+        encoding = tokenizer(text, truncation=False, padding=False, verbose=False)
+        ids = list(cast(list[int], encoding["input_ids"])) if text else []
         # The end of a text is to be learned too; a tokenizer that adds it itself adds it once.
-        if ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
+        if ids and ids[-1] != tokenizer.eos_token_id:
+            ids.append(_eos_token_id(tokenizer))
         return ids, ids
 
     return tokenize_text
@@ -146,8 +166,12 @@ def _stitch(
         return [], []
     turns = [{key: list(turn[key]) for key in ("input_ids", "labels")} for turn in turns]
     return stitch_turns_decoder_only(
-        turns, settings.target_prompts, settings.target_responses, tokenizer.eos_token_id
+        turns, settings.target_prompts, settings.target_responses, _eos_token_id(tokenizer)
     )
+
+
+def _eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return cast(int, tokenizer.eos_token_id)
 
 
 def _records(
@@ -168,8 +192,8 @@ def _records(
         yield _kept(ids, labels, Outcome.KEPT)
     elif settings.overlong == "error":
         raise ValueError(
-            f"row {index} has {size} tokens, more than max_seq_len {limit}; raise max_seq_len, or set"
-            " overlong to truncate, split or drop"
+            f"row {index} has {size} tokens, more than max_seq_len {limit}; raise max_seq_len, or"
+            " set overlong to truncate, split or drop"
         )
     elif settings.overlong == "drop":
         yield _record([], [], Outcome.DROPPED_OVERLONG, num_cut=size)
@@ -207,10 +231,19 @@ def _columns(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What of a tokenizer decides its output; its hash by pickling changes once it has been used."""
+    """What of a tokenizer decides its output; its hash by pickling changes once it was used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:
         state.pop("truncation", None)
         state.pop("padding", None)
     return Hasher.hash([state, tokenizer.chat_template, tokenizer.special_tokens_map])
+
+
+def _source_code(function: Callable[..., Any] | None) -> bytes | None:
+    """The text of a function's module: pickling an importable function keeps no more than its name.
+
+    So the cache is left behind too when a helper in the same file has changed.
+    """
+    path = getattr(inspect.getmodule(function), "__file__", None)
+    return None if path is None else Path(path).read_bytes()

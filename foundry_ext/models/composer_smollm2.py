@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer.metrics.nlp import LanguageCrossEntropy
@@ -17,7 +17,10 @@ from llmfoundry.utils.config_utils import set_config_overrides
 from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType
 from torch import nn
 from torchmetrics import Metric
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.llama import LlamaConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.loss import check_loss
@@ -42,7 +45,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         pretrained: load the weights; else they are random.
         pretrained_lora_id_or_path: a saved adapter to go on training.
         config_overrides: changes to the configuration, e.g. {num_hidden_layers: 4}.
-        peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, use_rslora, ...}.
+        peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, ...}.
         init_device: cpu, meta, or mixed (cpu on rank 0, meta elsewhere, for FSDP).
         attention_backend: auto, flash_attn, torch_varlen, flex or sdpa.
         loss: chunked (any device) or liger (GPU).
@@ -114,7 +117,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             should_save_peft_only=should_save_peft_only,
         )
         inner = self.inner_model
-        if self.using_peft:
+        if isinstance(self.model, PeftModelForCausalLM):
             for adapter in self.model.peft_config.values():
                 _check_adapter(adapter, inner)
                 # Composer makes a plain string of it, with which peft 0.16 cannot save.
@@ -128,7 +131,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
     @property
     def inner_model(self) -> SmolLM2ForCausalLM:
         """The decoder, below an adapter if there is one."""
-        inner = self.model.get_base_model() if self.using_peft else self.model
+        model = self.model
+        inner = model.get_base_model() if isinstance(model, PeftModelForCausalLM) else model
         assert isinstance(inner, SmolLM2ForCausalLM)
         return inner
 
@@ -147,16 +151,15 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             trust_remote_code=trust_remote_code,
             token=True if use_auth_token else None,
             torch_dtype=torch.float32,
-            use_cache=False,
         )
         if not isinstance(config, LlamaConfig):
             raise ValueError(
-                f"smollm2_packed: {pretrained_model_name_or_path} is a {config.model_type} model; only"
-                " Llama-shaped ones run packed, use hf_causal_lm for others"
+                f"smollm2_packed: {pretrained_model_name_or_path} is a {config.model_type} model;"
+                " only Llama-shaped ones run packed, use hf_causal_lm for others"
             )
         resized = config_overrides.keys() & {"hidden_size", "num_attention_heads"}
         if resized and "head_dim" not in config_overrides:
-            # Derived from the file's sizes when it was read; derive it again from the overridden ones.
+            # Derived when the file was read; derive it again from the overridden sizes.
             hidden, heads = (
                 config_overrides.get(key, getattr(config, key))
                 for key in ("hidden_size", "num_attention_heads")
@@ -177,7 +180,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         pretrained: bool,
         **_unused: Any,
     ) -> SmolLM2ForCausalLM | PeftModelForCausalLM:
-        """Builds the decoder; with `pretrained`, every weight must be found and none be left over."""
+        """Builds the decoder; with `pretrained`, no weight may be missing or left over."""
         device = hf_get_init_device(init_device)
         if pretrained and device == "meta" and init_device != "mixed":
             raise ValueError("init_device: meta holds no weights; use cpu or mixed with pretrained")
@@ -188,13 +191,23 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                 f" {_HUB_NAMES[pretrained_model_name_or_path]}"
             )
         with dist.run_local_rank_zero_first():  # one download a node
-            config = cls.build_config(
-                pretrained_model_name_or_path,
-                trust_remote_code,
-                use_auth_token,
-                None,
-                config_overrides,
+            config, stored = (
+                cls.build_config(
+                    pretrained_model_name_or_path,
+                    trust_remote_code,
+                    use_auth_token,
+                    None,
+                    overrides,
+                )
+                for overrides in (config_overrides, {})
             )
+            for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+                # The weights can fit all the same.
+                if pretrained and getattr(config, key) != getattr(stored, key):
+                    raise ValueError(
+                        f"config_overrides.{key}: {getattr(config, key)} for a model pretrained"
+                        f" with {getattr(stored, key)}; leave it out"
+                    )
             if pretrained and device == "cpu":
                 model = _load_strictly(pretrained_model_name_or_path, config, use_auth_token)
             elif device == "cpu":
@@ -202,16 +215,18 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             elif device == "meta":
                 with init_empty_weights(include_buffers=False):
                     model = SmolLM2ForCausalLM(config)
-                model.tie_weights()
+                if config.tie_word_embeddings:
+                    # Set as an attribute, llm-foundry's own init_empty_weights, still on around us,
+                    # would make a copy of it and so untie the head.
+                    tied = cast(nn.Parameter, model.model.embed_tokens.weight)
+                    model.lm_head._parameters["weight"] = tied
             else:
                 raise ValueError(f"init_device: {init_device!r}; choose cpu, meta or mixed")
         if pretrained:
             _load_generation_config(model, pretrained_model_name_or_path)
         if pretrained_lora_id_or_path is None:
             return model
-        return PeftModelForCausalLM.from_pretrained(  # pyright: ignore[reportReturnType]
-            model, pretrained_lora_id_or_path, is_trainable=True
-        )
+        return _load_adapter(model, pretrained_lora_id_or_path)
 
     def get_peft_config(self, peft_config_dict: dict[str, Any]) -> LoraConfig:
         """As in `hf_causal_lm`, with an unknown key as a ValueError."""
@@ -226,6 +241,15 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         BaseHuggingFaceModel.prepare_inner_model(model, init_device)
         model.fsdp_wrap_fn = model.activation_checkpointing_fn = _is_decoder_layer
         model.param_init_fn = model._init_weights
+
+    def get_metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of the model, generation settings included, for its export."""
+        metadata = super().get_metadata()
+        generation = self.inner_model.generation_config
+        assert generation is not None
+        content = generation.to_dict()
+        metadata["model"]["generation_config"] = {"file_extension": ".json", "content": content}
+        return metadata
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All weights, or the adapter's alone; under DDP too, which collects them in
@@ -270,16 +294,17 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             return super().update_metric(batch, outputs, metric)
         count = outputs.num_loss_tokens
         assert outputs.loss is not None and outputs.num_correct is not None and count is not None
+        device = metric.device
         if isinstance(metric, LanguageCrossEntropy):  # perplexity is a kind of it
-            metric.sum_loss += (outputs.loss * count).to(metric.sum_loss.device)
-            metric.total_items += count.to(metric.total_items.device)
+            metric.sum_loss += (outputs.loss * count).to(device)
+            metric.total_items += count.to(device)
         elif isinstance(metric, TokenAccuracy):
-            metric.correct_tokens += outputs.num_correct.to(metric.correct_tokens.device)
-            metric.total_tokens += count.to(metric.total_tokens.device)
+            metric.correct_tokens += outputs.num_correct.to(device)
+            metric.total_tokens += count.to(device)
         else:
             raise ValueError(
-                f"{type(metric).__name__} needs logits, which a packed evaluation does not compute; take"
-                " it out of additional_eval_metrics, or evaluate with the finetuning loader"
+                f"{type(metric).__name__} needs logits, which a packed evaluation does not compute;"
+                " take it out of additional_eval_metrics, or evaluate with the finetuning loader"
             )
         # Updated from outside, so torchmetrics must be told.
         metric._update_count += 1
@@ -301,7 +326,7 @@ def shipped_config(name: str) -> str | None:
 
 def _load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolLM2ForCausalLM:
     """A missing or left-over weight would otherwise be a warning and a model half random."""
-    model, report = SmolLM2ForCausalLM.from_pretrained(
+    loaded: Any = SmolLM2ForCausalLM.from_pretrained(
         path,
         config=config,
         torch_dtype=torch.float32,
@@ -309,6 +334,7 @@ def _load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> Smol
         ignore_mismatched_sizes=True,  # reported below
         output_loading_info=True,
     )
+    model, report = loaded
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:
         shown = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
@@ -317,6 +343,20 @@ def _load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> Smol
             " change the shape of a pretrained model"
         )
     return model
+
+
+def _load_adapter(model: SmolLM2ForCausalLM, path: str) -> PeftModelForCausalLM:
+    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find."""
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode = False
+    adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
+    report = adapted.load_adapter(path, "default", is_trainable=True)
+    if report.missing_keys or report.unexpected_keys:
+        raise ValueError(
+            f"pretrained_lora_id_or_path: {path} does not fit the model: missing"
+            f" {report.missing_keys[:3]}, left over {report.unexpected_keys[:3]}"
+        )
+    return adapted
 
 
 def _load_generation_config(model: SmolLM2ForCausalLM, path: str) -> None:

@@ -66,7 +66,7 @@ class Padded:
     def unpad_labels(self, labels: Tensor) -> Tensor:
         """[B, S] -> [T], with -100 at every row's first token, which the row before must not
         predict."""
-        labels = self.unpad(labels).clone()
+        labels = self.unpad(labels)  # a copy
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
         labels[starts] = IGNORE_INDEX
         return labels

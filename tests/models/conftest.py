@@ -118,6 +118,20 @@ def _tensors(tree):
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """On tensors this small a second thread only waits, and for long where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shipped_config():
+    return lambda shape: LlamaConfig.from_pretrained(CONFIGS / shape)
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     return _tiny_config

@@ -1,4 +1,4 @@
-"""FLOPs by formula against torch's own count of the operations that a forward and backward pass does."""
+"""FLOPs by formula against torch's own count of a forward and backward pass."""
 
 import pytest
 import torch

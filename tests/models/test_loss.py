@@ -13,7 +13,7 @@ from foundry_ext.models.loss import (
 )
 
 ROWS, WIDTH, VOCABULARY = 50, 24, 131
-CHUNK_ROWS = [1, 7, 25, 50, 1000]  # one row, uneven, even, all rows, more than there are
+CHUNK_ROWS = [0.5, 1, 7, 25, 50, 1000]  # less than one row, one, uneven, even, all, more than all
 
 
 def make_head(rows=ROWS, width=WIDTH, vocabulary=VOCABULARY, dtype=torch.float32, seed=0):
@@ -40,7 +40,7 @@ def relative_error(ours, exact):
 
 @pytest.fixture(params=CHUNK_ROWS)
 def chunk_rows(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param * VOCABULARY)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", int(request.param * VOCABULARY))
     return request.param
 
 
@@ -174,19 +174,24 @@ def test_evaluation(chunk_rows):
     logits = (hidden @ weight.t()).detach()
     target[::3] = logits.argmax(-1)[::3]
     ours = evaluate_linear_head(hidden, weight, target)
-    assert ours.loss.item() == pytest.approx(F.cross_entropy(logits, target).item() * ROWS, rel=1e-6)
+    assert ours.loss.item() == pytest.approx(
+        F.cross_entropy(logits, target).item() * ROWS, rel=1e-6
+    )
     assert ours.num_correct.dtype == torch.int64
     assert ours.num_correct.item() == (logits.argmax(-1) == target).sum().item() >= ROWS // 3
     assert not ours.loss.requires_grad
 
 
-def test_evaluation_in_bf16(monkeypatch):
+@pytest.mark.parametrize("weights_in_bf16", [False, True], ids=["autocast", "bf16"])
+def test_evaluation_in_bf16(weights_in_bf16, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 4 * VOCABULARY)
-    hidden, weight, target = make_head(rows=2000)
-    with torch.autocast("cpu", torch.bfloat16):
+    dtype = torch.bfloat16 if weights_in_bf16 else torch.float32
+    hidden, weight, target = make_head(rows=2000, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not weights_in_bf16):
         ours = evaluate_linear_head(hidden, weight, target)
     logits = (hidden.bfloat16() @ weight.bfloat16().t()).detach()
     exact = F.cross_entropy(logits.double(), target, reduction="sum")
+    assert ours.loss.dtype == torch.float32
     assert ours.loss.item() == pytest.approx(exact.item(), rel=1e-6)
     assert ours.num_correct.item() == (logits.argmax(-1) == target).sum().item()
 

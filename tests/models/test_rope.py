@@ -72,9 +72,7 @@ def test_rotation_of_a_batch():
     """[B, S] positions, as in cached decoding, where rows stand at unequal positions."""
     positions = torch.tensor([[0, 0, 1, 2], [5, 6, 7, 8]])
     x = random_heads(2, 4, 3, dtype=torch.float32)
-    ours = apply_rotary(
-        x, *rotary_cos_sin(positions, head_dim=HEAD_DIM, theta=1e5, dtype=x.dtype)
-    )
+    ours = apply_rotary(x, *rotary_cos_sin(positions, head_dim=HEAD_DIM, theta=1e5, dtype=x.dtype))
     for row in range(2):
         theirs = their_rotation(x[row], *their_cos_sin(positions[row], 1e5, x.dtype))
         assert torch.equal(ours[row], theirs)

@@ -1,0 +1,84 @@
+"""Several ranks, DDP over gloo on the CPU, do what one rank does. (Traps 18, 32.)
+
+FSDP is for GPUs: FSDP1 does not run without one, and FSDP2 over gloo adds gradients up where it
+should average them (traps 34, 39), so that nothing here could show it right.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.composer import kit
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
+
+
+def launch(world, folder, num_ranks, runs):
+    """The results of `runs`, each a call of kit.run_config, on that many ranks."""
+    paths = {name: str(path) for name, path in asdict(world).items()}
+    (folder / "job.json").write_text(json.dumps({"world": paths, "runs": runs}))
+    worker = str(Path(__file__).with_name("rank_worker.py"))
+    done = subprocess.run(
+        [sys.executable, "-m", "composer.cli.launcher", "-n", str(num_ranks), worker, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
+    """Gradients, metrics and counters of an epoch; then an adapter's run that one rank began."""
+    common = {"global_train_batch_size": 2 * num_ranks, "eval_interval": "1ep"}
+    look = {
+        **common,
+        "callbacks": {"spy": {"keep_gradients": True}, "packed_throughput": {}},
+        "optimizer__lr": 0.0,
+        "algorithms": {},
+        "max_duration": "1ep",
+        "eval_loader": kit.loader_config(world.eval_rows, eval_packs=num_ranks - 1),
+        # Trained, so that its accuracy is above zero.
+        "model__pretrained_model_name_or_path": str(finished("full").folder / "hf"),
+        "save_folder": None,
+    }
+    adapter = {**common, "method": "rslora", "autoresume": True}
+    one = {}
+    for name, settings in {"look": look, "adapter": adapter}.items():
+        one[name] = kit.run(kit.run_config(world, tmp_path / "one" / name, **settings))
+    first = kit.checkpoint(tmp_path / "one" / "adapter", 2)
+    adapter = {**adapter, "autoresume": False, "load_path": str(first)}
+    several = launch(world, tmp_path, num_ranks, {"look": look, "adapter": adapter})
+
+    here, there = one["look"], several["look"]
+    assert there["packs"] == [2] * len(here.spy.batches) and len(there["packs"]) > 1
+    for ours, theirs in zip(there["gradients"], here.spy.gradients, strict=True):
+        kit.assert_same_gradients(ours, theirs)
+    assert there["losses"] == pytest.approx(here.losses, rel=1e-6)
+    for name in METRICS:
+        name = f"metrics/eval/{name}"
+        assert there["metrics"][name] == pytest.approx(here.logged(name)[-1], rel=1e-6) != 0, name
+    clock = here.trainer.state.timestamp
+    assert there["clock"] == [clock.sample, clock.token]
+    for name, values in here.all_logged("packing/").items():
+        assert there["throughput"][name] == pytest.approx(values), name
+
+    here, there = one["adapter"], several["adapter"]
+    assert there["losses"] == pytest.approx(here.losses[2:], rel=1e-5)
+    # Under DDP, too, the checkpoint holds the adapter alone, and one rank goes on with it.
+    last = kit.checkpoint(tmp_path / "adapter", len(here.losses))
+    names = torch.load(last, weights_only=False)["state"]["model"]
+    assert names and all("lora_" in name for name in names)
+    settings = {**adapter, "load_path": str(last), "max_duration": "3ep"}
+    on = kit.run(kit.run_config(world, tmp_path / "on", **settings))
+    assert on.losses[0] < here.losses[0]
