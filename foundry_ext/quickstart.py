@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path("outputs/quickstart")
 RUN = FOLDER / "base"
-VOCABULARY = 4096
+VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.04
 # Not what a library's user reads or calls: tests, character tables, bundled programs.
@@ -67,6 +67,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
+        model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
     print(f"tokenizer: {VOCABULARY} byte-level BPE tokens in {folder}")
 
@@ -97,7 +98,8 @@ def show(run: Path = RUN) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     inputs = tokenizer(PROMPT, return_tensors="pt")
     torch.manual_seed(0)
-    output = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=40)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    output = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7)
     print(
         f"\n{run / 'hf'}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters, loaded"
         f" by stock transformers, continues {PROMPT!r}:\n"

@@ -26,8 +26,8 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
 )
-# Tiny tensors gain nothing from more threads, and on a busy machine threads that wait for one another
-# make a test ten times slower.
+# Tiny tensors gain nothing from more threads, and on a busy machine threads that wait for one
+# another make a test ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # SmolLM2's, with their ids 0, 1, 2: the id 0 is a real end of text, and pads too.

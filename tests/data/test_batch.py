@@ -99,7 +99,7 @@ def test_counts_of_a_batch():
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (None, "device_train_microbatch_size: auto .* Set it to 1"),
+        (None, r"device_train_microbatch_size: auto .* Set it .*to 1, and size pack_tokens"),
         (0.5, "microbatch size 0.5 is not a whole number of packs"),
         (1.5, "microbatch size 1.5 is not a whole number of packs"),
         (True, "microbatch size True is not a whole number of packs"),

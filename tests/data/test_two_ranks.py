@@ -96,7 +96,7 @@ def datasets(work: Path, make_rows) -> dict[str, dict]:
         "streams": {"remote": str(work / "mds"), "local": str(work / "local")},
         "remote": {"hf_name": "s3://bucket"},
     }
-    common = {"max_seq_len": 128, "pack_tokens": 192, "shuffle": True}
+    common = {"max_seq_len": 128, "pack_tokens": 130, "shuffle": True}
     splits = {name: {} if name == "streams" else {"split": "train"} for name in own}
     return {name: {**own[name], **splits[name], **common} for name in own}
 
@@ -124,36 +124,47 @@ def test_both_ranks_have_the_same_plan(ranks, name: str):
     assert len(first["batches"]) == len(second["batches"]) == first["length"] > STOP_AFTER
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_each_document_is_on_one_rank_once(
-    ranks, name: str, datasets, tokenizer, work, monkeypatch
-):
-    if name == "remote":
-        name, ranks = "rows", [{"rows": rank["remote"]} for rank in ranks]  # the same rows
-    elif name == "streams":
-        name, ranks = "rows", [{"rows": rank["streams"]} for rank in ranks]
+@pytest.fixture
+def alone(work, datasets, tokenizer, monkeypatch):
+    """A builder of the loader that one rank alone has, for the same global batch."""
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(work)
-    builder = "packed_text" if name == "text" else "packed_finetuning"
-    alone = walk(build(tokenizer, datasets[name], 4, name=builder), epoch=1)
+
+    def build_alone(name: str):
+        builder = "packed_text" if name == "text" else "packed_finetuning"
+        return build(tokenizer, datasets[name], 4, name=builder)
+
+    return build_alone
+
+
+# The same rows, wherever they lie.
+SAME_ROWS = {"rows": "rows", "streams": "rows", "remote": "rows", "text": "text"}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_ranks_take_the_packs_in_turn(ranks, alone, name: str):
+    spec = alone(SAME_ROWS[name])
+    assert spec.dataloader.dataset.fingerprint == ranks[0][name]["fingerprint"]
     together = zip(*(rank[name]["batches"] for rank in ranks), strict=True)
-    for batch, batches in zip(alone, together, strict=True):
+    for batch, batches in zip(walk(spec, epoch=1), together, strict=True):
         packs = [pack for packs in zip(*batches, strict=True) for pack in packs]
         assert packs == [split_documents(pack) for pack in batch]
-    documents = [tuple(ids) for batch in alone for pack in batch for ids in split_documents(pack)]
-    assert max(Counter(documents).values()) == 1 or name == "text"
-    assert len(documents) == ranks[0][name]["num_documents"]
 
 
-def test_a_row_is_tokenised_once_in_all(ranks, work, datasets, tokenizer, monkeypatch):
+def test_each_document_is_on_one_rank_once(ranks):
+    documents = Counter(
+        tuple(ids) for rank in ranks for b in rank["rows"]["batches"] for pack in b for ids in pack
+    )
+    assert set(documents.values()) == {1}  # prompts are numbered, so no two rows are equal
+    assert len(documents) == ranks[0]["rows"]["num_documents"] == 60
+
+
+def test_a_row_is_tokenised_once_in_all(ranks, work, alone):
     """By local rank 0; the other one and any later process find the cache."""
     calls = work / "calls.txt"
     assert len(calls.read_text()) == 60
-    monkeypatch.chdir(work)
-    monkeypatch.syspath_prepend(work)
-    spec = build(tokenizer, datasets["rows"], 4)
+    alone("rows")
     assert len(calls.read_text()) == 60
-    assert spec.dataloader.dataset.fingerprint == ranks[0]["rows"]["fingerprint"]
 
 
 def test_no_signal_is_left_behind(ranks, work):
@@ -161,14 +172,9 @@ def test_no_signal_is_left_behind(ranks, work):
 
 
 @pytest.mark.parametrize("name", ["rows", "streams"])
-def test_one_rank_goes_on_where_two_stopped(
-    ranks, name: str, work, datasets, tokenizer, monkeypatch
-):
-    monkeypatch.chdir(work)
-    monkeypatch.syspath_prepend(work)
+def test_one_rank_goes_on_where_two_stopped(ranks, alone, work, name: str):
     state = torch.load(work / f"out.{name}.rank0.pt", weights_only=False)
-    assert len(state["rng"]) == 2
-    spec = build(tokenizer, datasets["rows"], 4)
+    spec = alone("rows")
     spec.dataloader.dataset.load_state_dict(state)
     rest = [
         sorted(ids for pack in batch for ids in split_documents(pack))
@@ -178,6 +184,7 @@ def test_one_rank_goes_on_where_two_stopped(
     assert rest == [
         sorted(ids for batch in batches for pack in batch for ids in pack) for batches in together
     ]
-    # Each rank has its own random state, and goes on with that one.
-    assert torch.equal(torch.get_rng_state(), state["rng"][0]["torch"])
-    assert not torch.equal(state["rng"][0]["torch"], state["rng"][1]["torch"])
+    # Each rank has a random state of its own, and goes on with that one.
+    first, second = (torch_state["torch"] for torch_state in state["rng"])
+    assert torch.equal(torch.get_rng_state(), first)
+    assert not torch.equal(first, second)
