@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from foundry_ext.adapters import export_checkpoint
+    from foundry_ext.adapters import describe_export, export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out)
+    print(describe_export(export_checkpoint(arguments.checkpoint, arguments.out)))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             )
             config_overrides = {**config_overrides, "head_dim": hidden // heads}
         set_config_overrides(config, config_overrides)
+        config._name_or_path = pretrained_model_name_or_path  # not where a shape lies on this disk
         return config
 
     @classmethod
