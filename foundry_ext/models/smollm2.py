@@ -347,7 +347,8 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             output = self._loss(packed, padded.unpad_labels(labels), None)
         if labels is None or not self.training:
             logits = self._logits(padded.repad(packed)[:, -logits_to_keep:])
-            output.logits = cast(torch.FloatTensor, logits)
+            # By item: a ModelOutput made without logits would have the attribute and not the key.
+            output["logits"] = logits
         return output
 
     def _forward_cached(
