@@ -1,6 +1,5 @@
 """Going on where a run stopped: the very batches that were left, from no other documents."""
 
-import copy
 import io
 
 import numpy as np
@@ -289,7 +288,7 @@ class Recorder(ComposerModel):
         return outputs
 
 
-def train(tokenizer, dataset, folder, duration: str, interval: str, load_path=None) -> list:
+def train(tokenizer, dataset, folder, duration: str, load_path=None) -> list:
     model = Recorder()
     spec = build(tokenizer, dataset)
     trainer = Trainer(
@@ -301,7 +300,7 @@ def train(tokenizer, dataset, folder, duration: str, interval: str, load_path=No
         accumulate_train_batch_on_tokens=True,
         save_folder=str(folder),
         save_filename="ba{batch}.pt",
-        save_interval=interval,
+        save_interval="1ba",
         save_overwrite=True,
         load_path=load_path,
         seed=3,
@@ -309,6 +308,8 @@ def train(tokenizer, dataset, folder, duration: str, interval: str, load_path=No
         progress_bar=False,
     )
     trainer.fit()
+    # Its clock is in the next epoch now, where the last batch was the epoch's last one.
+    trainer.save_checkpoint(str(folder / "end.pt"))
     trainer.close()
     return model.seen
 
@@ -319,11 +320,10 @@ def test_composer_goes_on_where_it_stopped(tokenizer, dataset, tmp_path, stop: s
     """Equal batches and equal random numbers, through Composer's own checkpoints."""
     num_batches = len(build(tokenizer, dataset).dataloader)
     batch = 5 if stop == "inside an epoch" else num_batches
-    interval = "1ep" if stop == "at its end" else "1ba"
-    whole = train(tokenizer, copy.deepcopy(dataset), tmp_path / "whole", "3ep", "3ep")
+    name = "end.pt" if stop == "at its end" else f"ba{batch}.pt"
+    whole = train(tokenizer, dataset, tmp_path / "whole", "3ep")
     assert len(whole) == 3 * num_batches * 2
-    first = train(tokenizer, dataset, tmp_path / "a", f"{batch}ba", interval)
-    path = tmp_path / "a" / f"ba{batch}.pt"
-    rest = train(tokenizer, dataset, tmp_path / "b", "3ep", "3ep", load_path=str(path))
+    first = train(tokenizer, dataset, tmp_path / "a", f"{batch}ba")
+    rest = train(tokenizer, dataset, tmp_path / "b", "3ep", str(tmp_path / "a" / name))
     assert len(first) == batch * 2
     assert first + rest == whole
