@@ -49,6 +49,8 @@ class HFExport(Callback):
         # A collective under FSDP, so on every rank; rank 0 keeps the result.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model.model, options=options)
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # gathered from shards, it is a second copy
         if dist.get_global_rank() == 0:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)

@@ -19,6 +19,7 @@ from llmfoundry.command_utils import train
 from llmfoundry.utils.builders import build_composer_model
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from foundry_ext.data.batch import IGNORE_INDEX
@@ -220,7 +221,10 @@ class Spy(Callback):
     def after_train_batch(self, state, logger):
         if self.keep_gradients:
             model = state.model.module if state.is_model_ddp else state.model
-            self.gradients.append(gradients(model.model))
+            shards = gradients(model.model).items()
+            self.gradients.append(
+                {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in shards}
+            )
 
     def batch_end(self, state, logger):
         if self.crash_after is not None and state.timestamp.batch == self.crash_after:

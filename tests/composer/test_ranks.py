@@ -1,7 +1,6 @@
-"""Several ranks, DDP over gloo on the CPU, do what one rank does. (Traps 18, 32.)
+"""Several ranks, over gloo on the CPU, do what one rank does. (Traps 18, 32.)
 
-FSDP is for GPUs: FSDP1 does not run without one, and FSDP2 over gloo adds gradients up where it
-should average them (traps 34, 39), so that nothing here could show it right.
+FSDP1 does not run without a GPU (trap 34), nor does `init_device: meta` under FSDP2.
 """
 
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.composer import kit
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 
 
-def launch(world, folder, num_ranks, runs):
+def launch(world, folder, num_ranks, runs, **variables):
     """The results of `runs`, each a call of kit.run_config, on that many ranks."""
     paths = {name: str(path) for name, path in asdict(world).items()}
     (folder / "job.json").write_text(json.dumps({"world": paths, "runs": runs}))
@@ -28,7 +28,7 @@ def launch(world, folder, num_ranks, runs):
     done = subprocess.run(
         [sys.executable, "-m", "composer.cli.launcher", "-n", str(num_ranks), worker, str(folder)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -82,3 +82,45 @@ def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
     settings = {**adapter, "load_path": str(last), "max_duration": "3ep"}
     on = kit.run(kit.run_config(world, tmp_path / "on", **settings))
     assert on.losses[0] < here.losses[0]
+
+
+@pytest.mark.slow
+def test_fsdp2_shards_what_one_rank_trains(world, tmp_path):
+    """Losses and exports equal; gradients twice as large: torch 2.7's FSDP2 over gloo adds them up
+    over ranks where it should average them (trap 39), as NCCL does on GPUs."""
+    common = {"global_train_batch_size": 4, "optimizer__lr": 0.0, "algorithms": {}}
+    common |= {"callbacks": {"spy": {"keep_gradients": True}}, "max_duration": "1ep"}
+    adapter = {**common, "method": "dora"}
+    one = kit.run(kit.run_config(world, tmp_path / "one", **common))
+    kit.run(kit.run_config(world, tmp_path / "saved", **{**adapter, "optimizer__lr": 0.03}))
+    saved = {"load_path": str(kit.checkpoint(tmp_path / "saved", 3)), "load_weights_only": True}
+    again = kit.run(kit.run_config(world, tmp_path / "again", **adapter, **saved))
+
+    exports = {name: tmp_path / f"{name}-hf" for name in ("cpu", "mixed", "dora")}
+    runs = {
+        "cpu": common,
+        "mixed": {**common, "model__init_device": "mixed"},
+        "dora": {**adapter, **saved},
+    }
+    for name, folder in exports.items():
+        callbacks = {"spy": {"keep_gradients": True}, "hf_export": {"folder": str(folder)}}
+        runs[name] = {**runs[name], "fsdp_config": {"state_dict_type": "full"}}
+        runs[name]["callbacks"] = callbacks
+    several = launch(world, tmp_path, 2, runs, FSDP_VERSION="2")
+
+    for name, reference in {"cpu": one, "mixed": one, "dora": again}.items():
+        assert several[name]["losses"] == pytest.approx(reference.losses, rel=1e-6), name
+        pairs = zip(several[name]["gradients"], reference.spy.gradients, strict=True)
+        for ours, theirs in pairs:
+            kit.assert_same_gradients(ours, {key: 2 * value for key, value in theirs.items()})
+    base = load_file(world.base / "model.safetensors")
+    for name in ("cpu", "mixed"):
+        weights = load_file(exports[name] / "model.safetensors")
+        assert weights.keys() == base.keys()
+        assert all(torch.equal(weights[key], value) for key, value in base.items())
+        config = (exports[name] / "config.json").read_text()
+        assert config == (world.base / "config.json").read_text()
+    last = torch.load(kit.checkpoint(tmp_path / "dora", 3), weights_only=False)["state"]["model"]
+    first = torch.load(saved["load_path"], weights_only=False)["state"]["model"]
+    assert last.keys() == first.keys()
+    assert all(torch.equal(last[key], value) for key, value in first.items())
