@@ -1,0 +1,131 @@
+"""What the model must not be given: a wrong or contradictory batch is refused, never guessed at."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+
+@pytest.fixture
+def ours(make_pair):
+    return make_pair()[0]
+
+
+@pytest.fixture
+def pack(make_documents, make_pack):
+    """cu_seqlens 0 5 6 22 25."""
+    return make_pack(make_documents([5, 1, 16, 3]), max_seqlen=16)
+
+
+def test_every_argument_is_named():
+    """Trap 2: Composer passes what the signature names; a **kwargs would take the rest unseen."""
+    parameters = inspect.signature(SmolLM2ForCausalLM.forward).parameters
+    assert {"input_ids", "position_ids", "labels", "cu_seqlens", "max_seqlen"} <= parameters.keys()
+    assert "num_loss_tokens" in parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+
+def test_unknown_argument(ours, pack):
+    with pytest.raises(TypeError, match="sequence_id"):
+        ours(**pack, sequence_id=pack["position_ids"])
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "max_seqlen", "message"),
+    [
+        ([0, 5, 6], 16, "25.*split_batch"),  # trap 1: cut across, with input_ids left whole
+        ([0, 5, 6, 22, 26], 16, "25.*split_batch"),
+        ([1, 5, 6, 22, 25], 16, "25.*split_batch"),
+        ([0, 6, 5, 22, 25], 16, "25.*split_batch"),
+        ([0, 5, 6, 22, 25], 15, "max_seqlen: 15 .*16"),
+    ],
+)
+def test_wrong_cu_seqlens(cu_seqlens, max_seqlen, message, ours, pack):
+    pack["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+    pack["max_seqlen"] = max_seqlen
+    with pytest.raises(ValueError, match=message):
+        ours(**pack)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("cu_seqlens", "max_seqlen", "succeeds"),
+    [([0, 2, 5, 5], 3, True), ([0, 2, 4], 3, False), ([0, 2, 5], 2, False)],
+)
+def test_wrong_cu_seqlens_on_a_gpu(cu_seqlens, max_seqlen, succeeds):
+    """The device checks by itself, without the host waiting. A failed check ends its process, so it
+    is given one of its own."""
+    code = f"""
+import torch
+from foundry_ext.models.smollm2 import _check_packed
+cu_seqlens = torch.tensor({cu_seqlens}, dtype=torch.int32, device="cuda")
+_check_packed(torch.zeros(1, 5, 8), torch.zeros(1, 5), cu_seqlens, {max_seqlen})
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert succeeds or "assert" in done.stderr
+
+
+def test_default_split_of_a_batch_is_refused(ours, pack):
+    """Trap 1, as Composer's default does it: every tensor in two along its first dimension."""
+    halves = {key: x.chunk(2)[0] if isinstance(x, torch.Tensor) else x for key, x in pack.items()}
+    assert halves["input_ids"].shape == pack["input_ids"].shape
+    with pytest.raises(ValueError, match="split_batch"):
+        ours(**halves)
+
+
+CONTRADICTIONS = {
+    "mask": ({"attention_mask": torch.ones(1, 25)}, "no attention_mask"),
+    "cache": ({"use_cache": True}, "no cache"),
+    "logits_to_keep": ({"logits_to_keep": 1}, "all logits or none"),
+    "no positions": ({"position_ids": None}, "needs position_ids and max_seqlen"),
+    "no max_seqlen": ({"max_seqlen": None}, "needs position_ids and max_seqlen"),
+    "flat positions": ({"position_ids": torch.arange(25)}, r"position_ids is \[25\]"),
+    "short positions": ({"position_ids": torch.zeros(1, 1).long()}, r"position_ids is \[1, 1\]"),
+    "batch": ({"input_ids": torch.zeros(5, 5).long()}, r"is \[1, T\], not \[5, 5\]"),
+    "no input": ({"input_ids": None}, "either input_ids or inputs_embeds"),
+    "two inputs": ({"inputs_embeds": torch.zeros(1, 25, 72)}, "either input_ids or inputs_embeds"),
+    "attentions": ({"output_attentions": True}, "AutoModelForCausalLM"),
+    "hidden states": ({"output_hidden_states": True}, "AutoModelForCausalLM"),
+    "tuple": ({"return_dict": False}, "return_dict=False"),
+    # Without cu_seqlens the pack would pass for one long document.
+    "no cu_seqlens": ({"cu_seqlens": None}, "cu_seqlens is missing"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictory_arguments(name, ours, pack):
+    change, message = CONTRADICTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        ours(**(pack | change))
+
+
+def test_lost_cu_seqlens(ours, pack):
+    del pack["cu_seqlens"], pack["max_seqlen"]
+    with pytest.raises(ValueError, match="cu_seqlens is missing"):
+        ours(**pack, num_loss_tokens=21)
+
+
+def test_labels_with_a_cache(ours, pack):
+    with pytest.raises(ValueError, match="use_cache=False"):
+        ours(pack["input_ids"], labels=pack["labels"], use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ],
+)
+def test_unsupported_configuration(change, message, tiny_config):
+    with pytest.raises(ValueError, match=message):
+        SmolLM2ForCausalLM(tiny_config(**change))
