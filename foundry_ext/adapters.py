@@ -1,4 +1,4 @@
-"""Composer checkpoint -> Hugging Face folder, for full models and adapters."""
+"""Adapters in, and out: checked, loaded; Composer checkpoint -> Hugging Face folder."""
 
 import json
 import shutil
@@ -7,13 +7,50 @@ from typing import Any
 
 import torch
 from composer.models.huggingface import HuggingFaceModel, filter_state_dict_peft
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from torch import nn
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+
+def check_adapter(adapter: PeftConfig, inner: SmolLM2ForCausalLM) -> None:
+    """Refuses what would only show in a lost checkpoint or in an export that differs."""
+    if not isinstance(adapter, LoraConfig):
+        raise ValueError(f"peft_type: {adapter.peft_type} is not supported; only LORA is")
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if getattr(adapter, key):
+            raise ValueError(
+                f"peft_config.{key}: {getattr(adapter, key)} would be trained and then missing from"
+                " Composer's checkpoints; leave it out"
+            )
+    if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"peft_config.init_lora_weights: {adapter.init_lora_weights!r} changes the base model,"
+            " which neither a checkpoint nor an export of the adapter holds; use true or gaussian"
+        )
+    if type(inner.lm_head) is not nn.Linear:
+        raise ValueError(
+            "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
+            " through an adapter; leave it out"
+        )
+
+
+def load_adapter(model: SmolLM2ForCausalLM, path: str) -> PeftModelForCausalLM:
+    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find."""
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode = False
+    adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
+    report = adapted.load_adapter(path, "default", is_trainable=True)
+    if report.missing_keys or report.unexpected_keys:
+        raise ValueError(
+            f"pretrained_lora_id_or_path: {path} does not fit the model: missing"
+            f" {report.missing_keys[:3]}, left over {report.unexpected_keys[:3]}"
+        )
+    return adapted
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> Path:

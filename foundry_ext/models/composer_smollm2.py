@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,16 +13,22 @@ from llmfoundry.models.hf.hf_causal_lm import ComposerHFCausalLM
 from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
 from llmfoundry.models.utils import init_empty_weights
 from llmfoundry.utils.config_utils import set_config_overrides
-from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftType
+from peft import LoraConfig, PeftModelForCausalLM, PeftType
 from torch import nn
 from torchmetrics import Metric
-from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.adapters import check_adapter, load_adapter
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.loss import check_loss
+from foundry_ext.models.pretrained import (
+    HUB_NAMES,
+    load_generation_config,
+    load_strictly,
+    shipped_config,
+)
 from foundry_ext.models.smollm2 import (
     PackedCausalLMOutput,
     SmolLM2DecoderLayer,
@@ -31,8 +36,6 @@ from foundry_ext.models.smollm2 import (
 )
 
 log = logging.getLogger(__name__)
-
-CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 class ComposerSmolLM2(BaseHuggingFaceModel):
@@ -119,7 +122,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         inner = self.inner_model
         if isinstance(self.model, PeftModelForCausalLM):
             for adapter in self.model.peft_config.values():
-                _check_adapter(adapter, inner)
+                check_adapter(adapter, inner)
                 # Composer makes a plain string of it, with which peft 0.16 cannot save.
                 adapter.peft_type = PeftType(adapter.peft_type)
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
@@ -189,7 +192,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             raise ValueError(
                 f"pretrained_model_name_or_path: {pretrained_model_name_or_path} is a shape without"
                 " weights; set pretrained: false, or name the hub's checkpoint"
-                f" {_HUB_NAMES[pretrained_model_name_or_path]}"
+                f" {HUB_NAMES[pretrained_model_name_or_path]}"
             )
         with dist.run_local_rank_zero_first():  # one download a node
             config, stored = (
@@ -210,7 +213,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                         f" with {getattr(stored, key)}; leave it out"
                     )
             if pretrained and device == "cpu":
-                model = _load_strictly(pretrained_model_name_or_path, config, use_auth_token)
+                model = load_strictly(pretrained_model_name_or_path, config, use_auth_token)
             elif device == "cpu":
                 model = SmolLM2ForCausalLM(config)
             elif device == "meta":
@@ -224,10 +227,10 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             else:
                 raise ValueError(f"init_device: {init_device!r}; choose cpu, meta or mixed")
         if pretrained:
-            _load_generation_config(model, pretrained_model_name_or_path)
+            load_generation_config(model, pretrained_model_name_or_path)
         if pretrained_lora_id_or_path is None:
             return model
-        return _load_adapter(model, pretrained_lora_id_or_path)
+        return load_adapter(model, pretrained_lora_id_or_path)
 
     def get_peft_config(self, peft_config_dict: dict[str, Any]) -> LoraConfig:
         """As in `hf_causal_lm`, with an unknown key as a ValueError."""
@@ -313,84 +316,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         return {}
 
 
-_HUB_NAMES = {
-    f"smollm2-{size.lower()}": f"HuggingFaceTB/SmolLM2-{size}" for size in ("135M", "360M", "1.7B")
-}
-
-
-def shipped_config(name: str) -> str | None:
-    """The folder of a shape shipped with the package, by its name here."""
-    if name not in _HUB_NAMES:
-        return None
-    return str(CONFIG_FOLDER / name)
-
-
-def _load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolLM2ForCausalLM:
-    """A missing or left-over weight would otherwise be a warning and a model half random."""
-    loaded: Any = SmolLM2ForCausalLM.from_pretrained(
-        path,
-        config=config,
-        torch_dtype=torch.float32,
-        token=True if use_auth_token else None,
-        ignore_mismatched_sizes=True,  # reported below
-        output_loading_info=True,
-    )
-    model, report = loaded
-    wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
-    if wrong:
-        shown = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
-        raise ValueError(
-            f"checkpoint {path} does not fit its configuration: {shown}. config_overrides may not"
-            " change the shape of a pretrained model"
-        )
-    return model
-
-
-def _load_adapter(model: SmolLM2ForCausalLM, path: str) -> PeftModelForCausalLM:
-    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find."""
-    config = PeftConfig.from_pretrained(path)
-    config.inference_mode = False
-    adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
-    report = adapted.load_adapter(path, "default", is_trainable=True)
-    if report.missing_keys or report.unexpected_keys:
-        raise ValueError(
-            f"pretrained_lora_id_or_path: {path} does not fit the model: missing"
-            f" {report.missing_keys[:3]}, left over {report.unexpected_keys[:3]}"
-        )
-    return adapted
-
-
-def _load_generation_config(model: SmolLM2ForCausalLM, path: str) -> None:
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
-        log.info("%s has no generation_config.json; the defaults are used", path)
-
-
 def _is_decoder_layer(module: nn.Module) -> bool:
     return isinstance(module, SmolLM2DecoderLayer)
-
-
-def _check_adapter(adapter: PeftConfig, inner: SmolLM2ForCausalLM) -> None:
-    """Refuses what would only show in a lost checkpoint or in an export that differs."""
-    if not isinstance(adapter, LoraConfig):
-        raise ValueError(f"peft_type: {adapter.peft_type} is not supported; only LORA is")
-    for key in ("modules_to_save", "trainable_token_indices"):
-        if getattr(adapter, key):
-            raise ValueError(
-                f"peft_config.{key}: {getattr(adapter, key)} would be trained and then missing from"
-                " Composer's checkpoints; leave it out"
-            )
-    if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(
-            f"peft_config.init_lora_weights: {adapter.init_lora_weights!r} changes the base model,"
-            " which neither a checkpoint nor an export of the adapter holds; use true or gaussian"
-        )
-    if type(inner.lm_head) is not nn.Linear:
-        raise ValueError(
-            "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
-            " through an adapter; leave it out"
-        )
 
 
 def _check_settings(
