@@ -9,15 +9,16 @@ MFU counts useful work. Compared with torch's FlopCounterMode in tests/models/te
 from transformers import LlamaConfig
 
 # Dense bf16 tensor-core peaks without sparsity, FLOP/s, from NVIDIA's data sheets and, for consumer
-# GPUs, the Ampere GA102 and Ada white papers' figures with fp32 accumulation.
+# GPUs, the Ampere GA102 and Ada white papers' figures with fp32 accumulation. Cited from memory and
+# from the project's notes; look them up before quoting an MFU.
 PEAK_FLOPS = {
     "H200": 989.4e12,  # H200 data sheet
     "H100 PCIe": 756.5e12,  # H100 data sheet
     "H100": 989.4e12,  # H100 SXM data sheet
     "A100": 312e12,  # A100 data sheet
     "L40S": 362.05e12,  # L40S data sheet
-    "RTX 4090": 165.2e12,  # Ada white paper, table 2
-    "RTX 3090": 71.2e12,  # GA102 white paper, table 9 (71, at boost clock 71.2)
+    "RTX 4090": 165.2e12,  # Ada white paper
+    "RTX 3090": 71.2e12,  # GA102 white paper
 }
 
 

@@ -21,7 +21,7 @@ from foundry_ext.data.dataloader import (
 )
 from tests.data.kit import assert_batches_equal, build, split_documents, walk
 
-SHARED_ROWS = Path("/work/shared/data/train/gsm8k_train.jsonl")
+SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"
 BUILDERS = {
     "packed_finetuning": build_packed_finetuning_dataloader,
     "packed_text": build_packed_text_dataloader,
