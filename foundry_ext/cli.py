@@ -1,41 +1,51 @@
-"""The command `foundry-ext`. Each subcommand imports what it needs when it runs."""
+"""The command `foundry-ext`: a table of subcommands, each imported only when it is called."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from types import ModuleType
 
 from foundry_ext import __version__
 
+# name -> what it does; `check-fair` is foundry_ext/commands/check_fair.py
+COMMANDS = {
+    "inspect": "one HTML page of the first packs, exactly as the model gets them",
+    "check-fair": "name every difference between runs that are meant to differ by method alone",
+    "sweep": "run a W&B sweep file here, without a server",
+    "compare": "learning, forgetting and cost of runs: comparison.md, one HTML page, plots",
+    "eval": "learning and forgetting of a checkpoint, a model or an adapter",
+    "tasks": "write evaluation tasks as JSONL, from the hub or a local file",
+    "analyse": "rank of the weight change, intruder dimensions, the line from base to tuned",
+    "merge": "an adapter merged into its base model, with a certificate",
+    "export": "write a Composer checkpoint as a Hugging Face model or peft adapter",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, chosen = build_parser(argv[0] if argv else None)
+    arguments = parser.parse_args(argv)
+    assert chosen is not None, "argparse accepted no command"
     try:
-        arguments.run(arguments)
+        return chosen.run(arguments)
     except (FileNotFoundError, ValueError) as error:
         print(f"foundry-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="foundry-ext", description=__doc__)
+def build_parser(command: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:
+    """The parser with the arguments of `command` alone, and that command's module."""
+    parser = argparse.ArgumentParser(prog="foundry-ext")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    export = subcommands.add_parser(
-        "export", help="write a Composer checkpoint as a Hugging Face model or peft adapter"
-    )
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a Composer .pt file")
-    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    export.set_defaults(run=run_export)
-    return parser
-
-
-def run_export(arguments: argparse.Namespace) -> None:
-    from foundry_ext.adapters import describe_export, export_checkpoint
-
-    print(describe_export(export_checkpoint(arguments.checkpoint, arguments.out)))
+    chosen = None
+    for name, summary in COMMANDS.items():
+        subparser = subcommands.add_parser(name, help=summary, description=summary)
+        if name == command:
+            chosen = importlib.import_module(f"foundry_ext.commands.{name.replace('-', '_')}")
+            chosen.add_arguments(subparser)
+    return parser, chosen
 
 
 if __name__ == "__main__":
