@@ -1,0 +1,1 @@
+"""Runs compared: records, fairness, statistics, report; no torch here, nor a trainer."""
