@@ -1,1 +1,1 @@
-"""Runs compared: records, fairness, statistics, report; no torch here, nor a trainer."""
+"""Runs compared: records, sweeps, fairness, statistics, the report. No torch is imported here."""
