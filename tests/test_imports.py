@@ -14,10 +14,13 @@ TRAINERS = {"composer", "llmfoundry", "streaming"}
 MAY_IMPORT_TRAINERS = {
     "adapters.py",
     "cli.py",
+    "data/config.py",
     "data/dataloader.py",
+    "data/dataset.py",
     "data/sources.py",
     "data/tokenize.py",
     "evaluation.py",
+    "inspection.py",
     "launch.py",
     "models/composer_smollm2.py",
     "quickstart.py",

@@ -1,28 +1,117 @@
 """What the `dataset` section of a loader's YAML may say, checked before any row is read."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from llmfoundry.data.finetuning.tasks import dataset_constructor
+
+from foundry_ext.data.mixture import check_shares
 from foundry_ext.data.tokenize import TokenizeSettings
 
-_COMMON_KEYS = frozenset(
-    (
-        *("hf_name", "split", "hf_kwargs", "safe_load", "holdout", "max_seq_len", "overlong"),
-        *("shuffle", "shuffle_seed", "pack_tokens", "eval_packs", "fixed_shape"),
-    )
-)
-FINETUNING_KEYS = _COMMON_KEYS | {
-    *("preprocessing_fn", "target_prompts", "target_responses", "decoder_only_format"),
+Preprocess = Callable[[dict[str, Any]], Any]
+
+_SOURCE_KEYS = frozenset(("hf_name", "split", "hf_kwargs", "safe_load", "holdout", "overlong"))
+_PROMPT_KEYS = frozenset(("preprocessing_fn", "target_prompts", "target_responses"))
+_COMMON_KEYS = _SOURCE_KEYS | {
+    *("datasets", "max_seq_len", "pack_tokens", "eval_packs", "fixed_shape"),
+    *("shuffle", "shuffle_seed"),
+}
+_STREAM_KEYS = {
     *("streams", "remote", "local", "download_retry", "download_timeout", "validate_hash"),
     *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
-    # Padding's knobs, harmless where there is none: a stock YAML keeps working.
-    *("allow_pad_trimming", "pad_to_longest"),
 }
+# The last two are padding's knobs, harmless where there is none: a stock YAML keeps working.
+_STOCK_KEYS = {"decoder_only_format", "allow_pad_trimming", "pad_to_longest"}
+FINETUNING_KEYS = _COMMON_KEYS | _PROMPT_KEYS | _STREAM_KEYS | _STOCK_KEYS
 TEXT_KEYS = _COMMON_KEYS | {"text_key"}
 _NOT_FOR_STREAMS = ("hf_name", "hf_kwargs", "preprocessing_fn", "safe_load", "holdout")
 
 
-def tokenize_settings(dataset: dict[str, Any], special: tuple[str, ...]) -> TokenizeSettings:
-    keys = ("max_seq_len", "overlong", *special)
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from, and how a row of it is read."""
+
+    hf_name: str
+    split: str | None
+    options: dict[str, Any]
+    """hf_kwargs, safe_load and holdout, as `load_rows` takes them."""
+    settings: TokenizeSettings
+    preprocess: Preprocess | None
+    share: float | None
+    """Of the epoch's tokens; None for one that is used whole."""
+
+
+def get_sources(dataset: dict[str, Any], name: str) -> list[Source]:
+    """The sources of `datasets`, or the one that `dataset` itself names.
+
+    Args:
+        name: packed_finetuning or packed_text, whose rows are read as in their builders.
+
+    Raises:
+        ValueError: unknown or contradictory keys, shares that make no mixture.
+    """
+    entries = dataset.get("datasets")
+    if entries is None:
+        return [_source(dataset, name, "dataset", dataset["max_seq_len"])]
+    own = [key for key in (*_SOURCE_KEYS, *_PROMPT_KEYS, "text_key") if dataset.get(key)]
+    if own:
+        raise ValueError(
+            f"dataset.{min(own)} does not go with dataset.datasets: move it into the entries it"
+            " is meant for"
+        )
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("dataset.datasets: give a list of sources, each with its own hf_name")
+    sources = []
+    for position, entry in enumerate(entries):
+        where = f"dataset.datasets[{position}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: {entry!r} is no mapping of hf_name, split, share and so on")
+        special = _PROMPT_KEYS | {"text_key"} if name == "packed_finetuning" else {"text_key"}
+        known = _SOURCE_KEYS | special | {"share"}
+        _check_known(entry, known, f"{name}: unknown key {where}.")
+        sources.append(_source(entry, name, where, dataset["max_seq_len"]))
+    check_shares([source.share for source in sources])
+    return sources
+
+
+def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) -> Source:
+    if section.get("hf_name") is None:
+        raise ValueError(f"set {where}.hf_name: a hub dataset, a local file, or a folder")
+    text_key = section.get("text_key") or ("text" if name == "packed_text" else None)
+    prompt_keys = [key for key in sorted(_PROMPT_KEYS) if section.get(key)]
+    if text_key and prompt_keys:
+        raise ValueError(
+            f"{where}.{prompt_keys[0]} does not go with {where}.text_key, plain text of which all"
+            " is learned: leave one out"
+        )
+    settings = {
+        "max_seq_len": max_seq_len,
+        "overlong": section.get("overlong") or ("split" if text_key else "truncate"),
+        "text_key": text_key,
+    }
+    targets = ("target_prompts", "target_responses")
+    settings |= {key: section[key] for key in targets if section.get(key) is not None}
+    keys = ("hf_kwargs", "safe_load", "holdout")
+    return Source(
+        hf_name=section["hf_name"],
+        split=section.get("split"),
+        options={key: section[key] for key in keys if section.get(key) is not None},
+        settings=TokenizeSettings(**settings),
+        preprocess=None if text_key else _preprocessing_fn(section),
+        share=section.get("share"),
+    )
+
+
+def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
+    given = section.get("preprocessing_fn")
+    if isinstance(given, dict):
+        return dataset_constructor.get_preprocessing_fn_from_dict(given)
+    return dataset_constructor.get_preprocessing_fn_from_str(given, section.get("hf_name"))
+
+
+def stream_settings(dataset: dict[str, Any]) -> TokenizeSettings:
+    keys = ("max_seq_len", "overlong", "target_prompts", "target_responses")
     return TokenizeSettings(**{key: dataset[key] for key in keys if dataset.get(key) is not None})
 
 
@@ -34,7 +123,7 @@ def stream_key(dataset: dict[str, Any]) -> str | None:
             held-out part, for one.
     """
     key = next((key for key in ("streams", "remote") if dataset.get(key) is not None), None)
-    ignored = [name for name in _NOT_FOR_STREAMS if dataset.get(name)]
+    ignored = [name for name in (*_NOT_FOR_STREAMS, "datasets") if dataset.get(name)]
     if key and ignored:
         raise ValueError(f"dataset.{ignored[0]} does not go with dataset.{key}: leave one out")
     return key
@@ -68,10 +157,13 @@ def check_keys(dataset: dict[str, Any], known: frozenset[str] | set[str], name: 
             f"{name}: replace dataset.packing_ratio by dataset.pack_tokens, the tokens a pack may"
             " hold"
         )
-    unknown = sorted(dataset.keys() - known - {"packing_ratio"})
-    if unknown:
-        raise ValueError(
-            f"{name}: unknown key dataset.{unknown[0]}; the keys are {', '.join(sorted(known))}"
-        )
+    _check_known(dataset, known | {"packing_ratio"}, f"{name}: unknown key dataset.")
     if not isinstance(dataset.get("max_seq_len"), int):
         raise ValueError(f"{name}: set dataset.max_seq_len, the most tokens a document may have")
+
+
+def _check_known(section: dict[str, Any], known: frozenset[str] | set[str], label: str) -> None:
+    unknown = sorted(section.keys() - known)
+    if unknown:
+        names = ", ".join(sorted(known - {"packing_ratio"}))
+        raise ValueError(f"{label}{unknown[0]}; the keys are {names}")

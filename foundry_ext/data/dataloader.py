@@ -2,156 +2,43 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from composer.core import DataSpec
-from composer.utils import dist, reproducibility
-from llmfoundry.data.finetuning.tasks import dataset_constructor
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from composer.utils import dist
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.batch import Pack, num_documents, num_tokens, split_batch
+from foundry_ext.data.batch import num_documents, num_tokens, split_batch
 from foundry_ext.data.collator import PackCollator
 from foundry_ext.data.config import (
     FINETUNING_KEYS,
     TEXT_KEYS,
+    Source,
     check_keys,
     get_batch_packs,
     get_pack_tokens,
+    get_sources,
     stream_key,
-    tokenize_settings,
+    stream_settings,
 )
+from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
-from foundry_ext.data.sampler import PackedBatchSampler
-from foundry_ext.data.sources import fetch, load_rows, load_streams, local_rank_zero_first
+from foundry_ext.data.mixture import MixedDocuments, draw
+from foundry_ext.data.sources import (
+    fetch,
+    find_revision,
+    load_rows,
+    load_streams,
+    local_rank_zero_first,
+)
 from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
 
 log = logging.getLogger(__name__)
 
-
-class PackedDataset(Dataset):
-    """Documents by pack, and how far training has come in them.
-
-    Composer saves `state_dict` and restores `load_state_dict` of a loader's dataset, never of its
-    sampler, so the batch number is kept here. Documents are never read to skip them.
-    """
-
-    def __init__(
-        self, documents: Documents, collator: PackCollator, sampler_settings: dict[str, Any]
-    ):
-        self.documents, self.collator = documents, collator
-        self.num_documents = int(np.count_nonzero(documents.lengths))
-        self.sampler = PackedBatchSampler(self, documents.lengths, **sampler_settings)
-        self.epoch, self.next_batch = 0, 0
-        self.pending_rng: Any = None
-
-    def __len__(self) -> int:
-        """Documents in use: Composer's samples of an epoch."""
-        return self.num_documents
-
-    def __getitem__(self, pack: NDArray[np.int64]) -> Pack:
-        return self.collator([self.documents[int(index)] for index in pack])
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the data and of all that decides the plan, ranks excluded."""
-        sampler = self.sampler
-        return f"{self.documents.fingerprint}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
-
-    def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict:
-        """The batch that comes next; `num_samples`, which counts documents, is of no use here."""
-        return {
-            "epoch": self.epoch,
-            "batch": self.next_batch,
-            "global_batch_packs": self.sampler.batch_packs * self.sampler.num_replicas,
-            "fingerprint": self.fingerprint,
-            "plan": self.sampler.plan_digest(self.epoch) if self.next_batch else None,
-            "rng": reproducibility.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Goes on where `state` was saved, on any number of ranks that meets at a batch's end.
-
-        Raises:
-            ValueError: saved with another loader, other data, other packs in the epoch at hand, or
-                between the batches of this global batch size.
-        """
-        if state is None:
-            # Composer takes it that the place was found again, and skips no batches itself.
-            raise ValueError(
-                "the checkpoint was made with another loader and does not say where in the data it"
-                " ends; restore that loader, or start anew with load_weights_only: true"
-            )
-        if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"the checkpoint was made with other data or packing ({state['fingerprint']}, now"
-                f" {self.fingerprint}); restore the YAML, or start anew with load_weights_only:"
-                " true"
-            )
-        packs = state["batch"] * state["global_batch_packs"]
-        batch, rest = divmod(packs, self.sampler.batch_packs * self.sampler.num_replicas)
-        if rest:
-            raise ValueError(
-                f"the checkpoint ends after {packs} packs, which is inside a global batch of"
-                f" {self.sampler.batch_packs} x {self.sampler.num_replicas}; restore its batch size"
-            )
-        if state["plan"] not in (None, self.sampler.plan_digest(state["epoch"])):
-            # The batch size decides whether an epoch has the first one's packs, see the sampler.
-            raise ValueError(
-                f"the checkpoint ends inside epoch {state['epoch']}, which has other packs under"
-                " this global batch size or numpy; restore those of the checkpoint"
-            )
-        self.epoch, self.next_batch = state["epoch"], batch
-        self.sampler.resume_at(epoch=self.epoch, batch=batch)
-        # At an epoch's start Composer restores the random state itself.
-        self.pending_rng = state["rng"] if batch else None
-
-    def restore_rng(self) -> None:
-        """Once, the random state that `load_state_dict` was given."""
-        if self.pending_rng is not None:
-            reproducibility.load_rng_state(self.pending_rng)
-            self.pending_rng = None
-
-
-class PackedDataLoader(DataLoader):
-    """Yields lists of packs and keeps the dataset's place.
-
-    Composer restores the random state when it skips batches, but not when a dataset resumes itself;
-    dropout would then differ from the run that was not interrupted. So it is restored here, right
-    before the first batch, which is where an uninterrupted run had it.
-    """
-
-    dataset: PackedDataset
-
-    def __init__(self, dataset: PackedDataset, **kwargs: Any):
-        super().__init__(
-            dataset,
-            batch_sampler=dataset.sampler,
-            collate_fn=_same,
-            # Its own generator: an iterator draws a seed, which must not disturb the model's.
-            generator=torch.Generator().manual_seed(dataset.sampler.seed),
-            **kwargs,
-        )
-
-    def __iter__(self) -> Iterator[list[Pack]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dataset, sampler = self.dataset, self.dataset.sampler
-        dataset.epoch, dataset.next_batch = sampler.epoch, sampler.first_batch
-        if dataset.next_batch == 0:
-            dataset.pending_rng = None
-        for batch in super().__iter__():
-            dataset.next_batch += 1
-            dataset.restore_rng()
-            yield batch
-        dataset.restore_rng()  # where no batch was left in the epoch
-        dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
-
-
-def _same(packs: list[Pack]) -> list[Pack]:
-    return packs
+Loaded = tuple[Documents | MixedDocuments, list[dict[str, Any]]]  # and a description a source
+Load = Callable[[], Loaded]
 
 
 def build_packed_finetuning_dataloader(
@@ -168,6 +55,9 @@ def build_packed_finetuning_dataloader(
     - `overlong` (truncate, split, drop, error; default truncate): rows above `max_seq_len`.
     - `eval_packs`: packs of an evaluation batch, in place of `device_eval_batch_size`.
     - `holdout`: {by, fraction, part}, a split by the values of a column.
+    - `datasets`: a list of sources in place of one, each with `hf_name`, `split` and the other keys
+      of a source, or with `text_key` for plain text; all but one, which is used whole, with
+      `share`: of an epoch's tokens.
     - `fixed_shape` (default false): every pack filled to one shape, for compilation.
     - `shuffle_seed` (default 17).
 
@@ -186,20 +76,10 @@ def build_packed_finetuning_dataloader(
     if not dataset.get("decoder_only_format", True):
         raise ValueError("packed_finetuning: decoder_only_format: false has no packed form")
     tokenizer = _require_tokenizer(tokenizer, "packed_finetuning")
-    settings = tokenize_settings(dataset, ("target_prompts", "target_responses"))
-    preprocess = _preprocessing_fn(dataset)
-
-    def load() -> Documents:
-        if stream_key(dataset) is not None:
-            stream = load_streams(dataset, tokenizer, settings.max_seq_len)
-            return tokenize_stream(stream, tokenizer, settings)
-        arguments = _row_arguments(dataset)
-        with local_rank_zero_first():
-            rows = load_rows(**arguments)
-            return tokenize_rows(
-                rows, tokenizer, settings, preprocess=preprocess, num_proc=_num_proc()
-            )
-
+    if stream_key(dataset) is None:
+        load = _loading(get_sources(dataset, "packed_finetuning"), tokenizer)
+    else:
+        load = _streaming(dataset, tokenizer)
     return _build(load, dataset, tokenizer, device_batch_size, num_workers, drop_last, **loader)
 
 
@@ -218,28 +98,69 @@ def build_packed_text_dataloader(
     """
     check_keys(dataset, TEXT_KEYS, "packed_text")
     tokenizer = _require_tokenizer(tokenizer, "packed_text")
-    text_key = dataset.get("text_key") or "text"
-    dataset = {**dataset, "text_key": text_key, "overlong": dataset.get("overlong") or "split"}
-    settings = tokenize_settings(dataset, ("text_key",))
-
-    def load() -> Documents:
-        arguments = _row_arguments(dataset)
-        with local_rank_zero_first():
-            rows = load_rows(**arguments)
-            if text_key not in rows.column_names:
-                raise ValueError(
-                    f"packed_text: no column {text_key!r} in {dataset['hf_name']}; there are"
-                    f" {', '.join(rows.column_names)}: set text_key"
-                )
-            return tokenize_rows(
-                rows.select_columns([text_key]), tokenizer, settings, num_proc=_num_proc()
-            )
-
+    load = _loading(get_sources(dataset, "packed_text"), tokenizer)
     return _build(load, dataset, tokenizer, device_batch_size, num_workers, drop_last, **loader)
 
 
+def _loading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Load:
+    """To be called by all ranks at once, see `fetch`."""
+
+    def load() -> Loaded:
+        read, descriptions = [], []
+        for source in sources:
+            documents, revision = _load_source(source, tokenizer)
+            _log_counts(source.hf_name, documents, source.settings.max_seq_len)
+            read.append(documents)
+            name = {"name": source.hf_name, "split": source.split, "revision": revision}
+            descriptions.append(name)
+        parts = draw(read, [source.share for source in sources])
+        for description, part in zip(descriptions, parts, strict=True):
+            description |= part.describe()
+        if len(parts) == 1:
+            return read[0], descriptions
+        _log_mixture(descriptions)
+        return MixedDocuments(parts), descriptions
+
+    return load
+
+
+def _load_source(
+    source: Source, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Documents, str | None]:
+    """Its documents, and the hub's revision they are of."""
+    settings, text_key = source.settings, source.settings.text_key
+    hf_name, split = fetch(source.hf_name, source.split)
+    with local_rank_zero_first():
+        rows = load_rows(hf_name, split, **source.options)
+        revision = find_revision(rows, source.options.get("hf_kwargs"))
+        if text_key is not None:
+            if text_key not in rows.column_names:
+                raise ValueError(
+                    f"no column {text_key!r} in {source.hf_name}; there are"
+                    f" {', '.join(rows.column_names)}: set text_key"
+                )
+            rows = rows.select_columns([text_key])
+        documents = tokenize_rows(
+            rows, tokenizer, settings, preprocess=source.preprocess, num_proc=_num_proc()
+        )
+        return documents, revision
+
+
+def _streaming(dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Load:
+    settings = stream_settings(dataset)
+
+    def load() -> Loaded:
+        stream = load_streams(dataset, tokenizer, settings.max_seq_len)
+        documents = tokenize_stream(stream, tokenizer, settings)
+        _log_counts("streams", documents, settings.max_seq_len)
+        name = {"name": "streams", "split": dataset.get("split"), "revision": None}
+        return documents, [name | draw([documents], [None])[0].describe()]
+
+    return load
+
+
 def _build(
-    load: Callable[[], Documents],
+    load: Load,
     dataset: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     device_batch_size: int,
@@ -255,8 +176,7 @@ def _build(
     pack_tokens = get_pack_tokens(dataset)
     eval_packs = dataset.get("eval_packs")
     batch_packs = get_batch_packs(device_batch_size if eval_packs is None else eval_packs)
-    documents = load()
-    _log_counts(documents, dataset)
+    documents, description = load()
     packed = PackedDataset(
         documents,
         PackCollator(
@@ -274,6 +194,7 @@ def _build(
             "seed": dataset.get("shuffle_seed", 17),
             "drop_last": drop_last,
         },
+        description,
     )
     dataloader = PackedDataLoader(
         packed,
@@ -299,34 +220,25 @@ def _require_tokenizer(
     return tokenizer
 
 
-def _row_arguments(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Those of `load_rows`; to be called by all ranks at once, see `fetch`."""
-    if dataset.get("hf_name") is None:
-        raise ValueError("set dataset.hf_name: a hub dataset, a local file, or a folder")
-    hf_name, split = fetch(dataset["hf_name"], dataset.get("split"))
-    keys = ("hf_kwargs", "safe_load", "holdout")
-    options = {key: dataset[key] for key in keys if dataset.get(key) is not None}
-    return {"hf_name": hf_name, "split": split, **options}
-
-
-def _preprocessing_fn(dataset: dict[str, Any]) -> Callable[[dict[str, Any]], Any] | None:
-    given = dataset.get("preprocessing_fn")
-    if isinstance(given, dict):
-        return dataset_constructor.get_preprocessing_fn_from_dict(given)
-    return dataset_constructor.get_preprocessing_fn_from_str(given, dataset.get("hf_name"))
-
-
 def _num_proc() -> int:
     """Processes to tokenise with: this machine's cores, less what the user keeps back."""
     return min(os.cpu_count() or 1, int(os.environ.get("MAX_NUM_PROC", 64)))
 
 
-def _log_counts(documents: Documents, dataset: dict[str, Any]) -> None:
+def _log_counts(name: str, documents: Documents, max_seq_len: int) -> None:
     """What was cut, split or dropped is a warning, so that it is seen at any log level."""
-    counts = {name: count for name, count in documents.counts.items() if count}
-    name = dataset.get("hf_name") or "streams"
-    tokens = int(documents.lengths.sum())
-    log.info("%s: %d tokens; documents: %s", name, tokens, counts)
+    counts = {kind: count for kind, count in documents.counts.items() if count}
+    log.info("%s: %d tokens; documents: %s", name, documents.lengths.sum(), counts)
     if set(counts) - {"kept"} and dist.get_global_rank() == 0:
         found = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        log.warning("%s (max_seq_len %d): %s", name, dataset["max_seq_len"], found)
+        log.warning("%s (max_seq_len %d): %s", name, max_seq_len, found)
+
+
+def _log_mixture(descriptions: Sequence[dict[str, Any]]) -> None:
+    total = sum(source["tokens"] for source in descriptions)
+    for source in descriptions:
+        share = 100 * source["tokens"] / max(total, 1)
+        log.info(
+            "%s: %.2f %% of an epoch's tokens, %d in %d documents",
+            *(source["name"], share, source["tokens"], source["documents"]),
+        )

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import datasets
 import numpy as np
+from numpy.typing import NDArray
 
 from foundry_ext.data.collator import Document
 
@@ -31,11 +32,19 @@ FEATURES = datasets.Features(
 )
 
 
+def count_outcomes(outcomes: NDArray[np.int64], num_cut: NDArray[np.int64]) -> dict[str, int]:
+    """{"kept": 3, "truncated": 1, ..., "tokens_cut": 9}."""
+    counts = np.bincount(outcomes, minlength=len(Outcome)).tolist()
+    named = {kind.name.lower(): counts[kind] for kind in Outcome}
+    return {**named, "tokens_cut": int(num_cut.sum())}
+
+
 class Documents:
     """Random access to token ids and loss flags, straight from the Arrow files' pages.
 
-    `lengths` [n] int64, 0 for a dropped one; `counts` maps each `Outcome`'s name in lower case, and
-    `tokens_cut`, to how many there are.
+    `lengths` [n] int64, 0 for a dropped one; `outcomes` [n] int64, of `Outcome`; `num_cut` [n]
+    int64, tokens that are left out of the document or with it; `counts` maps each `Outcome`'s name
+    in lower case, and `tokens_cut`, to how many there are.
     """
 
     def __init__(self, table: datasets.Dataset):
@@ -56,10 +65,9 @@ class Documents:
             [np.diff(offsets).astype(np.int64) for offsets, *_ in self._chunks]
             or [np.empty(0, np.int64)]
         )
-        outcome = np.asarray(table.data.column("outcome").to_numpy(), dtype=np.int64)
-        counts = np.bincount(outcome, minlength=len(Outcome)).tolist()
-        self.counts = {kind.name.lower(): counts[kind] for kind in Outcome}
-        self.counts["tokens_cut"] = int(table.data.column("num_cut").to_numpy().sum())
+        self.outcomes = np.asarray(table.data.column("outcome").to_numpy(), dtype=np.int64)
+        self.num_cut = np.asarray(table.data.column("num_cut").to_numpy(), dtype=np.int64)
+        self.counts = count_outcomes(self.outcomes, self.num_cut)
 
     def __len__(self) -> int:
         return len(self.lengths)

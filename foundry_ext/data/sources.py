@@ -7,6 +7,7 @@ tokenised into llm-foundry's turns.
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ def load_rows(
     if set(holdout) != {"by", "fraction", "part"}:
         raise ValueError(f"holdout: give by, fraction and part, not {', '.join(holdout) or 'none'}")
     return hold_out(rows, **holdout)
+
+
+def find_revision(rows: datasets.Dataset, hf_kwargs: dict[str, Any] | None = None) -> str | None:
+    """The hub's commit that rows came from, whether or not one was asked for; None for files."""
+    for source in rows.info.download_checksums or {}:  # hf://datasets/openai/gsm8k@<commit>/...
+        found = re.search(r"(?:@|/snapshots/)([0-9a-f]{40})/", str(source))
+        if found:
+            return found.group(1)
+    return (hf_kwargs or {}).get("revision")
 
 
 def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> datasets.Dataset:
