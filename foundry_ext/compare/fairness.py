@@ -13,11 +13,12 @@ adapters that differ in them are named. Seeds and ranks are values a comparison 
 method needs the same set of them.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from foundry_ext.methods import describe
 
 ABSENT = "(absent)"
 _METHOD_KEYS = {"peft_type", "task_type", "use_dora", "use_rslora", "init_lora_weights"}
@@ -72,50 +73,36 @@ def differences(
             found.append(Difference(key, values))
     found += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
     adapted = {name: config for name, config in configs.items() if name in adapters}
-    found += _unequal_sets(adapted, f"{_ADAPTER}.r", lambda config: _adapter(config).get("r", 8))
+    found += _unequal_sets(adapted, f"{_ADAPTER}.r", lambda config: describe(_adapter(config)).rank)
     found += _unequal_grids(configs)
     return [one for one in found if not any(_is_below(one.key, key) for key in allow)]
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """full, lora, dora or rslora; with its initialisation where that is not LoRA's own."""
-    adapter = _adapter(config)
-    if not adapter:
-        return "full"
-    kinds = [name for name in ("dora", "rslora") if adapter.get(f"use_{name}")]
-    init = adapter.get("init_lora_weights", True)
-    marks = [] if init in (True, None) else [str(init).lower()]
+    """full, lora, dora or rslora, and what else is its own: "lora pissa", "lora lora+"."""
+    described = describe(_adapter(config))
+    marks = [] if described.init in (True, None) else [str(described.init).lower()]
     if any("lora_" in str(group.get("param_str_match")) for group in _groups(config)):
         marks.append("lora+")
-    return " ".join(["+".join(kinds) or "lora", *marks])
-
-
-def effective_scale(config: Mapping[str, Any]) -> float | None:
-    """What the adapter's product BA is multiplied by: alpha/r, or alpha/sqrt(r) with use_rslora
-    (arXiv 2312.03732). peft's defaults are r 8 and alpha 8."""
-    adapter = _adapter(config)
-    if not adapter:
-        return None
-    rank, alpha = adapter.get("r", 8), adapter.get("lora_alpha", 8)
-    return alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+    return " ".join([described.name, *marks])
 
 
 def by_design(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """One line: the methods, their learning rates and effective scales."""
     methods: dict[str, list[str]] = {}
     for config in configs.values():
-        scale = effective_scale(config)
-        setting = f"lr {(config.get('optimizer') or {}).get('lr'):g}"
-        if scale is not None:
-            setting += f", r {_adapter(config).get('r', 8)}, scale {scale:g}"
+        described = describe(_adapter(config))
+        setting = f"lr {_text((config.get('optimizer') or {}).get('lr'))}"
+        if described.effective_scale is not None:
+            setting += f", r {described.rank}, scale {described.effective_scale:g}"
         settings = methods.setdefault(method(config), [])
         if setting not in settings:
             settings.append(setting)
     return "; ".join(f"{name} ({' | '.join(settings)})" for name, settings in methods.items())
 
 
-def _adapter(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return (config.get("model") or {}).get("peft_config") or {}
+def _adapter(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return (config.get("model") or {}).get("peft_config") or None
 
 
 def _groups(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
