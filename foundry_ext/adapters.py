@@ -14,34 +14,29 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext import methods, pissa
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 
-def check_adapter(adapter: PeftConfig, inner: SmolLM2ForCausalLM) -> None:
-    """Refuses what would only show in a lost checkpoint or in an export that differs."""
-    if not isinstance(adapter, LoraConfig):
-        raise ValueError(f"peft_type: {adapter.peft_type} is not supported; only LORA is")
-    for key in ("modules_to_save", "trainable_token_indices"):
-        if getattr(adapter, key):
-            raise ValueError(
-                f"peft_config.{key}: {getattr(adapter, key)} would be trained and then missing from"
-                " Composer's checkpoints; leave it out"
-            )
-    if adapter.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(
-            f"peft_config.init_lora_weights: {adapter.init_lora_weights!r} changes the base model,"
-            " which neither a checkpoint nor an export of the adapter holds; use true or gaussian"
-        )
-    if type(inner.lm_head) is not nn.Linear:
-        raise ValueError(
-            "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
-            " through an adapter; leave it out"
-        )
+def adaptable_modules(model: nn.Module) -> list[str]:
+    """Full names of the modules that peft can put an adapter on."""
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear | nn.Embedding)]
 
 
 def load_adapter(model: SmolLM2ForCausalLM, path: str) -> PeftModelForCausalLM:
     """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find."""
     config = PeftConfig.from_pretrained(path)
+    try:
+        methods.check(config.to_dict(), adaptable_modules(model))
+    except ValueError as error:
+        raise ValueError(f"pretrained_lora_id_or_path: {path}: {error}") from error
+    assert isinstance(config, LoraConfig)
+    if config.init_lora_weights == "pissa":
+        raise ValueError(
+            f"pretrained_lora_id_or_path: {path} needs the residual of its own base model, which a"
+            " saved PiSSA adapter does not hold; export it with foundry-ext, which writes a LoRA"
+        )
     config.inference_mode = False
     adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
     report = adapted.load_adapter(path, "default", is_trainable=True)
@@ -86,7 +81,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
         raise ValueError(f"{checkpoint} is of a {config['model_type']} model, not of SmolLM2")
     weights = {name.removeprefix("model."): value for name, value in weights.items()}
     model = _build(saved["model"], weights, checkpoint)
-    with _Scratch(out) as scratch:
+    with Scratch(out) as scratch:
         write_folder(model, _saved_tokenizer(saved, scratch / "tokenizer"), scratch)
     return out
 
@@ -100,13 +95,14 @@ def write_folder(
     """Model, or adapter, and tokenizer as stock libraries load them; `weights` if not its own."""
     # Else peft looks on the hub whether the vocabulary has grown, which is refused where it could.
     adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    options: dict[str, Any] = {"state_dict": weights, **adapter}
-    model.save_pretrained(str(folder), **options)
+    with pissa.as_plain_lora(model, weights) as weights:
+        options: dict[str, Any] = {"state_dict": weights, **adapter}
+        model.save_pretrained(str(folder), **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-class _Scratch:
+class Scratch:
     """A folder beside `out` that takes its place, whole or not at all."""
 
     def __init__(self, out: Path):
@@ -157,9 +153,13 @@ def _build(
         model.generation_config = GenerationConfig.from_dict(content)
     expected: Any = model.state_dict()
     if adapter is not None:
-        peft_config = LoraConfig(**adapter)
+        # Not initialised as it was: PiSSA would decompose random matrices.
+        peft_config = LoraConfig(**adapter | {"init_lora_weights": True})
         model = get_peft_model(model, peft_config)
         assert isinstance(model, PeftModel)
+        peft_config.init_lora_weights = adapter["init_lora_weights"]
+        if pissa.is_pissa(model):
+            pissa.empty_initial_factors(model)
         # The base model is in the checkpoint only if it was asked for, and not in the export.
         expected, weights = (
             filter_state_dict_peft(names, peft_config, remove_adapter_names=False)

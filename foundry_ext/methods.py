@@ -126,8 +126,10 @@ def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None
             " it out"
         )
     targets = matched_modules(peft_config, module_names)
-    if init == "pissa" and any(_ending(name) == "embed_tokens" for name in targets):
-        raise ValueError("peft_config.init_lora_weights: 'pissa' is for linears, not embed_tokens")
+    embedding = any(_ending(name) == "embed_tokens" for name in targets)
+    if init == "pissa" and (embedding or peft_config.get("use_dora")):
+        beside = "embed_tokens" if embedding else "use_dora"
+        raise ValueError(f"peft_config.init_lora_weights: 'pissa' does not go with {beside}")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (peft_config.get(key) or {}).items():
             _check_positive(f"{key}.{pattern}", value, whole=key == "rank_pattern")

@@ -31,6 +31,7 @@ def varlen_attention(
     max_seqlen: int,
     *,
     backend: str = "auto",
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Causal attention within each document, softmax scale N**-0.5.
 
@@ -40,6 +41,8 @@ def varlen_attention(
         max_seqlen: a Python int no document exceeds. Keep it constant over a run: a tensor, or a
             value that changes, synchronises or recompiles.
         backend: one of `BACKENDS`; "auto" is `resolve_backend`'s choice.
+        dropout_p: attention weights set to zero with this probability, the others scaled by
+            1 / (1 - dropout_p); 0 outside training.
 
     Returns:
         [T, H, N] in the dtype of `v_TKN`.
@@ -47,40 +50,47 @@ def varlen_attention(
     Raises:
         ValueError: unknown or unusable backend.
     """
-    backend = resolve_backend(backend, device=q_THN.device.type, dtype=v_TKN.dtype)
-    return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen)
+    device, dtype = q_THN.device.type, v_TKN.dtype
+    backend = resolve_backend(backend, device=device, dtype=dtype, dropout=dropout_p > 0)
+    return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p)
 
 
-def resolve_backend(backend: str, *, device: str, dtype: torch.dtype) -> str:
+def resolve_backend(backend: str, *, device: str, dtype: torch.dtype, dropout: bool = False) -> str:
     """Turns "auto" into the best backend for this device and dtype and checks a named one.
 
     Raises:
-        ValueError: unknown, not installed, or not for this device or dtype; says what to do.
+        ValueError: unknown, not installed, or not for this device, dtype or dropout; says what
+            to do.
     """
     if backend == "auto":
-        return _best_backend(device, dtype)
+        return _best_backend(device, dtype, dropout)
     if backend not in BACKENDS:
         raise ValueError(
             f"attention_backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
         )
-    problem = _why_not(backend, device, dtype)
+    problem = _why_not(backend, device, dtype, dropout)
     if problem:
         raise ValueError(f"attention_backend: {backend!r} {problem}")
     return backend
 
 
 @functools.cache
-def _best_backend(device: str, dtype: torch.dtype) -> str:
-    best = next(name for name in BACKENDS[1:] if not _why_not(name, device, dtype, auto=True))
+def _best_backend(device: str, dtype: torch.dtype, dropout: bool) -> str:
+    possible = (name for name in BACKENDS[1:] if not _why_not(name, device, dtype, dropout, True))
+    best = next(possible)
     log.info("attention_backend: auto took %r for %s on %s", best, dtype, device)
     return best
 
 
 @functools.cache
-def _why_not(backend: str, device: str, dtype: torch.dtype, auto: bool = False) -> str:
+def _why_not(
+    backend: str, device: str, dtype: torch.dtype, dropout: bool, auto: bool = False
+) -> str:
     """Why a backend cannot run here, and the way out; empty if it can."""
     if backend == "sdpa":
         return ""
+    if dropout and (backend == "flex" or (backend == "torch_varlen" and _has_varlen_module())):
+        return "has no attention_dropout; use 'flash_attn' or 'sdpa', or set it to 0"
     if backend == "flex":
         # Without a GPU it runs uncompiled, with all T x T scores: only of use to compare with.
         return "runs on a GPU; use 'sdpa'" if auto and device != "cuda" else ""
@@ -93,26 +103,36 @@ def _why_not(backend: str, device: str, dtype: torch.dtype, auto: bool = False) 
     return ""
 
 
+def _has_varlen_module() -> bool:
+    """torch 2.10 and later; its varlen_attn takes no dropout, the operator before it does."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
 def _repeat_heads(x_TKN: Tensor, num_heads: int) -> Tensor:
     """[T, K, N] -> [T, H, N], each key/value head for its group of H/K query heads."""
     groups = num_heads // x_TKN.shape[1]
     return x_TKN if groups == 1 else x_TKN.repeat_interleave(groups, dim=1)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=dropout_p, causal=True
     )
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+) -> Tensor:
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
+    if not _has_varlen_module():
         forward = torch.ops.aten._flash_attention_forward
-        return forward(q, k, v, *lengths, 0.0, True, False)[0]  # pyright: ignore[reportCallIssue]
+        options = (dropout_p, True, False)  # causal, without a debug mask
+        return forward(q, k, v, *lengths, *options)[0]  # pyright: ignore[reportCallIssue]
     from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
     # torch 2.10 names causality, later versions express it as a window.
@@ -145,7 +165,9 @@ def _document_mask(cu_seqlens: Tensor, _version: int, num_tokens: int):
     )
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+) -> Tensor:
     if q.device.type == "cuda":
         flex_attention = _compiled_flex()
     else:
@@ -159,21 +181,23 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) 
     return out[0].transpose(0, 1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+) -> Tensor:
     """Every document by itself: the reference for the others, and what a CPU runs."""
     lengths = cu_seqlens.diff().tolist()
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     # Split, not sliced: a slice's gradient is as large as all documents together.
     by_document = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     attended = [
-        F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True)
+        F.scaled_dot_product_attention(q_i, k_i, v_i, dropout_p=dropout_p, is_causal=True)
         for q_i, k_i, v_i in zip(*by_document, strict=True)
         if q_i.shape[2] > 0
     ]
     return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
-_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]] = {
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
     "flex": _flex,

@@ -20,7 +20,8 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.adapters import check_adapter, load_adapter
+from foundry_ext import methods, pissa
+from foundry_ext.adapters import adaptable_modules, load_adapter
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import (
@@ -48,9 +49,11 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         pretrained: load the weights; else they are random.
         pretrained_lora_id_or_path: a saved adapter to go on training.
         config_overrides: changes to the configuration, e.g. {num_hidden_layers: 4}.
-        peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, ...}.
+        peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, ...}; all
+            seven linears unless target_modules says otherwise; checked by foundry_ext.methods.
         init_device: cpu, meta, or mixed (cpu on rank 0, meta elsewhere, for FSDP).
-        attention_backend: auto, flash_attn, torch_varlen, flex or sdpa.
+        attention_backend: auto, flash_attn, torch_varlen, flex or sdpa; with attention_dropout in
+            config_overrides flash_attn, sdpa, or before torch 2.10 torch_varlen.
         loss: chunked (any device) or liger (GPU).
         activation_checkpointing: recompute each layer in the backward pass. Set here, because
             llm-foundry drops fsdp_config, and what it says of this, on a single GPU.
@@ -89,8 +92,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             use_train_metrics=use_train_metrics or bool(additional_train_metrics),
             load_in_8bit=load_in_8bit,
             trust_remote_code=trust_remote_code,
-            attention_backend=attention_backend,
         )
+        _check_backend(attention_backend)
         check_loss(loss)
         adapters = [name for name in (pretrained_lora_id_or_path, peft_config) if name is not None]
         if len(adapters) == 2:
@@ -122,9 +125,11 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         inner = self.inner_model
         if isinstance(self.model, PeftModelForCausalLM):
             for adapter in self.model.peft_config.values():
-                check_adapter(adapter, inner)
                 # Composer makes a plain string of it, with which peft 0.16 cannot save.
                 adapter.peft_type = PeftType(adapter.peft_type)
+            if pissa.is_pissa(self.model):
+                pissa.remember_initial_factors(self.model)
+        _check_backend(attention_backend, dropout=inner.config.attention_dropout > 0)
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
         if activation_checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
@@ -232,12 +237,16 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             return model
         return load_adapter(model, pretrained_lora_id_or_path)
 
+    def transform_model(self, model: Any) -> Any:
+        """Leaves the model as it is, and keeps its names for `get_peft_config`, called next."""
+        self._adaptable_modules = adaptable_modules(model)
+        return super().transform_model(model)
+
     def get_peft_config(self, peft_config_dict: dict[str, Any]) -> LoraConfig:
-        """As in `hf_causal_lm`, with an unknown key as a ValueError."""
-        try:
-            return super().get_peft_config(peft_config_dict)  # pyright: ignore[reportReturnType]
-        except TypeError as error:
-            raise ValueError(f"peft_config: {error}") from error
+        """As in `hf_causal_lm`, checked first, with all seven linears as the default target."""
+        settings = methods.with_defaults(peft_config_dict)
+        methods.check(settings, self._adaptable_modules)
+        return super().get_peft_config(settings)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def prepare_inner_model(model: Any, init_device: str | None = None) -> None:
@@ -275,6 +284,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         Raises:
             ValueError: a weight is missing or left over.
         """
+        adapted = self.model if pissa.is_pissa(self.model) else None
+        initial = pissa.copy_initial_factors(adapted) if adapted else {}
         report = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [name for name in report.missing_keys if not self.using_peft or "lora_" in name]
         if missing or report.unexpected_keys:
@@ -283,6 +294,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                 f" {missing[:3]}, left over {report.unexpected_keys[:3]}; restore the model's part"
                 " of the YAML it was trained with"
             )
+        if adapted and not any("base_layer" in name for name in state_dict):
+            pissa.correct_residuals(adapted, initial)
         return report
 
     def eval_forward(self, batch: Any, outputs: Any | None = None) -> Any:
@@ -325,7 +338,6 @@ def _check_settings(
     use_train_metrics: bool,
     load_in_8bit: bool,
     trust_remote_code: bool,
-    attention_backend: str,
 ) -> None:
     if use_train_metrics:
         raise ValueError(
@@ -338,6 +350,9 @@ def _check_settings(
         log.warning(
             "trust_remote_code: true has no effect here: the model's code is this package's"
         )
+
+
+def _check_backend(backend: str, *, dropout: bool = False) -> None:
     # The trainer's device is not known yet, but it is the GPU wherever there is one.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolve_backend(attention_backend, device=device, dtype=torch.bfloat16)
+    resolve_backend(backend, device=device, dtype=torch.bfloat16, dropout=dropout)

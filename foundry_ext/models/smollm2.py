@@ -176,7 +176,6 @@ def _check_config(config: LlamaConfig) -> None:
     unsupported = {
         "hidden_act": config.hidden_act != "silu",
         "rope_scaling": bool(config.rope_scaling),
-        "attention_dropout": config.attention_dropout != 0,
     }
     for key, wrong in unsupported.items():
         if wrong:
@@ -184,6 +183,11 @@ def _check_config(config: LlamaConfig) -> None:
                 f"config: {key}={getattr(config, key)!r} is not supported by smollm2_packed;"
                 " use hf_causal_lm for it"
             )
+    if not 0 <= config.attention_dropout < 1:
+        raise ValueError(
+            f"config: attention_dropout={config.attention_dropout!r}; give a probability from 0 to"
+            " below 1"
+        )
 
 
 class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
@@ -302,9 +306,18 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         self, hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """[T, D] embedded tokens -> [T, D] before the final norm."""
+        dropout_p = self.config.attention_dropout if self.training else 0.0
 
         def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return varlen_attention(q, k, v, cu_seqlens, max_seqlen, backend=self.attention_backend)
+            return varlen_attention(
+                q,
+                k,
+                v,
+                cu_seqlens,
+                max_seqlen,
+                backend=self.attention_backend,
+                dropout_p=dropout_p,
+            )
 
         return self.model(hidden, position_ids, attend)
 

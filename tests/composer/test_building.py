@@ -81,7 +81,7 @@ def test_a_shipped_shape_needs_no_network(world, shape):
         (lora(modules_to_save=["embed_tokens"]), "modules_to_save"),
         (lora(modules_to_save=["lm_head"]), "modules_to_save"),
         (lora(trainable_token_indices=[3]), "trainable_token_indices"),
-        (lora(init_lora_weights="pissa"), "init_lora_weights: 'pissa'"),
+        (lora(init_lora_weights="olora"), "init_lora_weights: 'olora'"),
         (lora(target_modules=["q_proj", "lm_head"]), "lm_head is tied"),
         (lora(target_modules=".*(q_proj|head)"), "lm_head is tied"),
         (lora(target_modules=["nothing"]), "nothing"),

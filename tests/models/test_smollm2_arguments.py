@@ -123,7 +123,6 @@ def test_labels_with_a_cache(ours, pack):
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ],
 )
 def test_unsupported_configuration(change, message, tiny_config):

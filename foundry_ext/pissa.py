@@ -1,0 +1,189 @@
+"""PiSSA (arXiv 2404.02948): the adapter starts as a weight's r largest singular directions.
+
+The base weight W becomes the residual W - scale * B0 @ A0, which is in no checkpoint of an adapter
+and which a user of the trained adapter does not have. So the initial factors A0 [r, in] and
+B0 [out, r] stay with the model as buffers and go into its checkpoints. From them follow, exactly:
+
+- the residual, whatever the machine that resumes: another one's SVD may turn its vectors;
+- an ordinary LoRA of rank 2r on W itself, for scale * (B @ A - B0 @ A0) is the change of W:
+  A' = [A; A0], B' = [B, -B0];
+- the base model, by putting A0 and B0 in the places of A and B.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeGuard, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+ADAPTER = "default"
+_BUFFERS = "lora_initial"  # "lora_" and the adapter's name let Composer's filter keep them
+
+
+class InitialFactors(nn.Module):
+    """A0 [r, in] and B0 [out, r] of one linear."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor):
+        super().__init__()
+        self.register_buffer("A", A.detach().clone())
+        self.register_buffer("B", B.detach().clone())
+
+
+def is_pissa(model: nn.Module) -> TypeGuard[PeftModel]:
+    if not isinstance(model, PeftModel):
+        return False
+    config = model.peft_config[ADAPTER]
+    return isinstance(config, LoraConfig) and config.init_lora_weights == "pissa"
+
+
+def remember_initial_factors(model: PeftModel) -> None:
+    """Keeps the factors of a freshly initialised PiSSA adapter as buffers beside it.
+
+    Raises:
+        ValueError: a rank above what the decomposition can give, or weights on the meta device.
+    """
+    for name, layer in _layers(model):
+        A, B = _factors(layer)
+        rank = layer.r[ADAPTER]
+        if A.is_meta:
+            raise ValueError("init_lora_weights: 'pissa' needs the weights; set init_device: cpu")
+        if A.shape[0] != rank:
+            raise ValueError(
+                f"peft_config.r: {rank} is more than the {A.shape[0]} singular values of {name};"
+                " PiSSA needs a smaller rank"
+            )
+        _keep(layer, A, B)
+
+
+def empty_initial_factors(model: PeftModel) -> None:
+    """Places for the factors that a checkpoint holds, for a model built without decomposing."""
+    for _, layer in _layers(model):
+        A, B = (torch.zeros_like(x) for x in _factors(layer))
+        _keep(layer, A, B)
+
+
+def copy_initial_factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A0, B0) of every adapted module, before a checkpoint is loaded over them."""
+    return {name: (kept.A.clone(), kept.B.clone()) for name, _, kept in _remembered(model)}
+
+
+@torch.no_grad()
+def correct_residuals(model: PeftModel, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """The residuals that belong to the factors just loaded, where those differ from `before`.
+
+    On the machine that trained they do not differ, bit for bit, and nothing is changed.
+
+    Raises:
+        ValueError: they differ and the weights are sharded already.
+    """
+    for name, layer, kept in _remembered(model):
+        A, B = before[name]
+        if torch.equal(A, kept.A) and torch.equal(B, kept.B):
+            continue
+        weight = layer.get_base_layer().weight
+        if type(weight) is not nn.Parameter or weight.shape != (B.shape[0], A.shape[1]):
+            raise ValueError(
+                "init_lora_weights: 'pissa' was decomposed differently on the machine that saved"
+                " this checkpoint; under FSDP go on there, or resume without FSDP"
+            )
+        weight += layer.scaling[ADAPTER] * (B @ A - kept.B @ kept.A)
+
+
+@contextmanager
+def as_plain_lora(model: nn.Module, weights: dict[str, Any] | None) -> Iterator[dict | None]:
+    """While this lasts, a PiSSA adapter's configuration is that of the LoRA it amounts to: doubled
+    ranks on the original base model, alphas that leave the scale as it was.
+
+    Args:
+        model: any; without PiSSA nothing happens.
+        weights: a state dict of it, None for its own.
+
+    Yields:
+        The weights to be saved with that configuration.
+    """
+    if not is_pissa(model):
+        yield weights
+        return
+    config = model.peft_config[ADAPTER]
+    assert isinstance(config, LoraConfig)
+    try:
+        model.peft_config[ADAPTER] = _plain_config(config)
+        yield _joined_factors(model.state_dict() if weights is None else weights)
+    finally:
+        model.peft_config[ADAPTER] = config
+
+
+def _plain_config(config: LoraConfig) -> LoraConfig:
+    factor = 2**0.5 if config.use_rslora else 2  # alpha/sqrt(r), or alpha/r
+    changes = {
+        "init_lora_weights": True,
+        "r": 2 * config.r,
+        "lora_alpha": factor * config.lora_alpha,
+        "rank_pattern": {k: 2 * rank for k, rank in (config.rank_pattern or {}).items()},
+        "alpha_pattern": {k: factor * alpha for k, alpha in (config.alpha_pattern or {}).items()},
+    }
+    return LoraConfig(**config.to_dict() | changes)
+
+
+def _joined_factors(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A' = [A; A0], B' = [B, -B0] in the places of A and B."""
+    joined = {}
+    for name, weight in weights.items():
+        if f".{_BUFFERS}.{ADAPTER}." in name:
+            continue
+        for side, dim, sign in (("A", 0, 1), ("B", 1, -1)):
+            module, found, _ = name.partition(f".lora_{side}.{ADAPTER}.weight")
+            if found:
+                initial = weights[f"{module}.{_BUFFERS}.{ADAPTER}.{side}"]
+                weight = torch.cat([weight, sign * initial], dim=dim)
+        joined[name] = weight
+    return joined
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """The base model as it was before training, for as long as this lasts.
+
+    With PiSSA, `disable_adapter` alone would leave the residual.
+    """
+    if not is_pissa(model):
+        with model.disable_adapter():
+            yield
+        return
+    places = [
+        (x, x.data, y)
+        for _, layer, kept in _remembered(model)
+        for x, y in zip(_factors(layer), (kept.A, kept.B), strict=True)
+    ]
+    try:
+        for parameter, _, initial in places:
+            parameter.data = initial
+        yield
+    finally:
+        for parameter, trained, _ in places:
+            parameter.data = trained
+
+
+def _layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _remembered(model: PeftModel) -> Iterator[tuple[str, LoraLayer, InitialFactors]]:
+    for name, layer in _layers(model):
+        yield name, layer, getattr(layer, _BUFFERS)[ADAPTER]
+
+
+def _keep(layer: LoraLayer, A: Tensor, B: Tensor) -> None:
+    cast(nn.Module, layer).add_module(_BUFFERS, nn.ModuleDict({ADAPTER: InitialFactors(A, B)}))
+
+
+def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # pyright: ignore[reportReturnType]
