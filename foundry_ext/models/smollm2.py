@@ -339,6 +339,29 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             return PackedCausalLMOutput(logits=cast(torch.FloatTensor, logits))
         return self._loss(hidden, labels[0], num_loss_tokens)
 
+    def states_at_labels(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor,
+        num_loss_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a packed batch's labels are predicted from, for scores of every position.
+
+        Arguments as in a packed `forward`.
+
+        Returns:
+            (states [L, D] as the head takes them, targets [L], positions [L]): the state at
+            position p predicts the token at p + 1.
+        """
+        hidden = self.model.embed_tokens(input_ids)
+        _check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
+        hidden = self._run_packed(hidden[0], position_ids[0], cu_seqlens, int(max_seqlen))
+        positions, targets = labelled_positions(labels[0], num_loss_tokens)
+        return self.model.norm(hidden[positions]), targets, positions
+
     def _forward_padded(
         self,
         hidden: Tensor,
@@ -407,8 +430,9 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(self.model.norm(hidden))
 
-    def _head_weight(self) -> Tensor:
-        """The head's weight for the loss, which does not call the module: a plain one, then."""
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], for the loss, which does not call the module: a plain one, then."""
         if type(self.lm_head) is not nn.Linear:
             raise ValueError(
                 f"lm_head is wrapped in {type(self.lm_head).__name__}, whose change the loss would"
@@ -425,7 +449,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         """
         positions, targets = labelled_positions(labels, num_loss_tokens)
         hidden = self.model.norm(hidden[positions])
-        weight, count = self._head_weight(), max(targets.numel(), 1)
+        weight, count = self.head_weight, max(targets.numel(), 1)
         if self.training or torch.is_grad_enabled():
             loss = linear_cross_entropy(
                 hidden, weight, targets, implementation=self.loss_implementation

@@ -1,0 +1,133 @@
+"""Log-probabilities of labelled positions, and how far they moved from the base model's.
+
+L labelled positions, D hidden size, V vocabulary, N documents of a pack. As in loss.py the head
+runs over chunks of positions, so that [L, V] never exists; unlike there every position keeps its
+own number, which evaluation needs and training does not.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foundry_ext.models.loss import CHUNK_ELEMENTS
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+# Makes the base model of a run usable for the length of a `with`, and hands it out.
+BaseModel = Callable[[], AbstractContextManager[SmolLM2ForCausalLM]]
+
+
+class Scores(NamedTuple):
+    """Of L positions. `log_prob` fp32, nats; `is_correct` bool, the label is the argmax; `kl` fp32,
+    KL(base || now) in nats, None where no base was given."""
+
+    log_prob: Tensor
+    is_correct: Tensor
+    kl: Tensor | None
+
+
+class DocumentScores(NamedTuple):
+    """Of a pack's N documents, on the CPU. `log_prob`, `kl`: float64 sums, nats; `num_tokens`,
+    `num_correct`: int64, labelled tokens and those predicted right."""
+
+    log_prob: Tensor
+    num_tokens: Tensor
+    num_correct: Tensor
+    kl: Tensor | None
+
+
+@torch.no_grad()
+def score_positions(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    base_states: Tensor | None = None,
+    base_weight: Tensor | None = None,
+) -> Scores:
+    """Scores each label under the linear head.
+
+    The head runs in autocast's dtype where autocast is on, the softmax in fp32 always.
+    KL(base || now) = sum over the vocabulary of p_base (log p_base - log p_now): what the tuned
+    model loses, in nats, where the base model knew the answer. It is 0 for equal logits, exactly.
+
+    Args:
+        states: [L, D]; weight: [V, D]; targets: [L] int64.
+        base_states, base_weight: the base model's, of the same positions.
+    """
+    num_rows = targets.shape[0]
+    log_prob = torch.empty(num_rows, dtype=torch.float32, device=states.device)
+    is_correct = torch.empty(num_rows, dtype=torch.bool, device=states.device)
+    kl = None if base_states is None else torch.empty_like(log_prob)
+    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    for start in range(0, num_rows, size):
+        rows = slice(start, start + size)
+        log_probs = _log_softmax(states[rows], weight)
+        log_prob[rows] = log_probs.gather(1, targets[rows, None])[:, 0]
+        is_correct[rows] = log_probs.argmax(-1) == targets[rows]
+        if kl is not None:
+            assert base_states is not None and base_weight is not None
+            base = _log_softmax(base_states[rows], base_weight)
+            kl[rows] = (base.exp() * (base - log_probs)).sum(-1)
+    return Scores(log_prob, is_correct, kl)
+
+
+def _log_softmax(states: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(states.to(weight.dtype), weight).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def score_pack(
+    model: SmolLM2ForCausalLM,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    base: BaseModel | None = None,
+) -> DocumentScores:
+    """Runs the model on a pack, and `base` too where it is given, and sums by document.
+
+    Args:
+        model: in evaluation mode; the pack's tensors are on its device.
+        input_ids, position_ids, labels: [1, T]; cu_seqlens: [N+1] int32.
+        base: the same shape of model, before training.
+    """
+    pack = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "labels": labels,
+    }
+    base_states, base_weight = None, None
+    if base is not None:
+        with base() as before:
+            base_states, _, _ = before.states_at_labels(**pack)
+            base_weight = before.head_weight
+    states, targets, positions = model.states_at_labels(**pack)
+    scores = score_positions(
+        states,
+        model.head_weight,
+        targets,
+        base_states=base_states,
+        base_weight=base_weight,
+    )
+    # Summed on the CPU: in one order, whatever the device, and in float64, whatever the length.
+    ends = cu_seqlens[1:].cpu().long()
+    document = torch.searchsorted(ends, positions.cpu() + 1, right=True)
+
+    def by_document(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        sums = torch.zeros(len(ends), dtype=dtype)
+        return sums.index_add_(0, document, values.cpu().to(dtype))
+
+    return DocumentScores(
+        log_prob=by_document(scores.log_prob),
+        num_tokens=by_document(torch.ones_like(targets), torch.int64),
+        num_correct=by_document(scores.is_correct, torch.int64),
+        kl=None if scores.kl is None else by_document(scores.kl),
+    )
