@@ -18,6 +18,15 @@ def gsm8k(row: Mapping[str, str]) -> dict[str, str]:
     return _question_answer(row["question"], row["answer"])
 
 
+def magicoder(row: Mapping[str, str]) -> dict[str, str]:
+    """ise-uiuc/Magicoder-Evol-Instruct-110K: columns `instruction` and `response`.
+
+    Put as Magicoder puts them (arXiv 2312.02120), without its opening sentence.
+    """
+    prompt = f"@@ Instruction\n{row['instruction']}\n\n@@ Response\n"
+    return {"prompt": prompt, "response": row["response"]}
+
+
 def _question_answer(question: str, answer: str) -> dict[str, str]:
     # The space belongs to the answer: a prompt that ends in one is tokenised unlike running text.
     return {"prompt": f"Question: {question}\nAnswer:", "response": f" {answer}"}
