@@ -1,0 +1,53 @@
+"""How many items or seeds a difference needs: 80 % power, two-sided 5 %.
+
+Planning figures from the observed difference: where that is itself noise, so are they.
+"""
+
+import math
+
+from foundry_ext.compare.distributions import normal_quantile, t_quantile
+
+POWER = 0.8
+ALPHA = 0.05
+MOST = 10_000_000
+
+
+def pairs_needed(difference: float, deviation: float) -> int | None:
+    """Pairs (seeds, or items) for a paired t test to find a mean `difference`.
+
+    `deviation` is the standard deviation of the paired differences. None where no number up to ten
+    million would do. n = ((t_{1 - alpha/2} + t_{power}) deviation / difference)^2 with n - 1
+    degrees of freedom, the least n that satisfies it.
+    """
+    if difference == 0:
+        return None
+    if deviation == 0:
+        return 2
+    ratio = abs(deviation / difference)
+    z = normal_quantile(1 - ALPHA / 2) + normal_quantile(POWER)
+    if (z * ratio) ** 2 > MOST:
+        return None
+
+    def enough(n: int) -> bool:
+        df = n - 1
+        return n >= ((t_quantile(1 - ALPHA / 2, df) + t_quantile(POWER, df)) * ratio) ** 2
+
+    n = max(2, math.ceil((z * ratio) ** 2))  # never too many: t quantiles are above the normal's
+    while not enough(n):
+        n += 1
+    return n
+
+
+def mcnemar_items_needed(only_first: int, only_second: int, num_items: int) -> int | None:
+    """Items for McNemar's test to find the observed discordance (Connor 1987, Biometrics 43).
+
+    n = (z_{1 - alpha/2} sqrt(psi) + z_{power} sqrt(psi - delta^2))^2 / delta^2, with psi the share of
+    discordant items and delta the difference of the two shares.
+    """
+    delta = abs(only_first - only_second) / num_items
+    if delta == 0:
+        return None
+    psi = (only_first + only_second) / num_items
+    z_alpha, z_power = normal_quantile(1 - ALPHA / 2), normal_quantile(POWER)
+    needed = ((z_alpha * math.sqrt(psi) + z_power * math.sqrt(psi - delta**2)) / delta) ** 2
+    return math.ceil(needed) if needed <= MOST else None
