@@ -24,26 +24,30 @@ def adaptable_modules(model: nn.Module) -> list[str]:
     return [name for name, module in modules if isinstance(module, nn.Linear | nn.Embedding)]
 
 
-def load_adapter(model: SmolLM2ForCausalLM, path: str) -> PeftModelForCausalLM:
-    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find."""
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
+    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find.
+
+    Raises:
+        ValueError: an adapter that is not supported or does not fit the model.
+    """
     config = PeftConfig.from_pretrained(path)
     try:
         methods.check(config.to_dict(), adaptable_modules(model))
     except ValueError as error:
-        raise ValueError(f"pretrained_lora_id_or_path: {path}: {error}") from error
+        raise ValueError(f"adapter {path}: {error}") from error
     assert isinstance(config, LoraConfig)
     if config.init_lora_weights == "pissa":
         raise ValueError(
-            f"pretrained_lora_id_or_path: {path} needs the residual of its own base model, which a"
-            " saved PiSSA adapter does not hold; export it with foundry-ext, which writes a LoRA"
+            f"adapter {path} needs the residual of its own base model, which a saved PiSSA adapter"
+            " does not hold; export its checkpoint with foundry-ext, which writes a LoRA"
         )
     config.inference_mode = False
     adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
     report = adapted.load_adapter(path, "default", is_trainable=True)
     if report.missing_keys or report.unexpected_keys:
         raise ValueError(
-            f"pretrained_lora_id_or_path: {path} does not fit the model: missing"
-            f" {report.missing_keys[:3]}, left over {report.unexpected_keys[:3]}"
+            f"adapter {path} does not fit the model: missing {report.missing_keys[:3]}, left over"
+            f" {report.unexpected_keys[:3]}"
         )
     return adapted
 
@@ -67,8 +71,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
         ValueError: not a whole checkpoint of a smollm2_packed model, `out` in use, or weights that
             do not fit the saved configuration.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name another folder or remove it")
+    refuse_folder_in_use(out)
     state = _load_state(checkpoint)
     try:
         saved, weights = state["integrations"]["huggingface"], state["model"]
@@ -100,6 +103,12 @@ def write_folder(
         model.save_pretrained(str(folder), **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def refuse_folder_in_use(out: Path) -> None:
+    """Raises ValueError unless `out` is new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name another folder or remove it")
 
 
 class Scratch:

@@ -235,7 +235,10 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             load_generation_config(model, pretrained_model_name_or_path)
         if pretrained_lora_id_or_path is None:
             return model
-        return load_adapter(model, pretrained_lora_id_or_path)
+        try:
+            return load_adapter(model, pretrained_lora_id_or_path)
+        except ValueError as error:
+            raise ValueError(f"pretrained_lora_id_or_path: {error}") from error
 
     def transform_model(self, model: Any) -> Any:
         """Leaves the model as it is, and keeps its names for `get_peft_config`, called next."""
