@@ -70,8 +70,9 @@ class Forgetting(Callback):
                 " checkpoints afterwards"
             )
         model = _composer_model(state)
-        inner = model.inner_model
-        self.sets = build_sets(self.settings, model.tokenizer, inner.config.max_position_embeddings)
+        inner, tokenizer = model.inner_model, model.tokenizer
+        assert tokenizer is not None
+        self.sets = build_sets(self.settings, tokenizer, inner.config.max_position_embeddings)
         if any(isinstance(one, DocumentsSettings) and one.kl for one in self.settings):
             self.base_fingerprint = weights_fingerprint(inner)
             adapted = model.model

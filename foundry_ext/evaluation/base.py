@@ -52,13 +52,17 @@ class BaseCopy:
 
 @torch.no_grad()
 def weights_fingerprint(model: SmolLM2ForCausalLM) -> str:
-    """Of some elements of every weight but an adapter's: enough to tell base models apart."""
+    """Of some elements of every weight that no adapter is on: enough to tell base models apart.
+
+    Those under an adapter are left out, for PiSSA changes them, to the last bit only on one
+    machine.
+    """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or ".base_layer." in name:
             continue
         elements = weight.flatten()
         chosen = elements[:: max(1, len(elements) // 64)].float().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)}".encode())
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(chosen.numpy().tobytes())
     return digest.hexdigest()[:16]

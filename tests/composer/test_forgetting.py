@@ -153,6 +153,23 @@ def test_training_does_not_notice(world, measured, tmp_path, method):
     assert run.trainer.state.model.training
 
 
+def test_pissa_is_measured_against_the_true_base(world, sets, tmp_path):
+    """Its base layers hold a residual: switched off, the adapter would leave half a model."""
+    pissa = {**kit.LORA, "init_lora_weights": "pissa"}
+    run = kit.run(
+        config(
+            world,
+            tmp_path,
+            "lora",
+            {"source": sets["source"]},
+            model__peft_config=pissa,
+            max_duration="3ba",
+        )
+    )
+    first, last = callback(run).evaluations
+    assert first["metrics"]["source/kl"] == 0 < last["metrics"]["source/kl"]
+
+
 def test_step_0_is_measured_without_eval_first(world, sets, measured, tmp_path):
     run = kit.run(
         config(
