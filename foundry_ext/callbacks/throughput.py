@@ -1,14 +1,19 @@
 """Throughput in real tokens, packing fill, and what the data lost: what a padded counter hides."""
 
-import time
 from collections import deque
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from foundry_ext.data import batch as packs
-from foundry_ext.data.dataloader import PackedDataset
+from foundry_ext.callbacks.meter import (
+    Counts,
+    Meter,
+    over_ranks,
+    packed_dataset,
+    total,
+    utilisation,
+)
 
 
 class PackedThroughput(Callback):
@@ -16,6 +21,8 @@ class PackedThroughput(Callback):
 
     - `throughput/real_tokens_per_sec`, `throughput/loss_tokens_per_sec`,
       `throughput/documents_per_sec` and `throughput/device/real_tokens_per_sec`,
+    - `throughput/waiting_for_data`: share of the time, 0 to 1,
+    - `throughput/device/mfu` where the GPU's peak is known, see models/flops.py,
     - `packing/fill`: real tokens over pack capacity, `packing/documents_per_pack`,
     - once, `data/<outcome>`: documents kept, truncated, split or dropped, and tokens cut.
 
@@ -28,47 +35,41 @@ class PackedThroughput(Callback):
     def __init__(self, window_size: int = 20):
         if window_size < 1:
             raise ValueError(f"packed_throughput.window_size: {window_size} is below 1")
-        # (seconds, real tokens, loss tokens, documents, packs) of this rank
-        self.history: deque[tuple[float, int, int, int, int]] = deque(maxlen=window_size)
-        self.started: float | None = None
-        self.warmed_up = False
+        self.history: deque[Counts] = deque(maxlen=window_size)  # of this rank
+        self.meter = Meter()
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        dataset = getattr(state.train_dataloader, "dataset", None)
-        if not isinstance(dataset, PackedDataset):
-            raise ValueError("packed_throughput counts packs: use it with a packed_* train loader")
+        dataset = packed_dataset(state, "packed_throughput")
         self.capacity = dataset.sampler.capacity
         counts = dataset.documents.counts
         logger.log_metrics({f"data/{outcome}": count for outcome, count in counts.items()})
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        self.started = time.perf_counter()
+        self.meter.before_dataloader()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self.meter.after_dataloader()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        assert self.started is not None
-        # Composer has waited for the step: it reads the loss before this event.
-        seconds = time.perf_counter() - self.started
-        if not self.warmed_up:  # kernels are loaded and compiled in the first batch
-            self.warmed_up = True
-            return
-        tokens = packs.num_tokens(state.batch)
-        counted = (tokens["total"], tokens["loss_generating"], packs.num_documents(state.batch))
-        self.history.append((seconds, *counted, len(state.batch)))
-        self._log(logger)
+        counts, first = self.meter.batch_end(state.batch)
+        if not first:
+            self.history.append(counts)
+            self._log(state, logger)
 
-    def _log(self, logger: Logger) -> None:
-        seconds, *counts = (sum(column) for column in zip(*self.history, strict=True))
-        ranks = dist.all_gather_object((seconds, *counts))
-        # Ranks wait for one another, so the slowest one's time is everybody's.
-        slowest = max(rank[0] for rank in ranks)
-        real, loss, documents, num_packs = (sum(rank[i] for rank in ranks) for i in range(1, 5))
+    def _log(self, state: State, logger: Logger) -> None:
+        counts = over_ranks(total(self.history))
+        mfu = utilisation(state, counts)
         logger.log_metrics(
             {
-                "throughput/real_tokens_per_sec": real / slowest,
-                "throughput/loss_tokens_per_sec": loss / slowest,
-                "throughput/documents_per_sec": documents / slowest,
-                "throughput/device/real_tokens_per_sec": real / slowest / len(ranks),
-                "packing/fill": real / (num_packs * self.capacity),
-                "packing/documents_per_pack": documents / num_packs,
+                "throughput/real_tokens_per_sec": counts.real_tokens / counts.seconds,
+                "throughput/loss_tokens_per_sec": counts.loss_tokens / counts.seconds,
+                "throughput/documents_per_sec": counts.documents / counts.seconds,
+                "throughput/device/real_tokens_per_sec": (
+                    counts.real_tokens / counts.seconds / dist.get_world_size()
+                ),
+                "throughput/waiting_for_data": counts.waiting / counts.seconds,
+                **({} if mfu is None else {"throughput/device/mfu": mfu}),
+                "packing/fill": counts.real_tokens / (counts.packs * self.capacity),
+                "packing/documents_per_pack": counts.documents / counts.packs,
             }
         )

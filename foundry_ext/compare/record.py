@@ -6,15 +6,16 @@
   run leaves "running" with a dead `pid` and an old `updated`: readers take it as unfinished.
 - `config`: the resolved YAML, secrets redacted. `data`: what was trained on and evaluated on;
   `counts` are documents kept, cut or dropped, and tokens cut. `documents` and `tokens` of a loader
-  are those of one epoch.
+  are those of one epoch; `fingerprint` is of tokens and labels, whatever their order.
 - `tokens`: `slots` computed, filled ones included; `real`; `loss`, those with a label.
 - `time`: wall seconds from the start of training to `updated`, evaluations included, and seconds of
   training steps alone; both without the time between an interruption and its resumption.
 - `throughput`: of the training steps on all devices together, without each process's first step,
-  which compiles; null before there is one. `fill`: real tokens over slots. `mfu`: see
+  which compiles; null before there is one. `fill`: real tokens over the packs' capacity. `mfu`: see
   models/flops.py; null where the device's peak is not known.
 - `evaluations`: by step. Positive `learning` is more learned, positive `forgetting` more forgotten,
-  both against step 0; `metrics` are raw values.
+  both against step 0; `metrics` are raw values, those of Composer's own evaluators under
+  eval/<label>/<metric>.
 - `items`: the per-item file, beside the record.
 
 Values may be NaN: a run that diverged has a record too, and JSON as Python writes it says NaN.

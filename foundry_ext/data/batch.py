@@ -12,9 +12,10 @@ packs, Composer's samples are documents, its tokens are real tokens.
 | `cu_seqlens` | [D+1] int32 | 0 and each document's end; last = T |
 | `max_seqlen` | int | `max_seq_len`, constant over the run |
 | `num_documents`, `num_tokens`, `num_loss_tokens` | int | counted on the CPU, padding excluded |
+| `sum_squared_lengths` | int | over documents, for the FLOPs of attention; padding excluded |
 
 Example, documents `5 6 7` and `8 9` with prompts of one token: input_ids 5 6 7 8 9,
-position_ids 0 1 2 0 1, labels -100 6 7 -100 9, cu_seqlens 0 3 5, counts 2, 5, 3.
+position_ids 0 1 2 0 1, labels -100 6 7 -100 9, cu_seqlens 0 3 5, counts 2, 5, 3, and 9 + 4 = 13.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class Pack(TypedDict):
     num_documents: int
     num_tokens: int
     num_loss_tokens: int
+    sum_squared_lengths: int
 
 
 Batch = Sequence[Pack] | Pack
@@ -60,6 +62,7 @@ def join_packs(packs: Sequence[Pack]) -> Pack:
         num_documents=sum(pack["num_documents"] for pack in packs),
         num_tokens=sum(pack["num_tokens"] for pack in packs),
         num_loss_tokens=sum(pack["num_loss_tokens"] for pack in packs),
+        sum_squared_lengths=sum(pack["sum_squared_lengths"] for pack in packs),
     )
 
 

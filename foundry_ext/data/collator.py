@@ -60,6 +60,7 @@ class PackCollator:
             num_documents=len(documents),
             num_tokens=num_tokens,
             num_loss_tokens=int((labels != IGNORE_INDEX).sum()),
+            sum_squared_lengths=sum(length**2 for length in lengths),
         )
 
     def _num_slots(self, num_tokens: int) -> int:

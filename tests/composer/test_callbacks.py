@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import foundry_ext.callbacks.throughput
+import foundry_ext.callbacks.meter
 from foundry_ext.adapters import export_checkpoint
 from foundry_ext.callbacks.metrics_file import read_metrics
 from foundry_ext.callbacks.throughput import PackedThroughput
@@ -28,7 +28,7 @@ class Clock:
 
 
 def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(foundry_ext.callbacks.throughput, "time", Clock())
+    monkeypatch.setattr(foundry_ext.callbacks.meter, "time", Clock())
     callbacks = {"spy": {}, "packed_throughput": {"window_size": 2}}
     run = kit.run(kit.run_config(world, tmp_path, callbacks=callbacks, save_folder=None))
     counts = []
@@ -38,7 +38,8 @@ def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
         counts.append((sum(len(ids) for ids, _ in documents), labels, len(documents), len(batch)))
     windows = [counts[max(0, end - 2) : end] for end in range(1, len(counts) + 1)]
     sums = [[sum(column) for column in zip(*window, strict=True)] for window in windows]
-    seconds = [0.5 * len(window) for window in windows]
+    # A look before the batch is there, one after it, one at the step's end.
+    seconds = [1.0 * len(window) for window in windows]
     for name, expected in {
         "throughput/real_tokens_per_sec": [s[0] / t for s, t in zip(sums, seconds, strict=True)],
         "throughput/device/real_tokens_per_sec": [
@@ -46,6 +47,7 @@ def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
         ],
         "throughput/loss_tokens_per_sec": [s[1] / t for s, t in zip(sums, seconds, strict=True)],
         "throughput/documents_per_sec": [s[2] / t for s, t in zip(sums, seconds, strict=True)],
+        "throughput/waiting_for_data": [0.5] * len(sums),
         "packing/fill": [s[0] / (64 * s[3]) for s in sums],
         "packing/documents_per_pack": [s[2] / s[3] for s in sums],
         "data/kept": [40],

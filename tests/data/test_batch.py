@@ -28,6 +28,7 @@ def test_worked_example_of_joining():
     assert joined["labels"].tolist() == [[ignored, 6, 7, ignored, 9, ignored, 2]]
     assert joined["cu_seqlens"].tolist() == [0, 3, 5, 7]
     assert (joined["num_documents"], joined["num_tokens"], joined["num_loss_tokens"]) == (3, 7, 4)
+    assert joined["sum_squared_lengths"] == 9 + 4 + 4
     assert joined["max_seqlen"] == 8
 
 
@@ -50,7 +51,7 @@ def test_a_microbatch_is_whole_packs(size, fixed_shape: bool):
         for key in TENSORS:
             whole = torch.cat([pack[key] for pack in members], dim=1)
             torch.testing.assert_close(microbatch[key], whole, rtol=0, atol=0)
-        for key in ("num_documents", "num_tokens", "num_loss_tokens"):
+        for key in ("num_documents", "num_tokens", "num_loss_tokens", "sum_squared_lengths"):
             assert type(microbatch[key]) is int
             assert microbatch[key] == sum(pack[key] for pack in members)
         assert type(microbatch["max_seqlen"]) is int

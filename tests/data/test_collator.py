@@ -32,6 +32,7 @@ def test_worked_example():
     assert pack["labels"].tolist() == [[IGNORE_INDEX, 6, 7, IGNORE_INDEX, 9]]
     assert pack["cu_seqlens"].tolist() == [0, 3, 5]
     assert counts(pack) == (2, 5, 3)
+    assert pack["sum_squared_lengths"] == 9 + 4
 
 
 @pytest.mark.parametrize("fixed_shape", [False, True])
@@ -44,8 +45,11 @@ def test_types(seed: int, fixed_shape: bool):
         assert pack[key].shape == (1, num_slots)
     assert pack["cu_seqlens"].ndim == 1
     # Python ints: a tensor would be waited for, and a changing one recompiled for.
-    for key in ("max_seqlen", "num_documents", "num_tokens", "num_loss_tokens"):
+    keys = ("max_seqlen", "num_documents", "num_tokens", "num_loss_tokens", "sum_squared_lengths")
+    for key in keys:
         assert type(pack[key]) is int
+    lengths = [len(document.input_ids) for document in random_documents(seed, seed)]
+    assert pack["sum_squared_lengths"] == sum(length**2 for length in lengths)  # no filling
     assert pack["max_seqlen"] == MAX_SEQ_LEN
 
 

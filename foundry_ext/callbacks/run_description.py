@@ -1,0 +1,77 @@
+"""What a run is, read off its state: method, data and model, as they stand in its record."""
+
+from typing import Any
+
+from composer.core import State
+
+from foundry_ext.callbacks.forgetting import Forgetting
+from foundry_ext.callbacks.meter import unwrapped
+from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.methods import Method, describe
+
+
+def find(state: State, kind: type) -> Any:
+    """The run's callback of this class, or None."""
+    return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
+
+
+def method_of(state: State) -> Method:
+    """What the run trains, by the adapter on its model."""
+    adapted = getattr(unwrapped(state), "model", None)
+    adapters = getattr(adapted, "peft_config", None)
+    return describe(None if adapters is None else next(iter(adapters.values())).to_dict())
+
+
+def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
+    """A loader's part of `data`; of a mixture, the names and revisions of its sources."""
+    names, revisions = (
+        [str(source[key]) for source in dataset.description if source.get(key) is not None]
+        for key in ("name", "revision")
+    )
+    return {
+        "name": " + ".join(names) or None,
+        "revision": " + ".join(revisions) or None,
+        "fingerprint": dataset.documents.fingerprint,  # the same for every seed and rank
+        "documents": dataset.num_documents,
+        "tokens": int(dataset.documents.lengths.sum()),
+        "counts": dict(dataset.documents.counts),
+    }
+
+
+def evaluation_data(state: State) -> dict[str, Any]:
+    """Of Composer's evaluators as eval/<label>, and of the `forgetting` callback's sets."""
+    found = {}
+    for evaluator in state.evaluators:
+        dataset = getattr(evaluator.dataloader.dataloader, "dataset", None)
+        if isinstance(dataset, PackedDataset):
+            found[f"eval/{evaluator.label}"] = describe_loader(dataset)
+    forgetting = find(state, Forgetting)
+    for one in forgetting.sets if forgetting else ():
+        found[one.settings.name] = one.description
+    return found
+
+
+def describe_model(state: State, config: dict[str, Any], method: Method) -> dict[str, Any]:
+    """The record's `model`.
+
+    Args:
+        config: as llm-foundry logs it, with its counts of parameters, made before anything wraps
+            or shards the model.
+    """
+    targets, init = method.target_modules, method.init
+    if isinstance(init, bool):  # peft's two unnamed ones: B is zero, or both are random
+        init = "default" if init else "random"
+    return {
+        "name": str(config["model"].get("pretrained_model_name_or_path")),
+        "parameters": config["n_params"],
+        "trainable_parameters": config["n_trainable_params"],
+        "rank": method.rank,
+        "alpha": method.alpha,
+        "effective_scale": method.effective_scale,
+        "target_modules": [targets] if isinstance(targets, str) else targets and list(targets),
+        "init": init,
+    }
+
+
+def device_kind(state: State) -> str:
+    return "cuda" if state.device.name == "gpu" else state.device.name
