@@ -16,6 +16,7 @@ HELD_OUT_SHARE = 0.04
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data"}
 _NUM_WRONG = 3
 _CONTEXT_LINES = 4
+_LEAST_WORDS, _MOST_WORDS = 5, 9
 
 
 def standard_library() -> dict[str, list[dict[str, str]]]:
@@ -36,33 +37,39 @@ def _is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-def choices(
-    rows: Sequence[dict[str, str]], count: int, seed: int
-) -> Iterator[dict[str, object]]:
-    """Which line of code comes next? {query, choices, gold}; wrong lines are of other places.
+def choices(rows: Sequence[dict[str, str]], count: int, seed: int) -> Iterator[dict[str, object]]:
+    """In which order do the words of a line stand? {query, choices, gold}.
 
-    Evaluators put a space between query and choice, so lines are indented ones, given with one
-    space less.
+    A line of code or documentation after the lines before it, against the same words shuffled. The
+    choices have nearly the same tokens, so what decides is their order. Evaluators put a space
+    between query and choice; the lines are indented ones, given with one space less.
     """
     rng = random.Random(seed)
     places = [
-        (row["path"], "\n".join(lines[start - _CONTEXT_LINES : start]) + "\n", line[1:])
+        ("\n".join(lines[start - _CONTEXT_LINES : start]) + "\n", line[1:])
         for row in rows
         for lines in [row["text"].splitlines()]
         for start, line in enumerate(lines)
-        if start >= _CONTEXT_LINES and line.startswith("    ") and 10 <= len(line.strip()) <= 50
+        if start >= _CONTEXT_LINES
+        and line.startswith("    ")
+        and _LEAST_WORDS <= len(set(line.split())) <= _MOST_WORDS
     ]
-    for path, query, right in rng.sample(places, min(count, len(places))):
-        wrong: list[str] = []
-        while len(wrong) < _NUM_WRONG:
-            other_path, _, line = rng.choice(places)
-            # Of one indentation, or the depth alone would tell.
-            line = right[: len(right) - len(right.lstrip())] + line.lstrip()
-            if other_path != path and line != right and line not in wrong:
-                wrong.append(line)
-        lines = [right, *wrong]
-        rng.shuffle(lines)
-        yield {"query": query, "choices": lines, "gold": lines.index(right)}
+    for query, right in rng.sample(places, min(count, len(places))):
+        indent, words = right[: len(right) - len(right.lstrip())], right.split()
+        lines = {right.rstrip(): None, **dict.fromkeys(_shuffles(rng, indent, words))}
+        choices = list(lines)
+        rng.shuffle(choices)
+        yield {"query": query, "choices": choices, "gold": choices.index(right.rstrip())}
+
+
+def _shuffles(rng: random.Random, indent: str, words: Sequence[str]) -> Iterator[str]:
+    """`_NUM_WRONG` different orders of the words, none of them the given one."""
+    seen = {tuple(words)}
+    while len(seen) <= _NUM_WRONG:
+        order = tuple(rng.sample(words, len(words)))
+        if order not in seen:
+            seen.add(order)
+            yield indent + " ".join(order)
 
 
 def train_tokenizer(texts: Sequence[str], folder: Path) -> None:

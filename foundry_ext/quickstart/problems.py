@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator
 
 HELD_OUT_SHARE = 0.1
-NUM_WRONG = 3
 
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ines", "Jon")
 _THINGS = ("apples", "books", "coins", "stamps", "shells", "cards", "pens", "stones")
@@ -37,7 +36,11 @@ def problems(part: str, count: int, seed: int) -> Iterator[dict[str, str]]:
 
 
 def choices(count: int, seed: int) -> Iterator[dict[str, object]]:
-    """Multiple choice on held-out problems: {query, choices, gold}; the wrong results are near."""
+    """Which calculation answers a held-out problem? {query, choices, gold}.
+
+    Wrong are the two other signs, and the right sign with one number changed. The result is left
+    out: a million parameters learn to read a problem, not to multiply.
+    """
     rng = random.Random(f"{seed}-choices")
     seen: set[str] = set()
     while len(seen) < count:
@@ -45,14 +48,15 @@ def choices(count: int, seed: int) -> Iterator[dict[str, object]]:
         if not is_held_out(sign, a, b) or question in seen:
             continue
         seen.add(question)
-        right = _result(sign, a, b)
-        near = [right + step for step in (-10, -3, -2, -1, 1, 2, 3, 10) if right + step >= 0]
-        results = [right, *rng.sample(near, NUM_WRONG)]
-        rng.shuffle(results)
+        others = [(other, a, b) for other in _COMPUTE if other != sign]
+        step = rng.choice((-2, -1, 1, 2))
+        others.append((sign, a + step, b) if rng.random() < 0.5 else (sign, a, max(b + step, 1)))
+        options = [(sign, a, b), *others]
+        rng.shuffle(options)
         yield {
             "query": _prompt(question),
-            "choices": [_response(sign, a, b, result).strip() for result in results],
-            "gold": results.index(right),
+            "choices": [f"{left} {op} {right} =" for op, left, right in options],
+            "gold": options.index((sign, a, b)),
         }
 
 
@@ -82,5 +86,3 @@ def _prompt(question: str) -> str:
 
 def _response(sign: str, a: int, b: int, result: int) -> str:
     return f" {a} {sign} {b} = {result}. The answer is {result}."
-
-
