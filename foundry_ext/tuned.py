@@ -5,10 +5,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.llama import LlamaForCausalLM
@@ -16,6 +17,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters import export_checkpoint, load_adapter
 from foundry_ext.models.pretrained import HUB_NAMES
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @contextmanager
@@ -65,8 +68,8 @@ def base_name(folder: Path, given: str | None) -> str:
     return name
 
 
-def load_model(name: str) -> LlamaForCausalLM:
-    """A Llama-shaped model as stock transformers loads it, in fp32, in evaluation mode.
+def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
+    """A Llama-shaped model in fp32 and evaluation mode.
 
     Raises:
         ValueError: not to be had, of another architecture, or with weights missing or left over.
@@ -75,7 +78,7 @@ def load_model(name: str) -> LlamaForCausalLM:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "llama":
             raise ValueError(f"{name} is a {config.model_type} model, not of SmolLM2")
-        loaded: Any = LlamaForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             name, torch_dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
@@ -90,11 +93,11 @@ def load_model(name: str) -> LlamaForCausalLM:
     return model.eval()
 
 
-def load_tuned(folder: Path, base: str) -> LlamaForCausalLM | PeftModel:
+def load_tuned(folder: Path, base: str, kind: type[Model] = LlamaForCausalLM) -> Model | PeftModel:
     """The tuned model in fp32 and evaluation mode, its adapter not merged."""
     if is_adapter(folder):
-        return load_adapter(load_model(base), str(folder)).eval()
-    return load_model(str(folder))
+        return load_adapter(load_model(base, kind), str(folder)).eval()
+    return load_model(str(folder), kind)
 
 
 def load_tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,94 @@
+"""Learning and forgetting along the line from the base model's weights to the tuned ones.
+
+W(alpha) = W + alpha * (W' - W): 0 is the base model, 1 the tuned one, beyond 1 more of the same.
+What is learned early on the line and forgotten late can be kept by stopping short of its end.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foundry_ext.evaluation.configuration import parse_sets
+from foundry_ext.evaluation.measure import build_sets, measure
+from foundry_ext.evaluation.metrics import changes
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.tuned import load_tokenizer
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+def measure_line(
+    base: SmolLM2ForCausalLM,
+    tuned: SmolLM2ForCausalLM,
+    sets: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    base_name: str,
+    alphas: Sequence[float] = ALPHAS,
+) -> list[dict[str, Any]]:
+    """The sets' figures at every alpha, and their changes against alpha 0, as in a run record.
+
+    `tuned` is left with the weights of the last alpha.
+
+    Args:
+        sets: as in callbacks.forgetting.sets.
+        folder, base_name: where the tokenizer is looked for.
+    """
+    settings = parse_sets(sets)
+    tokenizer = load_tokenizer(folder, base_name)
+    built = build_sets(settings, tokenizer, base.config.max_position_embeddings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for model in (base, tuned):
+        nn.Module.to(model, device)
+    end = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
+    line: list[dict[str, Any]] = []
+    for alpha in alphas:
+        set_weights(tuned, base, end, alpha)
+        metrics, _ = measure(built, tuned, lambda: nullcontext(base))
+        start = line[0]["metrics"] if line else metrics
+        line.append({"alpha": alpha, "metrics": metrics, **changes(settings, start, metrics)})
+    return line
+
+
+@torch.no_grad()
+def set_weights(
+    model: SmolLM2ForCausalLM,
+    base: SmolLM2ForCausalLM,
+    end: Mapping[str, torch.Tensor],
+    alpha: float,
+) -> None:
+    """`model`'s weights at `alpha`, all of them; lerp is exact at 0 and at 1."""
+    start = dict(base.named_parameters())
+    for name, weight in model.named_parameters():
+        weight.copy_(torch.lerp(start[name], end[name], alpha))
+
+
+def read_sets(path: Path) -> dict[str, Any]:
+    """The sets of a YAML: `sets`, or callbacks.forgetting.sets of a run's YAML or record.
+
+    Raises:
+        ValueError: there are none, or it is no YAML.
+        FileNotFoundError: there is no such file.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.load(path)
+        for place in ("sets", "callbacks.forgetting.sets", "config.callbacks.forgetting.sets"):
+            found = OmegaConf.select(config, place)
+            if found:
+                sets: Any = OmegaConf.to_container(found, resolve=True)
+                return sets
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    raise ValueError(
+        f"{path}: no evaluation sets; give a file with `sets`, or a run's YAML or record with"
+        " callbacks.forgetting.sets"
+    )
