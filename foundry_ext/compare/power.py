@@ -38,11 +38,21 @@ def pairs_needed(difference: float, deviation: float) -> int | None:
     return n
 
 
+def left_for(difference: float, fixed_error: float, df: int) -> float:
+    """The part of a difference that more seeds have to find while the items' error stays as it is,
+    or the other way round; 0 where that error alone hides the difference.
+
+    The interval adds both half-widths in quadrature, so the squares subtract.
+    """
+    hidden = (t_quantile(1 - ALPHA / 2, df) + t_quantile(POWER, df)) * fixed_error
+    return math.sqrt(max(0.0, difference**2 - hidden**2))
+
+
 def mcnemar_items_needed(only_first: int, only_second: int, num_items: int) -> int | None:
     """Items for McNemar's test to find the observed discordance (Connor 1987, Biometrics 43).
 
-    n = (z_{1 - alpha/2} sqrt(psi) + z_{power} sqrt(psi - delta^2))^2 / delta^2, with psi the share of
-    discordant items and delta the difference of the two shares.
+    n = (z_{1 - alpha/2} sqrt(psi) + z_{power} sqrt(psi - delta^2))^2 / delta^2, with psi the share
+    of discordant items and delta the difference of the two shares.
     """
     delta = abs(only_first - only_second) / num_items
     if delta == 0:

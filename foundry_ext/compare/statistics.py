@@ -11,8 +11,8 @@ seeds, I the number of items; `values` is [I] or [S, I], `weights` [I]. Items ar
 Which interval when:
 
 - fewer than three seeds: BCa bootstrap over items (Efron 1987). It speaks of these runs alone.
-- three seeds or more: `seeds_and_items`, a t interval whose squared standard error is the sum of that
-  of the seeds' means and that of the items, with Satterthwaite's degrees of freedom.
+- three seeds or more: `seeds_and_items`, a t interval of the seeds' means and the bootstrap's error
+  of the items, the two half-widths added in quadrature.
 - no items: a t interval on the seeds' means.
 
 A bootstrap over three seeds resamples only three numbers and is far too narrow, which is why none
@@ -188,7 +188,7 @@ def _half_width(quantile: float, parts: list[tuple[float, int]]) -> float:
 def two_level_bootstrap(
     values: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile limits with seeds and items both resampled (Owen's "pigeonhole" bootstrap, 2007)."""
+    """Percentile limits, seeds and items both resampled (Owen's "pigeonhole" bootstrap, 2007)."""
     values, weights = _checked(values, weights)
     num_seeds, num_items = values.shape
     rng = np.random.default_rng(seed)
@@ -215,7 +215,8 @@ class McNemar:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-    """The exact test on paired outcomes of 0 and 1, [I] each: discordant pairs are Binomial(n, 1/2)."""
+    """The exact test on paired outcomes of 0 and 1, [I] each: the discordant ones fall either way
+    like a fair coin."""
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape or not np.isin([first, second], (0, 1)).all():
         raise ValueError("McNemar's test takes two equally long rows of 0 and 1")

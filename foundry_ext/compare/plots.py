@@ -1,0 +1,244 @@
+"""The report's plots, as PNG and SVG. Colours of Okabe and Ito, a marker a method, no display."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foundry_ext.compare.comparison import Comparison, points
+from foundry_ext.compare.measures import Measure, curve, final_value
+from foundry_ext.compare.runs import Run
+
+# Distinct under the common colour blindnesses, and by marker in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#56B4E9", "#444444")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_FAINT = "#8a8a8a"
+_STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    # Names are shown as they are, whatever is in them; the same figures give the same bytes.
+    "text.parse_math": False,
+    "svg.hashsalt": "foundry-ext",
+    "svg.fonttype": "path",
+}
+
+
+@contextmanager
+def _figure(folder: Path, name: str, size: tuple[float, float], columns: int = 1) -> Iterator[Any]:
+    """Axes to draw on, then folder/name.png and .svg."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        yield axes[0] if columns == 1 else axes
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def styles(labels: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each method, in order."""
+    return {
+        label: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        for i, label in enumerate(labels)
+    }
+
+
+def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
+    """A point per run, the chosen learning rate's mean with its intervals, the Pareto front."""
+    x, y = comparison.learning, comparison.forgetting
+    style = styles(list(comparison.groups))
+    with _figure(folder, "tradeoff", (6.6, 4.6)) as axes:
+        front = [
+            (point.learning * x.scale, point.forgetting * y.scale) for point in comparison.front
+        ]
+        axes.step(
+            *zip(*front, strict=True),
+            where="post",
+            color=_FAINT,
+            linestyle=(0, (4, 3)),
+            linewidth=1.1,
+            label="Pareto front",
+            zorder=1,
+        )
+        axes.plot(0, 0, marker="*", markersize=10, color="#222222", linestyle="", zorder=3)
+        axes.annotate("base model", (0, 0), (7, 5), textcoords="offset points", fontsize=8)
+        for label, runs in comparison.groups.items():
+            own = style[label]
+            values = [
+                (final_value(run, x) * x.scale, final_value(run, y) * y.scale) for run in runs
+            ]
+            axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **own)
+            _mean_with_intervals(axes, comparison, label, own)
+        for point in points(comparison.groups, x, y):
+            axes.annotate(
+                f"{point.learning_rate:g}",
+                (point.learning * x.scale, point.forgetting * y.scale),
+                (5, -9),
+                textcoords="offset points",
+                fontsize=6.5,
+                color=_FAINT,
+            )
+        _label_axes(axes, x, y)
+        axes.set_title(
+            "better: to the right (learns more) and down (forgets less)", color="#555555"
+        )
+        axes.legend(loc="upper left")
+        axes.margins(0.08)
+
+
+def _mean_with_intervals(axes: Any, comparison: Comparison, label: str, own: Mapping) -> None:
+    x, y = (comparison.summary(label, one) for one in (comparison.learning, comparison.forgetting))
+    bars = {}
+    for name, summary in (("xerr", x), ("yerr", y)):
+        if summary.interval is not None:
+            scale = summary.measure.scale
+            below, above = summary.mean - summary.interval.low, summary.interval.high - summary.mean
+            bars[name] = [[max(0.0, below) * scale], [max(0.0, above) * scale]]
+    axes.errorbar(
+        x.mean * x.measure.scale,
+        y.mean * y.measure.scale,
+        **bars,
+        markersize=8,
+        capsize=3,
+        elinewidth=1.2,
+        markeredgecolor="#222222",
+        markeredgewidth=0.8,
+        linestyle="",
+        label=f"{label}, lr {comparison.best[label].learning_rate:g}",
+        zorder=4,
+        **own,
+    )
+
+
+def plot_curves(comparison: Comparison, folder: Path) -> None:
+    """Learning and forgetting against real tokens, at the chosen learning rates."""
+    style = styles(list(comparison.groups))
+    with _figure(folder, "curves", (7.6, 3.4), columns=2) as both:
+        for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
+            for label, runs in comparison.chosen.items():
+                own = style[label]
+                curves = [curve(run, measure) for run in runs]
+                for one in curves:
+                    axes.plot(
+                        one[:, 0], one[:, 1] * measure.scale, color=own["color"], alpha=0.3, lw=0.8
+                    )
+                mean = np.mean(curves, axis=0)
+                axes.plot(mean[:, 0], mean[:, 1] * measure.scale, markersize=5, label=label, **own)
+            axes.set_xlabel("real tokens")
+            axes.xaxis.set_major_formatter(_thousands)
+            axes.set_ylabel(f"{measure.subject}, {measure.unit}")
+            better = "higher" if measure.role == "learning" else "lower"
+            axes.set_title(f"{measure.role}: {better} is better")
+        both[0].legend(loc="best")
+
+
+def plot_learning_rates(comparison: Comparison, folder: Path) -> None:
+    """Final learning and forgetting by learning rate; the chosen one ringed, an edge marked."""
+    style = styles(list(comparison.groups))
+    with _figure(folder, "learning_rates", (7.6, 3.6), columns=2) as both:
+        for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
+            for label, runs in comparison.groups.items():
+                _rate_response(axes, comparison, label, runs, measure, style[label])
+            axes.set_xscale("log")
+            axes.set_xlabel("learning rate")
+            axes.set_ylabel(f"{measure.subject}, {measure.unit}")
+            better = "higher" if measure.role == "learning" else "lower"
+            axes.set_title(f"{measure.role}: {better} is better")
+            axes.margins(0.1, 0.14)
+        both[0].legend(loc="best", fontsize=8)
+
+
+def _rate_response(
+    axes: Any,
+    comparison: Comparison,
+    label: str,
+    runs: Sequence[Run],
+    measure: Measure,
+    own: Mapping,
+) -> None:
+    by_rate: dict[float, list[float]] = {}
+    for run in runs:
+        by_rate.setdefault(run.learning_rate, []).append(final_value(run, measure) * measure.scale)
+    rates = sorted(by_rate)
+    for rate in rates:
+        axes.scatter(
+            [rate] * len(by_rate[rate]), by_rate[rate], s=12, alpha=0.4, linewidths=0, **own
+        )
+    means = {rate: float(np.mean(by_rate[rate])) for rate in rates}
+    axes.plot(rates, list(means.values()), markersize=5, label=label, **own)
+    best = comparison.best[label]
+    at = (best.learning_rate, means[best.learning_rate])
+    axes.plot(
+        *at, marker="o", markersize=13, markerfacecolor="none", color=own["color"], linestyle=""
+    )
+    if best.edge is not None:
+        axes.annotate(
+            "edge of\nthe grid",
+            at,
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=own["color"],
+        )
+
+
+def plot_differences(comparison: Comparison, folder: Path) -> None:
+    """Every pair's difference with its interval; filled where it is distinguishable from 0."""
+    measures = (comparison.learning, comparison.forgetting)
+    rows = len(comparison.pairs_of(measures[0]))
+    with _figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as both:
+        for axes, measure in zip(both, measures, strict=True):
+            pairs = comparison.pairs_of(measure)
+            for row, pair in enumerate(reversed(pairs)):
+                filled = "#222222" if pair.is_distinguishable else "white"
+                if pair.interval is not None:
+                    limits = np.array([pair.interval.low, pair.interval.high]) * measure.scale
+                    axes.plot(limits, [row, row], color="#222222", linewidth=1.3, zorder=2)
+                axes.plot(
+                    pair.difference * measure.scale,
+                    row,
+                    marker="o",
+                    markersize=6,
+                    color="#222222",
+                    markerfacecolor=filled,
+                    zorder=3,
+                )
+            names = [f"{pair.first} − {pair.second}" for pair in reversed(pairs)]
+            axes.set_yticks(range(rows), names if axes is both[0] else [""] * rows)
+            axes.set_ylim(-0.6, rows - 0.4)
+            axes.axvline(0, color="#555555", linewidth=0.9)
+            axes.grid(axis="y", visible=False)
+            axes.set_xlabel(f"difference in {measure.subject}, {measure.unit}")
+            axes.set_title(measure.role)
+
+
+def _label_axes(axes: Any, x: Measure, y: Measure) -> None:
+    axes.set_xlabel(f"learning: {x.subject}, {x.unit} →")
+    axes.set_ylabel(f"forgetting: {y.subject}, {y.unit} →")
+
+
+def _thousands(value: float, _position: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

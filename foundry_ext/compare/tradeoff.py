@@ -1,0 +1,111 @@
+"""Learning against forgetting: the Pareto front, and forgetting at matched learning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from foundry_ext.compare.measures import Measure, curve, final_value
+from foundry_ext.compare.runs import Run
+from foundry_ext.compare.statistics import MIN_SEEDS, Interval, over_seeds
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (learning, forgetting) points that none beats in both, by rising learning.
+
+    Equal points are all on the front.
+    """
+    front = [
+        index
+        for index, (learned, forgot) in enumerate(points)
+        if not any(
+            other[0] >= learned and other[1] <= forgot and other != (learned, forgot)
+            for other in points
+        )
+    ]
+    return sorted(front, key=lambda index: points[index])
+
+
+def first_crossing(path: np.ndarray, level: float) -> float | None:
+    """Forgetting where a path first reaches a learning level, linear between its points.
+
+    Args:
+        path: [n, 2], learning and forgetting in the order of the path.
+
+    Returns:
+        None where the level lies outside the path: nothing is extrapolated.
+    """
+    learned, forgot = path[:, 0], path[:, 1]
+    for index in range(len(path)):
+        if learned[index] == level:
+            return float(forgot[index])
+        step = learned[index - 1 : index + 1]
+        if index and min(step) < level < max(step):
+            share = (level - step[0]) / (step[1] - step[0])
+            return float(forgot[index - 1] + share * (forgot[index] - forgot[index - 1]))
+    return None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One method's forgetting at one level of learning."""
+
+    by_seed: Mapping[int, float]
+    """Over the evaluations of each seed's run at the chosen learning rate; seeds that do not reach
+    the level are not in it."""
+    num_seeds: int
+    mean: float | None
+    """Of all seeds; None where one of them does not reach the level."""
+    interval: Interval | None
+    """Over seeds, where there are three or more."""
+    over_rates: float | None
+    """Over the ends of runs with rising learning rates; None where the level lies outside."""
+
+
+def matched(
+    chosen: Sequence[Run],
+    every: Sequence[Run],
+    learning: Measure,
+    forgetting: Measure,
+    level: float,
+) -> Matched:
+    """Of a method's runs at its chosen learning rate, one a seed, and of all its runs."""
+    by_seed = {}
+    for run in chosen:
+        crossing = first_crossing(_path(run, learning, forgetting), level)
+        if crossing is not None:
+            by_seed[run.seed] = crossing
+    complete = len(by_seed) == len(chosen)
+    values = list(by_seed.values())
+    return Matched(
+        by_seed=by_seed,
+        num_seeds=len(chosen),
+        mean=float(np.mean(values)) if complete else None,
+        interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
+        over_rates=first_crossing(rate_path(every, learning, forgetting), level),
+    )
+
+
+def rate_path(runs: Sequence[Run], learning: Measure, forgetting: Measure) -> np.ndarray:
+    """[learning rates, 2]: mean final learning and forgetting, by rising learning rate."""
+    points: dict[float, list[tuple[float, float]]] = {}
+    for run in runs:
+        point = (final_value(run, learning), final_value(run, forgetting))
+        points.setdefault(run.learning_rate, []).append(point)
+    return np.array([np.mean(points[rate], axis=0) for rate in sorted(points)])
+
+
+def levels(chosen: Mapping[str, Sequence[Run]], learning: Measure) -> list[float]:
+    """Learning to match at: what every run reaches at some evaluation, half of that, and 95 % of
+    the most that a method ends with. Empty where a run never learns anything."""
+    reached = min(
+        float(np.nanmax(curve(run, learning)[:, 1])) for runs in chosen.values() for run in runs
+    )
+    most = max(np.mean([final_value(run, learning) for run in runs]) for runs in chosen.values())
+    if reached <= 0:
+        return []
+    return [reached / 2, reached] + ([0.95 * float(most)] if 0.95 * most > reached else [])
+
+
+def _path(run: Run, learning: Measure, forgetting: Measure) -> np.ndarray:
+    return np.stack([curve(run, learning)[:, 1], curve(run, forgetting)[:, 1]], 1)
