@@ -26,6 +26,7 @@ from torch import Tensor
 
 from foundry_ext import methods
 from foundry_ext.compare.record import read_record
+from foundry_ext.evaluation.configuration import SetSettings
 from foundry_ext.interpolation import measure_line
 from foundry_ext.merge import lora_layers, merge_weights, merged_weight
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
@@ -64,15 +65,15 @@ def analyse(
     path: Path,
     *,
     base: str | None = None,
-    sets: dict[str, Any] | None = None,
+    sets: Sequence[SetSettings] | None = None,
 ) -> dict[str, Any]:
     """Everything that `foundry-ext analyse` writes.
 
     Args:
         path: a model folder, an adapter folder, or a Composer checkpoint of either.
         base: the base model; None if the adapter, or the run record above `path`, names it.
-        sets: evaluation sets as in callbacks.forgetting.sets, measured along the line from the
-            base to the tuned weights; None leaves the line out.
+        sets: evaluation sets, measured along the line from the base to the tuned weights; None
+            leaves the line out.
 
     Raises:
         ValueError: nothing to analyse, no base model, or one of another shape.

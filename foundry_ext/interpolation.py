@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foundry_ext.evaluation.configuration import parse_sets
+from foundry_ext.evaluation.configuration import SetSettings
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import changes
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
@@ -24,7 +24,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 def measure_line(
     base: SmolLM2ForCausalLM,
     tuned: SmolLM2ForCausalLM,
-    sets: Mapping[str, Mapping[str, Any]],
+    settings: Sequence[SetSettings],
     folder: Path,
     base_name: str,
     alphas: Sequence[float] = ALPHAS,
@@ -34,10 +34,9 @@ def measure_line(
     `tuned` is left with the weights of the last alpha.
 
     Args:
-        sets: as in callbacks.forgetting.sets.
+        settings: the sets to measure, in fp32.
         folder, base_name: where the tokenizer is looked for.
     """
-    settings = parse_sets(sets)
     tokenizer = load_tokenizer(folder, base_name)
     built = build_sets(settings, tokenizer, base.config.max_position_embeddings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,31 +63,3 @@ def set_weights(
     start = dict(base.named_parameters())
     for name, weight in model.named_parameters():
         weight.copy_(torch.lerp(start[name], end[name], alpha))
-
-
-def read_sets(path: Path) -> dict[str, Any]:
-    """The sets of a YAML: `sets`, or callbacks.forgetting.sets of a run's YAML or record.
-
-    Raises:
-        ValueError: there are none, or it is no YAML.
-        FileNotFoundError: there is no such file.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        config = OmegaConf.load(path)
-        for place in ("sets", "callbacks.forgetting.sets", "config.callbacks.forgetting.sets"):
-            found = OmegaConf.select(config, place)
-            if found:
-                sets: Any = OmegaConf.to_container(found, resolve=True)
-                return sets
-    except (YAMLError, OmegaConfBaseException, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
-    raise ValueError(
-        f"{path}: no evaluation sets; give a file with `sets`, or a run's YAML or record with"
-        " callbacks.forgetting.sets"
-    )

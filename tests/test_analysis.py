@@ -19,15 +19,17 @@ from foundry_ext.analysis import (
     singular_values_of_product,
 )
 from foundry_ext.cli import main
+from foundry_ext.compare.record import new_record, write_record
 from foundry_ext.evaluation.configuration import parse_sets
 from foundry_ext.evaluation.measure import build_sets, measure
-from foundry_ext.interpolation import ALPHAS, measure_line, read_sets
+from foundry_ext.interpolation import ALPHAS, measure_line
 from foundry_ext.merge import merge
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.tuned import load_model
 from tests.composer import kit
 
 OUT, IN = 48, 32
+NO_DATA = {"documents": 0, "tokens": 0, "counts": {}}
 
 
 def orthonormal(rows, columns, seed):
@@ -216,7 +218,7 @@ def test_the_line_s_ends_are_base_and_tuned(world, saved, sets, tmp_path):
     )
     built = build_sets(parse_sets(sets), kit.load_tokenizer(world), 128)
     expected = [measure(built, m, lambda: nullcontext(base))[0] for m in (base, tuned)]
-    line = measure_line(base, tuned, sets, tmp_path / "merged", str(world.base))
+    line = measure_line(base, tuned, parse_sets(sets), tmp_path / "merged", str(world.base))
     assert [point["alpha"] for point in line] == list(ALPHAS)
     by_alpha = {point["alpha"]: point for point in line}
     assert by_alpha[0]["metrics"] == expected[0]
@@ -238,25 +240,6 @@ def test_the_line_s_ends_are_base_and_tuned(world, saved, sets, tmp_path):
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_sets_are_read_from_where_they_are(tmp_path):
-    path, sets = tmp_path / "x.yaml", {"a": {"role": "learning", "path": "${folder}/a.jsonl"}}
-    for nested in (
-        {"sets": sets},
-        {"callbacks": {"forgetting": {"sets": sets}}},
-        {"config": {"callbacks": {"forgetting": {"sets": sets}}}},
-    ):
-        path.write_text(json.dumps({"folder": "data", **nested}))  # JSON is YAML
-        assert read_sets(path)["a"]["path"] == "data/a.jsonl"
-    path.write_text("callbacks: {}")
-    with pytest.raises(ValueError, match="no evaluation sets; give a file"):
-        read_sets(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as YAML"):
-        read_sets(path)
-    with pytest.raises(FileNotFoundError):
-        read_sets(tmp_path / "nowhere.yaml")
-
-
 def test_the_analysis_lies_beside_the_run_s_record(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -265,6 +248,35 @@ def test_the_analysis_lies_beside_the_run_s_record(tmp_path):
     (run / "record.json").touch()
     for model in (run / "hf", run / "checkpoints" / "latest.pt", run):
         assert default_output(model) == run / "analysis.json"
+
+
+def test_the_base_of_a_full_model_stands_in_its_run_s_record(world, tmp_path):
+    merged = LlamaForCausalLM.from_pretrained(world.base)
+    merged.save_pretrained(tmp_path / "hf")
+    model = {"pretrained_model_name_or_path": str(world.base)}
+    record = new_record(
+        run_name="x",
+        experiment="x",
+        method="full",
+        seed=1,
+        learning_rate=0.1,
+        config={"model": model},
+        environment={
+            **{"python": "3.11", "packages": {}, "commit": None, "dirty": None},
+            **{"device": "cpu", "device_kind": "cpu", "world_size": 1},
+        },
+        data={"train": dict.fromkeys(("name", "revision", "fingerprint")) | NO_DATA, "eval": {}},
+        model={
+            **{"name": "x", "parameters": 1, "trainable_parameters": 1},
+            **dict.fromkeys(("rank", "alpha", "effective_scale", "target_modules", "init")),
+        },
+    )
+    write_record(tmp_path / "record.json", record)
+    assert main(["analyse", str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "analysis.json").read_text())["base"] == str(world.base)
+    record["config"]["model"]["pretrained"] = False  # random weights: there is nothing to compare
+    write_record(tmp_path / "record.json", record)
+    assert main(["analyse", str(tmp_path / "hf")]) == 2
 
 
 def test_the_command(world, saved, sets, tmp_path, capsys):

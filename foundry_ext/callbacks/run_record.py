@@ -97,6 +97,9 @@ class RunRecord(Callback):
             items=self._items(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])
+        sizes = ("trainable_parameters", "effective_scale")
+        found = {f"model/{key}": self.record["model"][key] for key in sizes}
+        logger.log_metrics({key: value for key, value in found.items() if value is not None})
         self._write()
 
     def _items(self, state: State) -> str | None:

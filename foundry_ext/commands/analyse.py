@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sets",
         type=Path,
         metavar="FILE",
-        help="measure along the line from base to tuned weights: a YAML with sets, or a run's"
-        " YAML or record",
+        help="measure along the line from base to tuned weights: a YAML with `sets`, or a run's"
+        " own YAML",
     )
     parser.add_argument(
         "--out",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.analysis import analyse, default_output, write_analysis
-    from foundry_ext.interpolation import read_sets
+    from foundry_ext.evaluation.afterwards import read_sets
 
     sets = read_sets(arguments.sets) if arguments.sets else None
     analysis = analyse(arguments.model, base=arguments.base, sets=sets)
