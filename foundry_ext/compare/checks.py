@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foundry_ext.compare.fairness import Difference, differences
+from foundry_ext.compare.measures import KINDS
 from foundry_ext.compare.runs import Run
 
 # Seeds need not be the same: only those that two methods share are paired. Ranks make groups.
@@ -100,16 +101,26 @@ def _unequal_tokens(named: Mapping[str, Run]) -> list[Difference]:
 def _unequal_base(named: Mapping[str, Run]) -> list[Difference]:
     """Step 0 is the base model's: every run must start from the same values."""
     found = []
-    metrics = {name: run.first["metrics"] for name, run in named.items()}
+    metrics = {
+        name: {
+            key: run.first["metrics"][key] for key in run.first["metrics"] if _kind(key) in KINDS
+        }
+        for name, run in named.items()
+    }
     for key in dict.fromkeys(key for own in metrics.values() for key in own):
         values = {name: own[key] for name, own in metrics.items() if key in own}
         largest, smallest = max(values.values()), min(values.values())
-        is_loss = key.rpartition("/")[2] in ("loss", "kl")
+        is_loss = _kind(key) in ("loss", "kl")
         allowed = _RELATIVE * max(1.0, abs(largest)) if is_loss else _ACCURACY
         if not largest - smallest <= allowed:
             rounded = {name: float(f"{value:.4g}") for name, value in values.items()}
             found.append(Difference(f"base.{key}", rounded))
     return found
+
+
+def _kind(key: str) -> str:
+    """Of a raw metric, <set>/<kind>."""
+    return key.rpartition("/")[2]
 
 
 def _sentence(difference: Difference, most: int = 3) -> str:

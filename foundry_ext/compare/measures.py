@@ -12,7 +12,7 @@ import numpy as np
 from foundry_ext.compare.runs import Run
 
 MEAN_ACCURACY = "mean_accuracy"
-_KINDS = ("strict_match", "flexible_extract", "acc_norm", "acc", "loss", "kl")
+KINDS = ("strict_match", "flexible_extract", "acc_norm", "acc", "loss", "kl")
 _CHOICE = ("acc", "acc_norm")
 
 
@@ -30,7 +30,7 @@ class Measure:
         """loss, kl, acc, acc_norm, strict_match, flexible_extract; acc for the mean accuracy."""
         if self.key == MEAN_ACCURACY:
             return "acc"
-        return next((kind for kind in _KINDS if self.key.endswith(f"_{kind}")), "")
+        return next((kind for kind in KINDS if self.key.endswith(f"_{kind}")), "")
 
     @property
     def set_name(self) -> str:
@@ -39,7 +39,7 @@ class Measure:
     @property
     def is_binary(self) -> bool:
         """Whether an item is right or wrong."""
-        return self.kind in _KINDS[:4] and self.key != MEAN_ACCURACY
+        return self.kind in KINDS[:4] and self.key != MEAN_ACCURACY
 
     @property
     def unit(self) -> str:

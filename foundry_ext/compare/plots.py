@@ -89,13 +89,17 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
             axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **own)
             _mean_with_intervals(axes, comparison, label, own)
         for point in points(comparison.groups, x, y):
+            if point.learning_rate == comparison.best[point.label].learning_rate:
+                continue  # in the legend
+            right = list(comparison.groups).index(point.label) % 2 == 0
             axes.annotate(
                 f"{point.learning_rate:g}",
                 (point.learning * x.scale, point.forgetting * y.scale),
-                (5, -9),
+                (6, -8) if right else (-6, 3),
                 textcoords="offset points",
-                fontsize=6.5,
-                color=_FAINT,
+                ha="left" if right else "right",
+                fontsize=7,
+                color="#6a6a6a",
             )
         _label_axes(axes, x, y)
         axes.set_title(
@@ -158,7 +162,7 @@ def plot_learning_rates(comparison: Comparison, folder: Path) -> None:
         for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.groups.items():
                 _rate_response(axes, comparison, label, runs, measure, style[label])
-            axes.set_xscale("log")
+            _log_ticks(axes)
             axes.set_xlabel("learning rate")
             axes.set_ylabel(f"{measure.subject}, {measure.unit}")
             better = "higher" if measure.role == "learning" else "lower"
@@ -232,6 +236,17 @@ def plot_differences(comparison: Comparison, folder: Path) -> None:
             axes.set_title(measure.role)
 
 
+def _log_ticks(axes: Any) -> None:
+    """1, 2 and 5 of each decade, written out: mathematical notation is off for names' sake."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+    axes.tick_params(axis="x", labelsize=8)
+
+
 def _label_axes(axes: Any, x: Measure, y: Measure) -> None:
     axes.set_xlabel(f"learning: {x.subject}, {x.unit} →")
     axes.set_ylabel(f"forgetting: {y.subject}, {y.unit} →")
@@ -242,3 +257,17 @@ def _thousands(value: float, _position: int) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def plot_lines(
+    comparison: Comparison, lines: Mapping[str, Sequence[tuple[float, float]]], folder: Path
+) -> None:
+    """Learning against forgetting along the lines from the base to tuned weights, by name."""
+    x, y = comparison.learning, comparison.forgetting
+    own = styles(list(lines))
+    with _figure(folder, "interpolation", (6.0, 4.0)) as axes:
+        for name, line in lines.items():
+            learned, forgot = np.array(line).T
+            axes.plot(learned * x.scale, forgot * y.scale, markersize=5, label=name, **own[name])
+        _label_axes(axes, x, y)
+        axes.legend(loc="best", fontsize=8)

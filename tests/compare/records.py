@@ -1,7 +1,8 @@
 """Run records and items as four methods would leave them, drawn from a known truth.
 
-A method learns most at its learning rate `peak`, and forgets with the square of what it learns; a seed shifts a run, an item has its own level and its own response, so that
-intervals over seeds and over items both have something to cover.
+A method learns most at its learning rate `peak`, and forgets with the square of what it learns. A
+seed shifts a run, an item has its own level and its own response, so that intervals over seeds and
+over items both have something to cover.
 """
 
 import json
@@ -43,14 +44,14 @@ _LORA = {
     "lora_alpha": 16,
     "target_modules": ["q_proj", "v_proj"],
 }
+_RATES = (5e-3, 1e-2, 2e-2)
 TRUTHS = {
-    "full": Truth(4.9, 2e-3, 0.16, (5e-4, 1e-3, 2e-3), 0.10, None, 1_050_000, 9200),
-    "lora": Truth(3.9, 1e-2, 0.12, (5e-3, 1e-2, 2e-2), 0.05, _LORA, 42_000, 8100),
-    "dora": Truth(
-        3.95, 5e-3, 0.12, (5e-3, 1e-2, 2e-2), 0.05, {**_LORA, "use_dora": True}, 45_000, 5300
-    ),
+    "full": Truth(4.9, 2e-3, 0.16, (5e-4, 1e-3, 2e-3), 0.20, None, 1_050_000, 9200),
+    "lora": Truth(3.9, 1e-2, 0.12, _RATES, 0.08, _LORA, 42_000, 8100),
+    "dora": Truth(3.9, 1e-2, 0.12, _RATES, 0.08, {**_LORA, "use_dora": True}, 45_000, 5300),
     "rslora": Truth(
-        4.3, 2.5e-3, 0.14, (2.5e-3, 5e-3, 1e-2), 0.07, {**_LORA, "use_rslora": True}, 42_000, 8050
+        *(4.3, 5e-3, 0.14, (2.5e-3, 5e-3, 1e-2), 0.12),
+        *({**_LORA, "use_rslora": True}, 42_000, 8050),
     ),
 }
 

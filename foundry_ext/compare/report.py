@@ -1,0 +1,222 @@
+"""The comparison in words and tables; folder with comparison.md, index.html, .json and plots."""
+
+from pathlib import Path
+
+from foundry_ext.compare import plots
+from foundry_ext.compare.analyses import analysis_blocks
+from foundry_ext.compare.comparison import Comparison, write_json
+from foundry_ext.compare.document import (
+    Block,
+    Bullets,
+    Document,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    markdown,
+    page,
+)
+from foundry_ext.compare.statistics import MIN_SEEDS
+from foundry_ext.compare.tables import cost_blocks, measure_blocks, run_blocks
+from foundry_ext.compare.wording import listed, seed_list, seeds_used, with_limits
+
+
+def write_report(comparison: Comparison, folder: Path) -> None:
+    """Writes comparison.md, index.html, comparison.json and each plot as PNG and SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.plot_tradeoff(comparison, folder)
+    plots.plot_curves(comparison, folder)
+    plots.plot_learning_rates(comparison, folder)
+    if comparison.pairs:
+        plots.plot_differences(comparison, folder)
+    blocks = [
+        *_opening(comparison),
+        *_findings(comparison),
+        *_tradeoff(comparison),
+        *_matched(comparison),
+        *_curves(comparison),
+        *_learning_rates(comparison),
+        *measure_blocks(comparison),
+        *cost_blocks(comparison),
+        *analysis_blocks(comparison, folder),
+        *_methods(comparison),
+        *run_blocks(comparison),
+    ]
+    title = " against ".join(comparison.groups) if len(comparison.groups) > 1 else "One method"
+    document = Document(f"{title}: learning and forgetting", blocks)
+    write_json(folder / "comparison.json", comparison)
+    (folder / "comparison.md").write_text(markdown(document))
+    (folder / "index.html").write_text(page(document, folder))
+
+
+def _opening(comparison: Comparison) -> list[Block]:
+    runs = [run for group in comparison.groups.values() for run in group]
+    record = runs[0].record
+    experiments = sorted({run.record["experiment"] for run in runs})
+    train = record["data"]["train"]
+    text = (
+        f"{len(runs)} runs of {len(comparison.groups)} method(s) on"
+        f" {train['name'] or 'one data set'} ({', '.join(experiments)}), {record['steps']:,} steps,"
+        f" about {record['tokens']['real']:,} real tokens each, from one base model. All values are"
+        " changes against that base model (step 0): positive learning is more learned, positive"
+        " forgetting more forgotten."
+    )
+    blocks: list[Block] = [Paragraph(text)]
+    if not comparison.is_in_general:
+        few = [label for label, group in comparison.chosen.items() if len(group) < MIN_SEEDS]
+        blocks.append(
+            Paragraph(
+                f"{listed(few)}: fewer than {MIN_SEEDS} seeds. No claim about these methods in"
+                " general is made; intervals that involve them are over items and speak of these"
+                " runs alone."
+            )
+        )
+    if comparison.accepted:
+        blocks.append(Paragraph("Accepted by --allow, and so possible causes of any difference:"))
+        blocks.append(Bullets(comparison.accepted))
+    return blocks
+
+
+def _findings(comparison: Comparison) -> list[Block]:
+    if not comparison.pairs:
+        return []
+    blocks: list[Block] = [Heading("Findings")]
+    for measure in (comparison.learning, comparison.forgetting):
+        sentences = [pair.sentence for pair in comparison.pairs_of(measure)]
+        blocks += [Paragraph(f"{measure.title}."), Bullets(sentences)]
+    blocks.append(
+        Figure(
+            "differences",
+            "Differences between methods at their chosen learning rates, with 95 % intervals"
+            f" ({seeds_used(comparison)}). Filled: distinguishable from 0 at 5 % after Holm's"
+            " correction over the pairs; hollow: not. Right of 0, the method named first learns"
+            " more (left panel) or forgets more (right panel).",
+        )
+    )
+    return blocks
+
+
+def _tradeoff(comparison: Comparison) -> list[Block]:
+    on_front = list(dict.fromkeys(point.label for point in comparison.front))
+    return [
+        Heading("Learning against forgetting"),
+        Figure(
+            "tradeoff",
+            "Each small point is a run at its end, its learning rate beside it; each large one the"
+            " mean at the method's chosen learning rate with 95 % intervals"
+            f" ({seeds_used(comparison)}). Right is more learned, down is less forgotten: lower"
+            " right is better. Dashed: the Pareto front of the means of every method and learning"
+            " rate, those that none beats in both.",
+        ),
+        Paragraph(
+            f"On the front: {listed(on_front)}. The base model itself, at 0 and 0, forgets nothing"
+            " and learns nothing."
+        ),
+    ]
+
+
+def _matched(comparison: Comparison) -> list[Block]:
+    if not comparison.matched:
+        return []
+    x, y = comparison.learning, comparison.forgetting
+    labels = list(comparison.groups)
+    rows = []
+    for level, methods in comparison.matched.items():
+        cells = []
+        for label in labels:
+            one = methods[label]
+            if one.mean is None:
+                reached = f"{len(one.by_seed)} of {one.num_seeds} seeds" if one.by_seed else "not"
+                cells.append(f"{reached} reached")
+            else:
+                cells.append(with_limits(y, one.mean, one.interval))
+        rows.append([f"{x.show(level)}, over evaluations", *cells])
+        ends = [methods[label].over_rates for label in labels]
+        shown = ["outside" if value is None else y.show(value) for value in ends]
+        rows.append([f"{x.show(level)}, over learning rates", *shown])
+    return [
+        Heading("Forgetting at matched learning"),
+        Table(
+            [f"learning, {x.unit}", *labels],
+            rows,
+            f"Forgetting ({y.subject}, {y.unit}; less is better) where each method has learned as"
+            f" much ({x.subject}). Over evaluations: along the runs at the chosen learning rate,"
+            " where the schedule has not ended yet, with 95 % t intervals over seeds where there"
+            f" are {MIN_SEEDS}. Over learning rates: between the ends of runs. Interpolated"
+            " linearly, never extrapolated: a level that a method does not reach, or that lies"
+            " outside its learning rates, is named.",
+        ),
+    ]
+
+
+def _curves(comparison: Comparison) -> list[Block]:
+    return [
+        Heading("Over training"),
+        Figure(
+            "curves",
+            "Learning (left, higher is better) and forgetting (right, lower is better) against real"
+            " tokens at the chosen learning rates: thick, the mean over seeds; thin, each seed"
+            f" ({seeds_used(comparison)}).",
+        ),
+    ]
+
+
+def _learning_rates(comparison: Comparison) -> list[Block]:
+    sentences = []
+    for label, best in comparison.best.items():
+        grid = ", ".join(f"{rate:g}" for rate in best.means)
+        seeds = seed_list(best.seeds)
+        if len(best.means) == 1:
+            sentences.append(f"{label}: only {grid} was run, so its learning rate is not tuned.")
+            continue
+        text = f"{label}: {best.learning_rate:g} learns most of {grid} ({seeds})."
+        if best.edge:
+            text += (
+                f" It is the {best.edge} of the grid, so a better one may lie beyond: extend the"
+                f" grid {'upwards' if best.edge == 'highest' else 'downwards'} before judging"
+                f" {label}."
+            )
+        sentences.append(text)
+    chosen = [best for best in comparison.best.values() if len(best.means) > 1]
+    blocks: list[Block] = [
+        Heading("Learning rates"),
+        Figure(
+            "learning_rates",
+            "Learning (left, higher is better) and forgetting (right, lower is better) at the end,"
+            " by learning rate: lines join means over seeds, small points are runs. Ringed: chosen,"
+            " by mean learning.",
+        ),
+        Bullets(sentences),
+    ]
+    if chosen:
+        blocks.append(
+            Paragraph(
+                "Each method's learning rate was chosen on the same held-out items that are"
+                " reported, so its learning is a little flattered (winner's curse), the more so the"
+                " larger its grid and the fewer its seeds."
+            )
+        )
+    return blocks
+
+
+def _methods(comparison: Comparison) -> list[Block]:
+    return [
+        Heading("How it was computed"),
+        Bullets(
+            [
+                f"With {MIN_SEEDS} seeds or more, intervals let seeds and items vary: a t interval"
+                " of the seeds' means and a bootstrap over items, half-widths added in quadrature."
+                " A bootstrap over so few seeds is far too narrow; its limits (two_level) are in"
+                " comparison.json for reference.",
+                f"With fewer than {MIN_SEEDS} seeds, intervals are BCa bootstraps over items (4,000"
+                " resamples, fixed seed) and speak of these runs alone.",
+                "Differences are paired by item always and by seed where both methods ran the same"
+                " seeds. A difference reads distinguishable where its 95 % interval leaves out 0"
+                " and its p-value, corrected over the pairs of that measure by Holm's method, is"
+                " under 5 %.",
+                "Of one run each, right and wrong answers are compared by McNemar's exact test.",
+                "Not distinguishable does not mean equal: see how many seeds or items it would"
+                " take.",
+            ]
+        ),
+    ]
