@@ -30,6 +30,7 @@ from foundry_ext.evaluation.configuration import SetSettings
 from foundry_ext.interpolation import measure_line
 from foundry_ext.merge import lora_layers, merge_weights, merged_weight
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.targets import LINEARS
 from foundry_ext.tuned import as_folder, base_name, is_adapter, load_model, load_tuned
 
 SCHEMA_VERSION = 1
@@ -114,7 +115,7 @@ def full_changes(base: SmolLM2ForCausalLM, tuned: SmolLM2ForCausalLM) -> Iterato
         raise ValueError("the base model has other weights or shapes; give the right one by --base")
     for name, weight in before.items():
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in methods.LINEARS:
+        if module.rpartition(".")[2] in LINEARS:
             yield Change(module, weight.detach(), after[name].detach())
 
 

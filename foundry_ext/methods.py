@@ -5,15 +5,13 @@ weight, DoRA (arXiv 2402.09353) trains the magnitude of each row besides, rsLoRA
 scales by alpha/sqrt(r) instead of alpha/r. Plain Python over the mapping of a YAML: no torch here.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ALL_LINEAR = "all-linear"
+from foundry_ext.targets import LINEARS, ending, endings, in_order, matched_modules, nearest, shown
 
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # peft's
 _KEYS = frozenset(
@@ -76,7 +74,7 @@ def describe(peft_config: Mapping[str, Any] | None) -> Method:
         rank=rank,
         alpha=alpha,
         effective_scale=_scale(rank, alpha, peft_config),
-        target_modules=targets if isinstance(targets, str) else tuple(_in_order(targets)),
+        target_modules=targets if isinstance(targets, str) else tuple(in_order(targets)),
         init=peft_config.get("init_lora_weights", True),
         dropout=peft_config.get("lora_dropout", 0.0),
     )
@@ -126,7 +124,7 @@ def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None
             " it out"
         )
     targets = matched_modules(peft_config, module_names)
-    embedding = any(_ending(name) == "embed_tokens" for name in targets)
+    embedding = any(ending(name) == "embed_tokens" for name in targets)
     if init == "pissa" and (embedding or peft_config.get("use_dora")):
         beside = "embed_tokens" if embedding else "use_dora"
         raise ValueError(f"peft_config.init_lora_weights: 'pissa' does not go with {beside}")
@@ -136,103 +134,18 @@ def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None
             if not any(_fits_pattern(pattern, name) for name in targets):
                 raise ValueError(
                     f"peft_config.{key}: {pattern!r} matches none of the modules that"
-                    f" target_modules names; they end in {', '.join(_endings(targets))}"
+                    f" target_modules names; they end in {', '.join(endings(targets))}"
                 )
-
-
-def matched_modules(peft_config: Mapping[str, Any], module_names: Collection[str]) -> list[str]:
-    """The modules that get an adapter, by peft's rules: a list of names or endings, a regular
-    expression for whole names, or "all-linear", which leaves out the head.
-
-    Raises:
-        ValueError: something named matches nothing, or the head is matched.
-    """
-    targets = peft_config.get("target_modules")
-    targets = LINEARS if targets is None else targets
-    matched = _select("target_modules", targets, module_names)
-    excluded = peft_config.get("exclude_modules")
-    if excluded:
-        left_out = set(_select("exclude_modules", excluded, module_names))
-        matched = [name for name in matched if name not in left_out]
-    layers = peft_config.get("layers_to_transform")
-    if layers is not None and layers != []:
-        matched = _in_layers(peft_config, matched, {layers} if isinstance(layers, int) else layers)
-    if any(_ending(name) == "lm_head" for name in matched):
-        raise ValueError(
-            "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
-            " through an adapter; leave it out"
-        )
-    if not matched:
-        raise ValueError(
-            f"peft_config.exclude_modules: {_shown(excluded)} leaves nothing of target_modules"
-        )
-    return matched
-
-
-def _select(key: str, wanted: Any, names: Collection[str]) -> list[str]:
-    """The names that a list of endings or a regular expression means; nothing in it idle."""
-    known = ", ".join(_endings(names))
-    if isinstance(wanted, str):
-        if key == "target_modules" and wanted.lower() == ALL_LINEAR:
-            return [name for name in names if _ending(name) not in ("lm_head", "embed_tokens")]
-        try:
-            found = [name for name in names if re.fullmatch(wanted, name)]
-        except re.error as error:
-            raise ValueError(
-                f"peft_config.{key}: {wanted!r} is no regular expression: {error}"
-            ) from error
-        if not found:
-            raise ValueError(
-                f"peft_config.{key}: the regular expression {wanted!r} matches no whole module"
-                f" name, such as {next(iter(names), '')}; modules end in {known}"
-            )
-        return found
-    if not isinstance(wanted, Iterable) or not wanted:
-        raise ValueError(
-            f"peft_config.{key}: {wanted!r}; give a list of module names, a regular expression or"
-            f" {ALL_LINEAR}"
-        )
-    found = set()
-    for entry in wanted:
-        ends = [name for name in names if name == entry or name.endswith(f".{entry}")]
-        if not ends:
-            hint = _nearest(str(entry), _endings(names))
-            raise ValueError(
-                f"peft_config.{key}: {entry!r} matches no module{hint}; modules end in {known}"
-            )
-        found.update(ends)
-    return [name for name in names if name in found]
-
-
-def _in_layers(
-    peft_config: Mapping[str, Any], matched: list[str], layers: Collection[int]
-) -> list[str]:
-    patterns = peft_config.get("layers_pattern") or r"[^.]*"
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    numbered = {}
-    for name in matched:
-        found = (re.match(rf".*\.{pattern}\.(\d+)\.", name) for pattern in patterns)
-        index = next((match for match in found if match), None)
-        if index:
-            numbered.setdefault(int(index[1]), []).append(name)
-    missing = [layer for layer in layers if layer not in numbered]
-    if missing:
-        raise ValueError(
-            f"peft_config.layers_to_transform: no target module in layer {missing[0]}; there are"
-            f" layers {_shown(sorted(numbered))}"
-        )
-    kept = {name for layer in layers for name in numbered[layer]}
-    return [name for name in matched if name in kept]
 
 
 def _check_keys(peft_config: Mapping[str, Any]) -> None:
     for key, value in peft_config.items():
         if key in _REFUSED:
             if value:
-                raise ValueError(f"peft_config.{key}: {_shown(value)} {_REFUSED[key]}")
+                raise ValueError(f"peft_config.{key}: {shown(value)} {_REFUSED[key]}")
         elif key not in _KEYS | _IDLE:
             raise ValueError(
-                f"peft_config: {key!r} is no key of it{_nearest(str(key), sorted(_KEYS))}"
+                f"peft_config: {key!r} is no key of it{nearest(str(key), sorted(_KEYS))}"
             )
     for key, only in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
         value = peft_config.get(key)
@@ -280,26 +193,3 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 def _fits_pattern(pattern: str, module: str) -> bool:
     """As peft matches the keys of rank_pattern and alpha_pattern."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _endings(names: Iterable[str]) -> list[str]:
-    return _in_order({_ending(name) for name in names})
-
-
-def _in_order(targets: Iterable[str]) -> list[str]:
-    """As the layer computes them, then others by name: peft keeps a set, whose order varies."""
-    order = {name: index for index, name in enumerate(LINEARS)}
-    return sorted(targets, key=lambda name: (order.get(name, len(order)), name))
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)

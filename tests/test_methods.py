@@ -10,7 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foundry_ext import methods
-from foundry_ext.methods import LINEARS, check, describe, matched_modules, scale_of, with_defaults
+from foundry_ext.methods import check, describe, scale_of, with_defaults
+from foundry_ext.targets import LINEARS, matched_modules
 
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
 

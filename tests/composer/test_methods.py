@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from foundry_ext import pissa
 from foundry_ext.adapters import export_checkpoint
-from foundry_ext.methods import LINEARS
+from foundry_ext.targets import LINEARS
 from tests.composer import kit
 
 PISSA = {**kit.LORA, "init_lora_weights": "pissa"}
