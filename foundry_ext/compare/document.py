@@ -17,6 +17,11 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Subheading:
+    text: str
+
+
+@dataclass(frozen=True)
 class Paragraph:
     text: str
 
@@ -42,7 +47,7 @@ class Figure:
     caption: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+Block = Heading | Subheading | Paragraph | Bullets | Table | Figure
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def markdown(document: Document) -> str:
         match block:
             case Heading(text):
                 parts.append(f"## {_md(text)}")
+            case Subheading(text):
+                parts.append(f"### {_md(text)}")
             case Paragraph(text):
                 parts.append(_md(text))
             case Bullets(texts):
@@ -84,9 +91,10 @@ _CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:#fff;color:#1b1f24;font:16px/1.55 system-ui,-apple-system,"Segoe UI",
 Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:2rem 1.25rem 4rem}
+main{max-width:66rem;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{font-size:1.75rem;line-height:1.2;margin:.5rem 0 1rem}
 h2{font-size:1.2rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid #d9dde2}
+h3{font-size:1rem;margin:1.4rem 0 .3rem}
 p,li{max-width:46rem;overflow-wrap:anywhere}
 ul{padding-left:1.2rem}
 li{margin:.3rem 0}
@@ -98,9 +106,11 @@ figcaption{color:#4a525c;font-size:.875rem;line-height:1.45;max-width:46rem;marg
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:.35rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid #e3e6ea}
 thead th{border-bottom:2px solid #8a929b;vertical-align:bottom;font-weight:600}
-th:first-child,td:first-child{text-align:left;padding-left:0}
+th:first-child{text-align:left;padding-left:0}
+tbody th{white-space:normal;min-width:9rem}
 tbody th{font-weight:500}
-@media (max-width:40rem){main{padding:1rem .9rem 3rem}h1{font-size:1.4rem}figure svg{min-width:0}}
+@media (max-width:40rem){main{padding:1rem .9rem 3rem}h1{font-size:1.4rem}
+figure svg{min-width:34rem}}
 @media print{main{max-width:none}h2{break-after:avoid}figure,table{break-inside:avoid}}
 """.strip()
 
@@ -128,6 +138,8 @@ def _block(block: Block, index: int, folder: Path) -> str:
     match block:
         case Heading(text):
             return f"<h2>{html.escape(text)}</h2>"
+        case Subheading(text):
+            return f"<h3>{html.escape(text)}</h3>"
         case Paragraph(text):
             return f"<p>{html.escape(text)}</p>"
         case Bullets(texts):
@@ -138,7 +150,9 @@ def _block(block: Block, index: int, folder: Path) -> str:
             svg = inline_svg((folder / f"{name}.svg").read_text(), f"f{index}-")
             label = html.escape(caption)
             svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-            return f"<figure>{svg}<figcaption>{label}</figcaption></figure>"
+            return (
+                f'<figure><div class="scroll">{svg}</div><figcaption>{label}</figcaption></figure>'
+            )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

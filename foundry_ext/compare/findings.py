@@ -248,6 +248,8 @@ def _sentence(pair: Pair) -> str:
         limits = f"[{measure.show(low)}, {measure.show(high)}]"
         return f"{scope}{more} {verb} more than {less} on {measure.subject}: {size} {limits}."
     limits = f"[{measure.show(low, signed=True)}, {measure.show(high, signed=True)}]"
+    if not pair.interval.includes_zero:  # then it is the p-value that holds it back
+        limits += f", p = {pair.adjusted_p:.2f} after Holm's correction"
     return (
         f"{scope}{pair.first} and {pair.second} are not distinguishable {where}: difference"
         f" {measure.show(pair.difference, signed=True)} {measure.unit} {limits}; {needs(pair)}."
@@ -262,7 +264,8 @@ def needs(pair: Pair) -> str:
     if pair.items_needed is not None:
         ways.append(f"{pair.items_needed:,} items with these seeds")
     if ways:
-        return f"a difference this large needs {' or '.join(ways)} (80 % power, two-sided 5 %)"
+        found = " or ".join(ways)
+        return f"a difference this large needs {found} (80 % power, two-sided 5 %, one test)"
     if pair.in_general and pair.num_items and pair.difference:
         return "a difference this large needs both more seeds and more items"
     return "no number of items or seeds would show a difference this small"

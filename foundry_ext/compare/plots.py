@@ -88,25 +88,47 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
             ]
             axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **own)
             _mean_with_intervals(axes, comparison, label, own)
-        for point in points(comparison.groups, x, y):
-            if point.learning_rate == comparison.best[point.label].learning_rate:
-                continue  # in the legend
-            right = list(comparison.groups).index(point.label) % 2 == 0
-            axes.annotate(
-                f"{point.learning_rate:g}",
-                (point.learning * x.scale, point.forgetting * y.scale),
-                (6, -8) if right else (-6, 3),
-                textcoords="offset points",
-                ha="left" if right else "right",
-                fontsize=7,
-                color="#6a6a6a",
-            )
         _label_axes(axes, x, y)
         axes.set_title(
             "better: to the right (learns more) and down (forgets less)", color="#555555"
         )
         axes.legend(loc="upper left")
         axes.margins(0.08)
+        _label_rates(axes, comparison)
+
+
+def _label_rates(axes: Any, comparison: Comparison) -> None:
+    """Learning rates beside their points, where they hide the least; chosen ones are in the"
+    " legend."""
+    x, y = comparison.learning, comparison.forgetting
+    axes.figure.canvas.draw()  # settles the layout, so that data have places in points
+    every = points(comparison.groups, x, y)
+    at = axes.transData.transform([(p.learning * x.scale, p.forgetting * y.scale) for p in every])
+    at = at * 72 / axes.figure.dpi
+    taken = list(at)
+    for point, place in zip(every, at, strict=True):
+        if point.learning_rate == comparison.best[point.label].learning_rate:
+            continue
+        text = f"{point.learning_rate:g}"
+        half = 2.2 * len(text)
+        sides = [(half + 5, 0), (-half - 5, 0), (0, 8), (0, -8), (half + 5, 8), (-half - 5, -8)]
+        side = max(sides, key=lambda s: min(_gap(place + np.array(s), other) for other in taken))
+        taken.append(place + np.array(side))
+        axes.annotate(
+            text,
+            (point.learning * x.scale, point.forgetting * y.scale),
+            side,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="#6a6a6a",
+        )
+
+
+def _gap(first: np.ndarray, second: np.ndarray) -> float:
+    """Distance between two labels' middles, in label sizes: they are wider than high."""
+    return float(min(np.hypot((first[0] - second[0]) / 18, (first[1] - second[1]) / 7), 1.5))
 
 
 def _mean_with_intervals(axes: Any, comparison: Comparison, label: str, own: Mapping) -> None:

@@ -12,6 +12,7 @@ from foundry_ext.compare.document import (
     Figure,
     Heading,
     Paragraph,
+    Subheading,
     Table,
     markdown,
     page,
@@ -42,7 +43,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         *_methods(comparison),
         *run_blocks(comparison),
     ]
-    title = " against ".join(comparison.groups) if len(comparison.groups) > 1 else "One method"
+    title = listed(list(comparison.groups))
     document = Document(f"{title}: learning and forgetting", blocks)
     write_json(folder / "comparison.json", comparison)
     (folder / "comparison.md").write_text(markdown(document))
@@ -54,8 +55,9 @@ def _opening(comparison: Comparison) -> list[Block]:
     record = runs[0].record
     experiments = sorted({run.record["experiment"] for run in runs})
     train = record["data"]["train"]
+    methods = f"{len(comparison.groups)} methods" if len(comparison.groups) > 1 else "one method"
     text = (
-        f"{len(runs)} runs of {len(comparison.groups)} method(s) on"
+        f"{len(runs)} runs of {methods} on"
         f" {train['name'] or 'one data set'} ({', '.join(experiments)}), {record['steps']:,} steps,"
         f" about {record['tokens']['real']:,} real tokens each, from one base model. All values are"
         " changes against that base model (step 0): positive learning is more learned, positive"
@@ -83,7 +85,7 @@ def _findings(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = [Heading("Findings")]
     for measure in (comparison.learning, comparison.forgetting):
         sentences = [pair.sentence for pair in comparison.pairs_of(measure)]
-        blocks += [Paragraph(f"{measure.title}."), Bullets(sentences)]
+        blocks += [Subheading(measure.title), Bullets(sentences)]
     blocks.append(
         Figure(
             "differences",

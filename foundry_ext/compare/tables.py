@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from foundry_ext.compare.comparison import Comparison
-from foundry_ext.compare.document import Block, Bullets, Heading, Paragraph, Table
+from foundry_ext.compare.document import Block, Bullets, Heading, Paragraph, Subheading, Table
 from foundry_ext.compare.findings import Pair
 from foundry_ext.compare.measures import Measure
 from foundry_ext.compare.wording import (
     NONE,
-    count_or_none,
     limits,
     mean_or_none,
+    needed,
     p_value,
     seeds_used,
     with_limits,
@@ -44,8 +44,9 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
         pairs = comparison.pairs_of(measure)
         if not pairs:
             continue
+        blocks.append(Subheading(measure.title))
         if measure not in (comparison.learning, comparison.forgetting):
-            blocks += [Paragraph(f"{measure.title}."), Bullets([pair.sentence for pair in pairs])]
+            blocks.append(Bullets([pair.sentence for pair in pairs]))
         blocks.append(_pair_table(measure, pairs))
     return blocks
 
@@ -64,8 +65,8 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             limits(measure, pair.interval, signed=True) if pair.interval else NONE,
             p_value(pair.adjusted_p),
             "distinguishable" if pair.is_distinguishable else "not distinguishable",
-            count_or_none(pair.seeds_needed),
-            count_or_none(pair.items_needed),
+            needed(pair.seeds_needed, min(map(len, pair.seeds))),
+            needed(pair.items_needed, pair.num_items or 0),
         ]
         if has_test:
             test = pair.mcnemar
@@ -81,8 +82,8 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
         seeds = ", ".join(str(a) if a == b else f"{a} with {b}" for a, b in tested)
         caption += f" McNemar's exact test compares one run of each method (seed {seeds})."
     caption += (
-        " Needed: for a difference of the observed size to be found with 80 % power at two-sided 5"
-        " %, more of the one while the other stays as it is."
+        " Needed: for a difference of the observed size to be found with 80 % power in one test at"
+        " two-sided 5 %, more of the one while the other stays as it is."
     )
     return Table(columns, rows, caption)
 

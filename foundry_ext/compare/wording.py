@@ -50,8 +50,11 @@ def mean_or_none(values: Sequence[Any], form: str) -> str:
     return form.format(fmean(known)) if known else NONE
 
 
-def count_or_none(value: int | None) -> str:
-    return NONE if value is None else f"{value:,}"
+def needed(number: int | None, used: int) -> str:
+    """What a difference would need; a number below that used only says that it is enough."""
+    if number is None:
+        return NONE
+    return f"≤ {used:,}" if number <= used else f"{number:,}"
 
 
 def p_value(value: float | None) -> str:
