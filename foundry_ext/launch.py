@@ -7,7 +7,7 @@ code 2. Errors raised while training keep their traceback.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from foundry_ext.compare.record import mark_failed
 from foundry_ext.run_config import (
     UsageError,
     check_several,
     first_line,
     load_config,
     one_line,
+    record_path,
     split_arguments,
     suggest,
 )
@@ -97,7 +99,7 @@ def train_here(path: Path, config: DictConfig) -> int:
 
     mistakes = (BaseContextualError, KeyError, OmegaConfBaseException, OSError, TypeError)
     try:
-        trainer = train(config)
+        trainer = _train_recorded(train, config)
     except (*mistakes, ValueError) as error:
         if started_training(error) or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
             raise
@@ -109,6 +111,17 @@ def train_here(path: Path, config: DictConfig) -> int:
         return USAGE_EXIT
     trainer.close()  # loggers write out what they still hold
     return 0
+
+
+def _train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    """train(config); whatever ends it early is said in the run's record before it goes on."""
+    try:
+        return train(config)
+    except BaseException as error:  # Ctrl-C and sys.exit end a run too
+        path = record_path(config)
+        if path is not None:
+            mark_failed(path, error)
+        raise
 
 
 def started_training(error: BaseException) -> bool:

@@ -18,7 +18,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from foundry_ext.run_name import sweep_run_name, under_sweep
+
 SUFFIXES = (".yaml", ".yml")
+FILE_KEY = "config="
 # llm-foundry computes these four from the batch sizes below, which it reads without a default.
 DERIVED_KEYS = {
     "device_eval_batch_size",
@@ -77,11 +80,14 @@ def train_config_keys() -> tuple[frozenset[str], frozenset[str]]:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """`a.yaml b.yaml seed=1` -> ([a.yaml, b.yaml], ['seed=1'])."""
+    """`a.yaml config=b.yaml seed=1` -> ([a.yaml, b.yaml], ['seed=1'])."""
     files: list[Path] = []
     overrides: list[str] = []
     for argument in arguments:
         is_yaml = argument.endswith(SUFFIXES)
+        if is_yaml and argument.startswith(FILE_KEY):  # a sweep has only key=value to say it
+            files.append(Path(argument.removeprefix(FILE_KEY)))
+            continue
         if is_yaml and ("=" not in argument or Path(argument).is_file()):
             files.append(Path(argument))
         elif "=" in argument:
@@ -97,14 +103,27 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
-    """The file with its overrides merged in, each key and reference checked."""
+    """The file with its overrides merged in, each key and reference checked.
+
+    Under a sweep, and unless run_name is overridden, run_name says the overrides too.
+    """
     config = _read_yaml(path)
+    given: dict[str, Any] = {}
     for override in overrides:
-        config = _merge_override(config, override)
+        key, value, config = _merge_override(config, override)
+        given[key] = value
     _check_keys(path, config)
     _check_references(path, config)
     _check_microbatch(path, config)
+    if under_sweep() and "run_name" not in given:
+        config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), given)
     return config
+
+
+def record_path(config: DictConfig) -> Path | None:
+    """Where the run's record goes; None where the YAML has no run_record callback."""
+    path = OmegaConf.select(config, "callbacks.run_record.path", default=None)
+    return Path(str(path).replace("{run_name}", str(config.get("run_name")))) if path else None
 
 
 def check_several(
@@ -168,8 +187,11 @@ def _near_files(path: Path) -> str:
     return f", did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def _merge_override(config: DictConfig, override: str) -> DictConfig:
-    """`optimizer.lr=1e-4` set in config. Where the path or the kind does not fit, complain."""
+def _merge_override(config: DictConfig, override: str) -> tuple[str, Any, DictConfig]:
+    """`optimizer.lr=1e-4` set in config, with the dotted key and the value it set.
+
+    Where the path or the kind does not fit, complain.
+    """
     key, _, text = override.partition("=")
     parts = key.replace("[", ".").replace("]", "").split(".")
     if not all(parts):
@@ -201,7 +223,7 @@ def _merge_override(config: DictConfig, override: str) -> DictConfig:
                 f"override {override}: {key} is a {name}, which {text!r} would replace; "
                 f"write {example}, or {key}=null to unset"
             )
-    return OmegaConf.merge(config, update)  # pyright: ignore[reportReturnType]
+    return ".".join(parts), new, OmegaConf.merge(config, update)  # pyright: ignore[reportReturnType]
 
 
 def _at(node: Any, parts: Sequence[str]) -> Any:
@@ -238,8 +260,19 @@ def _check_references(path: Path, config: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise UsageError(
             f"{path}: {error.full_key}, {first_line(error)}; "
-            "define it under variables: or correct the name"
+            f"{_known_names(config, error) or 'define it under variables: or correct the name'}"
         ) from error
+
+
+def _known_names(config: DictConfig, error: OmegaConfBaseException) -> str:
+    """`known: low, middle, high` for a name that a mapping such as a grid does not have."""
+    _, found, rest = first_line(error).partition("Interpolation key '")
+    above, _, name = rest.partition("'")[0].rpartition(".")
+    siblings = OmegaConf.select(config, above, throw_on_missing=False) if found and above else None
+    if above == "variables" or not isinstance(siblings, DictConfig):
+        return ""
+    known = [str(key) for key in siblings]
+    return f"known: {', '.join(known)}{suggest(name, known)}"
 
 
 def _is_packed(config: DictConfig) -> bool:

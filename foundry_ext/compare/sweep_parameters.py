@@ -1,0 +1,190 @@
+"""One parameter of a W&B sweep file: what it may be, in a grid and drawn at random.
+
+Names, defaults and meaning of the distributions are W&B's
+(https://docs.wandb.ai/guides/sweeps/sweep-config-keys); numbers drawn are ours.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# distribution -> (keys it needs, keys it may have with their defaults)
+DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "constant": (("value",), {}),
+    "categorical": (("values",), {}),
+    "categorical_w_probabilities": (("values", "probabilities"), {}),
+    "int_uniform": (("min", "max"), {}),
+    "uniform": (("min", "max"), {}),
+    "q_uniform": (("min", "max"), {"q": 1}),
+    "log_uniform": (("min", "max"), {}),
+    "log_uniform_values": (("min", "max"), {}),
+    "q_log_uniform_values": (("min", "max"), {"q": 1}),
+    "normal": ((), {"mu": 0.0, "sigma": 1.0}),
+    "q_normal": ((), {"mu": 0.0, "sigma": 1.0, "q": 1}),
+    "log_normal": ((), {"mu": 0.0, "sigma": 1.0}),
+    "beta": ((), {"a": 1.0, "b": 1.0}),
+}
+REFUSED = ("q_log_uniform", "inv_log_uniform", "inv_log_uniform_values", "q_log_normal", "q_beta")
+KEYS = {
+    "distribution",
+    "parameters",
+    *(key for needed, optional in DISTRIBUTIONS.values() for key in (*needed, *optional)),
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """`path` is one name, or several where `parameters:` are nested."""
+
+    path: tuple[str, ...]
+    distribution: str
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+    def grid_values(self) -> list[Any]:
+        """Every value, each once, in the order written; ValueError where they are not countable."""
+        settings = self.settings
+        if self.distribution == "constant":
+            return [settings["value"]]
+        if self.distribution == "categorical":
+            return list({str(value): value for value in settings["values"]}.values())
+        if self.distribution == "int_uniform":
+            return list(range(settings["min"], settings["max"] + 1))
+        if self.distribution == "q_uniform":  # as numpy.arange: without the end
+            count = math.ceil((settings["max"] - settings["min"]) / settings["q"])
+            return [settings["min"] + i * settings["q"] for i in range(count)]
+        raise ValueError(
+            f"parameter {self.name}: {self.distribution} has no countable values for method grid; "
+            "give values:, or use method random"
+        )
+
+    def draw(self, rng: random.Random) -> Any:
+        return _DRAW[self.distribution](self.settings, rng)
+
+
+def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
+    """The checked parameter of `entry`; every ValueError names it and says what to write."""
+    name = ".".join(path)
+    unknown = sorted(set(map(str, entry)) - KEYS)
+    if unknown:
+        raise ValueError(
+            f"parameter {name}: unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}"
+        )
+    distribution = _distribution(name, entry)
+    needed, optional = DISTRIBUTIONS[distribution]
+    given = set(entry) - {"distribution"}
+    for key in needed:
+        if key not in given:
+            raise ValueError(f"parameter {name}: {distribution} needs {key}; add it")
+    for key in sorted(given - set(needed) - set(optional)):
+        raise ValueError(f"parameter {name}: {distribution} does not take {key}; remove it")
+    settings = {**optional, **{key: entry[key] for key in given}}
+    _check_settings(name, distribution, settings)
+    return Parameter(path, distribution, settings)
+
+
+def _distribution(name: str, entry: Mapping[str, Any]) -> str:
+    if "distribution" in entry:
+        given = entry["distribution"]
+        if given in REFUSED:
+            raise ValueError(
+                f"parameter {name}: distribution {given} is not known here, only to W&B's server; "
+                "use `wandb sweep`, or another distribution"
+            )
+        if given not in DISTRIBUTIONS:
+            raise ValueError(
+                f"parameter {name}: unknown distribution, {given!r}; "
+                f"known: {', '.join(DISTRIBUTIONS)}"
+            )
+        if given == "categorical" and "probabilities" in entry:
+            return "categorical_w_probabilities"
+        return given
+    if "value" in entry:
+        return "constant"
+    if "values" in entry:
+        return "categorical_w_probabilities" if "probabilities" in entry else "categorical"
+    if "min" in entry or "max" in entry:
+        whole = all(type(entry.get(key)) is int for key in ("min", "max"))
+        return "int_uniform" if whole else "uniform"
+    raise ValueError(f"parameter {name}: no value; give value:, values: [...], or min: and max:")
+
+
+def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -> None:
+    if "values" in settings:
+        values = settings["values"]
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"parameter {name}: values, {values!r}, has no value; list some")
+        _check_probabilities(name, values, settings.get("probabilities"))
+    for value in settings.get("values", [settings.get("value", 0)]):
+        if _holds_none(value):
+            raise ValueError(
+                f"parameter {name}: null reaches a run as the text None; leave the parameter out"
+            )
+    for key in ("min", "max", "q", "mu", "sigma", "a", "b"):
+        number = settings.get(key, 1)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            hint = "; YAML reads 1e-4 as text, write 1.0e-4" if isinstance(number, str) else ""
+            raise ValueError(f"parameter {name}: {key}, {number!r}, is not a number{hint}")
+        if key in ("q", "sigma", "a", "b") and number <= 0:
+            raise ValueError(f"parameter {name}: {key}, {number}, is not above 0")
+    if "min" in settings:
+        low, high = settings["min"], settings["max"]
+        if not low < high:
+            raise ValueError(f"parameter {name}: min, {low}, is not below max, {high}")
+        if "values" in distribution and low <= 0:
+            raise ValueError(f"parameter {name}: min, {low}, is not above 0, as a logarithm needs")
+        if distribution == "int_uniform" and not all(type(x) is int for x in (low, high)):
+            raise ValueError(f"parameter {name}: int_uniform, {low} to {high}, wants integers")
+
+
+def _check_probabilities(name: str, values: list[Any], probabilities: Any) -> None:
+    if probabilities is None:
+        return
+    numbers = isinstance(probabilities, list) and all(
+        isinstance(p, int | float) and p >= 0 for p in probabilities
+    )
+    if not numbers or len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1):
+        raise ValueError(
+            f"parameter {name}: probabilities, {probabilities!r}, are not {len(values)} numbers "
+            "that sum to 1, one for each of values"
+        )
+
+
+def _holds_none(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return value is None or (isinstance(value, list) and any(map(_holds_none, value)))
+
+
+def _quantised(number: float, q: float) -> float:
+    """The multiple of q nearest to number; an int where q is one."""
+    return round(number / q) * q
+
+
+def _log_between(low: float, high: float, rng: random.Random) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+_Draw = Callable[[Mapping[str, Any], random.Random], Any]
+_DRAW: dict[str, _Draw] = {
+    "constant": lambda s, rng: s["value"],
+    "categorical": lambda s, rng: rng.choice(s["values"]),
+    "categorical_w_probabilities": lambda s, rng: rng.choices(s["values"], s["probabilities"])[0],
+    "int_uniform": lambda s, rng: rng.randint(s["min"], s["max"]),
+    "uniform": lambda s, rng: rng.uniform(s["min"], s["max"]),
+    "q_uniform": lambda s, rng: _quantised(rng.uniform(s["min"], s["max"]), s["q"]),
+    "log_uniform": lambda s, rng: math.exp(rng.uniform(s["min"], s["max"])),
+    "log_uniform_values": lambda s, rng: _log_between(s["min"], s["max"], rng),
+    "q_log_uniform_values": lambda s, rng: _quantised(
+        _log_between(s["min"], s["max"], rng), s["q"]
+    ),
+    "normal": lambda s, rng: rng.gauss(s["mu"], s["sigma"]),
+    "q_normal": lambda s, rng: _quantised(rng.gauss(s["mu"], s["sigma"]), s["q"]),
+    "log_normal": lambda s, rng: rng.lognormvariate(s["mu"], s["sigma"]),
+    "beta": lambda s, rng: rng.betavariate(s["a"], s["b"]),
+}

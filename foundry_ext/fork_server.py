@@ -1,0 +1,115 @@
+"""Imports torch, Composer and llm-foundry once, then forks a child for every run it is told of.
+
+    python -m foundry_ext.fork_server        (started by sweep_launchers.py, on a CPU)
+
+On standard input a line a run, {"program", "arguments", "log", "lock", "environment"}; on standard
+output {"pid"} for each in turn, and {"pid", "code"} when it ended. A child that is forked after
+torch has computed in several threads hangs, so this process imports and does nothing else.
+
+Its parent's end is its own. Children go on: they hold their locks, and a restarted sweep waits.
+"""
+
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+IMPORTS = (
+    "composer",
+    "llmfoundry.command_utils",
+    "peft",
+    "foundry_ext.launch",
+    "foundry_ext.models.composer_smollm2",
+    "foundry_ext.data.dataloader",
+)
+_POLL_SECONDS = 0.1
+
+
+def main() -> int:
+    """The exit code of the server, or that of a child's program."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # imports may print
+    for name in IMPORTS:
+        __import__(name)
+    job = serve(replies)
+    if job is None:
+        return 0
+    replies.close()
+    return run(job)
+
+
+def serve(replies: Any) -> dict[str, Any] | None:
+    """None when there is nothing more to do; in a child, what the child has to run."""
+    pending = b""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], _POLL_SECONDS)
+        if readable:
+            received = os.read(0, 65536)
+            if not received:
+                return None
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                job = json.loads(line)
+                pid = _fork(job)
+                if pid == 0:
+                    return job
+                print(json.dumps({"pid": pid}), file=replies)
+        for pid, code in _ended():
+            print(json.dumps({"pid": pid, "code": code}), file=replies)
+    return None  # what the input still holds is left to the sweep's restart
+
+
+def _fork(job: dict[str, Any]) -> int:
+    """os.fork(), the child holding the run's lock from before it exists."""
+    # Imported here: fcntl is not everywhere, and compare/ would be reached from a module's top.
+    from foundry_ext.compare.sweep_state import claim
+
+    lock = claim(Path(job["lock"]))
+    if lock is None:
+        raise BlockingIOError(f"{job['lock']}: another process runs this one")
+    pid = os.fork()
+    if pid:
+        os.close(lock)  # the child's copy keeps it
+    return pid
+
+
+def _ended() -> list[tuple[int, int]]:
+    found = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        found.append((pid, os.waitstatus_to_exitcode(status)))
+
+
+def run(job: dict[str, Any]) -> int:
+    """The program as `python program arguments` would run it; its exit code."""
+    os.setsid()  # a terminal's Ctrl-C goes to the sweep, which passes it on
+    sweep_lock = os.environ.pop("FOUNDRY_EXT_SWEEP_LOCK", None)
+    if sweep_lock:
+        os.close(int(sweep_lock))
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, handler)
+    os.environ.update(job["environment"])
+    sys.argv = [job["program"], *job["arguments"]]
+    sys.path[0] = str(Path(job["program"]).resolve().parent)
+    runpy.run_path(job["program"], run_name="__main__")  # SystemExit, if any, goes on from here
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

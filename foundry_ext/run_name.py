@@ -1,0 +1,69 @@
+"""The name of one run of a sweep: its YAML's run_name and what the sweep varies.
+
+`wandb agent` starts every run of a sweep with the same YAML and other overrides; with the YAML's
+own run_name they would share a folder. Under a sweep the name says the overrides too: run_name lora
+with seed=17 variables.learning_rate=low becomes lora-seed_17-learning_rate_low.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Set by `wandb agent` and by `foundry-ext sweep`.
+SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "FOUNDRY_EXT_SWEEP")
+LONGEST = 100
+"""Characters; loggers and checkpoints add to it, file systems allow 255."""
+
+
+def under_sweep() -> bool:
+    return any(os.environ.get(name) for name in SWEEP_VARIABLES)
+
+
+def sweep_run_name(base: str, settings: Mapping[str, Any]) -> str:
+    """`base` and the settings {dotted key: value}, in the order of their keys; safe as a file name.
+
+    Two different settings have different names: where characters are replaced or cut, a hash of the
+    whole is appended.
+    """
+    flat = sorted(pair for key, value in settings.items() for pair in _flatten(key, value))
+    if not flat:
+        return base
+    shown = _shortest([key for key, _ in flat])
+    name = "-".join([base, *(f"{key}_{_text(v)}" for key, (_, v) in zip(shown, flat, strict=True))])
+    safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", name)
+    if safe == name and len(name) <= LONGEST:
+        return name
+    whole = repr([base, *((key, _text(value)) for key, value in flat)])
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{safe[: LONGEST - len(digest) - 1]}-{digest}"
+
+
+def _flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, child in value.items():
+            yield from _flatten(f"{key}.{name}", child)
+    else:
+        yield key, value
+
+
+def _shortest(keys: Sequence[str]) -> list[str]:
+    """Each dotted key cut to its last names, as many as tell it from the others."""
+    found = []
+    for key in keys:
+        parts = key.split(".")
+        depth = 1
+        while depth < len(parts) and any(
+            other != key and other.split(".")[-depth:] == parts[-depth:] for other in keys
+        ):
+            depth += 1
+        found.append(".".join(parts[-depth:]))
+    return found
+
+
+def _text(value: Any) -> str:
+    """One spelling of a number, whoever wrote it: 3.0 and 3, 1e-4 and 0.0001."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    return str(value)
