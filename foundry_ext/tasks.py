@@ -153,7 +153,9 @@ def write_task(
     else:
         commit, rows = _from_hub(task, split, revision or "main")
         origin = {"source": task.hub, "config": task.config, "split": split, "revision": commit}
-    converted = list(_convert(task, rows))
+    # llm-foundry takes the first question's number of choices for everyone's and dies on one with
+    # more, as a few of ARC's have; with the most choices first it never finds more.
+    converted = sorted(_convert(task, rows), key=lambda row: -len(row.get("choices", ())))
     _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in converted))
     described = {"task": name, **origin, "rows": len(converted)}
     _write(source_file(out), json.dumps(described, indent=1) + "\n")
