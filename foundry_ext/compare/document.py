@@ -86,6 +86,7 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", text).replace("://", ":\u200b//")
 
 
+_WIDE = 500  # points
 _CSS = """
 :root{color-scheme:light}
 *{box-sizing:border-box}
@@ -110,7 +111,7 @@ th:first-child{text-align:left;padding-left:0}
 tbody th{white-space:normal;min-width:9rem}
 tbody th{font-weight:500}
 @media (max-width:40rem){main{padding:1rem .9rem 3rem}h1{font-size:1.4rem}
-figure svg{min-width:34rem}}
+.wide svg{min-width:34rem}}
 @media print{main{max-width:none}h2{break-after:avoid}figure,table{break-inside:avoid}}
 """.strip()
 
@@ -149,10 +150,18 @@ def _block(block: Block, index: int, folder: Path) -> str:
         case Figure(name, caption):
             svg = inline_svg((folder / f"{name}.svg").read_text(), f"f{index}-")
             label = html.escape(caption)
+            # Two panels are scrolled on a phone rather than shrunk until unreadable.
+            wide = " wide" if _width(svg) > _WIDE else ""
             svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
             return (
-                f'<figure><div class="scroll">{svg}</div><figcaption>{label}</figcaption></figure>'
+                f'<figure><div class="scroll{wide}">{svg}</div><figcaption>{label}</figcaption></figure>'
             )
+
+
+def _width(svg: str) -> float:
+    """In points, by the view box, `0 0 width height`."""
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    return float(box[1].split()[2]) if box else 0.0
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

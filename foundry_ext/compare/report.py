@@ -32,8 +32,8 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         plots.plot_differences(comparison, folder)
     blocks = [
         *_opening(comparison),
-        *_findings(comparison),
         *_tradeoff(comparison),
+        *_findings(comparison),
         *_matched(comparison),
         *_curves(comparison),
         *_learning_rates(comparison),

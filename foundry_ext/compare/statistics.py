@@ -169,6 +169,8 @@ def _combined(estimate: float, parts: list[tuple[float, int]], num_items: int) -
     kind = "seeds" if num_items == 1 else "seeds and items"
     if _is_rounding(error, estimate):
         p = float(_is_rounding(estimate, 1.0))
+    elif len(varying := [part for part in parts if part[0] > 0]) == 1:
+        p = t_two_sided(estimate / error, varying[0][1])
     else:
         low, high = 0.0, 0.5  # the one-sided tail at which the interval just touches 0
         for _ in range(30):

@@ -226,7 +226,7 @@ def _record(name, method, rate, seed, truth: Truth, curves) -> dict[str, Any]:
             "device_kind": "cpu",
             "world_size": 1,
         },
-        "data": {"train": loader, "eval": {name: loader for name in ("target", "source")}},
+        "data": {"train": loader, "eval": dict.fromkeys(("target", "source"), loader)},
         "model": {
             "name": "base",
             "parameters": 1_050_000 + (trained if peft else 0),
