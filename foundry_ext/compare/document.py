@@ -75,7 +75,7 @@ def markdown(document: Document) -> str:
                 parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
                 parts.append(f"*{_md(caption)}*")
             case Figure(name, caption):
-                parts.append(f"![{_md(caption)}]({name}.svg)")
+                parts.append(f"![{name.replace('_', ' ')}]({name}.svg)")
                 parts.append(f"*{_md(caption)}*")
     return "\n\n".join(parts) + "\n"
 
@@ -153,9 +153,8 @@ def _block(block: Block, index: int, folder: Path) -> str:
             # Two panels are scrolled on a phone rather than shrunk until unreadable.
             wide = " wide" if _width(svg) > _WIDE else ""
             svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-            return (
-                f'<figure><div class="scroll{wide}">{svg}</div><figcaption>{label}</figcaption></figure>'
-            )
+            shown = f'<div class="scroll{wide}">{svg}</div>'
+            return f"<figure>{shown}<figcaption>{label}</figcaption></figure>"
 
 
 def _width(svg: str) -> float:

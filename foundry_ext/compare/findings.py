@@ -7,7 +7,13 @@ from itertools import combinations
 import numpy as np
 
 from foundry_ext.compare.measures import Measure, final_value, item_matrix, outcomes
-from foundry_ext.compare.power import ALPHA, left_for, mcnemar_items_needed, pairs_needed
+from foundry_ext.compare.power import (
+    ALPHA,
+    both_needed,
+    left_for,
+    mcnemar_items_needed,
+    pairs_needed,
+)
 from foundry_ext.compare.runs import Run
 from foundry_ext.compare.statistics import (
     MIN_SEEDS,
@@ -59,6 +65,9 @@ class Pair:
     adjusted_mcnemar: float | None
     seeds_needed: int | None
     items_needed: int | None
+    """Of the one, while the other stays as it is; None where no number of it would do."""
+    both_needed: tuple[int, int] | None
+    """(seeds, items), where neither alone would do."""
 
     @property
     def in_general(self) -> bool:
@@ -151,7 +160,7 @@ def compare(
         interval = bootstrap_items(a.mean(0) - b.mean(0), weights)
     test = _mcnemar(ours[0], theirs[0], measure)
     difference = float(values[0].mean() - values[1].mean())
-    seeds_needed, items_needed = _needed(difference, values, items, paired=paired)
+    seeds_needed, items_needed, both = _needed(difference, values, items, paired=paired)
     if test and items and len(ours) == len(theirs) == 1:
         items_needed = mcnemar_items_needed(test.only_first, test.only_second, test.num_items)
     return Pair(
@@ -168,6 +177,7 @@ def compare(
         adjusted_mcnemar=None,
         seeds_needed=seeds_needed,
         items_needed=items_needed,
+        both_needed=both,
     )
 
 
@@ -192,7 +202,7 @@ def _needed(
     items: tuple[list[np.ndarray], np.ndarray] | None,
     *,
     paired: bool,
-) -> tuple[int | None, int | None]:
+) -> tuple[int | None, int | None, tuple[int, int] | None]:
     """Seeds needed while the items stay as they are, and items while the seeds do; values [S]."""
     num_seeds, num_items = min(map(len, values)), len(items[1]) if items else 0
     of_seeds = of_items = 0.0
@@ -213,7 +223,10 @@ def _needed(
         if num_seeds >= MIN_SEEDS:
             left = left_for(difference, of_seeds / np.sqrt(num_seeds), num_seeds - 1)
         items_needed = pairs_needed(left, of_items)
-    return seeds_needed, items_needed
+    both = None
+    if num_seeds >= MIN_SEEDS and items and seeds_needed is None and items_needed is None:
+        both = both_needed(difference, of_seeds, of_items, num_seeds, num_items)
+    return seeds_needed, items_needed, both
 
 
 def _mcnemar(first: Run, second: Run, measure: Measure) -> McNemar | None:
@@ -263,9 +276,10 @@ def needs(pair: Pair) -> str:
         ways.append(f"{pair.seeds_needed:,} seeds on these items")
     if pair.items_needed is not None:
         ways.append(f"{pair.items_needed:,} items with these seeds")
+    if pair.both_needed is not None:
+        seeds, items = pair.both_needed
+        ways.append(f"{seeds:,} seeds together with {items:,} items")
     if ways:
         found = " or ".join(ways)
         return f"a difference this large needs {found} (80 % power, two-sided 5 %, one test)"
-    if pair.in_general and pair.num_items and pair.difference:
-        return "a difference this large needs both more seeds and more items"
     return "no number of items or seeds would show a difference this small"

@@ -48,6 +48,23 @@ def left_for(difference: float, fixed_error: float, df: int) -> float:
     return math.sqrt(max(0.0, difference**2 - hidden**2))
 
 
+def both_needed(
+    difference: float, of_seeds: float, of_items: float, num_seeds: int, num_items: int
+) -> tuple[int, int] | None:
+    """(seeds, items), both grown by one factor, to within 5 % of the least that will do.
+
+    For where neither alone would. `of_seeds` and `of_items` are standard deviations.
+    """
+    factor = 1.0
+    while difference and factor * num_items <= MOST:
+        seeds, items = math.ceil(factor * num_seeds), math.ceil(factor * num_items)
+        left = left_for(difference, of_items / math.sqrt(items), items - 1)
+        if left_for(left, of_seeds / math.sqrt(seeds), seeds - 1) > 0:
+            return seeds, items
+        factor *= 1.05
+    return None
+
+
 def mcnemar_items_needed(only_first: int, only_second: int, num_items: int) -> int | None:
     """Items for McNemar's test to find the observed discordance (Connor 1987, Biometrics 43).
 

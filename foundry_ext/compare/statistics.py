@@ -173,7 +173,7 @@ def _combined(estimate: float, parts: list[tuple[float, int]], num_items: int) -
         p = t_two_sided(estimate / error, varying[0][1])
     else:
         low, high = 0.0, 0.5  # the one-sided tail at which the interval just touches 0
-        for _ in range(30):
+        for _ in range(20):
             tail = (low + high) / 2
             touches = _half_width(1 - tail, parts) >= abs(estimate)
             low, high = (tail, high) if touches else (low, tail)

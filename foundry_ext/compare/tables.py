@@ -83,7 +83,8 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
         caption += f" McNemar's exact test compares one run of each method (seed {seeds})."
     caption += (
         " Needed: for a difference of the observed size to be found with 80 % power in one test at"
-        " two-sided 5 %, more of the one while the other stays as it is."
+        " two-sided 5 %, more of the one while the other stays as it is; –: no number of it would"
+        " do."
     )
     return Table(columns, rows, caption)
 

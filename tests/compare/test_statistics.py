@@ -8,7 +8,12 @@ import pytest
 import scipy.stats
 
 from foundry_ext.compare.distributions import t_cdf, t_quantile, t_two_sided
-from foundry_ext.compare.power import left_for, mcnemar_items_needed, pairs_needed
+from foundry_ext.compare.power import (
+    both_needed,
+    left_for,
+    mcnemar_items_needed,
+    pairs_needed,
+)
 from foundry_ext.compare.statistics import (
     bootstrap_items,
     holm,
@@ -166,7 +171,7 @@ SHARES = [(0.5, 1.0, 0.5), (0.15, 1.0, 0.5), (0.0, 1.0, 0.3), (0.05, 0.0, 1.0)]
 @pytest.mark.parametrize("sizes", SHARES)
 def test_interval_over_three_seeds_and_items_covers(sizes):
     rng = np.random.default_rng(11)
-    trials, covered, found = 400, 0, 0
+    trials, covered, found = 250, 0, 0
     for trial in range(trials):
         values = crossed(rng, 3, 60, sizes)
         interval = seeds_and_items(values, np.ones(60), seed=trial)
@@ -182,7 +187,9 @@ def test_bootstrap_over_three_seeds_covers_far_too_little():
     trials, plain, t = 600, 0, 0
     for trial in range(trials):
         means = rng.normal(size=3)
-        plain += bootstrap_items(means, np.ones(3), corrected=False, seed=trial).includes_zero
+        plain += bootstrap_items(
+            means, np.ones(3), corrected=False, resamples=500, seed=trial
+        ).includes_zero
         t += over_seeds(means).includes_zero
     assert plain / trials < 0.8
     assert within_binomial_error(t, trials, 0.95)
@@ -228,9 +235,8 @@ def test_holm_keeps_the_error_of_a_family():
     families, wrong, wrong_plain = 800, 0, 0
     for _ in range(families):
         methods = rng.normal(size=(4, 30))
-        p_values = [
-            scipy.stats.ttest_rel(methods[i], methods[j]).pvalue for i in range(4) for j in range(i)
-        ]
+        pairs = np.stack([methods[i] - methods[j] for i in range(4) for j in range(i)])
+        p_values = scipy.stats.ttest_1samp(pairs, 0, axis=1).pvalue.tolist()
         wrong += min(holm(p_values)) < 0.05
         wrong_plain += min(p_values) < 0.05
     assert wrong / families <= 0.05 + 3.3 * math.sqrt(0.05 * 0.95 / families)
@@ -281,3 +287,16 @@ def test_what_one_error_hides_the_other_cannot_find():
     assert left_for(0.1, 1.0, 100) == 0.0
     assert left_for(1.0, 0.0, 100) == 1.0
     assert 0 < left_for(1.0, 0.2, 100) < 1
+
+
+def test_seeds_and_items_needed_together():
+    """Neither alone finds 0.2 where one error of 3 seeds or 50 items hides it; both grown do."""
+    found = both_needed(0.2, 0.3, 1.0, 3, 50)
+    assert found is not None
+    rng = np.random.default_rng(18)
+    trials, seen = 120, 0
+    for trial in range(trials):
+        values = 0.2 + crossed(rng, *found, (0.3, 1.0, 0.0))
+        seen += seeds_and_items(values, np.ones(found[1]), seed=trial).p < 0.05
+    assert seen / trials == pytest.approx(0.85, abs=0.13)
+    assert both_needed(0.0, 0.3, 1.0, 3, 50) is None
