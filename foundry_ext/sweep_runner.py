@@ -256,7 +256,9 @@ class SweepRunner:
             return ""
         mean = sum(self._finished_seconds) / len(self._finished_seconds)
         under_way = sum(
-            min(mean, time.monotonic() - active.begin) for active in self._active if active.slot
+            min(mean, time.monotonic() - active.begin)
+            for active in self._active
+            if active.slot is not None
         )
         parallel = min(len(self.slots), num_left)
         return f", about {duration(max(0.0, num_left * mean - under_way) / parallel)} left"

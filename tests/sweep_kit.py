@@ -7,7 +7,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from foundry_ext.run_name import SWEEP_VARIABLES
+from foundry_ext.sweep import run_sweep
 
 ROOT = Path(__file__).parents[1]
 RUN_YAML = """
@@ -28,7 +32,9 @@ scheduler: {name: constant}
 max_duration: 10ba
 global_train_batch_size: 4
 device_train_microbatch_size: 1
-callbacks: {run_record: {path: "${variables.folder}/record.json", experiment: stand-in}}
+callbacks:
+  run_record: {path: "${variables.folder}/record.json", experiment: stand-in}
+  forgetting: {sets: {source: {role: forgetting}, target: {role: learning}}}
 """
 # Says in `starts` that it runs and in `ends` that it finished; in `overlaps` if another one of its
 # run is there too. Behaviours: good, fail (until the file `mended` is there), silent (no record).
@@ -93,8 +99,17 @@ def write_sweep(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
         **more,
     }
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes `folder` the current one, outside of any sweep."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in SWEEP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return folder
 
 
 def start_sweep(folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -115,3 +130,23 @@ def lines(folder: Path, run: str, name: str) -> list[str]:
     """What the stand-in of a run noted in the file `name`."""
     path = folder / "outputs" / run / name
     return path.read_text().splitlines() if path.exists() else []
+
+
+def names(folder: Path) -> list[str]:
+    """Of the runs that have a folder."""
+    found = (folder / "outputs").glob("*")
+    return sorted(path.name for path in found if path.name != "sweeps")
+
+
+class Said(list[str]):
+    """What a sweep printed."""
+
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+
+def run(path: Path, **settings: Any) -> tuple[dict[str, str], Said]:
+    """{run: status} and what was printed, of a sweep of subprocesses."""
+    said = Said()
+    outcomes = run_sweep(path, launcher="subprocess", say=said, **settings)
+    return {outcome.name: outcome.status for outcome in outcomes}, said
