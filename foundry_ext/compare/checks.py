@@ -39,6 +39,16 @@ def check_comparable(runs: Sequence[Run], allow: Sequence[str] = ()) -> list[str
     return [_sentence(one) for one in found]
 
 
+def distinguishing(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each run, key -> value of what differs between their configurations, to tell groups of
+    one method apart where --allow accepts it."""
+    if len(runs) < 2:
+        return [{} for _ in runs]
+    named = _named(runs)
+    found = differences({name: run.record["config"] for name, run in named.items()}, allow=_ALWAYS)
+    return [{one.key: one.values.get(name) for one in found} for name in named]
+
+
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
     """Runs by name; a name that several share gets a number."""
     named: dict[str, Run] = {}

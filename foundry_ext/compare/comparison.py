@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from foundry_ext.compare.checks import check_comparable
+from foundry_ext.compare.checks import check_comparable, distinguishing
 from foundry_ext.compare.findings import Pair, Summary, compare_pairs, summarise
 from foundry_ext.compare.learning_rates import (
     BestLearningRate,
@@ -84,7 +84,7 @@ def compare_runs(
         ValueError: runs that cannot be compared, or a measure they do not share.
     """
     accepted = check_comparable(loaded.runs, allow)
-    runs = labelled(loaded.runs, allow)
+    runs = labelled(loaded.runs, distinguishing(loaded.runs))
     groups = by_label(runs)
     _refuse_copies(groups)
     learned = shared_measures(runs, "learning")

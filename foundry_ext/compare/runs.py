@@ -162,13 +162,16 @@ def _read_analysis(path: Path) -> Mapping[str, Any] | None:
     return analysis
 
 
-def labelled(runs: Sequence[Run], allowed: Sequence[str] = ()) -> list[Run]:
+def labelled(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]] | None = None) -> list[Run]:
     """The same runs with their groups' labels: the method, and what else tells groups apart.
 
     Args:
-        allowed: dotted keys of the configuration that may differ, and so make groups.
+        settings: of each run, what of its configuration differs from other runs' and so makes
+            groups: dotted key -> value, the same keys for all.
     """
-    traits = [_traits(run, allowed) for run in runs]
+    traits = [
+        _traits(run, own) for run, own in zip(runs, settings or [{}] * len(runs), strict=True)
+    ]
     labels = []
     for run, own in zip(runs, traits, strict=True):
         method = run.record["method"]
@@ -182,14 +185,14 @@ def labelled(runs: Sequence[Run], allowed: Sequence[str] = ()) -> list[Run]:
             for index, value in enumerate(own)
             if value and any(rival[index] != value for rival in rivals)
         ]
-        labels.append(" ".join([_NAMES.get(method, method), *differing]))
+        labels.append(" ".join([_NAMES.get(method) or str(method), *differing]))
     return [
         Run(run.record, run.items, run.analysis, label)
         for run, label in zip(runs, labels, strict=True)
     ]
 
 
-def _traits(run: Run, allowed: Sequence[str]) -> list[str]:
+def _traits(run: Run, settings: Mapping[str, Any]) -> list[str]:
     model = run.record["model"]
     traits = [
         "" if model[key] is None else f"{short}{_short(model[key])}"
@@ -197,11 +200,9 @@ def _traits(run: Run, allowed: Sequence[str]) -> list[str]:
     ]
     marks = fairness.method(run.record["config"]).split(" ")[1:]
     traits.append(" ".join(mark for mark in marks if mark != str(model["init"])))
-    for key in allowed:
-        value: Any = run.record["config"]
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        traits.append("" if value is None else f"{key.rpartition('.')[2]} {_short(value)}")
+    for key, value in settings.items():
+        name = key.removesuffix(" (names)").rpartition(".")[2]
+        traits.append("" if value in (None, fairness.ABSENT) else f"{name} {_short(value)}"[:40])
     return traits
 
 
