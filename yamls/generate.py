@@ -32,9 +32,9 @@ def render() -> Iterator[tuple[Path, str]]:
 
 def fill(template: str, values: dict[str, str]) -> str:
     """Every @name@ replaced; a name without a value, or a value without a name, is an error."""
-    names = set(re.findall(r"@([a-z_]+)@", template))
+    names = set(re.findall(r"@([a-z0-9_]+)@", template))
     assert names == set(values), names ^ set(values)
-    return re.sub(r"@([a-z_]+)@", lambda match: values[match.group(1)], template)
+    return re.sub(r"@([a-z0-9_]+)@", lambda match: values[match.group(1)], template)
 
 
 def values(path: Path, data: Data, size: Size, method: Method) -> dict[str, str]:
@@ -63,6 +63,7 @@ def values(path: Path, data: Data, size: Size, method: Method) -> dict[str, str]
         "batch": str(data.batch_tokens // size.pack_tokens),
         "batch_tokens": f"{data.batch_tokens:,}",
         "batch_why": data.why_batch,
+        "gsm8k_task": " gsm8k" if data.is_math else "",
         "generation": GENERATION if data.is_math else "",
         "prompts": "\n".join(f'      - "{prompt}"' for prompt in data.prompts),
         "new_tokens": str(data.new_tokens),
