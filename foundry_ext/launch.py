@@ -99,7 +99,7 @@ def train_here(path: Path, config: DictConfig) -> int:
 
     mistakes = (BaseContextualError, KeyError, OmegaConfBaseException, OSError, TypeError)
     try:
-        trainer = _train_recorded(train, config)
+        trainer = train_recorded(train, config)
     except (*mistakes, ValueError) as error:
         if started_training(error) or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
             raise
@@ -113,7 +113,7 @@ def train_here(path: Path, config: DictConfig) -> int:
     return 0
 
 
-def _train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     """train(config); whatever ends it early is said in the run's record before it goes on."""
     try:
         return train(config)

@@ -1,6 +1,7 @@
 """What train.py makes of its arguments, its files and the failures of runs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,23 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from foundry_ext.launch import check_all, describe, find_key, main, started_training
+from foundry_ext.compare.record import new_record, read_record, write_record
+from foundry_ext.launch import (
+    check_all,
+    describe,
+    find_key,
+    main,
+    started_training,
+    train_recorded,
+)
 from foundry_ext.run_config import (
     UsageError,
     load_config,
+    record_path,
     split_arguments,
     train_config_keys,
 )
+from foundry_ext.run_name import SWEEP_VARIABLES, sweep_run_name
 from foundry_ext.run_sequence import ChildRunner, train_in_turn
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +48,46 @@ device_train_microbatch_size: 1
 """
 
 
+RECORD = {
+    "run_name": "a",
+    "experiment": "e",
+    "method": "full",
+    "seed": 17,
+    "learning_rate": 1e-3,
+    "config": {},
+    "environment": {
+        "python": "3.11",
+        "packages": {},
+        "commit": None,
+        "dirty": None,
+        "device": "a CPU",
+        "device_kind": "cpu",
+        "world_size": 1,
+    },
+    "data": {
+        "train": {
+            "name": None,
+            "revision": None,
+            "fingerprint": None,
+            "documents": None,
+            "tokens": None,
+            "counts": {},
+        },
+        "eval": {},
+    },
+    "model": {
+        "name": "m",
+        "parameters": 1,
+        "trainable_parameters": 1,
+        "rank": None,
+        "alpha": None,
+        "effective_scale": None,
+        "target_modules": None,
+        "init": None,
+    },
+}
+
+
 @pytest.fixture
 def valid(tmp_path: Path) -> Path:
     return write(tmp_path / "valid.yaml", VALID)
@@ -44,7 +95,8 @@ def valid(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name in (*ranks, *SWEEP_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -57,6 +109,12 @@ def test_files_and_overrides_are_told_apart():
     files, overrides = split_arguments(["a.yaml", "seed=1", "b.yml", "load_path=x.yaml"])
     assert files == [Path("a.yaml"), Path("b.yml")]
     assert overrides == ["seed=1", "load_path=x.yaml"]
+
+
+def test_a_sweep_gives_the_file_as_config():
+    files, overrides = split_arguments(["config=a.yaml", "seed=1", "config=x"])
+    assert files == [Path("a.yaml")]
+    assert overrides == ["seed=1", "config=x"]  # which is refused as an unknown key
 
 
 @pytest.mark.parametrize("arguments", [["a.yaml", "lr"], ["seed=1"], ["a.json"]])
@@ -120,6 +178,54 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str, message: str):
     assert str(raised.value).startswith(f"{path}: ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+GRID = VALID.replace("rows: 8", "rows: 8, rates: {low: 1e-4, high: 1e-3}, rate: low").replace(
+    "lr: 1e-3", 'lr: "${variables.rates.${variables.rate}}"'
+)
+
+
+def test_a_rate_is_chosen_from_the_methods_own_grid_by_name(tmp_path: Path):
+    path = write(tmp_path / "run.yaml", GRID)
+    assert load_config(path, []).optimizer.lr == 1e-4
+    assert load_config(path, ["variables.rate=high"]).optimizer.lr == 1e-3
+    with pytest.raises(UsageError) as raised:
+        load_config(path, ["variables.rate=hihg"])
+    assert str(raised.value) == (
+        f"{path}: optimizer.lr, Interpolation key 'variables.rates.hihg' not found; "
+        "known: low, high, did you mean 'high'?"
+    )
+
+
+@pytest.mark.parametrize("variable", SWEEP_VARIABLES)
+def test_runs_of_a_sweep_have_a_name_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+):
+    text = GRID + 'run_name: lora\nsave_folder: "outputs/${run_name}"\n'
+    path = write(tmp_path / "run.yaml", text)
+    overrides = ["seed=18", "variables.rate=high"]
+    assert load_config(path, overrides).run_name == "lora"
+    monkeypatch.setenv(variable, "x1")
+    config = load_config(path, overrides)
+    assert config.run_name == "lora-seed_18-rate_high"
+    assert config.save_folder == "outputs/lora-seed_18-rate_high"
+    assert load_config(path, overrides[::-1]).run_name == config.run_name
+    assert load_config(path, [*overrides, "run_name=mine"]).run_name == "mine"
+    assert load_config(path, []).run_name == "lora"
+    path = write(tmp_path / "nameless.yaml", VALID)
+    assert load_config(path, ["seed=18"]).run_name == "nameless-seed_18"
+
+
+def test_names_of_runs_are_short_safe_and_different():
+    name = sweep_run_name
+    assert name("a", {"model.peft_config": {"r": 16, "lora_alpha": 32}}) == "a-lora_alpha_32-r_16"
+    assert name("a", {"x.lr": 1e-4, "y.lr": 3.0}) == "a-x.lr_0.0001-y.lr_3"  # told apart
+    assert name("a", {"lr": 3}) == name("a", {"lr": 3.0})
+    odd = [name("a", {"f": text}) for text in ("x/y", "x_y", "../x", "x y", "x" * 300, "x" * 301)]
+    assert len(set(odd)) == len(odd)
+    for text in odd:
+        assert re.fullmatch(r"a-f_[A-Za-z0-9._-]+", text) and len(text) <= 100
+    assert "/" not in name("a/../b", {"f": 1})
 
 
 def test_auto_is_left_to_other_loaders(tmp_path: Path):
@@ -212,6 +318,27 @@ def raised_by(source: str, filename: str = "somewhere.py") -> BaseException:
     except Exception as error:
         return error
     raise AssertionError("nothing raised")
+
+
+@pytest.mark.parametrize("error", [ValueError("x y"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_ends_a_run_is_in_its_record(tmp_path: Path, error: BaseException):
+    config = OmegaConf.create(
+        {"run_name": "a", "callbacks": {"run_record": {"path": f"{tmp_path}/{{run_name}}/r.json"}}}
+    )
+    path = tmp_path / "a" / "r.json"
+    assert record_path(config) == path
+
+    def train(_: object) -> None:
+        write_record(path, new_record(**RECORD))
+        raise error
+
+    with pytest.raises(type(error)):
+        train_recorded(train, config)
+    record = read_record(path)
+    assert record["status"] == "failed"
+    assert record["error"] == f"{type(error).__name__}: {error}"
+    with pytest.raises(type(error)):  # without a record there is nothing to say
+        train_recorded(train, OmegaConf.create({"callbacks": None}))
 
 
 @pytest.mark.parametrize(("filename", "expected"), [("trainer.py", True), ("other.py", False)])

@@ -58,6 +58,10 @@ def test_two_sweeps_of_one_name_do_not_run_at_once(folder: Path):
     sweep.communicate(timeout=30)
 
 
+def changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
@@ -81,15 +85,10 @@ def test_a_sweep_killed_at_random_moments_ends_with_every_run_once(
     rng = random.Random(5)
     out, kills = "", 0
     while True:
-        before = state.stat().st_mtime_ns if state.exists() else 0
+        before = changed_at(state)
         sweep = start_sweep(folder, "--yes", "--parallel", "2", "--launcher", "subprocess")
         if kills < 5:
-            wait_for(
-                lambda: (
-                    sweep.poll() is not None  # noqa: B023
-                    or (state.exists() and state.stat().st_mtime_ns > before)
-                )  # noqa: B023
-            )
+            wait_for(lambda p=sweep, t=before: p.poll() is not None or changed_at(state) > t)
         try:
             out, _ = sweep.communicate(timeout=rng.uniform(0, 0.9) if kills < 5 else 60)
             break
