@@ -17,7 +17,7 @@ from foundry_ext.compare.learning_rates import (
 from foundry_ext.compare.measures import Measure, final_value, shared_measures
 from foundry_ext.compare.runs import Loaded, Run, by_label, labelled
 from foundry_ext.compare.statistics import MIN_SEEDS
-from foundry_ext.compare.tradeoff import Matched, levels, matched, pareto_front
+from foundry_ext.compare.tradeoff import Matched, levels, matched, matched_pairs, pareto_front
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,16 @@ class Comparison:
 
     def pairs_of(self, measure: Measure) -> list[Pair]:
         return [pair for pair in self.pairs if pair.measure == measure]
+
+    @property
+    def common_level(self) -> float | None:
+        """The highest level of learning in `matched` that every run reaches."""
+        complete = [
+            level
+            for level, methods in self.matched.items()
+            if all(one.mean is not None for one in methods.values())
+        ]
+        return max(complete, default=None)
 
     @property
     def is_in_general(self) -> bool:
@@ -187,6 +197,10 @@ def write_json(path: Path, comparison: Comparison) -> None:
         "matched_learning": [
             {"level": level, "methods": {label: asdict(one) for label, one in methods.items()}}
             for level, methods in comparison.matched.items()
+        ],
+        "matched_pairs": [
+            {**asdict(pair), "distinguishable": pair.is_distinguishable}
+            for pair in matched_pairs(comparison.matched.get(comparison.common_level or 0.0, {}))
         ],
     }
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")

@@ -19,7 +19,8 @@ from foundry_ext.compare.document import (
 )
 from foundry_ext.compare.statistics import MIN_SEEDS
 from foundry_ext.compare.tables import cost_blocks, measure_blocks, run_blocks
-from foundry_ext.compare.wording import listed, seed_list, seeds_used, with_limits
+from foundry_ext.compare.tradeoff import matched_pairs
+from foundry_ext.compare.wording import limits, listed, p_value, seed_list, seeds_used, with_limits
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -148,7 +149,33 @@ def _matched(comparison: Comparison) -> list[Block]:
             " linearly, never extrapolated: a level that a method does not reach, or that lies"
             " outside its learning rates, is named.",
         ),
+        Bullets(_matched_sentences(comparison)),
     ]
+
+
+def _matched_sentences(comparison: Comparison) -> list[str]:
+    """Of every two methods, at the highest level that all runs reach."""
+    x, y = comparison.learning, comparison.forgetting
+    level = comparison.common_level
+    assert level is not None, "levels without a common one"
+    start = f"At a learning of {x.show(level)} {x.unit}, "
+    sentences = []
+    for pair in matched_pairs(comparison.matched[level]):
+        more, less = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
+        size = f"{y.show(abs(pair.difference))} {y.unit}"
+        if pair.interval is None:
+            text = f"{more} has forgotten {size} more than {less} in these runs; no interval, for"
+            text += f" want of {MIN_SEEDS} seeds."
+        elif pair.is_distinguishable:
+            low, high = sorted(abs(end) for end in (pair.interval.low, pair.interval.high))
+            text = f"{more} forgets more than {less}: {size} [{y.show(low)}, {y.show(high)}]."
+        else:
+            shown = y.show(pair.difference, signed=True)
+            shown += f" {y.unit} {limits(y, pair.interval, signed=True)}"
+            text = f"{pair.first} and {pair.second} are not distinguishable in forgetting:"
+            text += f" difference {shown}, p = {p_value(pair.adjusted_p)} after Holm's correction."
+        sentences.append(start + text)
+    return sentences
 
 
 def _curves(comparison: Comparison) -> list[Block]:

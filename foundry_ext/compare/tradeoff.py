@@ -1,13 +1,21 @@
 """Learning against forgetting: the Pareto front, and forgetting at matched learning."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
 from foundry_ext.compare.measures import Measure, curve, final_value
+from foundry_ext.compare.power import ALPHA
 from foundry_ext.compare.runs import Run
-from foundry_ext.compare.statistics import MIN_SEEDS, Interval, over_seeds
+from foundry_ext.compare.statistics import (
+    MIN_SEEDS,
+    Interval,
+    holm,
+    over_seeds,
+    unpaired_seeds_and_items,
+)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -84,6 +92,48 @@ def matched(
         interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
         over_rates=first_crossing(rate_path(every, learning, forgetting), level),
     )
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """First minus second in forgetting at one level of learning, over evaluations."""
+
+    first: str
+    second: str
+    difference: float
+    interval: Interval | None
+    """Over seeds; None with fewer than three."""
+    adjusted_p: float | None
+    """Holm over the pairs."""
+
+    @property
+    def is_distinguishable(self) -> bool:
+        if self.interval is None or self.adjusted_p is None:
+            return False
+        return not self.interval.includes_zero and self.adjusted_p < ALPHA
+
+
+def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
+    """Every two methods of which all runs reach the level; paired where seeds are the same."""
+    pairs = []
+    for first, second in combinations(methods, 2):
+        ours, theirs = methods[first], methods[second]
+        if ours.mean is None or theirs.mean is None:
+            continue
+        interval = None
+        if min(ours.num_seeds, theirs.num_seeds) >= MIN_SEEDS:
+            if set(ours.by_seed) == set(theirs.by_seed):
+                interval = over_seeds([ours.by_seed[s] - theirs.by_seed[s] for s in ours.by_seed])
+            else:
+                a, b = (np.array([[v] for v in one.by_seed.values()]) for one in (ours, theirs))
+                interval = unpaired_seeds_and_items(a, b, np.ones(1))
+        pairs.append(MatchedPair(first, second, ours.mean - theirs.mean, interval, None))
+    tested = [pair for pair in pairs if pair.interval is not None]
+    adjusted = iter(holm([pair.interval.p for pair in tested if pair.interval is not None]))
+    return [
+        pair if pair.interval is None else replace(pair, adjusted_p=next(adjusted))
+        for pair in pairs
+    ]
 
 
 def rate_path(runs: Sequence[Run], learning: Measure, forgetting: Measure) -> np.ndarray:

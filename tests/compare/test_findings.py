@@ -8,7 +8,12 @@ import pytest
 from foundry_ext.compare.comparison import Comparison, compare_runs
 from foundry_ext.compare.measures import Measure, final_value, item_changes, shared_measures
 from foundry_ext.compare.runs import Loaded, labelled, load_runs
-from foundry_ext.compare.tradeoff import first_crossing, matched, pareto_front
+from foundry_ext.compare.tradeoff import (
+    first_crossing,
+    matched,
+    matched_pairs,
+    pareto_front,
+)
 from tests.compare import records
 
 LEARNING = Measure("learning", "target_loss")
@@ -175,6 +180,24 @@ def test_matched_learning_says_who_does_not_reach_it(comparison: Comparison):
     assert comparison.matched[high]["LoRA"].over_rates is None
     # The lowest learning rate already learns more than half: between rates there is nothing.
     assert comparison.matched[half]["LoRA"].over_rates is None
+
+
+def test_methods_are_compared_at_matched_learning(comparison: Comparison):
+    assert comparison.common_level is not None
+    found = {
+        (one.first, one.second): one
+        for one in matched_pairs(comparison.matched[comparison.common_level])
+    }
+    assert len(found) == 6
+    assert found["full", "LoRA"].is_distinguishable and found["full", "LoRA"].difference > 0
+    assert not found["LoRA", "DoRA"].is_distinguishable
+    alone = matched_pairs(
+        {
+            label: matched(runs[:1], runs[:1], LEARNING, FORGETTING, comparison.common_level)
+            for label, runs in comparison.chosen.items()
+        }
+    )
+    assert not any(one.is_distinguishable or one.interval for one in alone)
 
 
 def test_matched_learning_is_the_runs_own_curve(comparison: Comparison):

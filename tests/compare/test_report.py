@@ -74,6 +74,7 @@ def test_both_texts_say_what_was_found(report: Path, comparison: Comparison):
         "120 items of target",
         "lower right is better",
         "not reached",
+        "nats a token, full forgets more than LoRA: ",
         "42,000 (3.8%)",
         "8 / 16",
     ):
