@@ -1,11 +1,13 @@
 """Learning and forgetting in a run: right figures, and a run that does not notice them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from foundry_ext.callbacks.forgetting import Forgetting
 from tests.composer import kit
 from tests.composer.test_ranks import launch
 
@@ -67,7 +69,7 @@ def config(world, folder, method, sets, **overrides):
 
 
 def callback(run):
-    (found,) = [one for one in run.trainer.state.callbacks if type(one).__name__ == "Forgetting"]
+    (found,) = [one for one in run.trainer.state.callbacks if isinstance(one, Forgetting)]
     return found
 
 
@@ -270,6 +272,16 @@ def test_training_data_are_refused(world, sets, tmp_path):
 def test_no_evaluation_is_refused(world, sets, tmp_path):
     with pytest.raises(ValueError, match="give an eval_loader"):
         kit.run(config(world, tmp_path, "full", sets, eval_loader=None, eval_first=False))
+
+
+def test_sharded_or_foreign_models_are_refused(sets):
+    """FSDP needs several ranks or a GPU, so the trainer's state stands in here."""
+    callback = Forgetting({"choice": sets["choice"]})
+    with pytest.raises(ValueError, match=r"FSDP shards.*DDP.*foundry-ext eval"):
+        callback.init(SimpleNamespace(fsdp_config=object()), None)
+    state = SimpleNamespace(fsdp_config=None, is_model_ddp=False, model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"not Linear; set model.name: smollm2_packed"):
+        callback.init(state, None)
 
 
 @pytest.mark.slow
