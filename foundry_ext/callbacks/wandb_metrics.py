@@ -57,6 +57,9 @@ class WandBMetrics(WandBLogger):
             self._init_kwargs.setdefault("group", record.experiment)
         self._init_kwargs.setdefault("job_type", method)
         self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
+        # wandb 0.18 else asks the server, for minutes, when a table is logged offline.
+        offline = {"allow_offline_artifacts": False}
+        self._init_kwargs["settings"] = {**offline, **self._init_kwargs.get("settings", {})}
         super().init(state, logger)
         if self._enabled:
             import wandb
