@@ -1,11 +1,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+FAST ?=
+SEEDS ?= 17 18 19
 
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check bench lock clean
+.PHONY: help install quickstart test test-slow browser check bench lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,13 +21,19 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-quickstart: install ## train a small model on this machine, then show what it learned
-	$(BIN)/python -m foundry_ext.quickstart prepare
-	$(BIN)/composer train.py yamls/quickstart/base.yaml
-	$(BIN)/python -m foundry_ext.quickstart show
+quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed
+	$(BIN)/python -m foundry_ext.quickstart --seeds $(SEEDS) $(if $(FAST),--fast)
 
-test: install ## the default tests: no GPU, no network, a few minutes
+test: install browser ## the default tests: no GPU, no network, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+browser: ## headless Chromium for the tests of pages; without it they are skipped
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Debian's chromium for the tests of pages"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	fi || true; \
+	command -v chromium >/dev/null || echo "no Chromium: the tests that open a page will be skipped"
 
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1,10 +1,12 @@
-"""The quickstart's runs: a base model, a grid of learning rates, the best with more seeds, a report.
+"""The quickstart's runs: a base model, a grid of learning rates, more seeds, a report.
 
 Everything goes through what users have: `composer train.py`, sweep files, `foundry-ext compare`.
-What is finished already is not run again, so an interrupted quickstart goes on where it stopped.
+What is finished is not run again, so that an interrupted quickstart goes on where it stopped.
 """
 
 import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import yaml
 FOLDER = Path("outputs/quickstart")
 BASE_YAML = Path("yamls/quickstart/base.yaml")
 SWEEP_YAML = Path("experiments/quickstart/sweep.yaml")
-SEEDS = (17, 18, 19)
+RATE_KEY = "variables.learning_rate"
 _STAMP = "made_from"
 
 
@@ -36,9 +38,13 @@ def train_base(folder: Path = FOLDER) -> None:
         return
     for stale in ("base", "runs", "sweeps", "report"):
         shutil.rmtree(folder / stale, ignore_errors=True)
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py"]
-    print(f"composer train.py {BASE_YAML}", flush=True)
-    subprocess.run([*launcher, str(BASE_YAML)], check=True)
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py", str(BASE_YAML)]
+    # A bar that cannot be redrawn is a line a step.
+    bar = [] if sys.stderr.isatty() else ["progress_bar=false"]
+    print(f"\ncomposer train.py {BASE_YAML}   (some three minutes on 2 cores)", flush=True)
+    # Threads that spin while they wait make a busy machine ten times slower.
+    patient = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    subprocess.run([*launcher, *bar], check=True, env=patient)
     (base / _STAMP).write_text(stamp)
 
 
@@ -47,21 +53,86 @@ def _fingerprint(*files: Path) -> str:
 
 
 def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> list[Path]:
-    """The folders of the runs: a grid under the first seed, then the best of it under the others.
+    """The records of the runs: a grid under the first seed, then the best of it under the others.
 
-    `fast`: the middle learning rate under the first seed alone.
+    Args:
+        fast: the middle learning rate under the first seed alone.
+
+    Raises:
+        ValueError: a run did not finish; names its log.
     """
-    from foundry_ext.compare.runs import best_learning_rate, load_runs
-
     grid = yaml.safe_load(SWEEP_YAML.read_text())
-    rates = ["middle"] if fast else grid["parameters"]["variables.learning_rate"]["values"]
-    configs = grid["parameters"]["config"]["values"]
-    folders = _sweep("grid", configs, rates, seeds[:1], folder)
+    if fast:
+        grid["parameters"][RATE_KEY] = {"values": ["middle"]}
+    grid["parameters"]["seed"] = {"values": list(seeds[:1])}
+    records = _sweep(grid, f"quickstart-grid-{seeds[0]}", folder)
     if fast or len(seeds) == 1:
-        return folders
+        return records
     by_rate: dict[str, list[str]] = defaultdict(list)
-    for config, rate in best_rates(folders).items():
+    for config, rate in best_rates(records, grid["parameters"]["config"]["values"]).items():
+        print(f"{config}: learns most at {RATE_KEY}={rate}, which runs with seeds {seeds[1:]} too")
         by_rate[rate].append(config)
-    for rate, best in by_rate.items():
-        folders += _sweep(f"seeds-{rate}", best, [rate], seeds[1:], folder)
-    return folders
+    for rate, configs in sorted(by_rate.items()):
+        again = {"config": configs, RATE_KEY: [rate], "seed": list(seeds[1:])}
+        grid["parameters"] = {key: {"values": values} for key, values in again.items()}
+        records += _sweep(grid, f"quickstart-{rate}-{'-'.join(map(str, seeds[1:]))}", folder)
+    return records
+
+
+def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str]:
+    """For each YAML the name, in its own grid, of the learning rate that learned most."""
+    from foundry_ext.compare.learning_rates import best_learning_rate
+    from foundry_ext.compare.record import read_record
+
+    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in records:
+        record = read_record(path)
+        by_method[record["method"]].append(record)
+    best: dict[str, str] = {}
+    for config in configs:
+        grid = yaml.safe_load(Path(config).read_text())["variables"]["learning_rates"]
+        names = {float(value): name for name, value in grid.items()}
+        best[config] = names[best_learning_rate(by_method[Path(config).stem]).learning_rate]
+    return best
+
+
+def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """`foundry-ext sweep` on the file, written beside the data so that it can be looked at."""
+    from foundry_ext.sweep import run_sweep
+
+    path = folder / "sweeps" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**content, "name": name}, sort_keys=False))
+    print(f"\nfoundry-ext sweep {path}", flush=True)
+    outcomes = run_sweep(path, parallel=min(os.cpu_count() or 1, 4), retry_failed=True)
+    unfinished = [outcome for outcome in outcomes if outcome.status != "finished"]
+    if unfinished:
+        logs = ", ".join(str(outcome.log) for outcome in unfinished)
+        raise ValueError(f"{len(unfinished)} runs did not finish; see {logs}")
+    return [outcome.record for outcome in outcomes]
+
+
+def report(records: Sequence[Path], out: Path) -> None:
+    """`foundry-ext compare` on the runs, and the places to look at."""
+    from foundry_ext.cli import main as foundry_ext
+
+    print(f"\nfoundry-ext compare {FOLDER / 'runs'}/... --out {out}\n", flush=True)
+    if foundry_ext(["compare", *map(str, records), "--out", str(out)]) != 0:
+        raise ValueError("the comparison failed, for the reason above")
+
+
+def show_base(folder: Path = FOLDER) -> None:
+    """What the base model cost and came to."""
+    record = json.loads((folder / "base" / "record.json").read_text())
+    losses = [
+        next(value for name, value in entry["metrics"].items() if "CrossEntropy" in name)
+        for entry in record["evaluations"]
+    ]
+    throughput, device = record["throughput"], record["environment"]["device"]
+    print(
+        f"base model: {record['model']['parameters'] / 1e6:.2f} M parameters,"
+        f" {record['tokens']['real']:,} real tokens,"
+        f" held-out loss {' -> '.join(f'{loss:.2f}' for loss in losses)} nats a token,"
+        f" {throughput['real_tokens_per_second']:,.0f} real tokens/s on {device},"
+        f" packs {100 * throughput['fill']:.2f} % full"
+    )

@@ -1,0 +1,43 @@
+"""`python -m foundry_ext.quickstart [prepare] [--fast] [--seeds 17 18 19]`: see story.py."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from foundry_ext.quickstart.data import prepare
+from foundry_ext.quickstart.story import FOLDER, fine_tune, report, show_base, train_base
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m foundry_ext.quickstart")
+    parser.add_argument(
+        "only", nargs="?", choices=["prepare"], help="write data and tokenizer, run nothing"
+    )
+    parser.add_argument("--fast", action="store_true", help="one learning rate, one seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19], metavar="SEED")
+    arguments = parser.parse_args(argv)
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        parser.error(f"--seeds {arguments.seeds}: one stands there twice; give different ones")
+    started = time.monotonic()
+    prepare(FOLDER)
+    if arguments.only:
+        return 0
+    train_base()
+    show_base()
+    seeds = arguments.seeds[:1] if arguments.fast else arguments.seeds
+    try:
+        records = fine_tune(seeds, fast=arguments.fast)
+        # A report of other seeds, or of one, does not take the place of the default one.
+        kind = "" if seeds == parser.get_default("seeds") else "-" + "-".join(map(str, seeds))
+        report(records, FOLDER / f"report{kind}")
+    except ValueError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 1
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"the quickstart took {minutes} min {seconds} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
