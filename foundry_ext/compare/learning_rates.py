@@ -1,5 +1,6 @@
 """The learning rate a method is compared at: the one it learns most with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -34,7 +35,7 @@ def best_learning_rate(
         measure: a key of `learning`; the first loss if not given, or the first key.
 
     Raises:
-        ValueError: no records, or one without that measure.
+        ValueError: no records, one without that measure, or nothing but diverged runs.
     """
     if not records:
         raise ValueError("no runs to choose a learning rate from")
@@ -45,13 +46,19 @@ def best_learning_rate(
         if measure not in learning:
             names = ", ".join(learning) or "nothing"
             raise ValueError(f"{record['run_name']}: no {measure} in its learning, but {names}")
-        values.setdefault(float(record["learning_rate"]), {})[record["seed"]] = learning[measure]
+        # A run that diverged has learned nothing, however its loss is written.
+        learned = learning[measure] if math.isfinite(learning[measure]) else -math.inf
+        values.setdefault(float(record["learning_rate"]), {})[record["seed"]] = learned
     shared = set.intersection(*map(set, values.values()))
     means = {
         rate: fmean(value for seed, value in by_seed.items() if seed in shared or not shared)
         for rate, by_seed in sorted(values.items())
     }
     best = max(means, key=lambda rate: means[rate])
+    if means[best] == -math.inf:
+        raise ValueError(
+            f"{records[0]['method']}: diverged at every learning rate, so none is best"
+        )
     edge = None
     if len(means) > 1 and best in (min(means), max(means)):
         edge = "lowest" if best == min(means) else "highest"

@@ -158,6 +158,7 @@ def test_two_runs_that_nothing_tells_apart_are_refused(two, tmp_path: Path):
 def ended(rate: float, seed: int, learned: float) -> dict[str, Any]:
     return {
         "run_name": f"r{rate}",
+        "method": "lora",
         "learning_rate": rate,
         "seed": seed,
         "evaluations": [{"learning": {"task_acc": 0.5, "target_loss": learned}}],
@@ -189,6 +190,14 @@ def test_the_edge_of_the_grid_is_seen(learned, edge):
     runs = [ended(rate, 1, value) for rate, value in zip((1, 2, 4), learned, strict=True)]
     assert best_learning_rate(runs).edge == edge
     assert best_learning_rate(runs[:1]).edge is None
+
+
+def test_a_run_that_diverged_is_never_the_best():
+    nan = float("nan")
+    assert best_learning_rate([ended(1, 1, nan), ended(2, 1, -3.0)]).learning_rate == 2
+    assert best_learning_rate([ended(1, 1, -3.0), ended(2, 1, nan)]).learning_rate == 1
+    with pytest.raises(ValueError, match="lora: diverged at every"):
+        best_learning_rate([ended(1, 1, nan), ended(2, 1, nan)])
 
 
 def test_no_runs_and_no_such_measure_are_refused():
