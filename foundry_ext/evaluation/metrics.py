@@ -38,17 +38,19 @@ def changes(
     lost_accuracy = []
     for settings in sets:
         name, role = settings.name, settings.role
-        sign = 1 if role == "learning" else -1
+        learns = role == "learning"
         for key, value in now.items():
             metric = key.removeprefix(f"{name}/")
             if metric == key:
                 continue
             if metric == _LOSS:
-                found[role][f"{name}_loss"] = sign * (start[key] - value)
+                found[role][f"{name}_loss"] = start[key] - value if learns else value - start[key]
             elif metric == "kl" and role == "forgetting":
                 found[role][f"{name}_kl"] = value  # against the base model already
             elif metric in _ACCURACIES:
-                found[role][f"{name}_{metric}"] = sign * (value - start[key])
+                found[role][f"{name}_{metric}"] = (
+                    value - start[key] if learns else start[key] - value
+                )
         if role == "forgetting" and isinstance(settings, MultipleChoiceSettings):
             lost_accuracy.append(found[role][f"{name}_{settings.metric}"])
     if lost_accuracy:

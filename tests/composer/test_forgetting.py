@@ -1,80 +1,17 @@
 """Learning and forgetting in a run: right figures, and a run that does not notice them."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from foundry_ext.callbacks.forgetting import Forgetting
 from tests.composer import kit
+from tests.composer.forgetting_kit import callback, config, make_sets, read
 from tests.composer.test_ranks import launch
-
-CHOICES = [
-    {"query": f"one {word} two", "choices": ["a bird", "the river of", "12"], "gold": number % 3}
-    for number, word in enumerate(("bird", "stone", "river", "light", "seven"))
-]
-PROBLEMS = [
-    {"question": f"count {number} one", "answer": f"a bird\n#### {number}"} for number in range(3)
-]
 
 
 @pytest.fixture(scope="module")
 def sets(world, tmp_path_factory):
-    """`sets` of a YAML: every type, both roles."""
-    folder = tmp_path_factory.mktemp("sets")
-    for name, rows in (("choices", CHOICES), ("problems", PROBLEMS)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
-    loader = kit.loader_config(world.eval_rows)
-    return {
-        "target": {"role": "learning", "type": "documents", "loader": loader},
-        "source": {
-            "role": "forgetting",
-            "type": "documents",
-            "kl": True,
-            "max_documents": 7,
-            "loader": loader,
-        },
-        "choice": {
-            "role": "forgetting",
-            "type": "multiple_choice",
-            "path": str(folder / "choices.jsonl"),
-            "num_fewshot": 1,
-            "metric": "acc",
-        },
-        "problems": {
-            "role": "learning",
-            "type": "generation",
-            "path": str(folder / "problems.jsonl"),
-            "num_fewshot": 1,
-            "max_new_tokens": 4,
-        },
-    }
-
-
-def config(world, folder, method, sets, **overrides):
-    settings = {
-        "callbacks": {
-            "spy": {},
-            "forgetting": {"items": str(folder / "{run_name}.jsonl"), "sets": sets},
-        },
-        "eval_loader": kit.loader_config(world.eval_rows, eval_packs=1),
-        "eval_first": True,
-        "eval_interval": "3ba",
-        **overrides,
-    }
-    return kit.run_config(world, folder, method, **settings)
-
-
-def callback(run):
-    (found,) = [one for one in run.trainer.state.callbacks if isinstance(one, Forgetting)]
-    return found
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return make_sets(world, tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="module")
@@ -239,49 +176,6 @@ def test_weights_only_start_from_the_checkpoint(world, sets, measured, tmp_path)
         )
     )
     assert callback(run).evaluations[0]["metrics"]["source/kl"] == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"target": {"roll": "learning"}}, "unknown key 'roll'"),
-        ({"target": {"role": "both"}}, "'both'; choose learning or forgetting"),
-        ({"target": {"type": "perplexity"}}, "'perplexity'; choose one of documents"),
-        ({"target": {"loader": {"name": "finetuning", "dataset": {"split": "x"}}}}, "'finetuning'"),
-        ({"choice": {"path": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
-        ({"choice": {"num_fewshot": 5}}, "more than 5 rows"),
-        ({"choice": {"metric": "f1"}}, "choose acc or acc_norm"),
-        ({"problems": {"max_new_tokens": 128}}, "leaves no room"),
-    ],
-)
-def test_bad_sets_are_refused_before_the_first_step(world, sets, tmp_path, change, message):
-    ((name, keys),) = change.items()
-    with pytest.raises(ValueError, match=message):
-        kit.run(config(world, tmp_path, "full", {**sets, name: {**sets[name], **keys}}))
-
-
-def test_training_data_are_refused(world, sets, tmp_path):
-    """By content: another name for the same rows is no way round."""
-    copy = tmp_path / "held_out.jsonl"
-    copy.write_text(world.rows.read_text())
-    bad = {**sets["target"], "loader": kit.loader_config(copy)}
-    with pytest.raises(ValueError, match="very documents of train_loader"):
-        kit.run(config(world, tmp_path, "full", {"target": bad}))
-
-
-def test_no_evaluation_is_refused(world, sets, tmp_path):
-    with pytest.raises(ValueError, match="give an eval_loader"):
-        kit.run(config(world, tmp_path, "full", sets, eval_loader=None, eval_first=False))
-
-
-def test_sharded_or_foreign_models_are_refused(sets):
-    """FSDP needs several ranks or a GPU, so the trainer's state stands in here."""
-    callback = Forgetting({"choice": sets["choice"]})
-    with pytest.raises(ValueError, match=r"FSDP shards.*DDP.*foundry-ext eval"):
-        callback.init(SimpleNamespace(fsdp_config=object()), None)
-    state = SimpleNamespace(fsdp_config=None, is_model_ddp=False, model=torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"not Linear; set model.name: smollm2_packed"):
-        callback.init(state, None)
 
 
 @pytest.mark.slow
