@@ -9,6 +9,8 @@ torch has computed in several threads hangs, so this process imports and does no
 Its parent's end is its own. Children go on: they hold their locks, and a restarted sweep waits.
 """
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -33,13 +35,23 @@ def main() -> int:
     """The exit code of the server, or that of a child's program."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # imports may print
-    for name in IMPORTS:
-        __import__(name)
+    import_all()
     job = serve(replies)
     if job is None:
         return 0
     replies.close()
     return run(job)
+
+
+def import_all() -> None:
+    """What every run would import, here once."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # Composer asks for every causal model that transformers has: five seconds of importing.
+    list(MODEL_FOR_CAUSAL_LM_MAPPING.values())
+    gc.freeze()  # children then need not look through all of it for garbage
 
 
 def serve(replies: Any) -> dict[str, Any] | None:
