@@ -16,7 +16,24 @@ Which interval when:
 - no items: a t interval on the seeds' means.
 
 A bootstrap over three seeds resamples only three numbers and is far too narrow, which is why none
-is reported; `two_level_bootstrap` is kept to show it.
+is relied on; `two_level_bootstrap` is computed for reference. Coverage of 95 % intervals as
+measured, 100 items, normal parts with the standard deviations given, 2,000 trials a line (so that
+one standard error is half a point), in per cent:
+
+    seeds   seed   item   rest | seeds_and_items   two-level   t on seeds   bootstrap of seeds
+        3    0.5    1.0    0.5 |            96.7        81.8         94.8                 73.8
+        3   0.15    1.0    0.5 |            97.2        92.6         89.6                 61.2
+        3    0.0    1.0    0.3 |            96.2        95.2         47.9                 19.9
+        3   0.05    0.0    1.0 |            99.4        99.0         94.4                 74.2
+        5    0.5    1.0    0.5 |            95.4        87.9         93.4                 80.4
+        5   0.15    1.0    0.5 |            97.0        93.4         81.2                 62.2
+        5    0.0    1.0    0.3 |            94.4        93.8         27.6                 18.6
+        5   0.05    0.0    1.0 |            99.4        99.6         95.4                 84.2
+
+The p-value inverts the interval, so false positives are what is missing to 100. Without shared
+seeds (3 and 3; 0.3, 1.0 and 0.5) it covers 99.0: careful. BCa over 150 items, 4,000 trials: 95.0
+for exponential values, 94.4 for normal ones. McNemar under the null, 300 items, 20,000 trials:
+3.9 % false positives. tests/compare/test_statistics.py repeats these with fewer trials.
 """
 
 import math

@@ -13,6 +13,7 @@ from foundry_ext.compare.wording import (
     mean_or_none,
     needed,
     p_value,
+    seed_list,
     seeds_used,
     with_limits,
 )
@@ -48,18 +49,17 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
         if measure not in (comparison.learning, comparison.forgetting):
             blocks.append(Bullets([pair.sentence for pair in pairs]))
         blocks.append(_pair_table(measure, pairs))
+        if any(pair.mcnemar for pair in pairs):
+            blocks.append(_mcnemar_table(measure, pairs))
     return blocks
 
 
 def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     columns = ["first − second", "difference", "95 % interval", "p (Holm)", "reads", "seeds needed"]
     columns.append("items needed")
-    has_test = any(pair.mcnemar for pair in pairs)
-    if has_test:
-        columns += ["only first right", "only second right", "McNemar p (Holm)"]
     rows = []
     for pair in pairs:
-        row = [
+        cells = [
             f"{pair.first} − {pair.second}",
             measure.show(pair.difference, signed=True),
             limits(measure, pair.interval, signed=True) if pair.interval else NONE,
@@ -68,19 +68,8 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             needed(pair.seeds_needed, min(map(len, pair.seeds))),
             needed(pair.items_needed, pair.num_items or 0),
         ]
-        if has_test:
-            test = pair.mcnemar
-            row += (
-                [str(test.only_first), str(test.only_second), p_value(pair.adjusted_mcnemar)]
-                if test
-                else [NONE] * 3
-            )
-        rows.append(row)
+        rows.append(cells)
     caption = f"{measure.title}, {measure.unit}; {_basis(pairs)}"
-    if has_test:
-        tested = sorted({pair.mcnemar_seeds for pair in pairs if pair.mcnemar_seeds})
-        seeds = ", ".join(str(a) if a == b else f"{a} with {b}" for a, b in tested)
-        caption += f" McNemar's exact test compares one run of each method (seed {seeds})."
     caption += (
         " Needed: for a difference of the observed size to be found with 80 % power in one test at"
         " two-sided 5 %, more of the one while the other stays as it is; –: no number of it would"
@@ -89,21 +78,44 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     return Table(columns, rows, caption)
 
 
+def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
+    rows = []
+    for pair in pairs:
+        test, seeds = pair.mcnemar, pair.mcnemar_seeds
+        if test is None or seeds is None:
+            continue
+        name = f"{pair.first}, {pair.second}"
+        counts = [f"{count:,}" for count in (test.only_first, test.only_second, test.num_items)]
+        used = str(seeds[0]) if seeds[0] == seeds[1] else f"{seeds[0]}, {seeds[1]}"
+        rows.append([name, used, *counts, p_value(test.p), p_value(pair.adjusted_mcnemar)])
+    return Table(
+        [
+            "first, second",
+            "seed",
+            "only first right",
+            "only second right",
+            "items",
+            "p",
+            "p (Holm)",
+        ],
+        rows,
+        f"McNemar's exact test on {measure.subject}: one run of each method, the answers right at"
+        " the end of training.",
+    )
+
+
 def _basis(pairs: Sequence[Pair]) -> str:
-    texts = []
+    """Seeds and items used, and of which pairs where that differs."""
+    named: dict[str, list[str]] = {}
     for pair in pairs:
         first, second = pair.seeds
-        text = f"seeds {', '.join(map(str, first))}"
-        text += " paired" if first == second else f" with {', '.join(map(str, second))} unpaired"
+        text = seed_list(first)
+        text += " paired" if first == second else f" with {seed_list(second)} unpaired"
         text += f", {pair.num_items:,} paired items" if pair.num_items else ", no items"
-        texts.append(text)
-    texts = list(dict.fromkeys(texts))
-    if len(texts) == 1:
-        return f"{texts[0]}."
-    names = [
-        f"{pair.first} − {pair.second}: {text}" for pair, text in zip(pairs, texts, strict=False)
-    ]
-    return "; ".join(names if len(texts) == len(pairs) else texts) + "."
+        named.setdefault(text, []).append(f"{pair.first} − {pair.second}")
+    if len(named) == 1:
+        return f"{next(iter(named))}."
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in named.items()) + "."
 
 
 def cost_blocks(comparison: Comparison) -> list[Block]:

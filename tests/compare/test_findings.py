@@ -1,5 +1,6 @@
 """What is said about pairs of methods, and about the trade-off."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,11 @@ def planted(tmp_path: Path, seeds: tuple[int, ...], other_seeds: tuple[int, ...]
 
 @pytest.mark.parametrize(
     ("seeds", "other_seeds", "paired"),
-    [((1, 2, 3), (1, 2, 3), True), ((1, 2, 3), (4, 5, 6, 7), False)],
+    [
+        ((1, 2, 3), (1, 2, 3), True),
+        ((1, 2, 3), (4, 5, 6, 7), False),
+        ((1, 2, 3), (3, 4, 5), False),  # one seed in common is too few to pair by
+    ],
 )
 def test_a_method_against_itself_is_not_distinguishable(tmp_path, seeds, other_seeds, paired):
     comparison = compare_runs(planted(tmp_path, seeds, other_seeds))
@@ -128,6 +133,17 @@ def test_items_that_are_not_the_records_are_not_used(tmp_path: Path):
     comparison = compare_runs(load_runs([str(tmp_path)]))
     assert {one.num_items for one in comparison.summaries} == {None}
     assert {one.interval.kind for one in comparison.summaries if one.interval} == {"seeds"}
+
+
+def test_items_of_another_evaluation_are_not_used(tmp_path: Path):
+    """All there, but they do not make up the value in the record."""
+    folder = records.write_run(tmp_path, "lora", 1e-2, 1, num_items=20)
+    record = json.loads((folder / "record.json").read_text())
+    record["evaluations"][-1]["learning"]["target_loss"] += 0.1
+    (folder / "record.json").write_text(json.dumps(record))
+    comparison = compare_runs(load_runs([str(tmp_path)]))
+    assert comparison.summary("LoRA", LEARNING).num_items is None
+    assert comparison.summary("LoRA", FORGETTING).num_items == 20
 
 
 def test_mean_accuracy_counts_every_set_the_same():
@@ -198,6 +214,14 @@ def test_methods_are_compared_at_matched_learning(comparison: Comparison):
         }
     )
     assert not any(one.is_distinguishable or one.interval for one in alone)
+
+
+def test_a_level_that_one_seed_does_not_reach_has_no_mean(comparison: Comparison):
+    runs = sorted(comparison.chosen["LoRA"], key=lambda run: final_value(run, LEARNING))
+    level = (final_value(runs[1], LEARNING) + final_value(runs[2], LEARNING)) / 2
+    found = matched(runs, runs, LEARNING, FORGETTING, level)
+    assert list(found.by_seed) == [runs[2].seed] and found.num_seeds == 3
+    assert found.mean is None and found.interval is None
 
 
 def test_matched_learning_is_the_runs_own_curve(comparison: Comparison):
