@@ -56,3 +56,10 @@ def test_sharded_or_foreign_models_are_refused(sets):
     state = SimpleNamespace(fsdp_config=None, is_model_ddp=False, model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"not Linear; set model.name: smollm2_packed"):
         callback.init(state, None)
+
+
+def test_resuming_a_run_that_measured_nothing_is_refused(world, sets, finished, tmp_path):
+    """Its step 0 is gone, and with it what to compare with."""
+    first = kit.checkpoint(finished("full").folder, 3)
+    with pytest.raises(ValueError, match="no measurement of step 0"):
+        kit.run(config(world, tmp_path, "full", sets, load_path=str(first)))
