@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,13 @@ def test_the_page_shows_the_text_and_runs_none_of_it(inspection):
 
 
 def test_a_hostile_yaml_and_source_are_escaped(inspection):
-    from dataclasses import replace
-
+    from foundry_ext.inspection import TokenView
     from foundry_ext.inspection_page import render
 
     sources = [{**inspection.sources[0], "name": SCRIPT, "split": SCRIPT, "revision": SCRIPT}]
     packs = inspection.packs[:1]
-    documents = [replace(packs[0].documents[0], source=SCRIPT)]
+    tokens = [TokenView(text=SCRIPT, id=1, position=0, has_loss=True)]
+    documents = [replace(packs[0].documents[0], source=SCRIPT, tokens=tokens)]
     hostile = replace(
         inspection,
         name=SCRIPT,
@@ -155,6 +156,7 @@ def test_a_hostile_yaml_and_source_are_escaped(inspection):
     )
     page = render(hostile)
     assert "<script" not in page and "<img" not in page
+    assert page_text(page) == SCRIPT
 
 
 @needs_browser

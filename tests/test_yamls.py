@@ -34,6 +34,9 @@ TINY = {
 }
 
 
+ONLY_WITH_WANDB = "smollm2-135m_metamathqa_lora"
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "yamls"))
 
@@ -84,10 +87,11 @@ def test_names_folders_and_rates(path: Path):
     steps = [b / a for a, b in zip(rates.values(), list(rates.values())[1:], strict=False)]
     assert all(3.0 < step < 3.4 for step in steps), "log-spaced"
     assert config["optimizer"]["lr"] == rates["middle"]
-    chosen = OmegaConf.to_container(
-        load_config(path, ["variables.learning_rate=highest"]), resolve=True
-    )
-    assert chosen["optimizer"]["lr"] == rates["highest"]  # pyright: ignore
+
+
+def test_a_learning_rate_is_chosen_by_name():
+    config = load_config(FAMILIES[0], ["variables.learning_rate=highest"])
+    assert config.optimizer.lr == config.variables.learning_rates.highest
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=name_of)
@@ -107,6 +111,16 @@ def test_what_is_measured_is_held_out(path: Path):
     for entry in train.get("datasets", []):
         if entry["hf_name"] == source["hf_name"]:
             assert entry["hf_kwargs"] != source["hf_kwargs"], "replayed what is measured"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_a_rank_brings_its_alpha(method: str):
+    """So that one sweep over variables.rank is the paper's 16, 64, 256 with alpha = 2r."""
+    path = ROOT / f"yamls/finetune/smollm2-360m_gsm8k_{method}.yaml"
+    for rank in (16, 64, 256):
+        config = load_config(path, [f"variables.rank=r{rank}"])
+        assert config.model.peft_config.r == rank
+        assert config.model.peft_config.lora_alpha == 2 * rank
 
 
 def test_an_adapters_rate_times_scale_is_one_for_the_family():
@@ -204,7 +218,8 @@ def loaders(config: DictConfig) -> Iterator[DictConfig]:
 def cut_down(path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The configuration with its shape, sources and duration replaced."""
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setenv("WANDB_MODE", "disabled")  # tests/composer/test_wandb.py has it on
+    # Starting it takes seconds; tests/composer/test_wandb.py looks into what it writes.
+    monkeypatch.setenv("WANDB_MODE", "offline" if path.stem == ONLY_WITH_WANDB else "disabled")
     monkeypatch.chdir(tmp_path)
     config = load_config(path, [])
     config.model.pretrained_model_name_or_path = "smollm2-135m"

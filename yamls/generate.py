@@ -11,7 +11,19 @@ from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
 
-from recipes import ALPHA, DATA, METHODS, PAPER_WIDTH, RANK, SIZES, Data, Method, Size, block
+from recipes import (
+    ALPHA,
+    DATA,
+    METHODS,
+    PAPER_RANKS,
+    PAPER_WIDTH,
+    RANK,
+    SIZES,
+    Data,
+    Method,
+    Size,
+    block,
+)
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("run.yaml.in")
@@ -52,6 +64,7 @@ def values(path: Path, data: Data, size: Size, method: Method) -> dict[str, str]
         "pack_tokens": str(size.pack_tokens),
         "memory": size.memory,
         **rates(data, size, method),
+        "ranks": RANKS if method.scale is not None else "",
         "replay_share": REPLAY_SHARE if data.replay else "",
         "checkpointing": CHECKPOINTING if size.checkpointing else "",
         "peft": peft(method),
@@ -103,8 +116,8 @@ def peft(method: Method) -> str:
     keys = [
         "peft_type: LORA",
         "task_type: CAUSAL_LM",
-        f"r: {RANK} # of the paper's 16, 64, 256",
-        f"lora_alpha: {ALPHA} # {method.alpha_note}",
+        "r: ${variables.ranks.${variables.rank}.r}",
+        f"lora_alpha: ${{variables.ranks.${{variables.rank}}.alpha}} # {method.alpha_note}",
         "lora_dropout: 0.0",
         "# the paper's, and gate_proj",
         "target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
@@ -128,6 +141,10 @@ def train_source(data: Data) -> str:
     return f"datasets:\n{entries}"
 
 
+_ALPHAS = ", ".join(f"r{rank}: {{r: {rank}, alpha: {2 * rank}}}" for rank in PAPER_RANKS)
+RANKS = f"""
+  ranks: {{{_ALPHAS}}} # the paper's
+  rank: r{RANK}"""
 REPLAY_SHARE = """
   replay_share: 0.05 # of an epoch's tokens, beside all of MetaMathQA's"""
 REPLAY_SOURCE = """\

@@ -225,28 +225,29 @@ FINEMATH = Data(
 )
 DATA = (METAMATHQA, REPLAY, MAGICODER, GSM8K, PYTHON_EDU, OPENWEBMATH, FINEMATH)
 
-RANK = 64  # the middle of the paper's 16, 64, 256
+PAPER_RANKS = (16, 64, 256)
+RANK = 64
 ALPHA = 2 * RANK
 METHODS = (
     Method(name="full", title="Full fine-tuning"),
     Method(
         name="lora",
         title="LoRA (arXiv 2106.09685)",
-        alpha_note="the paper's alpha = 2r: scale alpha/r = 2",
+        alpha_note="the paper's 2r: scale alpha/r is 2",
         scale=ALPHA / RANK,
     ),
     Method(
         name="dora",
         title="DoRA (arXiv 2402.09353)",
         keys="use_dora: true",
-        alpha_note="the paper's alpha = 2r: scale alpha/r = 2",
+        alpha_note="the paper's 2r: scale alpha/r is 2",
         scale=ALPHA / RANK,
     ),
     Method(
         name="rslora",
         title="rsLoRA (arXiv 2312.03732)",
         keys="use_rslora: true",
-        alpha_note="alpha = 2r as for LoRA: scale alpha/sqrt(r) = 16, eight times LoRA's",
+        alpha_note="2r as for LoRA: scale alpha/sqrt(r), 16 at r64",
         scale=ALPHA / RANK**0.5,
     ),
 )
