@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from typing import cast
 
 import torch
 from composer.core import State
 from composer.utils import dist
+from transformers import LlamaConfig
 
 from foundry_ext.data.batch import Pack
 from foundry_ext.data.dataset import PackedDataset
@@ -113,7 +115,7 @@ def utilisation(state: State, counts: Counts) -> float | None:
     if peak is None:
         return None
     flops = training_flops(
-        model.inner_model.config,
+        cast(LlamaConfig, model.inner_model.config),
         num_tokens=counts.real_tokens,
         num_loss_tokens=counts.loss_tokens,
         sum_squared_lengths=counts.sum_squared_lengths,

@@ -163,11 +163,10 @@ class RunRecord(Callback):
             "learning": {},
             "forgetting": {},
         }
-        last = self.past["evaluations"][-1:] or [{"step": None}]
-        if last[0]["step"] == entry["step"]:
-            self.past["evaluations"][-1] = {**entry, "metrics": {**last[0]["metrics"], **found}}
-        else:
-            self.past["evaluations"].append(entry)
+        evaluations: list[dict[str, Any]] = self.past["evaluations"]
+        if evaluations and evaluations[-1]["step"] == entry["step"]:
+            entry["metrics"] = {**evaluations.pop()["metrics"], **found}
+        evaluations.append(entry)
 
     def _evaluations(self) -> list[dict[str, Any]]:
         """Those of the `forgetting` callback, joined with those of Composer's evaluators."""

@@ -54,6 +54,7 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
     if not re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference):
         raise ValueError(f"{reference}: no W&B run; give entity/project/run_id")
     import wandb
+    from wandb.errors import Error
 
     try:
         run = (api or wandb.Api()).run(reference)
@@ -67,7 +68,7 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
         record = read_record(path)  # checked: the name of its items leaves no folder
         if items_path(path, record) is not None:
             _download(run, record["items"], target)
-    except wandb.errors.Error as error:
+    except Error as error:
         raise ValueError(f"{reference}: W&B says {error}") from error
     return path
 

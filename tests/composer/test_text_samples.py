@@ -1,5 +1,8 @@
 """Continuations at every evaluation: the right ones, without a trace in the run."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from composer.core import Callback
@@ -7,7 +10,6 @@ from composer.loggers import LoggerDestination
 
 from foundry_ext.callbacks.text_samples import COLUMNS, TextSamples, continuations
 from tests.composer import kit
-from tests.composer.test_ranks import launch
 
 PROMPTS = ["one bird", "the river of seven stone because", "a"]
 
@@ -105,15 +107,10 @@ def test_at_every_evaluation_and_without_a_trace(world, tmp_path, capsys):
     assert "columns" not in printed, "the console logger would repeat the table with every line"
 
 
-def test_fsdp_is_refused(world, tmp_path):
-    """FSDP2, for FSDP1 does not run without a GPU."""
-    settings = {
-        "callbacks": {"spy": {}, "text_samples": {"prompts": PROMPTS}},
-        "fsdp_config": {"state_dict_type": "full"},
-        "global_train_batch_size": 4,
-    }
-    with pytest.raises(AssertionError, match="text_samples: one rank alone cannot generate"):
-        launch(world, tmp_path, 2, {"run": settings}, FSDP_VERSION="2")
+def test_fsdp_is_refused():
+    state: Any = SimpleNamespace(fsdp_config=object())
+    with pytest.raises(ValueError, match="text_samples: one rank alone cannot generate"):
+        TextSamples(PROMPTS).init(state, None)  # pyright: ignore
 
 
 @pytest.mark.parametrize(

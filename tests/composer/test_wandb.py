@@ -1,10 +1,14 @@
 """A W&B run offline: its file read back, and every promise found in it."""
 
 import json
+import subprocess
+import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal import datastore
 
@@ -22,15 +26,26 @@ from tests.composer.test_run_record import settings
 
 
 def read_back(folder: Path):
-    """All records of an offline run's file."""
+    """All records of an offline run's file, which is whole a moment after the run has ended."""
     (file,) = folder.glob("run-*.wandb")
+    for _ in range(300):
+        records = read_records(file)
+        if any(one.HasField("exit") for one in records):
+            return records
+        time.sleep(0.2)
+    raise AssertionError(f"{file} was not finished")
+
+
+def read_records(file: Path):
     store = datastore.DataStore()
-    store.open_for_scan(str(file))
     records = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        records.append(record)
+    try:
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(data)
+    except AssertionError:  # the file ends inside a record
+        pass
     return records
 
 
@@ -138,3 +153,41 @@ def test_what_the_yaml_says_of_group_and_job_type_wins(world, tmp_path):
     assert (started.run_group, started.job_type) == ("mine", "my job")
     with pytest.raises(FileNotFoundError, match=r"has no record.json"):
         local_record(wandb_folder)
+
+
+CRASHING = """
+import json, sys
+from foundry_ext.compare.record import mark_failed
+from omegaconf import OmegaConf
+from tests.composer import kit
+
+try:
+    kit.run(OmegaConf.load(sys.argv[1]))
+except kit.Crash as error:  # as launch.py does
+    mark_failed(sys.argv[2], error)
+    raise
+"""
+
+
+@pytest.mark.slow
+def test_a_crashed_run_s_record_is_among_its_files_too(world, tmp_path):
+    """W&B closes itself before Composer does."""
+    given = settings(world, tmp_path, save_folder=None)
+    given["callbacks"]["spy"] = {"crash_after": 4}
+    logger = {"project": "trials", "init_kwargs": offline_in(tmp_path)}
+    given["loggers"] = {"inmemory": {}, "wandb_metrics": logger}
+    OmegaConf.save(kit.run_config(world, tmp_path, **given), tmp_path / "run.yaml")
+    arguments = [str(tmp_path / "run.yaml"), str(tmp_path / "record.json")]
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHING, *arguments],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and "Crash" in done.stderr, done.stderr[-3000:]
+    (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    record = read_record(local_record(wandb_folder))
+    assert (record["status"], record["error"]) == ("failed", "Crash: ")
+    assert [one["step"] for one in record["evaluations"]] == [0, 3]
+    assert read_items(wandb_folder / "files" / "items.jsonl")
