@@ -99,8 +99,8 @@ def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             "p (Holm)",
         ],
         rows,
-        f"McNemar's exact test on {measure.subject}: one run of each method, the answers right at"
-        " the end of training.",
+        f"McNemar's exact test on {measure.subject}: answers right at the end of one run of each"
+        " method. It speaks of these two runs; the table above, where it lets seeds vary, of more.",
     )
 
 
