@@ -110,7 +110,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
     config = _read_yaml(path)
     given: dict[str, Any] = {}
     for override in overrides:
-        key, value, config = _merge_override(config, override)
+        key, value = _merge_override(config, override)
         given[key] = value
     _check_keys(path, config)
     _check_references(path, config)
@@ -187,7 +187,7 @@ def _near_files(path: Path) -> str:
     return f", did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def _merge_override(config: DictConfig, override: str) -> tuple[str, Any, DictConfig]:
+def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     """`optimizer.lr=1e-4` set in config, with the dotted key and the value it set.
 
     Where the path or the kind does not fit, complain.
@@ -223,7 +223,8 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any, DictCo
                 f"override {override}: {key} is a {name}, which {text!r} would replace; "
                 f"write {example}, or {key}=null to unset"
             )
-    return ".".join(parts), new, OmegaConf.merge(config, update)  # pyright: ignore[reportReturnType]
+    config.merge_with(update)  # in place: OmegaConf.merge copies all of it
+    return ".".join(parts), new
 
 
 def _at(node: Any, parts: Sequence[str]) -> Any:

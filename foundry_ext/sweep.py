@@ -79,7 +79,7 @@ def run_sweep(
             log = runner.folder / "fork_server.log"
             started = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
         outcomes = runner.run(waiting, started)
-    for line in summary(outcomes):
+    for line in summary(outcomes, runner.folder / "report"):
         say(line)
     if runner.caught is not None:
         raise KeyboardInterrupt(f"signal {runner.caught}")
@@ -183,7 +183,7 @@ def _ask(prices: Sequence[Cost], parallel: int, limit_hours: float) -> None:
         raise UsageError("not started")
 
 
-def summary(outcomes: Sequence[Outcome]) -> list[str]:
+def summary(outcomes: Sequence[Outcome], report: Path) -> list[str]:
     """A table of all runs, and the command that compares them."""
     finished = [outcome for outcome in outcomes if outcome.status == "finished"]
     width = max(len(outcome.name) for outcome in outcomes)
@@ -200,5 +200,5 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
         )
     if len(finished) > 1:
         folders = [os.fspath(outcome.record.parent) for outcome in finished]
-        lines.append(f"compare: foundry-ext compare {shlex.join(folders)}")
+        lines.append(f"compare: foundry-ext compare {shlex.join(folders)} --out {report}")
     return lines

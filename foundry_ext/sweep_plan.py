@@ -15,7 +15,7 @@ from foundry_ext.compare.sweep_state import read_outcome
 from foundry_ext.methods import describe
 from foundry_ext.run_config import UsageError, load_config, record_path, split_arguments
 
-DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e\d+)?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
+DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
 
 
 @dataclass(frozen=True, kw_only=True)

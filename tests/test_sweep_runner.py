@@ -26,7 +26,9 @@ def test_every_run_once_then_nothing_is_left_to_do(folder: Path):
     assert said[1].startswith("tokens: at most 10,240; time: unknown")  # 4 x 10ba x 4 packs x 64
     assert any(line.startswith("[4/4] ") and "target loss 1.25" in line for line in said)
     assert any("to go, about" in line for line in said)
-    assert said[-1] == "compare: foundry-ext compare " + " ".join(f"outputs/{n}" for n in RUNS)
+    assert said[-1] == "compare: foundry-ext compare " + " ".join(
+        [*(f"outputs/{name}" for name in RUNS), "--out outputs/sweeps/stand-in/report"]
+    )
     statuses, said = run(path, parallel=2)
     assert statuses == dict.fromkeys(RUNS, "finished")
     assert "0 to start, 4 finished already" in said[0]
