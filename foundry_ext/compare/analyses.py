@@ -52,8 +52,8 @@ def analysis_blocks(comparison: Comparison, folder: Path) -> list[Block]:
             " the weights.",
         ),
     ]
-    lines = {f"{label}, seed {run.seed}": _line(comparison, run) for label, run in analysed}
-    lines = {name: line for name, line in lines.items() if line}
+    lines = [(label, run.seed, _line(comparison, run)) for label, run in analysed]
+    lines = [(label, seed, line) for label, seed, line in lines if line]
     if lines:
         plot_lines(comparison, lines, folder)
         blocks.append(

@@ -1,79 +1,29 @@
-"""The report's plots, as PNG and SVG. Colours of Okabe and Ito, a marker a method, no display."""
+"""The report's plots: a colour and a marker a method, intervals, which way is better."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from foundry_ext.compare.comparison import Comparison, points
+from foundry_ext.compare.figures import FAINT, log_ticks, new_figure, styles, thousands
 from foundry_ext.compare.measures import Measure, curve, final_value
 from foundry_ext.compare.runs import Run
-
-# Distinct under the common colour blindnesses, and by marker in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#56B4E9", "#444444")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_FAINT = "#8a8a8a"
-_STYLE: dict[Any, Any] = {
-    "figure.dpi": 100,
-    "savefig.dpi": 160,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    # Names are shown as they are, whatever is in them; the same figures give the same bytes.
-    "text.parse_math": False,
-    "svg.hashsalt": "foundry-ext",
-    "svg.fonttype": "path",
-}
-
-
-@contextmanager
-def _figure(folder: Path, name: str, size: tuple[float, float], columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on, then folder/name.png and .svg."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-        yield axes[0] if columns == 1 else axes
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-
-
-def styles(labels: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each method, in order."""
-    return {
-        label: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        for i, label in enumerate(labels)
-    }
 
 
 def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
     """A point per run, the chosen learning rate's mean with its intervals, the Pareto front."""
     x, y = comparison.learning, comparison.forgetting
     style = styles(list(comparison.groups))
-    with _figure(folder, "tradeoff", (6.6, 4.6)) as axes:
+    with new_figure(folder, "tradeoff", (6.6, 4.6)) as axes:
         front = [
             (point.learning * x.scale, point.forgetting * y.scale) for point in comparison.front
         ]
         axes.step(
             *zip(*front, strict=True),
             where="post",
-            color=_FAINT,
+            color=FAINT,
             linestyle=(0, (4, 3)),
             linewidth=1.1,
             label="Pareto front",
@@ -158,7 +108,7 @@ def _mean_with_intervals(axes: Any, comparison: Comparison, label: str, own: Map
 def plot_curves(comparison: Comparison, folder: Path) -> None:
     """Learning and forgetting against real tokens, at the chosen learning rates."""
     style = styles(list(comparison.groups))
-    with _figure(folder, "curves", (7.6, 3.4), columns=2) as both:
+    with new_figure(folder, "curves", (7.6, 3.4), columns=2) as both:
         for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.chosen.items():
                 own = style[label]
@@ -170,7 +120,7 @@ def plot_curves(comparison: Comparison, folder: Path) -> None:
                 mean = np.mean(curves, axis=0)
                 axes.plot(mean[:, 0], mean[:, 1] * measure.scale, markersize=5, label=label, **own)
             axes.set_xlabel("real tokens")
-            axes.xaxis.set_major_formatter(_thousands)
+            axes.xaxis.set_major_formatter(thousands)
             axes.set_ylabel(f"{measure.subject}, {measure.unit}")
             better = "higher" if measure.role == "learning" else "lower"
             axes.set_title(f"{measure.role}: {better} is better")
@@ -180,11 +130,11 @@ def plot_curves(comparison: Comparison, folder: Path) -> None:
 def plot_learning_rates(comparison: Comparison, folder: Path) -> None:
     """Final learning and forgetting by learning rate; the chosen one ringed, an edge marked."""
     style = styles(list(comparison.groups))
-    with _figure(folder, "learning_rates", (7.6, 3.6), columns=2) as both:
+    with new_figure(folder, "learning_rates", (7.6, 3.6), columns=2) as both:
         for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.groups.items():
                 _rate_response(axes, comparison, label, runs, measure, style[label])
-            _log_ticks(axes)
+            log_ticks(axes)
             axes.set_xlabel("learning rate")
             axes.set_ylabel(f"{measure.subject}, {measure.unit}")
             better = "higher" if measure.role == "learning" else "lower"
@@ -232,7 +182,7 @@ def plot_differences(comparison: Comparison, folder: Path) -> None:
     """Every pair's difference with its interval; filled where it is distinguishable from 0."""
     measures = (comparison.learning, comparison.forgetting)
     rows = len(comparison.pairs_of(measures[0]))
-    with _figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as both:
+    with new_figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as both:
         for axes, measure in zip(both, measures, strict=True):
             pairs = comparison.pairs_of(measure)
             for row, pair in enumerate(reversed(pairs)):
@@ -258,38 +208,32 @@ def plot_differences(comparison: Comparison, folder: Path) -> None:
             axes.set_title(measure.role)
 
 
-def _log_ticks(axes: Any) -> None:
-    """1, 2 and 5 of each decade, written out: mathematical notation is off for names' sake."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
-    axes.tick_params(axis="x", labelsize=8)
-
-
 def _label_axes(axes: Any, x: Measure, y: Measure) -> None:
     axes.set_xlabel(f"learning: {x.subject}, {x.unit} →")
     axes.set_ylabel(f"forgetting: {y.subject}, {y.unit} →")
 
 
-def _thousands(value: float, _position: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
 def plot_lines(
-    comparison: Comparison, lines: Mapping[str, Sequence[tuple[float, float]]], folder: Path
+    comparison: Comparison,
+    lines: Sequence[tuple[str, int, Sequence[tuple[float, float]]]],
+    folder: Path,
 ) -> None:
-    """Learning against forgetting along the lines from the base to tuned weights, by name."""
+    """Learning against forgetting along the lines from the base to tuned weights.
+
+    Args:
+        lines: (method's label, seed, its points).
+    """
     x, y = comparison.learning, comparison.forgetting
-    own = styles(list(lines))
-    with _figure(folder, "interpolation", (6.0, 4.0)) as axes:
-        for name, line in lines.items():
+    own = styles(list(comparison.groups))
+    with new_figure(folder, "interpolation", (6.0, 4.0)) as axes:
+        for label, seed, line in lines:
             learned, forgot = np.array(line).T
-            axes.plot(learned * x.scale, forgot * y.scale, markersize=5, label=name, **own[name])
+            axes.plot(
+                learned * x.scale,
+                forgot * y.scale,
+                markersize=5,
+                label=f"{label}, seed {seed}",
+                **own[label],
+            )
         _label_axes(axes, x, y)
         axes.legend(loc="best", fontsize=8)
