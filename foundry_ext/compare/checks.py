@@ -9,6 +9,7 @@ from foundry_ext.compare.runs import Run
 
 # Seeds need not be the same: only those that two methods share are paired. Ranks make groups.
 _ALWAYS = ("seed", "model.peft_config.r")
+_NAMED = 8  # differences written out; runs of two experiments have hundreds
 _RELATIVE = 1e-3  # step-0 losses, relative: another device's rounding
 _ACCURACY = 5e-3  # step-0 accuracies, absolute
 _TOKENS = 0.01  # real tokens between seeds, whose packs fill a little differently
@@ -33,7 +34,8 @@ def check_comparable(runs: Sequence[Run], allow: Sequence[str] = ()) -> list[str
     if refused:
         raise ValueError(
             "these runs differ in more than method, learning rate and seed: "
-            + "; ".join(_sentence(one) for one in refused)
+            + "; ".join(_sentence(one) for one in refused[:_NAMED])
+            + (f"; and {len(refused) - _NAMED} more keys" if len(refused) > _NAMED else "")
             + ". Compare runs that agree, or accept a difference by --allow KEY"
         )
     return [_sentence(one) for one in found]

@@ -1,11 +1,11 @@
-"""How figures look and are written: PNG and SVG, colours of Okabe and Ito, no display needed."""
+"""How figures look and are written: PNG and SVG, no display needed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Distinct under the common colour blindnesses, and by marker in grey.
+# After Okabe and Ito, and Tol: distinct under the common colour blindnesses; markers in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#56B4E9", "#444444")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FAINT = "#8a8a8a"
