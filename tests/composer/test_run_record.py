@@ -167,6 +167,12 @@ def test_a_crash_leaves_a_failed_record_and_is_resumed(world, whole, tmp_path):
         assert ours == theirs
     assert record["time"]["train_seconds"] > running["time"]["train_seconds"]
 
+    kit.run(kit.run_config(world, tmp_path, "rslora", **given))  # with nothing left to do
+    again = read_record(tmp_path / "record.json")
+    assert again["status"] == "finished"
+    for name in ("steps", "documents", "tokens", "throughput", "evaluations"):
+        assert again[name] == record[name], name
+
 
 class Stop(Callback):
     def batch_end(self, state, logger):
