@@ -17,7 +17,7 @@ from tests.data.kit import build, split_documents, walk
 from tests.data.two_ranks import STOP_AFTER
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 120  # seconds; a rank that waits for ever is ended
+TIMEOUT = 240  # seconds; a rank that waits for ever is ended
 # A line in a file for each row that was tokenised, by whichever process.
 FORMATTING = """
 import os
@@ -28,7 +28,7 @@ def formatting(row):
         file.write("x")
     return {"prompt": row["prompt"], "response": row["response"]}
 """
-LOADERS = ("rows", "text", "streams", "remote")
+LOADERS = ("rows", "text", "streams", "remote", "mixture")
 
 
 def free_port() -> int:
@@ -95,10 +95,21 @@ def datasets(work: Path, make_rows) -> dict[str, dict]:
         "text": {"hf_name": str(work / "text.jsonl")},
         "streams": {"remote": str(work / "mds"), "local": str(work / "local")},
         "remote": {"hf_name": "s3://bucket"},
+        "mixture": {
+            "datasets": [
+                {"hf_name": str(work / "train.jsonl"), "split": "train"},
+                {
+                    "hf_name": str(work / "text.jsonl"),
+                    "split": "train",
+                    "text_key": "text",
+                    "share": 0.3,
+                },
+            ]
+        },
     }
     common = {"max_seq_len": 128, "pack_tokens": 130, "shuffle": True}
-    splits = {name: {} if name == "streams" else {"split": "train"} for name in own}
-    return {name: {**own[name], **splits[name], **common} for name in own}
+    splits = {name: {"split": "train"} for name in ("rows", "text", "remote")}
+    return {name: {**own[name], **splits.get(name, {}), **common} for name in own}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +149,7 @@ def alone(work, datasets, tokenizer, monkeypatch):
 
 
 # The same rows, wherever they lie.
-SAME_ROWS = {"rows": "rows", "streams": "rows", "remote": "rows", "text": "text"}
+SAME_ROWS = {name: name for name in LOADERS} | {"streams": "rows", "remote": "rows"}
 
 
 @pytest.mark.parametrize("name", LOADERS)
