@@ -1,23 +1,21 @@
 """A sweep from its file to its summary: what `foundry-ext sweep` and the quickstart call."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from foundry_ext.compare.sweep import DEFAULT_SEED, expand, read_sweep
-from foundry_ext.compare.sweep_state import read_outcome
 from foundry_ext.run_config import UsageError
 from foundry_ext.sweep_launchers import (
     ForkLauncher,
-    Launcher,
     SubprocessLauncher,
     can_fork,
     threads_each,
 )
-from foundry_ext.sweep_plan import Cost, PlannedRun, costs, plan
-from foundry_ext.sweep_runner import Outcome, SweepRunner, duration, target_loss
+from foundry_ext.sweep_plan import Cost, Outcome, PlannedRun, costs, plan
+from foundry_ext.sweep_runner import SweepRunner
+from foundry_ext.sweep_text import describe, duration, hours, summary
 
 LAUNCHERS = ("fork", "subprocess")
 
@@ -37,7 +35,7 @@ def run_sweep(
     dry_run: bool = False,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> list[Outcome]:
-    """Runs what is not finished yet of the sweep file at `path`, from the current folder.
+    """Runs what is not finished yet of the sweep file at `path`; all runs, in its order.
 
     Args:
         launcher: fork or subprocess; None: fork where it can be, on a CPU with one rank.
@@ -50,40 +48,45 @@ def run_sweep(
         dry_run: says what would be started and starts nothing.
         say: prints one line.
 
-    Returns:
-        All runs of the sweep in its order, those finished before included.
-
     Raises:
         FileNotFoundError, ValueError: before anything is started.
     """
     sweep = read_sweep(Path(path))
     runs = plan(sweep, expand(sweep, num_runs=num_runs, seed=seed))
-    slots = _slots(gpus, parallel)
-    kind = _launcher(launcher, runs, gpus)
+    slots, kind = _slots(gpus, parallel), _launcher(launcher, runs, gpus)
     if kind == "subprocess" and not gpus:
         slots = [threads_each(len(slots))] * len(slots)
     runner = SweepRunner(sweep.name, runs, slots=slots, retry_failed=retry_failed, say=say)
     with runner.locked() as lock:
         waiting = runner.look()
         prices = costs(waiting, tokens_per_second=tokens_per_second)
-        for line in describe(sweep.name, runs, runner, waiting, prices, kind):
-            say(line)
+        _announce(runner, prices, kind)
         if dry_run:
             for run in waiting:
                 say(shlex.join(run.command))
             return runner.outcomes()
         if waiting and not yes:
             _ask(prices, len(slots), limit_hours)
-        started: Launcher = SubprocessLauncher()
-        if kind == "fork":
-            log = runner.folder / "fork_server.log"
-            started = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
-        outcomes = runner.run(waiting, started)
+        log = runner.folder / "fork_server.log"
+        fork = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
+        outcomes = runner.run(waiting, fork if kind == "fork" else SubprocessLauncher())
     for line in summary(outcomes, runner.folder / "report"):
         say(line)
     if runner.caught is not None:
         raise KeyboardInterrupt(f"signal {runner.caught}")
     return outcomes
+
+
+def _announce(runner: SweepRunner, prices: Sequence[Cost], launcher: str) -> None:
+    for line in describe(
+        runner.name,
+        [runner.states[run.name].status for run in runner.runs],
+        prices,
+        parallel=len(runner.slots),
+        launcher=launcher,
+        retry_failed=runner.retry_failed,
+    ):
+        runner.say(line)
 
 
 def _slots(gpus: Sequence[str], parallel: int | None) -> list[dict[str, str]]:
@@ -119,54 +122,6 @@ def _launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequence[str]
     return asked
 
 
-def describe(
-    name: str,
-    runs: Sequence[PlannedRun],
-    runner: SweepRunner,
-    waiting: Sequence[PlannedRun],
-    prices: Sequence[Cost],
-    launcher: str,
-) -> list[str]:
-    """What the sweep is and costs, before it starts."""
-    statuses = [runner.states[run.name].status for run in runs]
-    parts = [f"{len(waiting)} to start", f"{statuses.count('finished')} finished already"]
-    if statuses.count("running"):
-        parts.append(f"{statuses.count('running')} still running")
-    failed = statuses.count("failed")
-    if failed and not runner.retry_failed:
-        parts.append(f"{failed} failed before (--retry-failed starts them again)")
-    how = f"{len(runner.slots)} at once, launcher {launcher}"
-    lines = [f"sweep {name}: {len(runs)} runs, {', '.join(parts)}; {how}"]
-    if waiting:
-        lines.append(
-            f"tokens: {_tokens_text(prices)}; time: {_time_text(prices, len(runner.slots))}"
-        )
-    return lines
-
-
-def _tokens_text(prices: Sequence[Cost]) -> str:
-    known = [price.tokens for price in prices if price.tokens is not None]
-    if len(known) < len(prices):
-        unknown = len(prices) - len(known)
-        return f"unknown until the data is read, for {unknown} of {len(prices)} runs"
-    bound = "at most " if any(price.is_bound for price in prices) else ""
-    return f"{bound}{sum(known):,.0f}"
-
-
-def hours(prices: Sequence[Cost], parallel: int) -> float | None:
-    seconds = [price.seconds for price in prices if price.seconds is not None]
-    if len(seconds) < len(prices):
-        return None
-    return sum(seconds) / min(parallel, max(1, len(seconds))) / 3600
-
-
-def _time_text(prices: Sequence[Cost], parallel: int) -> str:
-    estimate = hours(prices, parallel)
-    if estimate is None:
-        return "unknown, no finished run of each model and method to go by (--tokens-per-second)"
-    return f"about {duration(estimate * 3600)}"
-
-
 def _ask(prices: Sequence[Cost], parallel: int, limit_hours: float) -> None:
     """Returns if the sweep is to start."""
     estimate = hours(prices, parallel)
@@ -181,24 +136,3 @@ def _ask(prices: Sequence[Cost], parallel: int, limit_hours: float) -> None:
     answer = input(f"It takes {time_text}; the limit is {limit_hours:g} h. Start it? [y/N] ")
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("not started")
-
-
-def summary(outcomes: Sequence[Outcome], report: Path) -> list[str]:
-    """A table of all runs, and the command that compares them."""
-    finished = [outcome for outcome in outcomes if outcome.status == "finished"]
-    width = max(len(outcome.name) for outcome in outcomes)
-    lines = [
-        f"{len(finished)} of {len(outcomes)} runs finished",
-        f"  {'run':<{width}}  {'status':<8}  {'target loss':>11}  {'time':>10}",
-    ]
-    for outcome in outcomes:
-        loss = target_loss(read_outcome(outcome.record)) if outcome in finished else None
-        loss_text = "-" if loss is None else f"{loss:.4f}"
-        time_text = duration(outcome.seconds) if outcome.seconds else "-"
-        lines.append(
-            f"  {outcome.name:<{width}}  {outcome.status:<8}  {loss_text:>11}  {time_text:>10}"
-        )
-    if len(finished) > 1:
-        folders = [os.fspath(outcome.record.parent) for outcome in finished]
-        lines.append(f"compare: foundry-ext compare {shlex.join(folders)} --out {report}")
-    return lines

@@ -130,6 +130,8 @@ class ForkLauncher:
     while it may still fork.
     """
 
+    SERVER = ("-m", "foundry_ext.fork_server")
+
     def __init__(self, *, parallel: int, log: Path, sweep_lock: int) -> None:
         self._threads = threads_each(parallel)
         self._log = log
@@ -163,7 +165,7 @@ class ForkLauncher:
         own = {"FOUNDRY_EXT_SWEEP_LOCK": str(self._sweep_lock)}
         with self._log.open("ab") as log:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "foundry_ext.fork_server"],
+                [sys.executable, *self.SERVER],
                 env={**environment, **self._threads, **own},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -38,6 +38,19 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one run stands when the sweep ends."""
+
+    name: str
+    status: str
+    """finished, failed, stopped, killed, or waiting for one that was never started."""
+    exit_code: int | None
+    seconds: float
+    record: Path
+    log: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Of one run; None where only the data would tell, or where nothing was measured."""
 

@@ -26,26 +26,14 @@ from foundry_ext.compare.sweep_state import (
 )
 from foundry_ext.run_config import UsageError
 from foundry_ext.sweep_launchers import Job, Launcher, Orphan, Process
-from foundry_ext.sweep_plan import PlannedRun, finished_otherwise
+from foundry_ext.sweep_plan import Outcome, PlannedRun, finished_otherwise
+from foundry_ext.sweep_text import duration, target_loss, wall_seconds
 
 FOLDER = Path("outputs/sweeps")
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0
 """For a run to write what it has after Ctrl-C, before it is killed."""
 _LOCK_WAIT_SECONDS = 120.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How one run stands when the sweep ends."""
-
-    name: str
-    status: str
-    """finished, failed, stopped, killed, or waiting for one that was never started."""
-    exit_code: int | None
-    seconds: float
-    record: Path
-    log: Path
 
 
 @dataclass(kw_only=True)
@@ -134,7 +122,7 @@ class SweepRunner:
                 continue
             state.status = status_now(state, record.get("status"))
             if state.status == "finished":
-                state.seconds = state.seconds or _wall_seconds(record)
+                state.seconds = state.seconds or wall_seconds(record)
             if is_started_again(state.status, retry_failed=self.retry_failed):
                 waiting.append(run)
         return waiting
@@ -224,7 +212,7 @@ class SweepRunner:
             state.exit_code, record.get("status"), was_stopped=active.is_interrupted
         )
         state.pid = None
-        state.seconds = time.monotonic() - active.begin if is_ours else _wall_seconds(record)
+        state.seconds = time.monotonic() - active.begin if is_ours else wall_seconds(record)
         if state.status == "failed":
             state.error = record.get("error") or (
                 f"exit code {code}" if code else "exit code 0, but its record is not finished"
@@ -308,28 +296,3 @@ def _is_alive(pid: str) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _wall_seconds(record: Mapping[str, Any]) -> float:
-    return float((record.get("time") or {}).get("wall_seconds") or 0.0)
-
-
-def target_loss(record: Mapping[str, Any]) -> float | None:
-    """The last loss on the first set of documents that the run is to learn, if it was measured."""
-    evaluations = record.get("evaluations") or []
-    config = record.get("config") or {}
-    forgetting = (config.get("callbacks") or {}).get("forgetting") or {}
-    for name, entry in (forgetting.get("sets") or {}).items():
-        if entry.get("role") == "learning" and evaluations:
-            loss = evaluations[-1]["metrics"].get(f"{name}/loss")
-            if loss is not None:
-                return float(loss)
-    return None
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `7 min`, `2 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,9 +1,13 @@
 """Sweeps of stand-in programs: they write records as runs do, in a tenth of a second."""
 
 import os
+import random
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +134,44 @@ def lines(folder: Path, run: str, name: str) -> list[str]:
     """What the stand-in of a run noted in the file `name`."""
     path = folder / "outputs" / run / name
     return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def run_and_kill(
+    folder: Path, start: Callable[[], subprocess.Popen[str]], victims: Callable[[int], list[int]]
+) -> None:
+    """Starts the sweep, kills it and its `victims` some time after its first word, five times; then
+    it is left to end, which it must do well.
+    """
+    state = folder / "outputs/sweeps/stand-in/state.json"
+    rng = random.Random(5)
+    out, kills = "", 0
+    while True:
+        before = changed_at(state)
+        sweep = start()
+        if kills < 5:
+            wait_for(lambda p=sweep, t=before: p.poll() is not None or changed_at(state) > t)
+        try:
+            out, _ = sweep.communicate(timeout=rng.uniform(0, 0.9) if kills < 5 else 60)
+            break
+        except subprocess.TimeoutExpired:
+            for pid in [sweep.pid, *victims(sweep.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            sweep.communicate()
+            kills += 1
+    assert sweep.returncode == 0, out
+    assert "6 of 6 runs finished" in out
+    assert kills >= 2
+
+
+def changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def names(folder: Path) -> list[str]:
