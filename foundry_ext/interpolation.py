@@ -18,7 +18,7 @@ from foundry_ext.evaluation.metrics import changes
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.tuned import load_tokenizer
 
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def measure_line(

@@ -218,8 +218,9 @@ def test_the_line_s_ends_are_base_and_tuned(world, saved, sets, tmp_path):
     )
     built = build_sets(parse_sets(sets), kit.load_tokenizer(world), 128)
     expected = [measure(built, m, lambda: nullcontext(base))[0] for m in (base, tuned)]
-    line = measure_line(base, tuned, parse_sets(sets), tmp_path / "merged", str(world.base))
-    assert [point["alpha"] for point in line] == list(ALPHAS)
+    alphas = (*ALPHAS, 1.25)
+    line = measure_line(base, tuned, parse_sets(sets), tmp_path / "merged", str(world.base), alphas)
+    assert [point["alpha"] for point in line] == list(alphas)
     by_alpha = {point["alpha"]: point for point in line}
     assert by_alpha[0]["metrics"] == expected[0]
     assert by_alpha[1]["metrics"] == expected[1]  # bit for bit
@@ -233,7 +234,7 @@ def test_the_line_s_ends_are_base_and_tuned(world, saved, sets, tmp_path):
     weights = dict(tuned.named_parameters())
     end = dict(load_model(str(tmp_path / "merged"), SmolLM2ForCausalLM).named_parameters())
     for name, start in load_model(str(world.base), SmolLM2ForCausalLM).named_parameters():
-        expected = start + ALPHAS[-1] * (end[name] - start)
+        expected = start + 1.25 * (end[name] - start)
         torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -285,7 +286,7 @@ def test_the_command(world, saved, sets, tmp_path, capsys):
     command = ["analyse", str(saved("lora")), "--sets", str(tmp_path / "sets.yaml")]
     assert main([*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "14 matrices" in printed and "alpha 1.25: learning target_loss" in printed
+    assert "14 matrices" in printed and "alpha 1: learning target_loss" in printed
     analysis = json.loads(out.read_text())
     assert analysis["schema_version"] == 1
     assert analysis.keys() == {"schema_version", "model", "base", "matrices", "summary", "line"}
