@@ -142,9 +142,9 @@ def _block(block: Block, index: int, folder: Path) -> str:
         case Subheading(text):
             return f"<h3>{html.escape(text)}</h3>"
         case Paragraph(text):
-            return f"<p>{html.escape(text)}</p>"
+            return f"<p>{_text(text)}</p>"
         case Bullets(texts):
-            return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
+            return "<ul>" + "".join(f"<li>{_text(text)}</li>" for text in texts) + "</ul>"
         case Table(columns, rows, caption):
             return _table(columns, rows, caption)
         case Figure(name, caption):
@@ -161,6 +161,11 @@ def _width(svg: str) -> float:
     """In points, by the view box, `0 0 width height`."""
     box = re.search(r'viewBox="([^"]*)"', svg)
     return float(box[1].split()[2]) if box else 0.0
+
+
+def _text(text: str) -> str:
+    """Escaped; an interval, [low, high], stays on one line."""
+    return re.sub(r"(\[[^\s\[\]]+,) (?=[^\s\[\]]+\])", "\\1\u00a0", html.escape(text))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

@@ -136,7 +136,8 @@ def _matched(comparison: Comparison) -> list[Block]:
         rows.append([f"{x.show(level)}, over evaluations", *cells])
         ends = [methods[label].over_rates for label in labels]
         shown = ["outside" if value is None else y.show(value) for value in ends]
-        rows.append([f"{x.show(level)}, over learning rates", *shown])
+        if any(value is not None for value in ends):
+            rows.append([f"{x.show(level)}, over learning rates", *shown])
     return [
         Heading("Forgetting at matched learning"),
         Table(

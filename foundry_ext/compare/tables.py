@@ -55,8 +55,9 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
 
 
 def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
-    columns = ["first − second", "difference", "95 % interval", "p (Holm)", "reads", "seeds needed"]
-    columns.append("items needed")
+    columns = ["first − second", "difference", "95 % interval", "p (Holm)", "reads"]
+    in_general = any(pair.in_general for pair in pairs)
+    columns += ["seeds needed", "items needed"] if in_general else ["items needed"]
     rows = []
     for pair in pairs:
         cells = [
@@ -65,16 +66,18 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             limits(measure, pair.interval, signed=True) if pair.interval else NONE,
             p_value(pair.adjusted_p),
             "distinguishable" if pair.is_distinguishable else "not distinguishable",
-            needed(pair.seeds_needed, min(map(len, pair.seeds))),
-            needed(pair.items_needed, pair.num_items or 0),
         ]
+        if in_general:
+            cells.append(needed(pair.seeds_needed, min(map(len, pair.seeds))))
+        cells.append(needed(pair.items_needed, pair.num_items or 0))
         rows.append(cells)
     caption = f"{measure.title}, {measure.unit}; {_basis(pairs)}"
     caption += (
         " Needed: for a difference of the observed size to be found with 80 % power in one test at"
-        " two-sided 5 %, more of the one while the other stays as it is; –: no number of it would"
-        " do."
+        " two-sided 5 %"
     )
+    caption += ", more of the one while the other stays as it is" if in_general else ""
+    caption += "; –: no number of it would do."
     return Table(columns, rows, caption)
 
 

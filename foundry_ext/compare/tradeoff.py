@@ -84,13 +84,14 @@ def matched(
         if crossing is not None:
             by_seed[run.seed] = crossing
     complete = len(by_seed) == len(chosen)
+    rates = rate_path(every, learning, forgetting)
     values = list(by_seed.values())
     return Matched(
         by_seed=by_seed,
         num_seeds=len(chosen),
         mean=float(np.mean(values)) if complete else None,
         interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
-        over_rates=first_crossing(rate_path(every, learning, forgetting), level),
+        over_rates=first_crossing(rates, level) if len(rates) > 1 else None,
     )
 
 
