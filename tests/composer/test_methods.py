@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from foundry_ext import pissa
 from foundry_ext.adapters import export_checkpoint
+from foundry_ext.evaluation import base as evaluation_base
 from foundry_ext.targets import LINEARS
 from tests.composer import kit
 
@@ -186,6 +187,8 @@ def test_adapters_off_is_the_base_model(world, trained):
     with pissa.adapters_off(model):
         torch.testing.assert_close(logits_of(model), base, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits_of(model), before)
+    with evaluation_base.adapters_off(model)() as inner:  # what KL is measured from
+        torch.testing.assert_close(logits_of(inner), base, rtol=1e-4, atol=1e-4)
     lora = kit.build(world, method="dora")
     kit.randomise_adapter(lora)
     with pissa.adapters_off(lora.model):
