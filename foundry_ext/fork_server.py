@@ -6,7 +6,7 @@ On standard input a line a run, {"program", "arguments", "log", "lock", "environ
 output {"pid"} for each in turn, and {"pid", "code"} when it ended. A child that is forked after
 torch has computed in several threads hangs, so this process imports and does nothing else.
 
-Its parent's end is its own. Children go on: they hold their locks, and a restarted sweep waits.
+Its end of input is its own end. Children go on: they hold their locks, and a restarted sweep waits.
 """
 
 import gc
@@ -57,8 +57,7 @@ def import_all() -> None:
 def serve(replies: Any) -> dict[str, Any] | None:
     """None when there is nothing more to do; in a child, what the child has to run."""
     pending = b""
-    parent = os.getppid()
-    while os.getppid() == parent:
+    while True:
         readable, _, _ = select.select([0], [], [], _POLL_SECONDS)
         if readable:
             received = os.read(0, 65536)
@@ -73,7 +72,6 @@ def serve(replies: Any) -> dict[str, Any] | None:
                 print(json.dumps({"pid": pid}), file=replies)
         for pid, code in _ended():
             print(json.dumps({"pid": pid, "code": code}), file=replies)
-    return None  # what the input still holds is left to the sweep's restart
 
 
 def _fork(job: dict[str, Any]) -> int:

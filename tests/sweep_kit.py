@@ -41,9 +41,10 @@ callbacks:
   forgetting: {sets: {source: {role: forgetting}, target: {role: learning}}}
 """
 # Says in `starts` that it runs and in `ends` that it finished; in `overlaps` if another one of its
-# run is there too. Behaviours: good, fail (until the file `mended` is there), silent (no record).
+# run is there too. Behaviours: good, fail (until the file `mended` is there), silent (no record),
+# stubborn (deaf to Ctrl-C).
 PROGRAM = """
-import fcntl, json, os, sys, time
+import fcntl, json, os, signal, sys, time
 from pathlib import Path
 from omegaconf import OmegaConf
 from foundry_ext.run_config import load_config, record_path, split_arguments
@@ -72,6 +73,8 @@ note("starts", json.dumps({k: v for k, v in os.environ.items()
                            if k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK")}))
 behaviour = config.variables.behaviour
 print("the log of", config.run_name)
+if behaviour == "stubborn":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 if behaviour != "silent":
     record("running")
 try:

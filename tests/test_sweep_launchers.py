@@ -38,14 +38,16 @@ import sys
 from foundry_ext.cli import main
 from foundry_ext.sweep_launchers import ForkLauncher
 ForkLauncher.SERVER = {server!r}
-sys.exit(main("sweep sweep.yaml --launcher fork --parallel 2 --yes".split()))
+sys.exit(main("sweep sweep.yaml --launcher {launcher} --parallel 2 --yes".split()))
 """
 
 
-def start(folder: Path, server: tuple[str, ...] = SERVER) -> subprocess.Popen[str]:
+def start(
+    folder: Path, server: tuple[str, ...] = SERVER, launcher: str = "fork"
+) -> subprocess.Popen[str]:
     """`foundry-ext sweep sweep.yaml --launcher fork --parallel 2 --yes`, with the light server."""
     return subprocess.Popen(
-        [sys.executable, "-c", CODE.format(server=server)],
+        [sys.executable, "-c", CODE.format(server=server, launcher=launcher)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -130,6 +132,38 @@ def test_ctrl_c_does_not_wait_for_imports(folder: Path):
     assert names(folder) == []
     statuses, _ = run(folder / "sweep.yaml")
     assert set(statuses.values()) == {"finished"}
+
+
+@pytest.mark.parametrize("launcher", ["fork", "subprocess"])
+def test_a_second_ctrl_c_kills_what_is_deaf_to_the_first(folder: Path, launcher: str):
+    stubborn = {"variables.behaviour": {"value": "stubborn"}, "variables.seconds": {"value": 60}}
+    write_sweep(folder, stubborn)
+    sweep = start(folder, launcher=launcher)
+    wait_for(lambda: len(list(folder.glob("outputs/*/record.json"))) == 2)
+    sweep.send_signal(signal.SIGINT)
+    time.sleep(0.6)
+    assert sweep.poll() is None
+    sweep.send_signal(signal.SIGINT)
+    out, _ = sweep.communicate(timeout=20)
+    assert sweep.returncode == 130, out
+    locks = list((folder / "outputs/sweeps/stand-in/locks").iterdir())
+    assert len(locks) == 2 and all(map(is_free, locks))
+
+
+@pytest.mark.parametrize("launcher", ["fork", "subprocess"])
+def test_what_a_killed_sweep_left_running_is_waited_for(folder: Path, launcher: str):
+    path = write_sweep(folder, {"variables.seconds": {"value": 4}})
+    sweep = start(folder, launcher=launcher)
+    wait_for(lambda: len(list(folder.glob("outputs/*/record.json"))) == 2)
+    sweep.kill()
+    sweep.communicate()
+    locks = list((folder / "outputs/sweeps/stand-in/locks").iterdir())
+    assert len(locks) == 2 and not any(map(is_free, locks))
+    statuses, said = run(path)
+    assert statuses == dict.fromkeys(["a-seconds_4", "b-seconds_4"], "finished")
+    assert "0 to start, 0 finished already, 2 still running" in said[0]
+    assert sum("still running since an earlier sweep" in line for line in said) == 2
+    assert [len(lines(folder, name, "starts")) for name in statuses] == [1, 1]
 
 
 def test_a_forking_sweep_killed_at_random_moments_ends_with_every_run_once(folder: Path):
