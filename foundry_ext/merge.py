@@ -100,51 +100,51 @@ def merge(
     """
     refuse_folder_in_use(out)
     if tolerance is not None and not tolerance >= 0:
-        raise ValueError(
-            f"tolerance: {tolerance} is no largest difference of logits; give 0 or more"
-        )
+        raise ValueError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")
     allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    name, tokenizer, model = _load(adapter, base)
+    windows = _windows(tokenizer, text)
+    certificate: dict[str, Any] = {
+        "schema_version": 1,
+        "base": name,
+        "method": methods.describe(model.peft_config["default"].to_dict()).name,
+        "dtype": dtype,
+        "tolerance": allowed,
+        "text": {"tokens": sum(len(ids[0]) for ids in windows), "built_in": text == TEXT},
+    }
+    unmerged = _logits(model, windows)
+    with adapters_off(model):
+        certificate["base_to_adapted"] = asdict(compare_logits(_logits(model, windows), unmerged))
+    certificate["scales"] = merge_weights(model)
+    merged: Any = cast(Any, model).unload()
+    certificate["head_tied"] = merged.lm_head.weight is merged.model.embed_tokens.weight
+    if merged.config.tie_word_embeddings and not certificate["head_tied"]:
+        raise ValueError(f"{adapter}: merging untied the head from the embedding")
+    found = compare_logits(_logits(merged, windows), unmerged)
+    _check(found, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32")
+    certificate["merged_in_float32"] = asdict(found)
+    with Scratch(out) as scratch:
+        merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
+        tokenizer.save_pretrained(scratch)
+        found = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
+        _check(found, allowed, f"writing {dtype}")
+        certificate["written"] = asdict(found)
+        certificate["versions"] = {package: version(package) for package in _PACKAGES}
+        (scratch / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+    return certificate
+
+
+def _load(adapter: Path, base: str | None) -> tuple[str, PreTrainedTokenizerBase, PeftModel]:
+    """The base model's name, the tokenizer, and the model with its adapter, not merged."""
     with as_folder(adapter) as folder:
         if not is_adapter(folder):
             raise ValueError(
                 f"{adapter} is a full model, which has nothing to merge; use it as it is"
             )
         name = base_name(folder, base)
-        tokenizer, model = load_tokenizer(folder, name), load_tuned(folder, name)
-    assert isinstance(model, PeftModel)
-    windows = _windows(tokenizer, text)
-    unmerged = _logits(model, windows)
-    with adapters_off(model):
-        effect = compare_logits(_logits(model, windows), unmerged)
-    method = methods.describe(model.peft_config["default"].to_dict())
-    scales = merge_weights(model)
-    merged: Any = cast(Any, model).unload()
-    tied = merged.lm_head.weight is merged.model.embed_tokens.weight
-    if merged.config.tie_word_embeddings and not tied:
-        raise ValueError(f"{adapter}: merging untied the head from the embedding")
-    in_fp32 = compare_logits(_logits(merged, windows), unmerged)
-    _check(in_fp32, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32")
-    with Scratch(out) as scratch:
-        merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
-        tokenizer.save_pretrained(scratch)
-        written = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
-        _check(written, allowed, f"writing {dtype}")
-        certificate = {
-            "schema_version": 1,
-            "base": name,
-            "method": method.name,
-            "dtype": dtype,
-            "tolerance": allowed,
-            "text": {"tokens": sum(len(ids[0]) for ids in windows), "built_in": text == TEXT},
-            "merged_in_float32": asdict(in_fp32),
-            "written": asdict(written),
-            "base_to_adapted": asdict(effect),
-            "head_tied": tied,
-            "scales": scales,
-            "versions": {package: version(package) for package in _PACKAGES},
-        }
-        (scratch / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
-    return certificate
+        model = load_tuned(folder, name)
+        assert isinstance(model, PeftModel)
+        return name, load_tokenizer(folder, name), model
 
 
 @torch.no_grad()
