@@ -8,12 +8,7 @@ import pytest
 import scipy.stats
 
 from foundry_ext.compare.distributions import t_cdf, t_quantile, t_two_sided
-from foundry_ext.compare.power import (
-    both_needed,
-    left_for,
-    mcnemar_items_needed,
-    pairs_needed,
-)
+from foundry_ext.compare.power import both_needed, left_for, mcnemar_items_needed, pairs_needed
 from foundry_ext.compare.statistics import (
     bootstrap_items,
     holm,
