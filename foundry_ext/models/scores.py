@@ -119,7 +119,7 @@ def score_pack(
     )
     # Summed on the CPU: in one order, whatever the device, and in float64, whatever the length.
     ends = cu_seqlens[1:].cpu().long()
-    document = torch.searchsorted(ends, positions.cpu() + 1, right=True)
+    document = torch.searchsorted(ends, positions.cpu(), right=True)
 
     def by_document(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         sums = torch.zeros(len(ends), dtype=dtype)
