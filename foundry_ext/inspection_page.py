@@ -26,8 +26,8 @@ h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 p { margin: .3rem 0; }
 .quiet { color: #5a6472; }
-.totals { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 42%), 1fr)); gap: .6rem;
-  margin: 1.2rem 0; }
+.totals { display: grid; gap: .6rem; margin: 1.2rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(15rem, 42%), 1fr)); }
 .totals div { border: 1px solid #dde2e8; border-radius: .4rem; padding: .5rem .7rem; }
 .totals b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .totals span { color: #5a6472; font-size: .85rem; }

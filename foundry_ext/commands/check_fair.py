@@ -28,11 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
     files, overrides = split_arguments(arguments.arguments)
     if len(set(files)) < 2:
         raise UsageError(f"{files[0]}: one file; check-fair compares two or more")
+    names_differ = len({path.name for path in files}) == len(files)
     configs = {}
     for path in files:
         config = OmegaConf.to_container(load_config(path, overrides), resolve=True)
         assert isinstance(config, dict)
-        configs[str(path)] = config
+        configs[path.name if names_differ else str(path)] = config
     found = differences(configs, allow=arguments.allow)
     if not found:
         allowed = f"; allowed to differ: {', '.join(arguments.allow)}" if arguments.allow else ""

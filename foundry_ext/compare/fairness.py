@@ -5,7 +5,7 @@ Compared is what a run reads: a resolved configuration. Left out, because it may
 - the method's own keys: whether there is a `model.peft_config`, and in it `peft_type`, `use_dora`,
   `use_rslora`, `init_lora_weights` and `lora_alpha`, whose effect is stated as the effective scale;
 - the learning rate: `optimizer.lr`, and that of LoRA+'s `param_groups`;
-- the run's name, where it writes to, and how W&B labels it;
+- the run's name, where it writes to, and its labels in W&B and its record;
 - `variables`, which have no effect but through the keys that use them.
 
 `lora_dropout`, `target_modules` and everything else of an adapter are no part of a method: two
@@ -27,7 +27,7 @@ _LEFT_OUT = re.compile(
     r"run_name|save_folder|variables|seed|optimizer\.lr"
     rf"|{re.escape(_ADAPTER)}\.({'|'.join(_METHOD_KEYS)}|r|lora_alpha)"
     r"|loggers\.[^.]+\.(name|group|tags|path)"
-    r"|callbacks\.[^.]+\.(path|items|folder)"
+    r"|callbacks\.[^.]+\.(path|items|folder)|callbacks\.run_record\.experiment"
 )
 _ANY_ORDER = f"{_ADAPTER}.target_modules"
 

@@ -79,7 +79,7 @@ def run(name: str, lr: float, peft_config: dict[str, Any] | None = None) -> dict
             "metrics_file": {"path": f"outputs/{name}/metrics.jsonl"},
         },
         "callbacks": {
-            "run_record": {"path": f"outputs/{name}/record.json", "experiment": "e"},
+            "run_record": {"path": f"outputs/{name}/record.json", "experiment": name},
             "hf_export": {"folder": f"outputs/{name}/hf"},
             "forgetting": {
                 "items": f"outputs/{name}/items.jsonl",
