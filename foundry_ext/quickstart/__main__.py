@@ -6,7 +6,14 @@ import time
 from collections.abc import Sequence
 
 from foundry_ext.quickstart.data import prepare
-from foundry_ext.quickstart.story import FOLDER, fine_tune, report, show_base, train_base
+from foundry_ext.quickstart.story import (
+    FOLDER,
+    fine_tune,
+    read_grid,
+    report,
+    show_base,
+    train_base,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = fine_tune(seeds, fast=arguments.fast)
         # A report of other seeds, or of one, does not take the place of the default one.
         kind = "" if seeds == parser.get_default("seeds") else "-" + "-".join(map(str, seeds))
-        report(records, FOLDER / f"report{kind}")
+        configs = read_grid()["parameters"]["config"]["values"]
+        report(records, configs, seeds[0], FOLDER / f"report{kind}")
     except ValueError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 1

@@ -61,7 +61,7 @@ def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> lis
     Raises:
         ValueError: a run did not finish; names its log.
     """
-    grid = yaml.safe_load(SWEEP_YAML.read_text())
+    grid = read_grid()
     if fast:
         grid["parameters"][RATE_KEY] = {"values": ["middle"]}
     grid["parameters"]["seed"] = {"values": list(seeds[:1])}
@@ -77,6 +77,11 @@ def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> lis
         grid["parameters"] = {key: {"values": values} for key, values in again.items()}
         records += _sweep(grid, f"quickstart-{rate}-{'-'.join(map(str, seeds[1:]))}", folder)
     return records
+
+
+def read_grid() -> dict[str, Any]:
+    """The sweep file's content."""
+    return yaml.safe_load(SWEEP_YAML.read_text())
 
 
 def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str]:
@@ -112,13 +117,23 @@ def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
     return [outcome.record for outcome in outcomes]
 
 
-def report(records: Sequence[Path], out: Path) -> None:
-    """`foundry-ext compare` on the runs, and the places to look at."""
-    from foundry_ext.cli import main as foundry_ext
+def report(records: Sequence[Path], configs: Sequence[str], seed: int, out: Path) -> None:
+    """`foundry-ext analyse` on each method's best run under `seed`, then `compare` on all runs."""
+    rates = best_rates(records, configs)
+    names = {f"{Path(config).stem}-seed_{seed}-learning_rate_{rates[config]}" for config in configs}
+    for record in records:
+        if record.parent.name in names and not (record.parent / "analysis.json").is_file():
+            _foundry_ext("analyse", record.parent / "hf")
+    _foundry_ext("compare", *records, "--out", out)
 
-    print(f"\nfoundry-ext compare {FOLDER / 'runs'}/... --out {out}\n", flush=True)
-    if foundry_ext(["compare", *map(str, records), "--out", str(out)]) != 0:
-        raise ValueError("the comparison failed, for the reason above")
+
+def _foundry_ext(command: str, *arguments: Path | str) -> None:
+    from foundry_ext.cli import main
+
+    few = [*map(str, arguments[:1]), *(["..."] if len(arguments) > 4 else map(str, arguments[1:]))]
+    print(f"\nfoundry-ext {command} {' '.join(few)}", flush=True)
+    if main([command, *map(str, arguments)]) != 0:
+        raise ValueError(f"{command} failed, for the reason above")
 
 
 def show_base(folder: Path = FOLDER) -> None:
