@@ -57,6 +57,8 @@ def hours(prices: Sequence[Cost], parallel: int) -> float | None:
 
 def _time_text(prices: Sequence[Cost], parallel: int) -> str:
     estimate = hours(prices, parallel)
+    if estimate is None and any(price.tokens is None for price in prices):
+        return "unknown until the first runs have finished"
     if estimate is None:
         return "unknown, no finished run of each model and method to go by (--tokens-per-second)"
     return f"about {duration(estimate * 3600)}"
