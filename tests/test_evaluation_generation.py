@@ -162,6 +162,7 @@ def test_prompts(tokenizer, path):
     assert example == f"Question: {row['question']}\nAnswer: {row['answer']}"
     (cut,) = build(path, tokenizer, num_fewshot=1, max_new_tokens=390)
     assert {len(prompt) for prompt in cut.prompts} == {10}
+    assert all(tokenizer.decode(prompt).endswith("Answer:") for prompt in cut.prompts)
     assert cut.description["counts"] == {"kept": 0, "truncated": 3}
 
 
