@@ -19,7 +19,6 @@ MAY_IMPORT_TRAINERS = {
     "data/dataset.py",
     "data/sources.py",
     "data/tokenize.py",
-    "evaluation.py",
     "inspection.py",
     "launch.py",
     "models/composer_smollm2.py",
