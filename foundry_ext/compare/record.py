@@ -161,7 +161,7 @@ def new_record(
         "method": method,
         "seed": seed,
         "learning_rate": learning_rate,
-        "config": redact(config),
+        "config": config,
         "environment": environment,
         "data": data,
         "model": model,

@@ -6,8 +6,10 @@ import sys
 import time
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from composer.loggers import WandBLogger
 from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal import datastore
@@ -18,6 +20,7 @@ from foundry_ext.callbacks.wandb_metrics import (
     PROMISED_KEYS,
     RECORD_NAME,
     TOKENS,
+    WandBMetrics,
 )
 from foundry_ext.compare.record import read_items, read_record
 from foundry_ext.compare.wandb_runs import is_local, local_record
@@ -106,6 +109,16 @@ def test_values_stand_beside_real_tokens(offline):
     assert learning == pytest.approx(expected) and len(learning) == 4
     steps = [row["_step"] for row in shown if "learning/target_loss" in row]
     assert steps == [0, 3, 6, 8]
+
+
+def test_tokens_are_in_every_call(monkeypatch):
+    """Not only in the row, which Composer completes with the next batch, if there is one."""
+    seen = []
+    monkeypatch.setattr(WandBLogger, "log_metrics", lambda *call: seen.append(call[1:]))
+    logger = WandBMetrics(project="p")
+    logger.state = SimpleNamespace(timestamp=SimpleNamespace(token=SimpleNamespace(value=7)))
+    logger.log_metrics({"loss/x": 1.0}, 3)
+    assert seen == [({TOKENS: 7, "loss/x": 1.0}, 3)]
 
 
 def test_metrics_are_defined_against_tokens(offline):
