@@ -31,21 +31,6 @@ from typing import Any
 
 from foundry_ext.compare.secrets import redact
 
-__all__ = [
-    "SCHEMA",
-    "SCHEMA_VERSION",
-    "STATUSES",
-    "items_path",
-    "mark_failed",
-    "new_record",
-    "now",
-    "read_items",
-    "read_record",
-    "redact",
-    "validate",
-    "write_record",
-]
-
 SCHEMA_VERSION = 1
 STATUSES = ("running", "finished", "failed", "stopped")
 
