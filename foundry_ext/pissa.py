@@ -164,10 +164,13 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
     try:
         for parameter, _, initial in places:
             parameter.data = initial
+        # Autocast keeps a parameter's cast by its identity, and would go on with the other factors.
+        torch.clear_autocast_cache()
         yield
     finally:
         for parameter, trained, _ in places:
             parameter.data = trained
+        torch.clear_autocast_cache()
 
 
 def _layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

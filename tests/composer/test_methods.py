@@ -195,6 +195,22 @@ def test_adapters_off_is_the_base_model(world, trained):
         torch.testing.assert_close(logits_of(lora.model), base)
 
 
+def test_adapters_go_off_under_autocast_too(world, trained):
+    """It keeps casts of parameters, which are other ones when their values are exchanged."""
+    model = copy.deepcopy(trained[1].trainer.state.model.model)
+    bf16 = {"device_type": "cpu", "dtype": torch.bfloat16}
+    with torch.autocast(**bf16, cache_enabled=False):
+        trained_logits = logits_of(model)
+        with pissa.adapters_off(model):
+            base = logits_of(model)
+    with torch.autocast(**bf16):
+        assert torch.equal(logits_of(model), trained_logits)
+        with pissa.adapters_off(model):
+            assert torch.equal(logits_of(model), base)
+        assert torch.equal(logits_of(model), trained_logits)
+    assert not torch.equal(base, trained_logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
