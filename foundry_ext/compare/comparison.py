@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,6 +48,8 @@ class Comparison:
     matched: Mapping[float, Mapping[str, Matched]]
     """learning level -> label -> forgetting there."""
     left_out: Mapping[str, str]
+    diverged: Mapping[str, Sequence[Run]]
+    """label -> its runs that diverged, which are in no mean."""
     accepted: Sequence[str]
     """Differences that --allow let pass."""
 
@@ -101,8 +104,11 @@ def compare_runs(
     forgotten = shared_measures(runs, "forgetting")
     x = _pick(learned, learning or learning_measure([run.record for run in runs]), "learning")
     y = _pick(forgotten, forgetting, "forgetting")
+    diverged = {label: _alike(loaded.diverged, group[0]) for label, group in groups.items()}
     best = {
-        label: best_learning_rate([run.record for run in group], x.key)
+        label: best_learning_rate(
+            [run.record for run in (*group, *diverged[label]) if x.key in run.final[x.role]], x.key
+        )
         for label, group in groups.items()
     }
     chosen = {
@@ -128,8 +134,20 @@ def compare_runs(
             for level in levels(chosen, x)
         },
         left_out=loaded.left_out,
+        diverged=diverged,
         accepted=accepted,
     )
+
+
+def _alike(candidates: Sequence[Run], run: Run) -> list[Run]:
+    """Those that are of the same group as `run`: but for learning rate and seed they are equal."""
+    found = []
+    for candidate in candidates:
+        pair = [run, candidate]
+        first, second = labelled(pair, distinguishing(pair))
+        if first.label == second.label:
+            found.append(candidate)
+    return found
 
 
 def points(groups: Mapping[str, Sequence[Run]], x: Measure, y: Measure) -> list[Point]:
@@ -180,7 +198,10 @@ def write_json(path: Path, comparison: Comparison) -> None:
         "left_out": comparison.left_out,
         "accepted_differences": comparison.accepted,
         "best_learning_rates": {
-            label: {**asdict(best), "means": {f"{k:g}": v for k, v in best.means.items()}}
+            label: {
+                **asdict(best),
+                "means": {f"{k:g}": v if isfinite(v) else None for k, v in best.means.items()},
+            }
             for label, best in comparison.best.items()
         },
         "methods": [_plain(asdict(one)) for one in comparison.summaries],

@@ -18,7 +18,7 @@ class BestLearningRate:
     """"lowest" or "highest" where the best one lies at the grid's edge, so that a better one may
     lie beyond; None inside the grid, and where there is no grid."""
     means: Mapping[float, float]
-    """learning rate -> mean learning over `seeds`."""
+    """learning rate -> mean learning over `seeds`; -inf where one of them diverged."""
     seeds: tuple[int, ...]
     """The seeds that decide: those that every learning rate was run with, so that a lucky seed
     favours none, and further seeds of the winner do not change the choice. Where there is no such
@@ -29,6 +29,9 @@ def best_learning_rate(
     records: Sequence[Mapping[str, Any]], measure: str | None = None
 ) -> BestLearningRate:
     """Chooses by mean final learning; of equals the lowest learning rate.
+
+    A rate at which a run diverged is not chosen, unless there is none without such a run; then the
+    other runs decide.
 
     Args:
         records: finished runs of one method, as in record.json.
@@ -47,7 +50,7 @@ def best_learning_rate(
             names = ", ".join(learning) or "nothing"
             raise ValueError(f"{record['run_name']}: no {measure} in its learning, but {names}")
         # A run that diverged has learned nothing, however its loss is written.
-        learned = learning[measure] if math.isfinite(learning[measure]) else -math.inf
+        learned = -math.inf if _has_diverged(record, measure) else learning[measure]
         values.setdefault(float(record["learning_rate"]), {})[record["seed"]] = learned
     shared = set.intersection(*map(set, values.values()))
     means = {
@@ -56,6 +59,9 @@ def best_learning_rate(
     }
     best = max(means, key=lambda rate: means[rate])
     if means[best] == -math.inf:
+        whole = [one for one in records if not _has_diverged(one, measure)]
+        if whole:
+            return best_learning_rate(whole, measure)
         raise ValueError(
             f"{records[0]['method']}: diverged at every learning rate, so none is best"
         )
@@ -64,6 +70,12 @@ def best_learning_rate(
         edge = "lowest" if best == min(means) else "highest"
     seeds = shared or set().union(*values.values())
     return BestLearningRate(best, measure, edge, means, tuple(sorted(seeds)))
+
+
+def _has_diverged(record: Mapping[str, Any], measure: str) -> bool:
+    end = record["evaluations"][-1]
+    values = [end["learning"][measure], *end.get("forgetting", {}).values()]
+    return not all(map(math.isfinite, values))
 
 
 def learning_measure(records: Sequence[Mapping[str, Any]]) -> str:

@@ -22,7 +22,7 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         ]
         axes.step(
             *zip(*front, strict=True),
-            where="post",
+            where="pre",  # up, then right: between two points the second is the best attained
             color=FAINT,
             linestyle=(0, (4, 3)),
             linewidth=1.1,
@@ -117,14 +117,24 @@ def plot_curves(comparison: Comparison, folder: Path) -> None:
                     axes.plot(
                         one[:, 0], one[:, 1] * measure.scale, color=own["color"], alpha=0.3, lw=0.8
                     )
-                mean = np.mean(curves, axis=0)
-                axes.plot(mean[:, 0], mean[:, 1] * measure.scale, markersize=5, label=label, **own)
+                for number, mean in enumerate(_mean_curves(curves)):
+                    name = None if number else label
+                    axes.plot(
+                        mean[:, 0], mean[:, 1] * measure.scale, markersize=5, label=name, **own
+                    )
             axes.set_xlabel("real tokens")
             axes.xaxis.set_major_formatter(thousands)
             axes.set_ylabel(f"{measure.subject}, {measure.unit}")
             better = "higher" if measure.role == "learning" else "lower"
             axes.set_title(f"{measure.role}: {better} is better")
         both[0].legend(loc="best")
+
+
+def _mean_curves(curves: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The mean, once; each curve where --allow let them have another number of evaluations."""
+    if len({len(one) for one in curves}) > 1:
+        return list(curves)
+    return [np.mean(curves, axis=0)]
 
 
 def plot_learning_rates(comparison: Comparison, folder: Path) -> None:

@@ -20,7 +20,15 @@ from foundry_ext.compare.document import (
 from foundry_ext.compare.statistics import MIN_SEEDS
 from foundry_ext.compare.tables import cost_blocks, measure_blocks, run_blocks
 from foundry_ext.compare.tradeoff import matched_pairs
-from foundry_ext.compare.wording import limits, listed, p_value, seed_list, seeds_used, with_limits
+from foundry_ext.compare.wording import (
+    limits,
+    listed,
+    p_value,
+    seed_list,
+    seeds_used,
+    spread,
+    with_limits,
+)
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -53,16 +61,19 @@ def write_report(comparison: Comparison, folder: Path) -> None:
 
 def _opening(comparison: Comparison) -> list[Block]:
     runs = [run for group in comparison.groups.values() for run in group]
-    record = runs[0].record
-    experiments = sorted({run.record["experiment"] for run in runs})
-    train = record["data"]["train"]
+    records = [run.record for run in runs]
+    experiments = sorted({record["experiment"] for record in records})
+    data = sorted({str(record["data"]["train"]["name"] or "one data set") for record in records})
+    steps = [record["steps"] for record in records]
+    tokens = [record["tokens"]["real"] for record in records]
+    bases = {record["model"]["name"] for record in records}
     methods = f"{len(comparison.groups)} methods" if len(comparison.groups) > 1 else "one method"
     text = (
         f"{len(runs)} runs of {methods} on"
-        f" {train['name'] or 'one data set'} ({', '.join(experiments)}), {record['steps']:,} steps,"
-        f" about {record['tokens']['real']:,} real tokens each, from one base model. All values are"
-        " changes against that base model (step 0): positive learning is more learned, positive"
-        " forgetting more forgotten."
+        f" {listed(data)} ({', '.join(experiments)}), {spread(steps)} steps, {spread(tokens)} real"
+        f" tokens each, from {'one base model' if len(bases) == 1 else listed(sorted(bases))}. All"
+        " values are changes against a run's own step 0, the base model: positive learning is more"
+        " learned, positive forgetting more forgotten."
     )
     blocks: list[Block] = [Paragraph(text)]
     if not comparison.is_in_general:
@@ -74,10 +85,26 @@ def _opening(comparison: Comparison) -> list[Block]:
                 " runs alone."
             )
         )
+    blocks += [Paragraph(text) for text in _diverged_where_compared(comparison)]
     if comparison.accepted:
         blocks.append(Paragraph("Accepted by --allow, and so possible causes of any difference:"))
         blocks.append(Bullets(comparison.accepted))
     return blocks
+
+
+def _diverged_where_compared(comparison: Comparison) -> list[str]:
+    texts = []
+    for label, runs in comparison.diverged.items():
+        rate = comparison.best[label].learning_rate
+        seeds = sorted(run.seed for run in runs if run.learning_rate == rate)
+        if seeds:
+            whole = len(comparison.chosen[label])
+            texts.append(
+                f"{label}: {len(seeds)} of {whole + len(seeds)} runs at its chosen learning rate"
+                f" diverged ({seed_list(seeds)}) and are in no mean, so all that is said of"
+                f" {label} is of the runs that did not."
+            )
+    return texts
 
 
 def _findings(comparison: Comparison) -> list[Block]:
@@ -196,8 +223,11 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
     for label, best in comparison.best.items():
         grid = ", ".join(f"{rate:g}" for rate in best.means)
         seeds = seed_list(best.seeds)
+        lost = [f"{run.learning_rate:g} (seed {run.seed})" for run in comparison.diverged[label]]
+        end = f" Diverged: {', '.join(lost)}." if lost else ""
         if len(best.means) == 1:
-            sentences.append(f"{label}: only {grid} was run, so its learning rate is not tuned.")
+            text = f"{label}: only {grid} was run, so its learning rate is not tuned."
+            sentences.append(text + end)
             continue
         text = f"{label}: {best.learning_rate:g} learns most of {grid} ({seeds})."
         if best.edge:
@@ -206,7 +236,7 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
                 f" grid {'upwards' if best.edge == 'highest' else 'downwards'} before judging"
                 f" {label}."
             )
-        sentences.append(text)
+        sentences.append(text + end)
     chosen = [best for best in comparison.best.values() if len(best.means) > 1]
     blocks: list[Block] = [
         Heading("Learning rates"),

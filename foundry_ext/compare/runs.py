@@ -1,5 +1,6 @@
 """Finished runs, loaded from records: where they lie, their labels, their groups."""
 
+import hashlib
 import json
 import math
 import tempfile
@@ -14,6 +15,7 @@ from foundry_ext.compare.record import items_path, read_items, read_record
 
 RECORD_NAME = "record.json"
 ANALYSIS_NAME = "analysis.json"
+_DIVERGED = "diverged: a loss that is not a number"
 _NAMES = {"full": "full", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 # What tells groups of one method apart, in this order; short names for the labels.
 _MODEL_KEYS = {"rank": "r", "alpha": "α ", "init": "init ", "target_modules": "on "}
@@ -63,6 +65,8 @@ class Loaded:
 
     runs: list[Run] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    diverged: list[Run] = field(default_factory=list)
+    """Those of them that diverged: they are in no mean, but their learning rates were tried."""
 
 
 def find_records(references: Sequence[str], downloads: Path) -> list[Path]:
@@ -116,6 +120,8 @@ def load_runs(references: Sequence[str]) -> Loaded:
             reason = why_left_out(record)
             if reason:
                 loaded.left_out[record["run_name"]] = reason
+                if reason == _DIVERGED:
+                    loaded.diverged.append(Run(record))
                 continue
             items = items_path(path, record)
             loaded.runs.append(
@@ -146,7 +152,7 @@ def why_left_out(record: Mapping[str, Any]) -> str | None:
         return "learning or forgetting was not measured"
     values = [*evaluations[-1]["learning"].values(), *evaluations[-1]["forgetting"].values()]
     if not all(map(math.isfinite, values)):
-        return "diverged: a loss that is not a number"
+        return _DIVERGED
     return None
 
 
@@ -202,8 +208,14 @@ def _traits(run: Run, settings: Mapping[str, Any]) -> list[str]:
     traits.append(" ".join(mark for mark in marks if mark != str(model["init"])))
     for key, value in settings.items():
         name = key.removesuffix(" (names)").rpartition(".")[2]
-        traits.append("" if value in (None, fairness.ABSENT) else f"{name} {_short(value)}"[:40])
+        traits.append("" if value in (None, fairness.ABSENT) else _cut(f"{name} {_short(value)}"))
     return traits
+
+
+def _cut(text: str) -> str:
+    """At most 40 characters; two long texts that begin alike stay two."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return text if len(text) <= 40 else f"{text[:33]}…{digest}"
 
 
 def _short(value: Any) -> str:

@@ -45,6 +45,12 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def spread(counts: Sequence[int]) -> str:
+    """One count, or the least and the most."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def mean_or_none(values: Sequence[Any], form: str) -> str:
     known = [value for value in values if value is not None]
     return form.format(fmean(known)) if known else NONE

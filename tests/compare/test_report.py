@@ -9,6 +9,7 @@ import pytest
 
 from foundry_ext.compare.comparison import Comparison, compare_runs
 from foundry_ext.compare.document import Document, Paragraph, Table, inline_svg, markdown
+from foundry_ext.compare.plots import plot_tradeoff
 from foundry_ext.compare.report import write_report
 from foundry_ext.compare.runs import load_runs
 from tests import browser
@@ -109,6 +110,47 @@ def test_the_page_needs_nothing_else(report: Path):
     assert len(ids) == len(set(ids))
     for target in re.findall(r'(?:href="|url\()#([^")]+)', page):
         assert target in ids
+
+
+def test_a_seed_that_diverged_at_the_chosen_rate_is_said(tmp_path: Path):
+    for seed in (1, 2, 3):
+        records.write_run(tmp_path / "runs", "full", 2e-3, seed, num_items=20)
+        folder = records.write_run(tmp_path / "runs", "lora", 1e-2, seed, num_items=20)
+    record = json.loads((folder / "record.json").read_text())
+    record["evaluations"][-1]["forgetting"]["source_loss"] = float("inf")
+    (folder / "record.json").write_text(json.dumps(record))
+    write_report(compare_runs(load_runs([str(tmp_path / "runs")])), tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "LoRA: 1 of 3 runs at its chosen learning rate diverged (seed 3)" in text
+    assert "Diverged: 0.01 (seed 3)." in text
+    json.loads((tmp_path / "out" / "comparison.json").read_text())
+
+
+def test_runs_of_allowed_other_lengths_are_said_and_drawn(tmp_path: Path):
+    """--allow lets runs of one group have other evaluations: no mean curve, and no one length."""
+    for seed in (1, 2):
+        folder = records.write_run(tmp_path / "runs", "lora", 1e-2, seed, num_items=20)
+    record = json.loads((folder / "record.json").read_text())
+    del record["evaluations"][1]
+    record["steps"] = 160
+    (folder / "record.json").write_text(json.dumps(record))
+    compared = compare_runs(load_runs([str(tmp_path / "runs")]), allow=["evaluation", "steps"])
+    write_report(compared, tmp_path / "out")
+    assert "80 to 160 steps" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_the_front_passes_through_no_point_better_than_was_reached(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between two of its points forgetting is the second's: nothing beats both of them."""
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "step", lambda self, x, y, where, **_: drawn.append((x, y, where)))
+    plot_tradeoff(comparison, tmp_path)
+    ((x, y, where),) = drawn
+    assert len(x) > 1 and list(x) == sorted(x) and list(y) == sorted(y)
+    assert where == "pre"  # matplotlib: on (x[i-1], x[i]] the line is at y[i]
 
 
 def test_few_seeds_left_out_runs_and_allowed_differences_are_said(tmp_path: Path):

@@ -145,6 +145,40 @@ def test_an_allowed_setting_makes_groups(two, tmp_path: Path):
     assert any("optimizer.weight_decay" in sentence for sentence in compared.accepted)
 
 
+def test_groups_whose_long_settings_begin_alike_stay_two(two, tmp_path: Path):
+    references = []
+    for seed, version in ((17, "v1"), (18, "v2")):
+        run = records.write_run(tmp_path / version, "lora", 1e-2, seed, num_items=20)
+        name = f"organisation/a-rather-long-name-of-a-data-set-{version}"
+        edit(run, config__train_loader={"dataset": {"hf_name": name}}, run_name=version)
+        references.append(str(run))
+    compared = compare_runs(load_runs(references), allow=["train_loader"])
+    assert [len(runs) for runs in compared.groups.values()] == [1, 1]
+
+
+def test_a_learning_rate_that_diverged_was_tried(two, tmp_path: Path):
+    """It ends the grid, so the one below is at no edge; another setting's runs say nothing."""
+    full, lora = two
+    rates = [records.write_run(tmp_path, "full", rate, 17, num_items=20) for rate in (1e-3, 4e-3)]
+    other = records.write_run(tmp_path / "other", "lora", 2e-2, 17, num_items=20)
+    edit(other, config__model__peft_config__lora_dropout=0.1)
+    for run in (rates[1], other):
+        edit(run, **{"evaluations__-1__learning__target_loss": float("nan")})
+    compared = compare_runs(load_runs([str(one) for one in (full, lora, *rates, other)]))
+    best = compared.best["full"]
+    assert (best.learning_rate, best.edge) == (2e-3, None)
+    assert best.means[4e-3] == float("-inf")
+    assert [run.learning_rate for run in compared.diverged["full"]] == [4e-3]
+    assert list(compared.best["LoRA"].means) == [1e-2] and not compared.diverged["LoRA"]
+    assert len(compared.groups["full"]) == 2
+
+
+def test_where_every_rate_has_a_run_that_diverged_the_others_decide():
+    nan = float("nan")
+    runs = [ended(1, 1, 2.0), ended(1, 2, nan), ended(2, 1, 3.0), ended(2, 2, nan)]
+    assert best_learning_rate(runs).learning_rate == 2
+
+
 def test_two_runs_that_nothing_tells_apart_are_refused(two, tmp_path: Path):
     _, lora = two
     other = records.write_run(tmp_path / "again", "lora", 1e-2, 17, num_items=20)
