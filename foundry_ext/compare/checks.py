@@ -12,7 +12,9 @@ _ALWAYS = ("seed", "model.peft_config.r")
 _NAMED = 8  # differences written out; runs of two experiments have hundreds
 _RELATIVE = 1e-3  # step-0 losses, relative: another device's rounding
 _ACCURACY = 5e-3  # step-0 accuracies, absolute
-_TOKENS = 0.01  # real tokens between seeds, whose packs fill a little differently
+# Real tokens between seeds, whose packs fill differently: 1.1 % was seen over 80 packs. Methods of
+# one seed have the same packs, so that this favours none.
+_TOKENS = 0.03
 
 
 def check_comparable(runs: Sequence[Run], allow: Sequence[str] = ()) -> list[str]:
@@ -99,7 +101,7 @@ def _base_parameters(model: Mapping[str, Any]) -> int:
 
 
 def _unequal_tokens(named: Mapping[str, Run]) -> list[Difference]:
-    """Equal for equal seeds; within 1 % over seeds."""
+    """Equal for equal seeds; within 3 % over seeds."""
     tokens = {name: run.record["tokens"]["real"] for name, run in named.items()}
     by_seed: dict[int, set[int]] = {}
     for name, run in named.items():

@@ -119,7 +119,7 @@ def test_names_seeds_methods_and_learning_rates_may_differ(sweep: Path):
 def test_tokens_of_other_seeds_may_differ_a_little(two, tmp_path: Path):
     full, lora = two
     other = records.write_run(tmp_path, "lora", 1e-2, 18, num_items=20)
-    edit(other, tokens__real=160_900)
+    edit(other, tokens__real=161_800)  # the quickstart's seeds 20 and 21 differ as much
     references = [str(full), str(lora), str(other)]
     assert check_comparable(load_runs(references).runs) == []
     edit(other, tokens__real=170_000)
