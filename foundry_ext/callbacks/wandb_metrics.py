@@ -38,8 +38,9 @@ class WandBMetrics(WandBLogger):
 
     Runs are grouped by the experiment of `run_record`, below it by method (W&B's job type) and
     seed (in the configuration), unless `group` or `init_kwargs.job_type` say otherwise. Every value
-    is logged with the real tokens so far. The run's record and its items end up in its files, and
-    secrets are redacted from the configuration.
+    is logged with the real tokens so far. The run's record and its items end up in its files.
+    Secrets are redacted from the configuration, and what the run prints is not captured unless
+    `init_kwargs.settings.console` asks for it.
 
     It is never asked for checkpoints: `autoresume` looks for a run's newest one on disk and then in
     every logger. Composer's asks the W&B server for an artifact, which offline ends the run with
@@ -57,9 +58,13 @@ class WandBMetrics(WandBLogger):
             self._init_kwargs.setdefault("group", record.experiment)
         self._init_kwargs.setdefault("job_type", method)
         self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
-        # wandb 0.18 else asks the server, for minutes, when a table is logged offline.
-        offline = {"allow_offline_artifacts": False}
-        self._init_kwargs["settings"] = {**offline, **self._init_kwargs.get("settings", {})}
+        defaults = {
+            # wandb 0.18 else asks the server, for minutes, when a table is logged offline.
+            "allow_offline_artifacts": False,
+            # llm-foundry prints the configuration, secrets and all, and W&B would take that along.
+            "console": "off",
+        }
+        self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
         super().init(state, logger)
         if self._enabled:
             import wandb

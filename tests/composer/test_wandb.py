@@ -146,6 +146,11 @@ def test_runs_are_grouped(offline):
     assert config["variables"] == {"hub_token": "[redacted]"}
 
 
+def test_no_secret_is_in_the_file(offline):
+    """Nor in what is printed, where llm-foundry shows the whole configuration."""
+    assert not any("planted" in str(one) for one in offline[-1])
+
+
 def test_record_and_items_are_the_run_s_files(offline):
     _, folder, wandb_folder, _ = offline
     assert is_local(wandb_folder)
