@@ -10,9 +10,13 @@ REDACTED = "[redacted]"
 _SECRET_WORDS = {
     *("apikey", "auth", "authorization", "credential", "credentials", "passphrase", "passwd"),
     *("password", "pwd", "secret", "secrets"),
+    *("sig", "signature"),  # of a URL that is signed for whoever has it
 }
 # `text_key` is none: a key is secret by what it opens.
-_SECRET_KEYS = {"access", "account", "api", "encryption", "license", "private", "secret", "ssh"}
+_SECRET_KEYS = {
+    *("access", "account", "api", "encryption", "license", "private", "secret", "ssh"),
+    *("anthropic", "aws", "azure", "comet", "hf", "openai", "wandb"),
+}
 # `eos_token` is none, and neither are counts: `max_new_tokens`, `time/token`.
 _PLAIN_TOKENS = {
     *("additional", "bos", "class", "cls", "decoder", "eos", "first", "image", "last", "mask"),

@@ -200,6 +200,7 @@ def test_of_two_lines_for_an_item_the_later_wins(tmp_path):
 
 SECRETS = ["WANDB_API_KEY", "HF_TOKEN", "hf_token", "token", "auth_token", "apiKey", "api-key"]
 SECRETS += ["password", "aws_secret_access_key", "HUGGING_FACE_HUB_TOKEN", "AWS_SESSION_TOKEN"]
+SECRETS += ["OPENAI_KEY", "wandb_key"]
 PLAIN = ["tokens", "max_new_tokens", "pack_tokens", "eos_token", "pad_token_id", "text_key", "by"]
 PLAIN += ["tokenizer", "real_tokens", "seed", "target_modules", "author", "monkey", "keys"]
 
@@ -221,6 +222,7 @@ def test_other_keys_keep_their_values(name):
     [
         ("https://me:s3cret@host/x", f"https://{REDACTED}@host/x"),
         ("https://host/x?a=1&token=s3cret&b=2", f"https://host/x?a=1&token={REDACTED}&b=2"),
+        ("https://host/x?X-Amz-Signature=ab12", f"https://host/x?X-Amz-Signature={REDACTED}"),
         ("run --api-key=s3cret now", f"run --api-key={REDACTED} now"),
         ("see hf_" + "a1B2" * 8 + ".", f"see {REDACTED}."),
         ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {REDACTED}"),
