@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 FAST ?=
-SEEDS ?= 17 18 19
+SEEDS ?= 17 18 19 20 21
 
 export TOKENIZERS_PARALLELISM = false
 
