@@ -29,14 +29,18 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
             label="Pareto front",
             zorder=1,
         )
-        axes.plot(0, 0, marker="*", markersize=10, color="#222222", linestyle="", zorder=3)
-        axes.annotate("base model", (0, 0), (7, 5), textcoords="offset points", fontsize=8)
+        _base_model(axes, comparison)
         for label, runs in comparison.groups.items():
             own = style[label]
             values = [
                 (final_value(run, x) * x.scale, final_value(run, y) * y.scale) for run in runs
             ]
             axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **own)
+            path = [
+                (point.learning * x.scale, point.forgetting * y.scale)
+                for point in points({label: runs}, x, y)  # by learning rate
+            ]
+            axes.plot(*zip(*path, strict=True), color=own["color"], lw=0.8, alpha=0.5, zorder=2)
             _mean_with_intervals(axes, comparison, label, own)
         _label_axes(axes, x, y)
         axes.set_title(
@@ -45,6 +49,29 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         axes.legend(loc="upper left")
         axes.margins(0.08)
         _label_rates(axes, comparison)
+
+
+def _base_model(axes: Any, comparison: Comparison) -> None:
+    """A star at the origin, unless that would press the runs into a corner of the plot."""
+    x, y = comparison.learning, comparison.forgetting
+    ends = [
+        (final_value(run, x), final_value(run, y))
+        for runs in comparison.groups.values()
+        for run in runs
+    ]
+    low, high = np.min(ends, axis=0), np.max(ends, axis=0)
+    spread, with_base = high - low, np.maximum(high, 0) - np.minimum(low, 0)
+    if (spread > 0.4 * with_base).all():
+        axes.plot(0, 0, marker="*", markersize=10, color="#222222", linestyle="", zorder=3)
+        axes.annotate("base model", (0, 0), (7, 5), textcoords="offset points", fontsize=8)
+    else:
+        axes.annotate(
+            "base model at 0, 0: outside",
+            (0.01, 0.01),
+            xycoords="axes fraction",
+            fontsize=7,
+            color="#6a6a6a",
+        )
 
 
 def _label_rates(axes: Any, comparison: Comparison) -> None:
