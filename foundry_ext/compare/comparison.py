@@ -29,6 +29,7 @@ class Point:
     learning_rate: float
     learning: float
     forgetting: float
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,30 @@ def points(groups: Mapping[str, Sequence[Run]], x: Measure, y: Measure) -> list[
         for rate in sorted({run.learning_rate for run in group}):
             runs = [run for run in group if run.learning_rate == rate]
             learned, forgot = (fmean(final_value(run, one) for run in runs) for one in (x, y))
-            found.append(Point(label, rate, learned, forgot))
+            found.append(Point(label, rate, learned, forgot, tuple(run.seed for run in runs)))
+    return found
+
+
+def beaten(comparison: Comparison) -> list[tuple[Point, Point]]:
+    """Every method at its chosen learning rate that another one, at some learning rate, beats in
+    both learning and forgetting; with that one which forgets least.
+
+    Learning rates are chosen by learning alone, so this can be, whatever the chosen ones say.
+    """
+    every = points(comparison.groups, comparison.learning, comparison.forgetting)
+    found = []
+    for one in every:
+        if one.learning_rate != comparison.best[one.label].learning_rate:
+            continue
+        better = [
+            other
+            for other in every
+            if other.label != one.label
+            and other.learning > one.learning
+            and other.forgetting < one.forgetting
+        ]
+        if better:
+            found.append((one, min(better, key=lambda other: other.forgetting)))
     return found
 
 

@@ -68,6 +68,8 @@ class Pair:
     """Of the one, while the other stays as it is; None where no number of it would do."""
     both_needed: tuple[int, int] | None
     """(seeds, items), where neither alone would do."""
+    num_tests: int
+    """Pairs of this measure, over which the needed numbers share the 5 %."""
 
     @property
     def in_general(self) -> bool:
@@ -114,9 +116,10 @@ def summarise(label: str, runs: Sequence[Run], measure: Measure) -> Summary:
 
 def compare_pairs(chosen: Mapping[str, Sequence[Run]], measure: Measure) -> list[Pair]:
     """Every two methods, with p-values adjusted over the pairs."""
+    every = list(combinations(chosen, 2))
     pairs = [
-        compare(first, chosen[first], second, chosen[second], measure)
-        for first, second in combinations(chosen, 2)
+        compare(first, chosen[first], second, chosen[second], measure, num_tests=len(every))
+        for first, second in every
     ]
     pairs = _adjusted(pairs, "p", "adjusted_p")
     return _adjusted(pairs, "mcnemar_p", "adjusted_mcnemar")
@@ -141,6 +144,8 @@ def compare(
     second: str,
     second_runs: Sequence[Run],
     measure: Measure,
+    *,
+    num_tests: int = 1,
 ) -> Pair:
     """Runs of each method at its learning rate, one a seed; paired where seeds are shared."""
     ours, theirs, paired = _matched_runs(first_runs, second_runs)
@@ -160,9 +165,12 @@ def compare(
         interval = bootstrap_items(a.mean(0) - b.mean(0), weights)
     test = _mcnemar(ours[0], theirs[0], measure)
     difference = float(values[0].mean() - values[1].mean())
-    seeds_needed, items_needed, both = _needed(difference, values, items, paired=paired)
+    alpha = ALPHA / num_tests
+    seeds_needed, items_needed, both = _needed(difference, values, items, paired, alpha)
     if test and items and len(ours) == len(theirs) == 1:
-        items_needed = mcnemar_items_needed(test.only_first, test.only_second, test.num_items)
+        items_needed = mcnemar_items_needed(
+            test.only_first, test.only_second, test.num_items, alpha
+        )
     return Pair(
         measure=measure,
         first=first,
@@ -178,6 +186,7 @@ def compare(
         seeds_needed=seeds_needed,
         items_needed=items_needed,
         both_needed=both,
+        num_tests=num_tests,
     )
 
 
@@ -200,8 +209,8 @@ def _needed(
     difference: float,
     values: list[np.ndarray],
     items: tuple[list[np.ndarray], np.ndarray] | None,
-    *,
     paired: bool,
+    alpha: float,
 ) -> tuple[int | None, int | None, tuple[int, int] | None]:
     """Seeds needed while the items stay as they are, and items while the seeds do; values [S]."""
     num_seeds, num_items = min(map(len, values)), len(items[1]) if items else 0
@@ -216,16 +225,16 @@ def _needed(
     if num_seeds >= MIN_SEEDS:
         left = difference
         if items:
-            left = left_for(difference, of_items / np.sqrt(num_items), num_items - 1)
-        seeds_needed = pairs_needed(left, of_seeds)
+            left = left_for(difference, of_items / np.sqrt(num_items), num_items - 1, alpha)
+        seeds_needed = pairs_needed(left, of_seeds, alpha)
     if items:
         left = difference
         if num_seeds >= MIN_SEEDS:
-            left = left_for(difference, of_seeds / np.sqrt(num_seeds), num_seeds - 1)
-        items_needed = pairs_needed(left, of_items)
+            left = left_for(difference, of_seeds / np.sqrt(num_seeds), num_seeds - 1, alpha)
+        items_needed = pairs_needed(left, of_items, alpha)
     both = None
     if num_seeds >= MIN_SEEDS and items and seeds_needed is None and items_needed is None:
-        both = both_needed(difference, of_seeds, of_items, num_seeds, num_items)
+        both = both_needed(difference, of_seeds, of_items, num_seeds, num_items, alpha)
     return seeds_needed, items_needed, both
 
 
@@ -281,5 +290,6 @@ def needs(pair: Pair) -> str:
         ways.append(f"{seeds:,} seeds together with {items:,} items")
     if ways:
         found = " or ".join(ways)
-        return f"a difference this large needs {found} (80 % power, two-sided 5 %, one test)"
+        tests = f" over {pair.num_tests} pairs" if pair.num_tests > 1 else ""
+        return f"a difference this large needs {found} (80 % power, two-sided 5 %{tests})"
     return "no number of items or seeds would show a difference this small"

@@ -13,22 +13,13 @@ from foundry_ext.compare.document import (
     Heading,
     Paragraph,
     Subheading,
-    Table,
     markdown,
     page,
 )
 from foundry_ext.compare.statistics import MIN_SEEDS
 from foundry_ext.compare.tables import cost_blocks, measure_blocks, run_blocks
-from foundry_ext.compare.tradeoff import matched_pairs
-from foundry_ext.compare.wording import (
-    limits,
-    listed,
-    p_value,
-    seed_list,
-    seeds_used,
-    spread,
-    with_limits,
-)
+from foundry_ext.compare.tradeoff_text import matched_blocks, tradeoff_blocks
+from foundry_ext.compare.wording import listed, seed_list, seeds_used, spread
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -41,9 +32,9 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         plots.plot_differences(comparison, folder)
     blocks = [
         *_opening(comparison),
-        *_tradeoff(comparison),
+        *tradeoff_blocks(comparison),
         *_findings(comparison),
-        *_matched(comparison),
+        *matched_blocks(comparison),
         *_curves(comparison),
         *_learning_rates(comparison),
         *measure_blocks(comparison),
@@ -124,86 +115,6 @@ def _findings(comparison: Comparison) -> list[Block]:
         )
     )
     return blocks
-
-
-def _tradeoff(comparison: Comparison) -> list[Block]:
-    on_front = list(dict.fromkeys(point.label for point in comparison.front))
-    return [
-        Heading("Learning against forgetting"),
-        Figure(
-            "tradeoff",
-            "Each small point is a run at its end, its learning rate beside it; each large one the"
-            " mean at the method's chosen learning rate with 95 % intervals"
-            f" ({seeds_used(comparison)}). Right is more learned, down is less forgotten: lower"
-            " right is better. Dashed: the Pareto front of the means of every method and learning"
-            " rate, those that none beats in both.",
-        ),
-        Paragraph(
-            f"On the front: {listed(on_front)}. The base model itself, at 0 and 0, forgets nothing"
-            " and learns nothing."
-        ),
-    ]
-
-
-def _matched(comparison: Comparison) -> list[Block]:
-    if not comparison.matched:
-        return []
-    x, y = comparison.learning, comparison.forgetting
-    labels = list(comparison.groups)
-    rows = []
-    for level, methods in comparison.matched.items():
-        cells = []
-        for label in labels:
-            one = methods[label]
-            if one.mean is None:
-                reached = f"{len(one.by_seed)} of {one.num_seeds} seeds" if one.by_seed else "not"
-                cells.append(f"{reached} reached")
-            else:
-                cells.append(with_limits(y, one.mean, one.interval))
-        rows.append([f"{x.show(level)}, over evaluations", *cells])
-        ends = [methods[label].over_rates for label in labels]
-        shown = ["outside" if value is None else y.show(value) for value in ends]
-        if any(value is not None for value in ends):
-            rows.append([f"{x.show(level)}, over learning rates", *shown])
-    return [
-        Heading("Forgetting at matched learning"),
-        Table(
-            [f"learning, {x.unit}", *labels],
-            rows,
-            f"Forgetting ({y.subject}, {y.unit}; less is better) where each method has learned as"
-            f" much ({x.subject}). Over evaluations: along the runs at the chosen learning rate,"
-            " where the schedule has not ended yet, with 95 % t intervals over seeds where there"
-            f" are {MIN_SEEDS}. Over learning rates: between the ends of runs. Interpolated"
-            " linearly, never extrapolated: a level that a method does not reach, or that lies"
-            " outside its learning rates, is named.",
-        ),
-        Bullets(_matched_sentences(comparison)),
-    ]
-
-
-def _matched_sentences(comparison: Comparison) -> list[str]:
-    """Of every two methods, at the highest level that all runs reach."""
-    x, y = comparison.learning, comparison.forgetting
-    level = comparison.common_level
-    assert level is not None, "levels without a common one"
-    start = f"At a learning of {x.show(level)} {x.unit}, "
-    sentences = []
-    for pair in matched_pairs(comparison.matched[level]):
-        more, less = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
-        size = f"{y.show(abs(pair.difference))} {y.unit}"
-        if pair.interval is None:
-            text = f"{more} has forgotten {size} more than {less} in these runs; no interval, for"
-            text += f" want of {MIN_SEEDS} seeds."
-        elif pair.is_distinguishable:
-            low, high = sorted(abs(end) for end in (pair.interval.low, pair.interval.high))
-            text = f"{more} forgets more than {less}: {size} [{y.show(low)}, {y.show(high)}]."
-        else:
-            shown = y.show(pair.difference, signed=True)
-            shown += f" {y.unit} {limits(y, pair.interval, signed=True)}"
-            text = f"{pair.first} and {pair.second} are not distinguishable in forgetting:"
-            text += f" difference {shown}, p = {p_value(pair.adjusted_p)} after Holm's correction."
-        sentences.append(start + text)
-    return sentences
 
 
 def _curves(comparison: Comparison) -> list[Block]:

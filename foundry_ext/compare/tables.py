@@ -73,9 +73,11 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
         rows.append(cells)
     caption = f"{measure.title}, {measure.unit}; {_basis(pairs)}"
     caption += (
-        " Needed: for a difference of the observed size to be found with 80 % power in one test at"
-        " two-sided 5 %"
+        " Needed: for a difference of the observed size to be found with 80 % power at two-sided"
     )
+    caption += " 5 %"
+    num_tests = pairs[0].num_tests
+    caption += f", divided by the {num_tests} pairs (Bonferroni)" if num_tests > 1 else ""
     caption += ", more of the one while the other stays as it is" if in_general else ""
     caption += "; –: no number of it would do."
     return Table(columns, rows, caption)

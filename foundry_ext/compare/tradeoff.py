@@ -68,6 +68,9 @@ class Matched:
     """Over seeds, where there are three or more."""
     over_rates: float | None
     """Over the ends of runs with rising learning rates; None where the level lies outside."""
+    at_most: float | None
+    """Where even the learning rate that learned least learned more than the level: the least that
+    was forgotten at any. So much, at most, does it cost the method to learn as much."""
 
 
 def matched(
@@ -85,13 +88,16 @@ def matched(
             by_seed[run.seed] = crossing
     complete = len(by_seed) == len(chosen)
     rates = rate_path(every, learning, forgetting)
+    over_rates = first_crossing(rates, level) if len(rates) > 1 else None
+    is_below = over_rates is None and bool((rates[:, 0] >= level).all())
     values = list(by_seed.values())
     return Matched(
         by_seed=by_seed,
         num_seeds=len(chosen),
         mean=float(np.mean(values)) if complete else None,
         interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
-        over_rates=first_crossing(rates, level) if len(rates) > 1 else None,
+        over_rates=over_rates,
+        at_most=float(rates[:, 1].min()) if is_below else None,
     )
 
 

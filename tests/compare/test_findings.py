@@ -1,12 +1,13 @@
 """What is said about pairs of methods, and about the trade-off."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from foundry_ext.compare.comparison import Comparison, compare_runs
+from foundry_ext.compare.comparison import Comparison, beaten, compare_runs, points
 from foundry_ext.compare.measures import Measure, final_value, item_changes, shared_measures
 from foundry_ext.compare.runs import Loaded, labelled, load_runs
 from foundry_ext.compare.tradeoff import (
@@ -196,6 +197,44 @@ def test_matched_learning_says_who_does_not_reach_it(comparison: Comparison):
     assert comparison.matched[high]["LoRA"].over_rates is None
     # The lowest learning rate already learns more than half: between rates there is nothing.
     assert comparison.matched[half]["LoRA"].over_rates is None
+    ends = [
+        point for point in points(comparison.groups, LEARNING, FORGETTING) if point.label == "LoRA"
+    ]
+    least = min(point.forgetting for point in ends)
+    assert comparison.matched[half]["LoRA"].at_most == pytest.approx(least)
+    assert comparison.matched[high]["LoRA"].at_most is None
+
+
+def test_a_method_beaten_at_a_rate_that_was_not_chosen_is_named(tmp_path: Path):
+    """Full fine-tuning at a low rate learns more than LoRA and forgets less, at its best more."""
+    cheap = replace(records.TRUTHS["full"], cost=0.02, most=4.5)
+    records.write_run(tmp_path, "full", 1e-3, 17, truth=cheap, num_items=20)
+    records.write_run(tmp_path, "full", 2e-3, 17, num_items=20)
+    records.write_run(tmp_path, "lora", 1e-2, 17, num_items=20)
+    comparison = compare_runs(load_runs([str(tmp_path)]))
+    assert comparison.best["full"].learning_rate == 2e-3
+    ((worse, better),) = beaten(comparison)
+    assert (worse.label, better.label, better.learning_rate) == ("LoRA", "full", 1e-3)
+    assert better.learning > worse.learning and better.forgetting < worse.forgetting
+
+
+def test_what_holm_holds_back_needs_more_than_there_is(tmp_path: Path):
+    """Not distinguishable and "needs 3 seeds" with three at hand would contradict each other."""
+    held_back = 0
+    for case in range(8):
+        folder = tmp_path / str(case)
+        for number, method in enumerate(("full", "lora", "dora", "rslora")):
+            truth = replace(records.TRUTHS["lora"], most=3.9 + 0.05 * number)
+            for seed in range(3 * case, 3 * case + 3):
+                records.write_run(folder, method, 1e-2, seed, truth=truth, num_items=20)
+        for one in compare_runs(load_runs([str(folder)])).pairs:
+            if one.is_distinguishable:
+                continue
+            held_back += one.interval is not None and not one.interval.includes_zero
+            assert one.num_tests == 6
+            assert one.seeds_needed is None or one.seeds_needed > 3, one.sentence
+            assert one.items_needed is None or one.items_needed > 20, one.sentence
+    assert held_back > 0  # by Holm's correction alone
 
 
 def test_methods_are_compared_at_matched_learning(comparison: Comparison):
