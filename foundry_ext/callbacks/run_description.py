@@ -24,13 +24,9 @@ def method_of(state: State) -> Method:
 
 def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
     """A loader's part of `data`; of a mixture, the names and revisions of its sources."""
-    names, revisions = (
-        [str(source[key]) for source in dataset.description if source.get(key) is not None]
-        for key in ("name", "revision")
-    )
     return {
-        "name": " + ".join(names) or None,
-        "revision": " + ".join(revisions) or None,
+        "name": dataset.describe_sources("name"),
+        "revision": dataset.describe_sources("revision"),
         "fingerprint": dataset.documents.fingerprint,  # the same for every seed and rank
         "documents": dataset.num_documents,
         "tokens": int(dataset.documents.lengths.sum()),

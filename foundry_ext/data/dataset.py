@@ -49,6 +49,11 @@ class PackedDataset(Dataset):
     def __getitem__(self, pack: NDArray[np.int64]) -> Pack:
         return self.collator([self.documents[int(index)] for index in pack])
 
+    def describe_sources(self, key: str) -> str | None:
+        """The `name`, or the `revision`, of the source; of a mixture, those of all, joined."""
+        values = [str(one[key]) for one in self.description if one.get(key) is not None]
+        return " + ".join(values) or None
+
     @property
     def fingerprint(self) -> str:
         """Of the data and of all that decides the plan, ranks excluded."""

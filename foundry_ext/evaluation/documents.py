@@ -47,10 +47,9 @@ class DocumentsSet:
     def description(self) -> dict[str, Any]:
         """For the run record: which data this was."""
         documents, chosen = self.dataset.documents, self.indices
-        dataset = self.settings.loader["dataset"]
         return {
-            "name": dataset.get("hf_name"),
-            "revision": (dataset.get("hf_kwargs") or {}).get("revision"),
+            "name": self.dataset.describe_sources("name"),
+            "revision": self.dataset.describe_sources("revision"),
             "fingerprint": documents.fingerprint,
             "documents": len(chosen),
             "tokens": int(documents.lengths[chosen].sum()),

@@ -15,6 +15,8 @@ from foundry_ext.models.flops import training_flops
 from tests.composer import kit
 from tests.composer.test_ranks import launch
 
+REVISION = "foundry_ext.data.dataloader.find_revision"  # files have none
+
 
 def settings(world, folder: Path, **overrides):
     """A run with a record, its callback first in the YAML, and what it waits for behind it."""
@@ -69,6 +71,7 @@ def whole(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", "planted-in-the-environment")
         given["variables"] = {"note": "planted-in-the-environment", "hub_token": "planted too"}
+        patch.setattr(REVISION, lambda *_: "c0ffee")
         run = kit.run(kit.run_config(world, folder, "rslora", **given))
     return run, read_record(folder / "record.json"), folder
 
@@ -117,6 +120,8 @@ def test_what_the_run_was(world, whole):
     assert train["tokens"] == int(dataset.documents.lengths.sum())
     assert set(record["data"]["eval"]) == {"eval/eval", "target"}
     assert record["data"]["eval"]["target"]["documents"] == 11
+    loaders = [train, *record["data"]["eval"].values()]
+    assert [loader["revision"] for loader in loaders] == ["c0ffee"] * 3
 
 
 def test_evaluations_are_those_of_the_forgetting_callback_and_composer(whole):
@@ -139,8 +144,9 @@ def test_no_secret_enters(whole):
     assert record["config"]["tokenizer"]["name"]
 
 
-def test_a_crash_leaves_a_failed_record_and_is_resumed(world, whole, tmp_path):
+def test_a_crash_leaves_a_failed_record_and_is_resumed(world, whole, tmp_path, monkeypatch):
     """Counters go on at the checkpoint: those of the run that was never interrupted."""
+    monkeypatch.setattr(REVISION, lambda *_: "c0ffee")
     reference = whole[1]
     given = settings(world, tmp_path, seed=23, save_interval="2ba", autoresume=True)
     given["train_loader"] = kit.loader_config(world.rows, shuffle=True, fixed_shape=True)
