@@ -66,6 +66,9 @@ class Matched:
     """Of all seeds; None where one of them does not reach the level."""
     interval: Interval | None
     """Over seeds, where there are three or more."""
+    is_early: bool
+    """Whether a run had learned as much before its first evaluation after step 0, so that its value
+    lies on the straight line from the base model and not between two measured points."""
     over_rates: float | None
     """Over the ends of runs with rising learning rates; None where the level lies outside."""
     at_most: float | None
@@ -82,10 +85,13 @@ def matched(
 ) -> Matched:
     """Of a method's runs at its chosen learning rate, one a seed, and of all its runs."""
     by_seed = {}
+    is_early = False
     for run in chosen:
-        crossing = first_crossing(_path(run, learning, forgetting), level)
+        path = _path(run, learning, forgetting)
+        crossing = first_crossing(path, level)
         if crossing is not None:
             by_seed[run.seed] = crossing
+            is_early |= bool(path[1, 0] > level)
     complete = len(by_seed) == len(chosen)
     rates = rate_path(every, learning, forgetting)
     over_rates = first_crossing(rates, level) if len(rates) > 1 else None
@@ -96,6 +102,7 @@ def matched(
         num_seeds=len(chosen),
         mean=float(np.mean(values)) if complete else None,
         interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
+        is_early=is_early,
         over_rates=over_rates,
         at_most=float(rates[:, 1].min()) if is_below else None,
     )

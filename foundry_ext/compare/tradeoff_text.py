@@ -59,7 +59,9 @@ def matched_blocks(comparison: Comparison) -> list[Block]:
                 reached = f"{len(one.by_seed)} of {one.num_seeds} seeds" if one.by_seed else "not"
                 cells.append(f"{reached} reached")
             else:
-                cells.append(with_limits(y, one.mean, one.interval))
+                cells.append(
+                    with_limits(y, one.mean, one.interval) + (" †" if one.is_early else "")
+                )
         rows.append([f"{x.show(level)}, over evaluations", *cells])
         ends = [methods[label] for label in labels]
         shown = [_over_rates(y, one) for one in ends]
@@ -76,7 +78,8 @@ def matched_blocks(comparison: Comparison) -> list[Block]:
             f" are {MIN_SEEDS}. Over learning rates: between the ends of runs. Interpolated"
             " linearly, never extrapolated: a level that a method does not reach, or that lies"
             " outside its learning rates, is named. ≤: it learned more at each of its learning"
-            " rates, and forgot this much where it forgot least.",
+            " rates, and forgot this much where it forgot least. †: learned before the first"
+            " evaluation after step 0, so the value lies on a straight line from the base model.",
         ),
         Bullets(_matched_sentences(comparison)),
     ]
@@ -93,9 +96,10 @@ def _matched_sentences(comparison: Comparison) -> list[str]:
     x, y = comparison.learning, comparison.forgetting
     level = comparison.common_level
     assert level is not None, "levels without a common one"
-    start = f"At a learning of {x.show(level)} {x.unit}, "
+    start = f"At a learning of {x.show(level)} {x.unit} in runs at the chosen learning rates, "
+    methods = comparison.matched[level]
     sentences = []
-    for pair in matched_pairs(comparison.matched[level]):
+    for pair in matched_pairs(methods):
         more, less = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
         size = f"{y.show(abs(pair.difference))} {y.unit}"
         if pair.interval is None:
@@ -109,5 +113,9 @@ def _matched_sentences(comparison: Comparison) -> list[str]:
             shown += f" {y.unit} {limits(y, pair.interval, signed=True)}"
             text = f"{pair.first} and {pair.second} are not distinguishable in forgetting:"
             text += f" difference {shown}, p = {p_value(pair.adjusted_p)} after Holm's correction."
+        early = [label for label in (pair.first, pair.second) if methods[label].is_early]
+        if early:
+            text += f" {listed(early)} learned as much before the first evaluation after step 0, so"
+            text += " this rests on a straight line from the base model."
         sentences.append(start + text)
     return sentences

@@ -269,4 +269,6 @@ def test_matched_learning_is_the_runs_own_curve(comparison: Comparison):
     level = middle["learning"]["target_loss"]
     found = matched(runs[:1], runs[:1], LEARNING, FORGETTING, level)
     assert found.mean == pytest.approx(middle["forgetting"]["source_loss"])
-    assert found.interval is None
+    assert found.interval is None and not found.is_early
+    early = matched(runs[:1], runs[:1], LEARNING, FORGETTING, level / 2)
+    assert early.is_early and early.mean == pytest.approx(middle["forgetting"]["source_loss"] / 2)
