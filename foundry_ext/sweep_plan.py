@@ -10,12 +10,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from foundry_ext.compare.record import redact
 from foundry_ext.compare.sweep import Sweep, command_line, inside
 from foundry_ext.compare.sweep_state import read_outcome
 from foundry_ext.methods import describe
 from foundry_ext.run_config import UsageError, load_config, record_path, split_arguments
 
 DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
+
+# The sections of a YAML that a run's result depends on.
+_DECISIVE = (
+    *("seed", "max_seq_len", "model", "tokenizer", "train_loader.dataset", "optimizer"),
+    *("scheduler", "algorithms", "max_duration", "global_train_batch_size", "precision"),
+    *("eval_interval", "callbacks.forgetting.sets"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +129,15 @@ def _planned(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
             "finished; add run_record: {path: ${variables.folder}/record.json, experiment: ...}"
         )
     resolved: Any = OmegaConf.to_container(config, resolve=True)
+    name = str(resolved.get("run_name") or files[0].stem)
+    if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+        raise UsageError(
+            f"{files[0]}: run_name, {name!r}, is no file's name, as logs and locks need; leave out"
+            " slashes"
+        )
     keys = [override.partition("=")[0] for override in overrides]
     return PlannedRun(
-        name=str(resolved.get("run_name") or files[0].stem),
+        name=name,
         command=tuple(command),
         program=sweep.program,
         arguments=tuple(arguments),
@@ -140,17 +154,36 @@ def _at(config: Any, key: str) -> Any:
 
 
 def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
-    """`seed: 18, not 17` where a finished record is of other settings than the sweep's, or ''."""
+    """`seed: 18, not 17` where a finished record is of other settings than the sweep's, or ''.
+
+    What the sweep sets is compared, and of the YAML, which may have been edited since, all that a
+    run's result depends on; what only one of the two has, such as a section added later, is not.
+    """
     config = record.get("config")
     if not isinstance(config, dict):
         return ""
-    for key, wanted in run.settings.items():
-        found: Any = config
-        for part in key.split("."):
-            found = found.get(part, wanted) if isinstance(found, dict) else wanted
-        if found != wanted:
-            return f"{key}: {found!r}, not {wanted!r}"
+    planned = redact(run.config)
+    for key in (*run.settings, *_DECISIVE):
+        difference = _difference(_find(config, key), _find(planned, key), key)
+        if difference:
+            return difference
     return ""
+
+
+def _find(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _difference(found: Any, wanted: Any, key: str) -> str:
+    """The first one below `key`, in words, or ''."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        below = (_difference(found[k], wanted[k], f"{key}.{k}") for k in wanted if k in found)
+        return next(filter(None, below), "")
+    if found is None or wanted is None or found == wanted:
+        return ""
+    return f"{key}: {found!r}, not {wanted!r}"
 
 
 def costs(runs: Sequence[PlannedRun], *, tokens_per_second: float | None) -> list[Cost]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,37 @@ def test_a_finished_record_of_other_settings_is_not_taken_for_this_run(folder: P
     record.write_text(json.dumps(content))
     with pytest.raises(UsageError, match="finished run with seed: 18, not 17; move it away"):
         run(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("max_duration: 10ba", "max_duration: 20ba", "max_duration: '10ba', not '20ba'"),
+        ("low: 1.0e-4", "low: 2.0e-4", "optimizer.lr: 0.0001, not 0.0002"),
+        ("pack_tokens: 64", "pack_tokens: 32", "train_loader.dataset.pack_tokens: 64, not 32"),
+        ("seconds: 0.1", "seconds: 0.2", None),
+    ],
+)
+def test_a_yaml_edited_since_is_not_passed_over(folder: Path, before: str, after: str, named):
+    path = write_sweep(folder, {"seed": {"value": 17}})
+    run(path)
+    yaml_file = folder / "b.yaml"
+    text = yaml_file.read_text()
+    assert before in text
+    yaml_file.write_text(text.replace(before, after))
+    if named is None:  # no part of what a result depends on
+        assert "2 finished already" in run(path)[1][0]
+        return
+    with pytest.raises(UsageError, match=re.escape(named)):
+        run(path)
+
+
+def test_a_run_name_leads_to_no_other_folder(folder: Path):
+    path = write_sweep(folder, {})
+    for name in ("a", "b"):
+        text = (folder / f"{name}.yaml").read_text()
+        text = text.replace(f"run_name: {name}\n", f"run_name: ../../../../{name}\n")
+        (folder / f"{name}.yaml").write_text(text.replace("outputs/${run_name}", f"outputs/{name}"))
+    with pytest.raises(UsageError, match=r"run_name, '\.\./\.\./\.\./\.\./a', is no file's name"):
+        run(path)
+    assert not (folder / "outputs").exists()
