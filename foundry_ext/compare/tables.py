@@ -1,7 +1,7 @@
 """The report's tables: every measure, pairs of methods, cost, runs."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from datetime import datetime
 
 from foundry_ext.compare.comparison import Comparison
 from foundry_ext.compare.document import Block, Bullets, Heading, Paragraph, Subheading, Table
@@ -10,6 +10,7 @@ from foundry_ext.compare.measures import Measure
 from foundry_ext.compare.wording import (
     NONE,
     limits,
+    mean_and_range,
     mean_or_none,
     needed,
     p_value,
@@ -141,8 +142,8 @@ def cost_blocks(comparison: Comparison) -> list[Block]:
         rows.append(
             [
                 label,
-                f"{fmean(record['time']['train_seconds'] for record in records):,.1f}",
-                mean_or_none(rate, "{:,.0f}"),
+                mean_and_range([r["time"]["train_seconds"] for r in records], "{:,.1f}"),
+                mean_and_range(rate, "{:,.0f}"),
                 mean_or_none(mfu, "{:.1%}"),
                 mean_or_none([None if one is None else one / 2**30 for one in memory], "{:.2f}"),
                 f"{model['trainable_parameters']:,} ({share:.1%})",
@@ -155,16 +156,43 @@ def cost_blocks(comparison: Comparison) -> list[Block]:
     where = f"On {'; '.join(sorted(devices))}."
     if len(devices) > 1:
         where += " These differ, so times and speeds do not compare the methods."
+    where += _overlap(comparison)
     return [
         Heading("Cost"),
         Table(
             columns,
             rows,
-            "Means over the runs at the chosen learning rates. Training seconds are those of"
-            " training steps alone, without evaluation. Effective scale is what the adapter's"
+            "Means over the runs at the chosen learning rates, with the range where that is over"
+            " 10 %. Training seconds are those of training steps alone, without evaluation."
+            " Effective scale is what the adapter's"
             f" product BA is multiplied by: α/r, for rsLoRA α/√r. {where}",
         ),
     ]
+
+
+def _overlap(comparison: Comparison) -> str:
+    """A sentence where runs were under way at the same time, for then they may share a device."""
+    spans = {
+        id(run.record): (run.record["started"], run.record["ended"] or run.record["updated"])
+        for runs in comparison.groups.values()
+        for run in runs
+    }
+    chosen = [id(run.record) for runs in comparison.chosen.values() for run in runs]
+    times = {key: tuple(map(datetime.fromisoformat, span)) for key, span in spans.items()}
+    shared = sum(
+        any(
+            other != one and times[one][0] < end and start < times[one][1]
+            for other, (start, end) in times.items()
+        )
+        for one in chosen
+    )
+    if not shared:
+        return ""
+    return (
+        f" {shared} of these {len(chosen)} runs were under way while another one compared here was;"
+        " if on one device, they slowed each other, and their times and speeds do not compare the"
+        " methods."
+    )
 
 
 def run_blocks(comparison: Comparison) -> list[Block]:

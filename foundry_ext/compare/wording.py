@@ -56,6 +56,15 @@ def mean_or_none(values: Sequence[Any], form: str) -> str:
     return form.format(fmean(known)) if known else NONE
 
 
+def mean_and_range(values: Sequence[Any], form: str) -> str:
+    """The mean, and the least and the most where they are more than 10 % apart."""
+    known = [value for value in values if value is not None]
+    if not known or max(known) <= 1.1 * min(known):
+        return mean_or_none(values, form)
+    low, high = form.format(min(known)), form.format(max(known))
+    return f"{mean_or_none(values, form)} ({low} to {high})"
+
+
 def needed(number: int | None, used: int) -> str:
     """What a difference would need; a number below that used only says that it is enough."""
     if number is None:

@@ -140,6 +140,23 @@ def test_runs_of_allowed_other_lengths_are_said_and_drawn(tmp_path: Path):
     assert "80 to 160 steps" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+@pytest.mark.parametrize(("start", "overlaps"), [("00:00:30", True), ("00:01:00", False)])
+def test_times_of_runs_that_went_on_together_are_not_taken_for_costs(
+    tmp_path: Path, start: str, overlaps: bool
+):
+    for seed, hour, seconds in ((1, "00:00:00", 20.0), (2, start, 40.0)):
+        folder = records.write_run(tmp_path / "runs", "lora", 1e-2, seed, num_items=20)
+        record = json.loads((folder / "record.json").read_text())
+        record["started"] = f"2026-01-01T{hour}.000+00:00"
+        record["ended"] = f"2026-01-01T00:0{seed}:00.000+00:00"
+        record["time"]["train_seconds"] = seconds
+        (folder / "record.json").write_text(json.dumps(record))
+    write_report(compare_runs(load_runs([str(tmp_path / "runs")])), tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| 30.0 (20.0 to 40.0) | 8,100 |" in text
+    assert ("2 of these 2 runs were under way while another" in text) == overlaps
+
+
 def test_the_front_passes_through_no_point_better_than_was_reached(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
