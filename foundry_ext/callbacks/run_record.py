@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from composer.core import Callback, State
+from composer.core import Callback, Event, State
 from composer.core.time import Time
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
@@ -60,6 +60,8 @@ class RunRecord(Callback):
         }
         self.metrics: dict[str, float] = {}
         self.record: dict[str, Any] | None = None
+        self.outcome: str | None = None
+        """Once training has ended: the status that the record gets with the last evaluation."""
 
     # --- before the first step -------------------------------------------------------------------
 
@@ -135,14 +137,23 @@ class RunRecord(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._take_metrics(state)
+        if self.outcome is not None:
+            self._end()
         self._write()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """An evaluation may yet follow, and writes again."""
-        assert self.record is not None
+        """Where an evaluation follows yet, the run ends with that, or fails in it."""
         finished = state.timestamp >= self.max_duration  # state.stop_training() lowers the state's
-        self.record.update(status="finished" if finished else "stopped", ended=now())
+        self.outcome = "finished" if finished else "stopped"
+        # What Composer asks next; an interval's answer at this event changes nothing.
+        intervals = [one.eval_interval for one in state.evaluators]
+        if not any(due is not None and due(state, Event.FIT_END) for due in intervals):
+            self._end()
         self._write()
+
+    def _end(self) -> None:
+        assert self.record is not None
+        self.record.update(status=self.outcome, ended=now())
 
     def close(self, state: State, logger: Logger) -> None:
         """Where the training did not come to its end; other ranks may not be there any more."""

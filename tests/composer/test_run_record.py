@@ -199,6 +199,19 @@ def test_a_run_that_is_stopped_says_so(world, tmp_path):
     assert record["evaluations"][-1]["step"] == 2  # after the end of the fit, and still in it
 
 
+def test_a_run_has_ended_with_its_last_evaluation(world, tmp_path, monkeypatch):
+    def crash(_forgetting, state, _logger):
+        if state.timestamp.batch == 8:
+            raise kit.Crash
+
+    monkeypatch.setattr("foundry_ext.callbacks.forgetting.Forgetting.eval_after_all", crash)
+    with pytest.raises(kit.Crash) as error:
+        kit.run(kit.run_config(world, tmp_path, **settings(world, tmp_path, save_folder=None)))
+    mark_failed(tmp_path / "record.json", error.value)
+    record = read_record(tmp_path / "record.json")
+    assert (record["status"], record["steps"]) == ("failed", 8)
+
+
 def test_closing_early_is_a_failure(world, tmp_path):
     given = settings(world, tmp_path, save_folder=None)
     given["callbacks"]["spy"] = {"crash_after": 1}
