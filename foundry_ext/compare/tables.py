@@ -211,7 +211,27 @@ def run_blocks(comparison: Comparison) -> list[Block]:
             "Every run compared; findings are of the chosen ones.",
         ),
     ]
+    blocks.append(Paragraph(_made_with(comparison)))
     if comparison.left_out:
         blocks.append(Paragraph("Left out:"))
         blocks.append(Bullets([f"{name}: {why}" for name, why in comparison.left_out.items()]))
     return blocks
+
+
+def _made_with(comparison: Comparison) -> str:
+    """The code's commits, and packages of which runs had different versions."""
+    made = [run.record["environment"] for runs in comparison.groups.values() for run in runs]
+    commits: dict[str, int] = {}
+    for one in made:
+        name = f"commit {one['commit'][:7]}" if one["commit"] else "no commit"
+        name += " with uncommitted changes" if one["dirty"] else ""
+        commits[name] = commits.get(name, 0) + 1
+    text = f"Runs by code: {'; '.join(f'{name} ({count})' for name, count in commits.items())}."
+    names = sorted({name for one in made for name in one["packages"]})
+    versions = {name: sorted({one["packages"].get(name, "none") for one in made}) for name in names}
+    differing = [f"{name} {', '.join(found)}" for name, found in versions.items() if len(found) > 1]
+    if differing:
+        text += f" Packages that differ: {'; '.join(differing)}."
+    if len(commits) > 1 or differing:
+        text += " What changed between these is a possible cause of any difference."
+    return text

@@ -157,6 +157,21 @@ def test_times_of_runs_that_went_on_together_are_not_taken_for_costs(
     assert ("2 of these 2 runs were under way while another" in text) == overlaps
 
 
+def test_other_code_and_other_packages_are_said(tmp_path: Path):
+    for method, rate in (("full", 2e-3), ("lora", 1e-2)):
+        folder = records.write_run(tmp_path / "runs", method, rate, 1, num_items=20)
+    runs, out = str(tmp_path / "runs"), tmp_path / "out"
+    write_report(compare_runs(load_runs([runs])), out)
+    assert "Runs by code: commit 0123456 (2).\n" in (out / "comparison.md").read_text()
+    record = json.loads((folder / "record.json").read_text())
+    record["environment"] |= {"commit": "f" * 40, "dirty": True, "packages": {"torch": "2.8.0"}}
+    (folder / "record.json").write_text(json.dumps(record))
+    write_report(compare_runs(load_runs([runs])), out)
+    text = (out / "comparison.md").read_text()
+    assert "commit fffffff with uncommitted changes (1)" in text
+    assert "Packages that differ: torch 2.7.0, 2.8.0. What changed between these" in text
+
+
 def test_the_front_passes_through_no_point_better_than_was_reached(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
