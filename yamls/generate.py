@@ -174,7 +174,9 @@ scheduler: # the paper's for instruction tuning
   alpha_f: 0.01
 """,
     "pretrain": """\
-scheduler: # the paper's for continued pretraining: inverse square root, cooled down to 0
+# The paper's shape for continued pretraining: inverse square root, cooled down to 0. Its scales are not
+# given there; with these the rate is at a tenth of lr when the cooldown starts, .18 of it on average.
+scheduler:
   name: inv_sqrt_with_warmup
   t_warmup: 2_500_000tok # this scheduler takes no shares of the duration
   t_scale: 2_500_000tok

@@ -163,7 +163,9 @@ def cost_blocks(comparison: Comparison) -> list[Block]:
             columns,
             rows,
             "Means over the runs at the chosen learning rates, with the range where that is over"
-            " 10 %. Training seconds are those of training steps alone, without evaluation."
+            " 10 %. Training seconds are those of training steps alone, without evaluation. Peak"
+            " memory is of the whole run: for KL, full fine-tuning holds a copy of its base model"
+            " beside it, an adapter only has to be switched off."
             " Effective scale is what the adapter's"
             f" product BA is multiplied by: α/r, for rsLoRA α/√r. {where}",
         ),

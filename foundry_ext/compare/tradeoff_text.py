@@ -22,7 +22,8 @@ def tradeoff_blocks(comparison: Comparison) -> list[Block]:
         Heading("Learning against forgetting"),
         Figure(
             "tradeoff",
-            "Each small point is a run at its end, its learning rate beside it; each large one the"
+            "Each small point is a run at its end, its learning rate beside it; thin lines join the"
+            " means of a method's learning rates; each large one is the"
             " mean at the method's chosen learning rate with 95 % intervals"
             f" ({seeds_used(comparison)}). Right is more learned, down is less forgotten: lower"
             " right is better. Dashed: the Pareto front of the means of every method and learning"
