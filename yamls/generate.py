@@ -174,8 +174,8 @@ scheduler: # the paper's for instruction tuning
   alpha_f: 0.01
 """,
     "pretrain": """\
-# The paper's shape for continued pretraining: inverse square root, cooled down to 0. Its scales are not
-# given there; with these the rate is at a tenth of lr when the cooldown starts, .18 of it on average.
+# The paper's shape for continued pretraining: inverse square root, cooled down to 0. The scales
+# are ours: lr is down to a tenth when the cooldown starts, and .18 of itself on average.
 scheduler:
   name: inv_sqrt_with_warmup
   t_warmup: 2_500_000tok # this scheduler takes no shares of the duration
