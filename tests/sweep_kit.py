@@ -161,7 +161,7 @@ def run_and_kill(
         if kills < 5:
             wait_for(lambda p=sweep, t=before: p.poll() is not None or changed_at(state) > t)
         try:
-            out, _ = sweep.communicate(timeout=rng.uniform(0, 0.9) if kills < 5 else 60)
+            out, _ = sweep.communicate(timeout=rng.uniform(0, 0.5) if kills < 5 else 60)
             break
         except subprocess.TimeoutExpired:
             for pid in [sweep.pid, *victims(sweep.pid)]:

@@ -75,7 +75,8 @@ def descendants(pid: int) -> list[int]:
 def test_a_sweep_killed_at_random_moments_ends_with_every_run_once(
     folder: Path, with_children: bool
 ):
-    write_sweep(folder, {"seed": {"values": [1, 2, 3]}, "variables.seconds": {"value": 0.2}})
+    # Three seconds of work at least, so that a quiet machine too is killed in the middle of it.
+    write_sweep(folder, {"seed": {"values": [1, 2, 3]}, "variables.seconds": {"value": 1}})
     run_and_kill(
         folder,
         lambda: start_sweep(folder, "--yes", "--parallel", "2", "--launcher", "subprocess"),
