@@ -167,7 +167,7 @@ def test_what_a_killed_sweep_left_running_is_waited_for(folder: Path, launcher: 
 
 
 def test_a_forking_sweep_killed_at_random_moments_ends_with_every_run_once(folder: Path):
-    write_sweep(folder, {"seed": {"values": [1, 2, 3]}, "variables.seconds": {"value": 0.3}})
+    write_sweep(folder, {"seed": {"values": [1, 2, 3]}, "variables.seconds": {"value": 1}})
     run_and_kill(folder, lambda: start(folder), lambda _: [])
     assert len(names(folder)) == 6
     for name in names(folder):
