@@ -27,17 +27,17 @@ _STAMP = "made_from"
 def train_base(folder: Path = FOLDER) -> None:
     """`composer train.py yamls/quickstart/base.yaml`, unless its result is there.
 
-    A new base model makes the runs that started from another one worthless: they are removed.
+    A new base model, or other data, makes the runs that are there worthless: they are removed.
     """
     base = folder / "base"
-    stamp = _fingerprint(
-        BASE_YAML, folder / "data" / "library_train.jsonl", folder / "tokenizer" / "tokenizer.json"
-    )
+    data = sorted((folder / "data").glob("*.jsonl"))
+    stamp = _fingerprint(BASE_YAML, folder / "tokenizer" / "tokenizer.json", *data)
     if (base / _STAMP).is_file() and (base / _STAMP).read_text() == stamp:
         print(f"{base}: there already, made by the same file from the same data")
         return
-    for stale in ("base", "runs", "sweeps", "report"):
-        shutil.rmtree(folder / stale, ignore_errors=True)
+    for name in ("base", "runs", "sweeps", "report*"):
+        for stale in folder.glob(name):
+            shutil.rmtree(stale)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py", str(BASE_YAML)]
     # A bar that cannot be redrawn is a line a step.
     bar = [] if sys.stderr.isatty() else ["progress_bar=false"]

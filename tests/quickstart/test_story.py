@@ -1,0 +1,73 @@
+"""What the quickstart runs again and what it does not; which learning rates it takes further."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from foundry_ext.quickstart import story
+from tests.compare.records import write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A quickstart whose commands are counted instead of run."""
+    monkeypatch.chdir(tmp_path)
+    for path in (story.BASE_YAML, story.SWEEP_YAML):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    for name in ("data/problems_train.jsonl", "tokenizer/tokenizer.json"):
+        path = story.FOLDER / name
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    return story.FOLDER
+
+
+def test_a_base_model_is_trained_once_and_anew_when_its_data_change(folder: Path, monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        (folder / "base").mkdir()
+
+    monkeypatch.setattr(story.subprocess, "run", run)
+    story.train_base()
+    (folder / "runs/lora").mkdir(parents=True)
+    story.train_base()
+    assert len(commands) == 1 and (folder / "runs/lora").is_dir()
+    (folder / "data/problems_train.jsonl").write_text("{} ")
+    story.train_base()
+    assert len(commands) == 2
+    assert not (folder / "runs").exists(), "runs on other data would count as finished"
+
+
+def test_a_base_model_that_failed_is_not_taken_for_one(folder: Path, monkeypatch):
+    def run(command, **_):
+        (folder / "base").mkdir()
+        raise story.subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(story.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(story.subprocess.CalledProcessError):
+            story.train_base()
+
+
+def test_the_best_rate_of_each_method_is_named_by_its_own_grid(tmp_path: Path):
+    grids = {"full": {"low": 1e-3, "high": 4e-3}, "lora": {"low": 4e-3, "high": 1e-2}}
+    learned = {("full", 1e-3): 2.0, ("full", 4e-3): 3.0, ("lora", 4e-3): 2.5, ("lora", 1e-2): 1.0}
+    configs, records = [], []
+    for method, grid in grids.items():
+        configs.append(tmp_path / f"{method}.yaml")
+        configs[-1].write_text(yaml.safe_dump({"variables": {"learning_rates": grid}}))
+    for (method, rate), value in learned.items():
+        path = write_run(tmp_path / f"{method}-{rate}", method, rate, 17) / "record.json"
+        record = json.loads(path.read_text())
+        record["evaluations"][-1]["learning"] = {"problems_loss": value}
+        path.write_text(json.dumps(record))
+        records.append(path)
+    best = story.best_rates(records, [str(config) for config in configs])
+    assert {Path(config).stem: rate for config, rate in best.items()} == {
+        "full": "high",
+        "lora": "low",
+    }
