@@ -31,24 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(arguments.seeds)) < len(arguments.seeds):
         parser.error(f"--seeds {arguments.seeds}: one stands there twice; give different ones")
     started = time.monotonic()
-    prepare(FOLDER)
-    if arguments.only:
-        return 0
-    train_base()
-    show_base()
-    seeds = arguments.seeds[:1] if arguments.fast else arguments.seeds
     try:
-        records = fine_tune(seeds, fast=arguments.fast)
-        # A report of other seeds, or of one, does not take the place of the default one.
-        kind = "" if seeds == SEEDS else "-" + "-".join(map(str, seeds))
-        configs = read_grid()["parameters"]["config"]["values"]
-        report(records, configs, seeds[0], FOLDER / f"report{kind}")
+        prepare(FOLDER)
+        if arguments.only is None:
+            _run(arguments.seeds, fast=arguments.fast)
     except ValueError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("quickstart: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"the quickstart took {minutes} min {seconds} s")
     return 0
+
+
+def _run(seeds: list[int], *, fast: bool) -> None:
+    train_base()
+    show_base()
+    used = seeds[:1] if fast else seeds
+    records = fine_tune(used, fast=fast)
+    # A report of other seeds, or of one, does not take the place of the default one.
+    kind = "" if used == SEEDS else "-" + "-".join(map(str, used))
+    configs = read_grid()["parameters"]["config"]["values"]
+    report(records, configs, used[0], FOLDER / f"report{kind}")
 
 
 if __name__ == "__main__":
