@@ -34,6 +34,9 @@ def test_sets_are_valid(tasks):
     sets = OmegaConf.to_container(OmegaConf.load(EVAL / "forgetting.yaml"))
     parsed = parse_sets(sets["sets"])  # pyright: ignore
     assert {one.name for one in parsed} == {"source", *ROWS}
+    # `...sets.hellaswag=null` on the command line takes a set out.
+    fewer = parse_sets({**sets["sets"], "hellaswag": None})  # pyright: ignore
+    assert [one.name for one in fewer] == [one.name for one in parsed if one.name != "hellaswag"]
 
 
 def test_llm_foundry_evaluates_the_packed_model(tasks, tmp_path, tokenizer):

@@ -105,11 +105,13 @@ _TYPES = {
 
 
 def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[SetSettings]:
-    """`sets` of a YAML -> the settings of each.
+    """`sets` of a YAML -> the settings of each; one that is null, unset by an override, is left out.
 
     Raises:
         ValueError: nothing to measure, or an unknown or missing key, role, type or file.
     """
+    if isinstance(sets, Mapping):
+        sets = {name: given for name, given in sets.items() if given is not None}
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError(f"sets: {sets!r} names nothing to measure; give a mapping of name to set")
     return [_parse(name, given) for name, given in sets.items()]
