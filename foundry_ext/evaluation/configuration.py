@@ -105,7 +105,7 @@ _TYPES = {
 
 
 def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[SetSettings]:
-    """`sets` of a YAML -> the settings of each; one that is null, unset by an override, is left out.
+    """`sets` of a YAML -> the settings of each; one that an override made null is left out.
 
     Raises:
         ValueError: nothing to measure, or an unknown or missing key, role, type or file.
