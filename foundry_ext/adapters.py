@@ -133,9 +133,14 @@ class Scratch:
 
 def _load_state(checkpoint: Path) -> dict[str, Any]:
     if checkpoint.is_dir():
-        raise ValueError(
-            f"{checkpoint} is a folder, a sharded checkpoint; save with state_dict_type: full"
-        )
+        files = sorted(file.name for file in checkpoint.glob("*.pt"))
+        if files:
+            way_out = f"name one of its files, {', '.join(files[-3:])}"
+        elif any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
+            way_out = "it is a Hugging Face folder already"
+        else:
+            way_out = "if it is a sharded checkpoint, save with state_dict_type: full"
+        raise ValueError(f"{checkpoint} is a folder, not a Composer .pt file; {way_out}")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
     try:

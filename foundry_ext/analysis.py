@@ -25,13 +25,20 @@ from peft import PeftModel
 from torch import Tensor
 
 from foundry_ext import methods
-from foundry_ext.compare.record import read_record
 from foundry_ext.evaluation.configuration import SetSettings
 from foundry_ext.interpolation import measure_line
 from foundry_ext.merge import lora_layers, merge_weights, merged_weight
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.targets import LINEARS
-from foundry_ext.tuned import as_folder, base_name, is_adapter, load_model, load_tuned
+from foundry_ext.tuned import (
+    as_folder,
+    base_name,
+    is_adapter,
+    load_model,
+    load_tuned,
+    record_above,
+    recorded_base,
+)
 
 SCHEMA_VERSION = 1
 ENERGY = 0.9
@@ -80,7 +87,7 @@ def analyse(
         ValueError: nothing to analyse, no base model, or one of another shape.
     """
     with as_folder(path) as folder:
-        name = base_name(folder, base if base or is_adapter(folder) else _recorded_base(path))
+        name = base_name(folder, base if base or is_adapter(folder) else recorded_base(path))
         tuned = load_tuned(folder, name, SmolLM2ForCausalLM)
         base_model = None
         if sets is not None or not isinstance(tuned, PeftModel):
@@ -216,7 +223,7 @@ def summarise(matrices: Sequence[MatrixAnalysis]) -> dict[str, Any]:
 
 def default_output(path: Path) -> Path:
     """`analysis.json` beside the record of the run that `path` belongs to, else beside `path`."""
-    record = _record_above(path)
+    record = record_above(path)
     return (record or path.resolve()).parent / "analysis.json"
 
 
@@ -234,18 +241,3 @@ def _merged(tuned: Any) -> SmolLM2ForCausalLM:
         tuned = tuned.unload()  # pyright: ignore[reportCallIssue]
     assert isinstance(tuned, SmolLM2ForCausalLM)
     return tuned
-
-
-def _record_above(path: Path) -> Path | None:
-    """A run's folder holds its record, and exports and checkpoints one level down."""
-    folder = path.resolve()
-    candidates = (parent / "record.json" for parent in (folder, *folder.parents[:2]))
-    return next((record for record in candidates if record.is_file()), None)
-
-
-def _recorded_base(path: Path) -> str | None:
-    record = _record_above(path)
-    if record is None:
-        return None
-    model = read_record(record)["config"].get("model", {})
-    return model.get("pretrained_model_name_or_path") if model.get("pretrained", True) else None

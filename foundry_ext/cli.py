@@ -23,18 +23,29 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser, chosen = build_parser(argv[0] if argv else None)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    parser, chosen = build_parser(argv[0])
     arguments = parser.parse_args(argv)
     assert chosen is not None, "argparse accepted no command"
     try:
         return chosen.run(arguments)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"foundry-ext: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"foundry-ext: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
-def build_parser(command: str | None) -> tuple[argparse.ArgumentParser, ModuleType | None]:
+def one_line(error: Exception) -> str:
+    """What went wrong; of a failed download, whose message holds its whole history, the host."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and "huggingface.co" in text:
+        return (
+            "the Hugging Face hub cannot be reached, or does not have what was asked for; name a"
+            f" local file or folder instead ({type(error).__name__}: {text[:200]})"
+        )
+    return text
+
+
+def build_parser(command: str) -> tuple[argparse.ArgumentParser, ModuleType | None]:
     """The parser with the arguments of `command` alone, and that command's module."""
     parser = argparse.ArgumentParser(prog="foundry-ext")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

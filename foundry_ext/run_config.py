@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -223,8 +224,22 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
                 f"override {override}: {key} is a {name}, which {text!r} would replace; "
                 f"write {example}, or {key}=null to unset"
             )
+    _check_variable(config, override, parts)
     config.merge_with(update)  # in place: OmegaConf.merge copies all of it
     return ".".join(parts), new
+
+
+def _check_variable(config: DictConfig, override: str, parts: Sequence[str]) -> None:
+    """Refuses a variable that nothing reads: the run would be one with the values of the file."""
+    if parts[0] != "variables" or len(parts) < 2:
+        return
+    known = list(map(str, config.get("variables") or {}))
+    whole = str(OmegaConf.to_container(config, resolve=False))
+    if parts[1] not in known and not re.search(rf"variables\.{re.escape(parts[1])}\b", whole):
+        raise UsageError(
+            f"override {override}: no variable {parts[1]!r}{suggest(parts[1], known) or ';'}"
+            f" the file has {', '.join(known) or 'none'}"
+        )
 
 
 def _at(node: Any, parts: Sequence[str]) -> Any:

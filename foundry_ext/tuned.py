@@ -16,6 +16,7 @@ from transformers.models.llama import LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters import export_checkpoint, load_adapter
+from foundry_ext.compare.record import read_record
 from foundry_ext.models.pretrained import HUB_NAMES
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -91,6 +92,22 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
     if wrong:
         raise ValueError(f"model {name} does not fit its configuration: {wrong}")
     return model.eval()
+
+
+def record_above(path: Path) -> Path | None:
+    """A run's folder holds its record, and exports and checkpoints one level down."""
+    folder = path.resolve()
+    candidates = (parent / "record.json" for parent in (folder, *folder.parents[:2]))
+    return next((record for record in candidates if record.is_file()), None)
+
+
+def recorded_base(path: Path) -> str | None:
+    """The model that the run which wrote `path` started from, if its record is near."""
+    record = record_above(path)
+    if record is None:
+        return None
+    model = read_record(record)["config"].get("model", {})
+    return model.get("pretrained_model_name_or_path") if model.get("pretrained", True) else None
 
 
 def load_tuned(folder: Path, base: str, kind: type[Model] = LlamaForCausalLM) -> Model | PeftModel:

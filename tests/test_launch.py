@@ -144,6 +144,7 @@ def test_overrides_reach_nested_keys(valid: Path):
         ("model.name.x=3", "model.name is a single value"),
         ("optimiser.lr=3", "unknown top-level key, 'optimiser', did you mean 'optimizer'"),
         ("max_duraton=3ba", "unknown top-level key, 'max_duraton', did you mean 'max_duration'"),
+        ("variables.row=3", "no variable 'row', did you mean 'rows'? the file has rows"),
         ("seed=${variables.sed}", "seed, Interpolation key 'variables.sed' not found"),
         ("device_train_microbatch_size=auto", "'auto', does not go with train_loader packed_fine"),
     ],

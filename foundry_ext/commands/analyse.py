@@ -41,8 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"{out}: {summary['matrices']} matrices; {summary['energy']:.0%} of a change's energy in"
         f" {summary['median_rank_90']:g} singular values (median); {summary['total_intruders']}"
-        f" intruder dimensions among the leading {summary['k']} (cosine below"
-        f" {summary['epsilon']:g}); the change is {summary['relative_change']:.2%} of the weights"
+        f" intruder dimensions among the leading {summary['k']} of each (cosine below"
+        f" {summary['epsilon']:g}); the change's norm is {summary['relative_change']:.1%} of the"
+        " weights'"
     )
     for point in analysis["line"]:
         learning, forgetting = (

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.compare.comparison import compare_runs
-    from foundry_ext.compare.report import write_report
+    from foundry_ext.compare.report import caveats, write_report
     from foundry_ext.compare.runs import load_runs
 
     loaded = load_runs(arguments.runs)
@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     write_report(comparison, arguments.out)
     for name, reason in comparison.left_out.items():
         print(f"left out: {name}: {reason}")
+    for text in caveats(comparison):
+        print(text)
     for measure in (comparison.learning, comparison.forgetting):
         for pair in comparison.pairs_of(measure):
             print(pair.sentence)

@@ -66,21 +66,33 @@ def _opening(comparison: Comparison) -> list[Block]:
         " values are changes against a run's own step 0, the base model: positive learning is more"
         " learned, positive forgetting more forgotten."
     )
-    blocks: list[Block] = [Paragraph(text)]
-    if not comparison.is_in_general:
-        few = [label for label, group in comparison.chosen.items() if len(group) < MIN_SEEDS]
-        blocks.append(
-            Paragraph(
-                f"{listed(few)}: fewer than {MIN_SEEDS} seeds. No claim about these methods in"
-                " general is made; intervals that involve them are over items and speak of these"
-                " runs alone."
-            )
-        )
+    blocks: list[Block] = [Paragraph(text), *map(Paragraph, caveats(comparison))]
     blocks += [Paragraph(text) for text in _diverged_where_compared(comparison)]
     if comparison.accepted:
         blocks.append(Paragraph("Accepted by --allow, and so possible causes of any difference:"))
         blocks.append(Bullets(comparison.accepted))
     return blocks
+
+
+def caveats(comparison: Comparison) -> list[str]:
+    """What the runs at hand do not allow to be said, a sentence each."""
+    texts = []
+    if not comparison.is_in_general:
+        few = [label for label, group in comparison.chosen.items() if len(group) < MIN_SEEDS]
+        texts.append(
+            f"{listed(few)}: fewer than {MIN_SEEDS} seeds. No claim about these methods in"
+            " general is made; intervals that involve them are over items and speak of these"
+            " runs alone."
+        )
+    untuned = [label for label, best in comparison.best.items() if len(best.means) == 1]
+    if untuned:
+        texts.append(
+            f"{listed(untuned)}: one learning rate was run, so it is not chosen and not tuned, and"
+            " differences may be the learning rate's."
+        )
+    if len(comparison.groups) == 1:
+        texts.append("Only one method is here: a report of it, not a comparison.")
+    return texts
 
 
 def _diverged_where_compared(comparison: Comparison) -> list[str]:

@@ -19,7 +19,14 @@ from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.tuned import as_folder, base_name, is_adapter, load_model, load_tokenizer
+from foundry_ext.tuned import (
+    as_folder,
+    base_name,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    recorded_base,
+)
 
 
 class Afterwards(NamedTuple):
@@ -60,15 +67,16 @@ def read_sets(path: Path) -> list[SetSettings]:
 def evaluate(path: Path, settings: list[SetSettings], base: str | None = None) -> Afterwards:
     """Measures a Hugging Face folder, an adapter folder or a Composer checkpoint.
 
-    Against the base model, an adapter's own or the one given, it also tells what was learned and
-    forgotten, and the KL.
+    Against the base model (as given, an adapter's own, or that of the run's record beside it) it
+    also tells what was learned and forgotten, and the KL.
 
     Raises:
         FileNotFoundError, ValueError: a model or a set that cannot be loaded.
     """
     with as_folder(path) as folder:
         adapted = is_adapter(folder)
-        before = base_name(folder, base) if adapted or base else None
+        known = base if base or adapted else recorded_base(path)
+        before = base_name(folder, known) if adapted or known else None
         tokenizer = load_tokenizer(folder, before or str(folder))
         tuned = None if adapted else _load(str(folder))
         base_model = None if before is None else _load(before)
@@ -133,4 +141,7 @@ def describe(report: Mapping[str, Any]) -> str:
     for role in ("learning", "forgetting"):
         rows += [(f"{role}/{name}", "", f"{x:+.4f}") for name, x in report.get(role, {}).items()]
     width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{name:<{width}} {a:>10} {b:>10}" for name, a, b in rows)
+    lines = [f"{name:<{width}} {a:>10} {b:>10}" for name, a, b in rows]
+    if start is None:
+        lines.append("no base model is known: give it by --base for KL, learning and forgetting")
+    return "\n".join(lines)

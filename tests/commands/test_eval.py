@@ -8,6 +8,7 @@ import yaml
 
 from foundry_ext.cli import main
 from foundry_ext.compare.record import new_record, read_record, write_record
+from tests.compare.records import write_run
 from tests.composer import kit
 
 CHOICES = [
@@ -101,6 +102,20 @@ def test_full_model_without_a_base(sets, trained, tmp_path, capsys):
     del expected["source/kl"]
     assert report["metrics"] == {"base": None, "model": pytest.approx(expected, rel=1e-5)}
     assert "learning" not in report and report["base"] is None
+    assert "no base model is known: give it by --base" in capsys.readouterr().out
+
+
+def test_the_base_of_a_full_model_is_in_its_run_s_record(world, sets, trained, tmp_path):
+    evaluations, folder = trained("full")
+    shutil.copytree(folder / "hf", tmp_path / "run/hf")
+    (tmp_path / "made").mkdir()
+    made = write_run(tmp_path / "made", "full", 1e-2, 17, num_items=2)
+    record = read_record(made / "record.json")
+    record["config"] = {"model": {"pretrained_model_name_or_path": str(world.base)}}
+    write_record(tmp_path / "run/record.json", record)
+    report = evaluate(tmp_path / "run/hf", sets, tmp_path)
+    assert report["base"] == str(world.base)
+    assert report["learning"] == pytest.approx(evaluations[-1]["learning"], rel=1e-3, abs=1e-6)
 
 
 def test_base_of_an_adapter_can_be_given(world, sets, trained, tmp_path):

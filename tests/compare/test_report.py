@@ -196,6 +196,7 @@ def test_few_seeds_left_out_runs_and_allowed_differences_are_said(tmp_path: Path
     assert "full and LoRA: fewer than 3 seeds. No claim about these methods in general" in text
     assert "- steps: 80 in full_0.002_s17; 81 in lora_0.01_s17" in text
     assert "- dora_0.01_s17: unfinished" in text
+    assert "full and LoRA: one learning rate was run, so it is not chosen and not tuned" in text
     assert "LoRA: only 0.01 was run, so its learning rate is not tuned" in text
     assert "winner" not in text
     assert "seeds needed" not in text and "over learning rates" not in text
@@ -207,6 +208,7 @@ def test_one_method_alone_has_a_report(tmp_path: Path):
     write_report(compare_runs(load_runs([str(tmp_path / "runs")])), tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text.startswith("# LoRA: learning and forgetting") and "Findings" not in text
+    assert "a report of it, not a comparison" in text and "not tuned" not in text
     assert not (tmp_path / "out" / "differences.png").exists()
 
 
