@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foundry_ext.models.blockwise import blockwise_attention
+
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "flash_attn", "torch_varlen", "flex", "sdpa")
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "flex", "blockwise", "sdpa")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -89,8 +91,13 @@ def _why_not(
     """Why a backend cannot run here, and the way out; empty if it can."""
     if backend == "sdpa":
         return ""
-    if dropout and (backend == "flex" or (backend == "torch_varlen" and _has_varlen_module())):
+    without_dropout = ("flex", "blockwise", *(["torch_varlen"] if _has_varlen_module() else []))
+    if dropout and backend in without_dropout:
         return "has no attention_dropout; use 'flash_attn' or 'sdpa', or set it to 0"
+    if backend == "blockwise":
+        if device != "cpu":
+            return f"is for a CPU, and this tensor is on {device}; use 'sdpa'"
+        return f"computes in fp32, not in {dtype}; use 'sdpa'" if dtype == torch.float64 else ""
     if backend == "flex":
         # Without a GPU it runs uncompiled, with all T x T scores: only of use to compare with.
         return "runs on a GPU; use 'sdpa'" if auto and device != "cuda" else ""
@@ -181,10 +188,17 @@ def _flex(
     return out[0].transpose(0, 1)
 
 
+def _blockwise(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+) -> Tensor:
+    return blockwise_attention(q, k, v, cu_seqlens)
+
+
+@torch.compiler.disable  # it reads lengths, and would be compiled anew for each pack
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
 ) -> Tensor:
-    """Every document by itself: the reference for the others, and what a CPU runs."""
+    """Every document by itself: the reference for the others, and what runs on any device."""
     lengths = cu_seqlens.diff().tolist()
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     # Split, not sliced: a slice's gradient is as large as all documents together.
@@ -201,5 +215,6 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tenso
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
     "flex": _flex,
+    "blockwise": _blockwise,
     "sdpa": _sdpa,
 }

@@ -15,9 +15,13 @@ gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-CPU_BACKENDS = [pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in ("sdpa", "flex")]
+CPU_BACKENDS = [
+    pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in ("sdpa", "blockwise", "flex")
+]
 GPU_BACKENDS = [
-    pytest.param(backend, "cuda", marks=gpu, id=f"{backend}-cuda") for backend in BACKENDS[1:]
+    pytest.param(backend, "cuda", marks=gpu, id=f"{backend}-cuda")
+    for backend in BACKENDS[1:]
+    if backend != "blockwise"
 ]
 every_backend = pytest.mark.parametrize(("backend", "device"), CPU_BACKENDS + GPU_BACKENDS)
 
@@ -78,7 +82,7 @@ def assert_as_exact(ours, plain, exact, *, bf16_slack=2**-8):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
 def test_forward(backend, dtype, heads, lengths):
     check_forward(backend, "cpu", dtype, heads, lengths)
 
@@ -104,7 +108,7 @@ def check_forward(backend, device, dtype, heads, lengths):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize(("backend", "device"), [*CPU_BACKENDS[:1], *GPU_BACKENDS])
+@pytest.mark.parametrize(("backend", "device"), [*CPU_BACKENDS[:2], *GPU_BACKENDS])
 def test_gradients(backend, device, heads, lengths):
     """Not flex on a CPU: it is for comparing, and later versions of torch refuse it a backward."""
     skip_unless_installed(backend)
@@ -181,7 +185,7 @@ def test_the_mask_follows_a_buffer_filled_anew(backend, device):
         assert torch.equal(varlen_attention(q, k, v, cu_seqlens, 6, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
 def test_inference_mode(backend):
     """Tensors made there have no version for the mask's cache to look at."""
     with torch.inference_mode():
@@ -216,8 +220,9 @@ def install(monkeypatch, *, flash_attn):
 @pytest.mark.parametrize(
     ("device", "dtype", "flash_attn", "expected"),
     [
-        ("cpu", torch.float32, False, "sdpa"),
-        ("cpu", torch.bfloat16, True, "sdpa"),
+        ("cpu", torch.float32, False, "blockwise"),
+        ("cpu", torch.bfloat16, True, "blockwise"),
+        ("cpu", torch.float64, True, "sdpa"),
         ("cuda", torch.bfloat16, True, "flash_attn"),
         ("cuda", torch.float16, True, "flash_attn"),
         ("cuda", torch.bfloat16, False, "torch_varlen"),
