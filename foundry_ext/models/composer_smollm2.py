@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext import methods, pissa
 from foundry_ext.adapters import adaptable_modules, load_adapter
+from foundry_ext.dora import use_fast_dora
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import (
@@ -129,6 +130,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                 adapter.peft_type = PeftType(adapter.peft_type)
             if pissa.is_pissa(self.model):
                 pissa.remember_initial_factors(self.model)
+            use_fast_dora(self.model)
         _check_backend(attention_backend, dropout=inner.config.attention_dropout > 0)
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
         if activation_checkpointing:
