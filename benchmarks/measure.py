@@ -1,0 +1,111 @@
+"""Clocks, ratios, memory and counts of a step.
+
+On a CPU time is the process's CPU time, all threads together, so that what else the machine does
+falls out; on a GPU it is wall time between two synchronisations.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+STEPS_A_SAMPLE = {"cuda": 5, "cpu": 1}  # launches of the next step hide behind this one, as in training
+
+
+def seconds(run: Run, device: str, steps: int | None = None) -> float:
+    """Of one step, over a sample of some."""
+    steps = steps or STEPS_A_SAMPLE[device]
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    synchronize(device)
+    start = clock()
+    for _ in range(steps):
+        run()
+    synchronize(device)
+    return (clock() - start) / steps
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(runs: Mapping[str, Run], device: str, *, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, in rounds A B C A B C, so that what else the machine does falls on all."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            found[name].append(seconds(run, device))
+    return found
+
+
+def pairwise(baseline: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """How many times faster `other` is, each round against the baseline of the same round.
+
+    Example: baseline 10 20, other 5 5: ratios 2 4, median 3 (and not 15 / 5 by accident).
+    """
+    return spread([a / b for a, b in zip(baseline, other, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def device_peak_memory(run: Run) -> float:
+    """GiB that torch's allocator held at most during a step, weights and optimizer included."""
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def process_peak_memory(function: Callable[..., None], *arguments: Any) -> float:
+    """GiB by which a fresh process's resident memory rises at most while it runs `function`.
+
+    Weights and optimizer are included, the interpreter and its libraries are not.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_rise_of_memory, function, arguments).result()
+
+
+def _rise_of_memory(function: Callable[..., None], arguments: Sequence[Any]) -> float:
+    before = _kibibytes("VmRSS")
+    function(*arguments)
+    # Not getrusage's maximum: a child's begins with that of the process that started it.
+    return (_kibibytes("VmHWM") - before) / 2**20
+
+
+def _kibibytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def count_kernels(run: Run, device: str) -> int:
+    """CUDA kernels of a step (no copies, no fills); on a CPU, aten operators and compiled kernels.
+
+    An operator that calls others counts, and so do they: a measure of overhead, not of work.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        run()
+        synchronize(device)
+    events = profiler.events() or []
+    if device == "cuda":
+        return sum(is_kernel(event) for event in events)
+    return sum(event.name.startswith(("aten::", "cpp_fused", "graph_")) for event in events)
+
+
+def is_kernel(event: Any) -> bool:
+    """Of the device's events, those that are neither copies nor marks of the profiler's own."""
+    if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith(("Memcpy", "Memset", "ProfilerStep", "Optimizer.", "##"))

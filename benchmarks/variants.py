@@ -1,0 +1,264 @@
+"""The systems compared, each as something to call for one optimizer step.
+
+All variants of a comparison share one set of parameters and one optimizer: memory holds the model
+once, whichever runs, and their losses can be compared at any time.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.workloads import (
+    Batch,
+    Workload,
+    flattened_batches,
+    num_slots,
+    packed_batches,
+    padded_batches,
+)
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+CONFIGS = Path(__file__).parents[1] / "foundry_ext" / "models" / "configs"
+METHODS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+}
+RANK = 16
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to compute a step."""
+
+    title: str
+    ours: bool
+    batches: str
+    """padded, flattened (transformers' padding-free arguments) or packed."""
+    attention: str = "sdpa"
+    """Of transformers; ours takes the setup's backend."""
+    compiled: bool = False
+    mask: bool = True
+    """Whether a padded batch brings its mask. Padding on the right needs none under causal
+    attention, and without one SDPA takes a faster kernel; users of a tokenizer's output have it."""
+
+
+VARIANTS = {
+    "hf_padded": Variant(title="HF padded, SDPA", ours=False, batches="padded"),
+    "hf_padded_no_mask": Variant(
+        title="HF padded, SDPA, no mask", ours=False, batches="padded", mask=False
+    ),
+    "hf_padded_compiled": Variant(
+        title="HF padded, SDPA, compiled", ours=False, batches="padded", compiled=True
+    ),
+    "hf_padding_free": Variant(
+        title="HF padding-free, flash", ours=False, batches="flattened", attention="flash_attention_2"
+    ),
+    "unpadded": Variant(title="unpadded", ours=True, batches="padded"),
+    "ours_eager": Variant(title="ours, eager", ours=True, batches="packed"),
+    "ours": Variant(title="ours, as shipped", ours=True, batches="packed", compiled=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all variants of a comparison have in common, and how `ours` is shipped."""
+
+    model: str = "smollm2-135m"
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    method: str = "full"
+    precision: str = "bf16"
+    """bf16: parameters and all else; amp_bf16: fp32 parameters under autocast; fp32."""
+    device: str = "cpu"
+    backend: str = "auto"
+    loss: str = "chunked"
+    compile: str = "none"
+    """none, layers or model: what of `ours` is compiled, with packs of one shape."""
+    compile_mode: str = "default"
+    dynamic: bool = False
+    activation_checkpointing: bool = False
+    learning_rate: float = 1e-4
+
+    def config(self) -> LlamaConfig:
+        return AutoConfig.from_pretrained(
+            CONFIGS / self.model, use_cache=False, **self.config_overrides
+        )
+
+
+class Step:
+    """One optimizer step: forward and backward of every microbatch, AdamW, zero_grad.
+
+    Neither gradient clipping nor a scheduler is in it, and the loss is not fetched: what is timed
+    never waits for the device. Each microbatch's mean loss weighs by its share of the labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Sequence[Batch],
+        setup: Setup,
+    ):
+        self.model, self.optimizer, self.setup = model, optimizer, setup
+        self.num_slots = num_slots(batches)
+        self.weights = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]  # pyright: ignore
+        self.num_loss_tokens = sum(self.weights)
+        self.batches = [to_device(batch, setup.device) for batch in batches]
+
+    def __call__(self) -> None:
+        for batch, weight in zip(self.batches, self.weights, strict=True):
+            self.forward(batch, weight).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward(self, batch: Batch, weight: int) -> torch.Tensor:
+        amp = self.setup.precision == "amp_bf16"
+        with torch.autocast(self.setup.device, torch.bfloat16, enabled=amp):
+            return self.model(**batch).loss * (weight / self.num_loss_tokens)
+
+    def loss(self) -> float:
+        """Mean nats over the step's labels at the present weights; nothing is updated."""
+        parts = zip(self.batches, self.weights, strict=True)
+        return sum(self.forward(batch, weight).item() for batch, weight in parts)
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    move = {"device": device, "non_blocking": True}
+    return {k: v.to(**move) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class Bench:
+    """Makes the steps of one setup, over shared weights."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        torch.manual_seed(0)
+        self.source = self._new_model(ours=True)
+        trained = [p for p in self.source.parameters() if p.requires_grad]
+        # Fused on both sides: the fastest of torch's own.
+        self.optimizer = torch.optim.AdamW(trained, lr=setup.learning_rate, fused=True)
+        self._models: dict[tuple[bool, str, bool], nn.Module] = {}
+
+    def step(self, name: str, workload: Workload, rows: int | None = None) -> Step:
+        """A variant's step; `rows` of a padded microbatch, by default the largest named.
+
+        Raises:
+            Absent: the variant cannot run here.
+        """
+        variant = VARIANTS[name]
+        problem = why_absent(variant, self.setup)
+        if problem:
+            raise Absent(problem)
+        return Step(
+            self._model(variant),
+            self.optimizer,
+            self.batches(variant, workload, rows or workload.microbatches[-1]),
+            self.setup,
+        )
+
+    def batches(self, variant: Variant, workload: Workload, rows: int) -> list[Batch]:
+        if variant.batches == "flattened":
+            return flattened_batches(workload)
+        if variant.batches == "packed":
+            return packed_batches(workload, fixed_shape=self._is_compiled(variant))
+        batches = padded_batches(workload, rows)
+        if variant.mask:
+            return batches
+        return [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in batches]
+
+    def _is_compiled(self, variant: Variant) -> bool:
+        return variant.compiled and (not variant.ours or self.setup.compile != "none")
+
+    def _model(self, variant: Variant) -> nn.Module:
+        compiled = self._is_compiled(variant)
+        key = (variant.ours, variant.attention, compiled)
+        if key not in self._models:
+            model = self._new_model(ours=variant.ours, attention=variant.attention)
+            share_parameters(self.source, model)
+            model.to(self.setup.device)  # buffers
+            if compiled:
+                model = self._compile(model, variant)
+            self._models[key] = model
+        return self._models[key]
+
+    def _compile(self, model: nn.Module, variant: Variant) -> nn.Module:
+        setup = self.setup
+        if not variant.ours:
+            # Rows of every length come: without `dynamic` each would compile anew.
+            return torch.compile(model, dynamic=True)  # pyright: ignore[reportReturnType]
+        from foundry_ext.models.compiled import compile_model
+
+        compile_model(
+            inner(model), scope=setup.compile, mode=setup.compile_mode, dynamic=setup.dynamic
+        )
+        return model
+
+    def _new_model(self, *, ours: bool, attention: str = "sdpa") -> nn.Module:
+        setup, config = self.setup, self.setup.config()
+        if ours:
+            model = SmolLM2ForCausalLM(config)
+            model.attention_backend, model.loss_implementation = setup.backend, setup.loss
+        else:
+            model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
+        model = model.to(dtype=torch.bfloat16 if setup.precision == "bf16" else torch.float32)  # pyright: ignore
+        if setup.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if METHODS[setup.method] is not None:
+            model = with_adapter(model, setup.method, ours=ours)
+        return model.to(setup.device).train()
+
+
+def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
+    """peft's adapter on all seven linears, in the model's dtype; ours with our forward of DoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    options = METHODS[method] or {}
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM", **options
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if ours and method == "dora" and importlib.util.find_spec("foundry_ext.dora"):
+        from foundry_ext.dora import use_fast_dora
+
+        use_fast_dora(adapted)  # pyright: ignore[reportArgumentType]
+    return adapted
+
+
+def inner(model: nn.Module) -> Any:
+    """The decoder below an adapter."""
+    get_base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return get_base() if get_base else model
+
+
+def share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Puts the parameters of `source` into `target`, which has the same names."""
+    named = dict(source.named_parameters(remove_duplicate=False))
+    wanted = [name for name, _ in target.named_parameters(remove_duplicate=False)]
+    assert set(wanted) == set(named), set(wanted) ^ set(named)
+    for name in wanted:
+        module, _, leaf = name.rpartition(".")
+        target.get_submodule(module)._parameters[leaf] = named[name]
+
+
+class Absent(Exception):
+    """A variant that cannot run here; says why."""
+
+
+def why_absent(variant: Variant, setup: Setup) -> str:
+    """Empty if the variant can run."""
+    if variant.attention == "flash_attention_2":
+        if setup.device != "cuda":
+            return "needs a GPU"
+        if setup.precision == "fp32":
+            return "takes no fp32"
+        if importlib.util.find_spec("flash_attn") is None:
+            return "flash-attn is not installed"
+    return ""
