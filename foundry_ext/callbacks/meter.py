@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from transformers import LlamaConfig
 from foundry_ext.data.batch import Pack
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.models.composer_smollm2 import ComposerSmolLM2
-from foundry_ext.models.flops import peak_flops, training_flops
+from foundry_ext.models.flops import adapter_parameters, peak_flops, training_flops
 
 
 @dataclass
@@ -33,7 +34,9 @@ class Counts:
     sum_squared_lengths: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        # vars, for dataclasses.astuple copies deeply: 25 µs, and a window is summed every batch.
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Counts(*(a + b for a, b in pairs))
 
 
 def total(counts: Iterable[Counts]) -> Counts:
@@ -103,25 +106,31 @@ def packed_dataset(state: State, callback: str) -> PackedDataset:
     return dataset
 
 
-def utilisation(state: State, counts: Counts) -> float | None:
-    """MFU: useful FLOPs of `counts`, which are of all ranks, over what the GPUs could have done.
+class Utilisation:
+    """MFU: useful FLOPs of steps over what the GPUs could have done in their time."""
 
-    None before the first step, without a GPU, or where its peak (dense bf16) is not known.
-    """
-    model = unwrapped(state)
-    if not counts.seconds or not isinstance(model, ComposerSmolLM2):
-        return None
-    peak = device_peak(state)
-    if peak is None:
-        return None
-    flops = training_flops(
-        cast(LlamaConfig, model.inner_model.config),
-        num_tokens=counts.real_tokens,
-        num_loss_tokens=counts.loss_tokens,
-        sum_squared_lengths=counts.sum_squared_lengths,
-        frozen_base=model.using_peft,
-    )
-    return flops / (counts.seconds * peak * dist.get_world_size())
+    def __init__(self, state: State):
+        self.flops, self.peak = None, device_peak(state)
+        model = unwrapped(state)
+        if isinstance(model, ComposerSmolLM2):
+            self.flops = partial(
+                training_flops,
+                cast(LlamaConfig, model.inner_model.config),
+                frozen_base=model.using_peft,
+                adapter_parameters=adapter_parameters(model),
+            )
+
+    def of(self, counts: Counts) -> float | None:
+        """Of `counts`, which are of all ranks; None before the first step, without a GPU, or where
+        its peak (dense bf16) is not known."""
+        if not counts.seconds or self.flops is None or self.peak is None:
+            return None
+        flops = self.flops(
+            num_tokens=counts.real_tokens,
+            num_loss_tokens=counts.loss_tokens,
+            sum_squared_lengths=counts.sum_squared_lengths,
+        )
+        return flops / (counts.seconds * self.peak * dist.get_world_size())
 
 
 def device_peak(state: State) -> float | None:

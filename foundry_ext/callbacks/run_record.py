@@ -16,9 +16,9 @@ from foundry_ext.callbacks.forgetting import Forgetting
 from foundry_ext.callbacks.meter import (
     Counts,
     Meter,
+    Utilisation,
     over_ranks,
     packed_dataset,
-    utilisation,
 )
 from foundry_ext.callbacks.run_description import (
     describe_loader,
@@ -81,6 +81,7 @@ class RunRecord(Callback):
             )
         assert state.max_duration is not None
         self.max_duration: Time = state.max_duration
+        self.utilisation = Utilisation(state)
         self.fit_started = time.perf_counter()
         self.path = self.path.format(run_name=state.run_name)
         method = method_of(state)
@@ -213,7 +214,8 @@ class RunRecord(Callback):
                 "real_tokens_per_second": timed.real_tokens / timed.seconds,
                 "loss_tokens_per_second": timed.loss_tokens / timed.seconds,
                 "fill": timed.real_tokens / (timed.packs * capacity),
-                "mfu": utilisation(state, timed),
+                "waiting_for_data": timed.waiting / timed.seconds,
+                "mfu": self.utilisation.of(timed),
             }
         if dist.get_global_rank() == 0:
             write_record(self.path, record)

@@ -11,8 +11,9 @@
 - `time`: wall seconds from the start of training to `updated`, evaluations included, and seconds of
   training steps alone; both without the time between an interruption and its resumption.
 - `throughput`: of the training steps on all devices together, without each process's first step,
-  which compiles; null before there is one. `fill`: real tokens over the packs' capacity. `mfu`: see
-  models/flops.py; null where the device's peak is not known.
+  which compiles; null before there is one. `fill`: real tokens over the packs' capacity.
+  `waiting_for_data`: share of the time, 0 to 1; records of before 2026-11-26 do not have it. `mfu`:
+  see models/flops.py; null where the device's peak is not known.
 - `evaluations`: by step. Positive `learning` is more learned, positive `forgetting` more forgotten,
   both against step 0; `metrics` are raw values, those of Composer's own evaluators under
   eval/<label>/<metric>.
@@ -33,6 +34,7 @@ from foundry_ext.compare.secrets import redact
 
 SCHEMA_VERSION = 1
 STATUSES = ("running", "finished", "failed", "stopped")
+LATER_KEYS = ("throughput.waiting_for_data",)  # which older records of this schema do not have
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ SCHEMA: dict[str, Any] = {
         "real_tokens_per_second": NUMBER_OR_NONE,
         "loss_tokens_per_second": NUMBER_OR_NONE,
         "fill": NUMBER_OR_NONE,
+        "waiting_for_data": NUMBER_OR_NONE,
         "mfu": NUMBER_OR_NONE,
     },
     "evaluations": [EVALUATION],
@@ -189,9 +192,10 @@ def _check(value: Any, kind: Any, place: str) -> None:
     if isinstance(kind, dict):
         _check(value, dict, place)
         for key, child in kind.items():
-            if key not in value:
+            if key in value:
+                _check(value[key], child, f"{place}{key}.")
+            elif f"{place}{key}" not in LATER_KEYS:
                 raise ValueError(f"{place}{key}: missing from the run record")
-            _check(value[key], child, f"{place}{key}.")
     elif isinstance(kind, MapOf):
         _check(value, dict, place)
         for key, child in value.items():

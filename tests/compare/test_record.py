@@ -139,6 +139,14 @@ def test_a_missing_key_is_named(record, key):
         validate(record)
 
 
+def test_a_record_of_before_data_wait_was_recorded_is_read(record):
+    del record["throughput"]["waiting_for_data"]
+    validate(record)
+    record["throughput"]["waiting_for_data"] = "much"
+    with pytest.raises(ValueError, match=r"^throughput\.waiting_for_data: 'much' is no int"):
+        validate(record)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"loss": 3}', "\x00"])
 def test_what_is_no_record_is_refused(tmp_path, text):
     path = tmp_path / "record.json"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import foundry_ext.callbacks.meter
 from foundry_ext.adapters import export_checkpoint
 from foundry_ext.callbacks.metrics_file import read_metrics
-from foundry_ext.callbacks.throughput import PackedThroughput
+from foundry_ext.callbacks.throughput import PackedThroughput, as_text
 from tests.composer import kit
 
 # --- packed_throughput ---------------------------------------------------------------------------
@@ -63,6 +63,41 @@ def test_throughput_leaves_out_a_resumed_run_s_first_batch_too(world, finished, 
     run = kit.run(kit.run_config(world, tmp_path, load_path=path, **settings))
     assert len(run.losses) == 3
     assert len(run.logged("throughput/real_tokens_per_sec")) == 2
+
+
+@pytest.mark.parametrize(("interval", "batches"), [("3ba", [3, 6, 8]), ("1ep", [4, 8])])
+def test_throughput_in_a_line_of_the_console(world, tmp_path, capfd, interval, batches):
+    """At Composer's interval and at the end; the numbers are those that are logged."""
+    callbacks = {"spy": {}, "packed_throughput": {}}
+    given = {"log_to_console": True, "console_log_interval": interval, "save_folder": None}
+    run = kit.run(kit.run_config(world, tmp_path, callbacks=callbacks, **given))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "real tokens/s" in line]
+    assert [int(line.split("]")[0].split("=")[1]) for line in lines] == batches
+    rates = run.logged("throughput/real_tokens_per_sec")  # of every batch but the first
+    fills = run.logged("packing/fill")
+    for line, batch in zip(lines, batches, strict=True):
+        assert f" {rates[batch - 2]:,.0f} real tokens/s (" in line
+        assert f"packs {100 * fills[batch - 2]:.1f} % full, data wait " in line
+        assert "MFU" not in line, "no peak is known of a CPU"
+
+
+def test_throughput_prints_nothing_without_a_console(world, tmp_path, capfd):
+    callbacks = {"spy": {}, "packed_throughput": {}}
+    kit.run(kit.run_config(world, tmp_path, callbacks=callbacks, save_folder=None))
+    assert "real tokens/s" not in capfd.readouterr().err
+
+
+def test_the_line_says_mfu_where_it_is_known():
+    logged = {
+        "throughput/real_tokens_per_sec": 81234.4,
+        "throughput/loss_tokens_per_sec": 40617.2,
+        "throughput/device/mfu": 0.352,
+        "packing/fill": 0.991,
+        "throughput/waiting_for_data": 0.002,
+    }
+    assert as_text(logged) == (
+        "81,234 real tokens/s (40,617 with loss), MFU 35.2 %, packs 99.1 % full, data wait 0.2 %"
+    )
 
 
 def test_throughput_needs_a_packed_loader(world, tmp_path):

@@ -93,6 +93,7 @@ def test_a_finished_run(whole):
     ratio = throughput["real_tokens_per_second"] / throughput["loss_tokens_per_second"]
     assert ratio == pytest.approx(warm["real"] / warm["loss"])
     assert throughput["real_tokens_per_second"] > warm["real"] / record["time"]["train_seconds"]
+    assert 0 < throughput["waiting_for_data"] < 1
     assert throughput["mfu"] is None, "no peak is known of a CPU"
 
 
@@ -237,19 +238,21 @@ kit.llmfoundry.registry.callbacks.register("keep", func=Keep)
 
 
 def test_mfu(world, tmp_path, monkeypatch):
-    """On a device of a known peak: FLOPs of the real documents, base frozen, over the time."""
+    """On a device of a known peak: FLOPs of the real documents, with the base frozen and the
+    adapter's own products, over the time."""
     monkeypatch.setattr(foundry_ext.callbacks.meter, "device_peak", lambda state: 1e9)
     given = settings(world, tmp_path, save_folder=None, max_duration="4ba")
     given["callbacks"]["packed_throughput"] = {}
     run = kit.run(kit.run_config(world, tmp_path, "lora", **given))
     record = read_record(tmp_path / "record.json")
-    warm = counted(run.spy.batches[1:])
+    warm, model = counted(run.spy.batches[1:]), run.trainer.state.model
     flops = training_flops(
-        run.trainer.state.model.inner_model.config,
+        model.inner_model.config,
         num_tokens=warm["real"],
         num_loss_tokens=warm["loss"],
         sum_squared_lengths=warm["squares"],
         frozen_base=True,
+        adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     seconds = warm["real"] / record["throughput"]["real_tokens_per_second"]
     assert record["throughput"]["mfu"] == pytest.approx(flops / seconds / 1e9)
