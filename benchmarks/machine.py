@@ -42,7 +42,5 @@ def installed(package: str) -> str | None:
 
 def as_line(machine: dict[str, Any]) -> str:
     """One line to print above figures."""
-    versions = (
-        f"{name} {machine[name]}" for name in ("python", *PACKAGES) if machine.get(name)
-    )
+    versions = (f"{name} {machine[name]}" for name in ("python", *PACKAGES) if machine.get(name))
     return f"{machine['device']}, {machine['threads']} threads; {', '.join(versions)}"

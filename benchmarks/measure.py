@@ -17,7 +17,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-STEPS_A_SAMPLE = {"cuda": 5, "cpu": 1}  # launches of the next step hide behind this one, as in training
+STEPS_A_SAMPLE = {
+    "cuda": 5,
+    "cpu": 1,
+}  # launches of the next step hide behind this one, as in training
 
 
 def seconds(run: Run, device: str, steps: int | None = None) -> float:

@@ -1,221 +1,191 @@
-"""Real tokens per second of a training step: ours, packed, against Hugging Face's padded SDPA.
+"""Real tokens per second of whole optimizer steps: ours, packed, against Hugging Face's.
 
-    python benchmarks/step_time.py
+    python benchmarks/step_time.py                       # this machine's defaults
+    python benchmarks/step_time.py --methods full,lora,dora,rslora --models smollm2-360m
+    python benchmarks/step_time.py --scale pack_tokens   # how cost grows; model, document_length
+    python benchmarks/step_time.py --check               # does `ours` learn as the fp32 path does
 
-One step is forward and backward of SmolLM2-135M with random weights on the same documents. Only
-real tokens are counted, on both sides. Baseline and ours alternate, and the ratio is taken pair by
-pair, so that what else the machine does falls on both. On a CPU time is the process's CPU time.
+A step is forward and backward of all its microbatches, AdamW (fused) and zero_grad; neither
+gradient clipping nor data loading. Weights and tokens are random, seeds fixed, documents the same
+for all, and only they count as tokens. Variants take turns, and ratios are taken pair by pair. Time
+is CPU time of the process on a CPU, wall time on a GPU.
 """
 
 import argparse
-import importlib.metadata
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from foundry_ext.models.attention import resolve_backend
-from foundry_ext.models.flops import peak_flops, training_flops
-from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout, installed or not
 
-CONFIGS = Path(__file__).parents[1] / "foundry_ext" / "models" / "configs"
-# Medians and sigmas of log-normal lengths: instruction tuning, code, chat.
-LENGTHS = {"a": (350, 0.9), "b": (600, 1.4), "c": (80, 0.7)}
-LONGEST = 2048
+from benchmarks import loss_check, scaling
+from benchmarks.comparison import Options, compare
+from benchmarks.machine import as_line
+from benchmarks.report import default_device, markdown, new_report, write_json
+from benchmarks.variants import METHODS, VARIANTS, Setup
+from benchmarks.workloads import LENGTHS, Workload, named_case, packed_workload
+from foundry_ext.models.attention import BACKENDS
+from foundry_ext.models.loss import LOSSES
 
-
-@dataclass
-class Case:
-    """Documents of one step, with the share of their tokens, at the end, that has a label."""
-
-    lengths: list[int]
-    pad_to: int
-    labelled: float
-
-    def num_loss_tokens(self) -> int:
-        return sum(min(round(length * self.labelled), length - 1) for length in self.lengths)
-
-
-def draw_lengths(name: str, count: int, *, fill: float, pad_to: int | None) -> list[int]:
-    """Lengths from the named distribution whose padded batch is `fill` full.
-
-    Fill decides the ratio more than anything else, and of 8 documents it scatters from .2 to .8, so
-    of a thousand draws the one nearest to the wanted fill is taken.
-
-    Args:
-        pad_to: slots a row has; None for the longest document.
-    """
-    median, sigma = LENGTHS[name]
-    draw = np.random.default_rng(0).lognormal(np.log(median), sigma, (1000, count))
-    lengths = draw.clip(16, LONGEST).astype(int)
-    fills = lengths.mean(1) / (lengths.max(1) if pad_to is None else pad_to)
-    return lengths[np.abs(fills - fill).argmin()].tolist()
+# By device. A CPU computes some hundred tokens a second: few variants, few documents.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "precision": "bf16",
+        "lengths": ["longest", "to2048"],
+        "labelled": [1.0, 0.5],
+        "variants": ["hf_padded", "ours"],
+        "pack_tokens": 4096,
+        "packs": 1,
+        "microbatches": (1, 4, 8),
+        "compile": "none",
+        "repeats": 3,
+    },
+    "cuda": {
+        "precision": "amp_bf16",
+        "lengths": ["a", "b", "c"],
+        "labelled": [1.0],
+        "variants": [name for name in VARIANTS if name != "unpadded"],
+        "pack_tokens": 16384,
+        "packs": 4,
+        "microbatches": (4, 8, 16, 32, 64, 128),
+        "compile": "layers",
+        "repeats": 7,
+    },
+}
 
 
-def documents(case: Case, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    """(ids, labels) a document; labels unshifted, -100 where there is none."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for length in case.lengths:
-        ids = torch.randint(vocabulary, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: length - min(round(length * case.labelled), length - 1)] = -100
-        made.append((ids, labels))
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--models", type=_names, default=["smollm2-135m"], help="shipped shapes")
+    add("--methods", type=_names, default=["full"], help=",".join(METHODS))
+    add("--variants", type=_names, help=",".join(VARIANTS))
+    add("--lengths", type=_names, help=f"{','.join(LENGTHS)}, longest, to2048")
+    add("--labelled", type=_numbers, help="shares of a document's tokens with a label")
+    add("--pack-tokens", type=int, help="capacity of a pack, for lengths a, b and c")
+    add("--packs", type=int, help="of a step, for lengths a, b and c")
+    add("--documents", type=int, default=8, help="of a step, for longest; to2048 has half")
+    add("--microbatches", type=_counts, help="rows of padded microbatches to choose from")
+    add_shipped(made)
+    add("--repeats", type=int)
+    add("--memory", action="store_true", help="peak memory on a CPU too: a process a variant")
+    add("--workers", type=int, help="time waiting for a loader with so many workers, too")
+    add("--json", type=Path, help="file to write")
+    add("--scale", choices=scaling.AXES, help="how cost per token grows")
+    add("--check", action="store_true", help="loss after training against the fp32 path")
+    add("--check-steps", type=int, default=200)
+    add("--check-seeds", type=int, default=3)
     return made
 
 
-def padded_batch(case: Case, vocabulary: int, device: str) -> dict[str, Tensor]:
-    made = documents(case, vocabulary)
-    shape = (len(made), case.pad_to)
-    ids = torch.zeros(shape, dtype=torch.long)
-    labels, mask = torch.full(shape, -100), torch.zeros(shape, dtype=torch.long)
-    for row, (document, targets) in enumerate(made):
-        ids[row, : len(document)], labels[row, : len(document)] = document, targets
-        mask[row, : len(document)] = 1
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return {key: value.to(device) for key, value in batch.items()}
+def add_shipped(made: argparse.ArgumentParser) -> None:
+    """How ours runs: the device's defaults are what is shipped."""
+    add = made.add_argument
+    add("--device", default=default_device(), choices=("cpu", "cuda"))
+    add("--precision", choices=("bf16", "amp_bf16", "fp32"))
+    add("--backend", default="auto", choices=BACKENDS, help="attention of ours")
+    add("--loss", default="chunked", choices=LOSSES, help="of ours")
+    add("--compile", choices=("none", "layers", "model"), help="what of ours")
+    add("--compile-mode", default="default")
+    add("--dynamic", action="store_true", help="compile ours for any shape")
+    add("--activation-checkpointing", action="store_true", help="on both sides")
 
 
-def packed_batch(case: Case, vocabulary: int, device: str) -> dict[str, Tensor | int]:
-    ids, labels = (torch.cat(parts) for parts in zip(*documents(case, vocabulary), strict=True))
-    positions = torch.cat([torch.arange(length) for length in case.lengths])
-    offsets = torch.tensor(np.cumsum([0, *case.lengths]), dtype=torch.int32)
-    return {
-        "input_ids": ids[None].to(device),
-        "labels": labels[None].to(device),
-        "position_ids": positions[None].to(device),
-        "cu_seqlens": offsets.to(device),
-        "max_seqlen": LONGEST,
-        "num_loss_tokens": case.num_loss_tokens(),
-    }
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
-def step(model: torch.nn.Module, batch: dict, precision: str, device: str) -> Callable[[], None]:
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "amp_bf16"):
-            loss = model(**batch).loss
-        loss.backward()
-
-    return run
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    """Of one step: wall time on a GPU, CPU time of all threads on a CPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
-def peak_memory(run: Callable[[], None]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() / 2**30
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    made = parser()
+    options = made.parse_args(arguments)
+    with_defaults(options)
+    known = {"methods": METHODS, "variants": VARIANTS, "lengths": [*LENGTHS, "longest", "to2048"]}
+    for key, names in known.items():
+        for value in getattr(options, key):
+            if value not in names:
+                made.error(f"--{key}: {value!r} is unknown; choose from {', '.join(names)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device: 'cuda' is not here; use cpu")
+    return options
 
 
-def measure(case: Case, config: LlamaConfig, options: argparse.Namespace) -> str:
-    """A line of the table."""
-    device, num_tokens = options.device, sum(case.lengths)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    torch.manual_seed(0)
-    theirs = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", torch_dtype=dtype)
-    ours = SmolLM2ForCausalLM(config).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
-    ours.load_state_dict(theirs.state_dict())
-    ours.attention_backend, ours.loss_implementation = options.backend, options.loss
-    theirs, ours = theirs.to(device).train(), ours.to(device).train()  # pyright: ignore
-    runs = [
-        step(theirs, padded_batch(case, config.vocab_size, device), options.precision, device),
-        step(ours, packed_batch(case, config.vocab_size, device), options.precision, device),
-    ]
-    for run in runs:
-        run()  # allocations, kernel selection
-    pairs = [[seconds(run, device) for run in runs] for _ in range(options.repeats)]
-    ratios = sorted(baseline / packed for baseline, packed in pairs)
-    rates = [num_tokens / statistics.median(column) for column in zip(*pairs, strict=True)]
-    fill = num_tokens / (len(case.lengths) * case.pad_to)
-    cells = [
-        f"{len(case.lengths)} padded to {case.pad_to}",
-        f"{100 * fill:.0f} %",
-        f"{100 * case.labelled:.0f} %",
-        f"{rates[0]:,.0f}",
-        f"{rates[1]:,.0f}",
-        f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})",
-    ]
-    if device == "cuda":
-        flops = training_flops(
-            config,
-            num_tokens=num_tokens,
-            num_loss_tokens=case.num_loss_tokens(),
-            sum_squared_lengths=sum(length**2 for length in case.lengths),
-        )
-        peak = peak_flops(torch.cuda.get_device_name())
-        mfu = "?" if peak is None else f"{100 * flops * rates[1] / num_tokens / peak:.1f} %"
-        cells += [mfu, *(f"{peak_memory(run):.2f}" for run in runs)]
-    return "| " + " | ".join(cells) + " |"
+def with_defaults(options: argparse.Namespace) -> None:
+    for key, value in DEFAULTS[options.device].items():
+        if getattr(options, key, None) is None:
+            setattr(options, key, value)
 
 
-def machine(options: argparse.Namespace) -> str:
-    if options.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        cpu = next((line for line in lines if line.startswith("model name")), platform.machine())
-        name = f"{cpu.split(':')[-1].strip()}, {torch.get_num_threads()} threads"
-    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-    backend = resolve_backend(options.backend, device=options.device, dtype=dtype)
-    return (
-        f"{name}; Python {platform.python_version()}, torch {torch.__version__}, transformers"
-        f" {importlib.metadata.version('transformers')}; {options.model}, {options.precision};"
-        f" attention {backend}, loss {options.loss}"
-    )
+def setup_of(options: argparse.Namespace, model: str, method: str) -> Setup:
+    keys = ("device", "precision", "backend", "loss", "compile", "compile_mode", "dynamic")
+    keys += ("activation_checkpointing",)
+    return Setup(model=model, method=method, **{key: getattr(options, key) for key in keys})
+
+
+def workloads(options: argparse.Namespace, vocabulary: int) -> Iterator[Workload]:
+    for name in options.lengths:
+        for labelled in options.labelled:
+            common = {"vocabulary": vocabulary, "labelled": labelled}
+            if name in LENGTHS:
+                yield packed_workload(
+                    name,
+                    pack_tokens=options.pack_tokens,
+                    num_packs=options.packs,
+                    microbatches=options.microbatches,
+                    **common,
+                )
+            else:
+                half = name == "to2048"
+                count = max(options.documents // 2, 1) if half else options.documents
+                yield named_case(name, count=count, **common)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    report = new_report(options.device, _settings(options))
+    print(as_line(report["machine"]), flush=True)
+    chosen = Options(repeats=options.repeats, memory=options.memory, workers=options.workers)
+    for model in options.models:
+        setups = {method: setup_of(options, model, method) for method in options.methods}
+        vocabulary = next(iter(setups.values())).config().vocab_size
+        for workload in workloads(options, vocabulary):
+            print(f"{model}, {workload.name}, {workload.num_loss_tokens} labels", flush=True)
+            result = compare(setups, workload, options.variants, chosen, say=_say)
+            report["results"].append({"model": model, **result})
+            if options.json:
+                write_json(report, options.json)
+            print("\n" + markdown(report["results"][-1:], options.device) + "\n", flush=True)
+    return report
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore
-    parser.add_argument("--model", default="smollm2-135m", help="a shipped shape")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "amp_bf16", "fp32"))
-    parser.add_argument("--backend", default="auto", help="attention backend of ours")
-    parser.add_argument("--loss", default="chunked", choices=("chunked", "liger"))
-    parser.add_argument("--lengths", default="a", choices=sorted(LENGTHS))
-    parser.add_argument("--documents", type=int, default=8, help="of a step")
-    parser.add_argument("--documents-2048", type=int, default=4, help="where padded to 2048")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--fill", type=float, default=0.66, help="padded to the longest")
-    parser.add_argument("--fill-2048", type=float, default=0.39, help="padded to 2048")
-    options = parser.parse_args()
-    config = AutoConfig.from_pretrained(CONFIGS / options.model, use_cache=False)
-    name = options.lengths
-    short = draw_lengths(name, options.documents, fill=options.fill, pad_to=None)
-    long = draw_lengths(name, options.documents_2048, fill=options.fill_2048, pad_to=LONGEST)
-    cases = [
-        Case(lengths, pad_to, labelled)
-        for lengths, pad_to in ((short, max(short)), (long, LONGEST))
-        for labelled in (1.0, 0.5)
-    ]
-    unit = "s" if options.device == "cuda" else "CPU-s"
-    header = ["documents", "padding's fill", "labelled", f"HF padded, tokens/{unit}"]
-    header += [f"ours, tokens/{unit}", "ratio (least-most)"]
-    if options.device == "cuda":
-        header += ["our MFU", "HF peak GiB", "our peak GiB"]
-    print(machine(options) + "\n")
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for case in cases:
-        print(measure(case, config, options), flush=True)
+    options = parse()
+    if options.scale:
+        scaling.run(options, setup_of)
+    elif options.check:
+        loss_check.run(options, setup_of)
+    else:
+        report = measure(options)
+        print("All of it:\n\n" + markdown(report["results"], options.device))
 
 
 if __name__ == "__main__":

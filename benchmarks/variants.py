@@ -60,7 +60,10 @@ VARIANTS = {
         title="HF padded, SDPA, compiled", ours=False, batches="padded", compiled=True
     ),
     "hf_padding_free": Variant(
-        title="HF padding-free, flash", ours=False, batches="flattened", attention="flash_attention_2"
+        title="HF padding-free, flash",
+        ours=False,
+        batches="flattened",
+        attention="flash_attention_2",
     ),
     "unpadded": Variant(title="unpadded", ours=True, batches="padded"),
     "ours_eager": Variant(title="ours, eager", ours=True, batches="packed"),
@@ -85,7 +88,10 @@ class Setup:
     compile_mode: str = "default"
     dynamic: bool = False
     activation_checkpointing: bool = False
-    learning_rate: float = 1e-4
+    learning_rate: float = 0.0
+    """Of AdamW. 0 does all the work and leaves the weights alone, so that losses compare."""
+    seed: int = 0
+    """Of the random weights."""
 
     def config(self) -> LlamaConfig:
         return AutoConfig.from_pretrained(
@@ -111,23 +117,43 @@ class Step:
         self.num_slots = num_slots(batches)
         self.weights = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]  # pyright: ignore
         self.num_loss_tokens = sum(self.weights)
-        self.batches = [to_device(batch, setup.device) for batch in batches]
+        self.load(batches)
 
-    def __call__(self) -> None:
+    def __call__(self) -> torch.Tensor:
+        """Mean nats over the step's labels, a scalar still on the device."""
+        amp = self.setup.precision == "amp_bf16"
+        total = torch.zeros((), device=self.setup.device)
         for batch, weight in zip(self.batches, self.weights, strict=True):
-            self.forward(batch, weight).backward()
+            with torch.autocast(self.setup.device, torch.bfloat16, enabled=amp):
+                loss = self.model(**batch).loss * (weight / self.num_loss_tokens)
+            loss.backward()
+            total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return total
 
-    def forward(self, batch: Batch, weight: int) -> torch.Tensor:
-        amp = self.setup.precision == "amp_bf16"
-        with torch.autocast(self.setup.device, torch.bfloat16, enabled=amp):
-            return self.model(**batch).loss * (weight / self.num_loss_tokens)
+    def load(self, batches: Sequence[Batch]) -> None:
+        """Goes on with these, which the loader has made of the same documents."""
+        self.batches = [to_device(batch, self.setup.device) for batch in batches]
 
-    def loss(self) -> float:
-        """Mean nats over the step's labels at the present weights; nothing is updated."""
-        parts = zip(self.batches, self.weights, strict=True)
-        return sum(self.forward(batch, weight).item() for batch, weight in parts)
+
+def make_batches(
+    name: str, workload: Workload, setup: Setup, rows: int | None = None
+) -> list[Batch]:
+    """A step's microbatches for a variant, on the CPU; `rows` as in `Bench.step`."""
+    variant = VARIANTS[name]
+    if variant.batches == "flattened":
+        return flattened_batches(workload)
+    if variant.batches == "packed":
+        return packed_batches(workload, fixed_shape=is_compiled(variant, setup))
+    batches = padded_batches(workload, rows or workload.microbatches[-1])
+    if variant.mask:
+        return batches
+    return [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in batches]
+
+
+def is_compiled(variant: Variant, setup: Setup) -> bool:
+    return variant.compiled and (not variant.ours or setup.compile != "none")
 
 
 def to_device(batch: Batch, device: str) -> Batch:
@@ -140,7 +166,7 @@ class Bench:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        torch.manual_seed(0)
+        torch.manual_seed(setup.seed)
         self.source = self._new_model(ours=True)
         trained = [p for p in self.source.parameters() if p.requires_grad]
         # Fused on both sides: the fastest of torch's own.
@@ -157,28 +183,11 @@ class Bench:
         problem = why_absent(variant, self.setup)
         if problem:
             raise Absent(problem)
-        return Step(
-            self._model(variant),
-            self.optimizer,
-            self.batches(variant, workload, rows or workload.microbatches[-1]),
-            self.setup,
-        )
-
-    def batches(self, variant: Variant, workload: Workload, rows: int) -> list[Batch]:
-        if variant.batches == "flattened":
-            return flattened_batches(workload)
-        if variant.batches == "packed":
-            return packed_batches(workload, fixed_shape=self._is_compiled(variant))
-        batches = padded_batches(workload, rows)
-        if variant.mask:
-            return batches
-        return [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in batches]
-
-    def _is_compiled(self, variant: Variant) -> bool:
-        return variant.compiled and (not variant.ours or self.setup.compile != "none")
+        batches = make_batches(name, workload, self.setup, rows)
+        return Step(self._model(variant), self.optimizer, batches, self.setup)
 
     def _model(self, variant: Variant) -> nn.Module:
-        compiled = self._is_compiled(variant)
+        compiled = is_compiled(variant, self.setup)
         key = (variant.ours, variant.attention, compiled)
         if key not in self._models:
             model = self._new_model(ours=variant.ours, attention=variant.attention)

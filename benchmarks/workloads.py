@@ -1,7 +1,7 @@
 """The documents of one optimizer step, and the batches that each system makes of them.
 
-Lengths are log-normal, clipped at 16 and 2048, token ids random, all seeds fixed. Whatever the batch,
-it holds the same documents, and only these count as tokens.
+Lengths are log-normal, clipped at 16 and 2048, token ids random, all seeds fixed. Whatever the
+batch, it holds the same documents, and only these count as tokens.
 
 D documents, T tokens, B rows of S slots.
 """
@@ -38,6 +38,8 @@ class Workload:
     """Capacity of a pack, tokens."""
     microbatches: tuple[int, ...]
     """Rows of a padded microbatch to choose the fastest from; one where the case itself says it."""
+    max_seq_len: int = LONGEST
+    """Tokens no document exceeds."""
     pad_to: int | None = None
     """Slots of a padded row; None for the longest of its microbatch."""
 
@@ -55,7 +57,7 @@ class Workload:
 
 
 def make_documents(lengths: Sequence[int], *, vocabulary: int, labelled: float) -> list[Document]:
-    """Random documents, the last `labelled` (0 to 1) of each to be predicted; never the first token."""
+    """Random documents; the last `labelled` (0 to 1) of each has labels, its first token never."""
     generator = np.random.default_rng(0)
     made = []
     for length in lengths:
@@ -82,7 +84,7 @@ def draw_lengths(name: str, count: int, *, fill: float, pad_to: int | None) -> l
 
 
 def named_case(name: str, *, vocabulary: int, labelled: float, count: int) -> Workload:
-    """"longest": `count` documents padded to the longest at 66 % fill; "to2048": at 39 %.
+    """ "longest": `count` documents padded to the longest at 66 % fill; "to2048": at 39 %.
 
     All of them are one microbatch and one pack.
     """
@@ -151,7 +153,7 @@ def packed_batches(workload: Workload, *, fixed_shape: bool = False) -> list[Bat
     """A microbatch a pack, as the project's loader makes it."""
     lengths = [len(document.input_ids) for document in workload.documents]
     collate = PackCollator(
-        max_seq_len=min(LONGEST, workload.pack_tokens),
+        max_seq_len=min(workload.max_seq_len, workload.pack_tokens),
         pack_tokens=workload.pack_tokens,
         fixed_shape=fixed_shape,
     )

@@ -1,0 +1,227 @@
+"""Variants and methods measured side by side on one workload."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.measure import (
+    alternate,
+    count_kernels,
+    device_peak_memory,
+    pairwise,
+    process_peak_memory,
+    seconds,
+    spread,
+    synchronize,
+)
+from benchmarks.variants import VARIANTS, Absent, Bench, Setup, Step, make_batches
+from benchmarks.workloads import Batch, Workload
+from foundry_ext.models.flops import adapter_parameters, peak_flops, training_flops
+
+BASELINE = "hf_padded"
+WARM_UP = {"cuda": 4, "cpu": 1}  # steps: allocations, choice of kernels, compilation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    repeats: int = 5
+    memory: bool = False
+    """On a CPU each variant runs once more, in a process of its own; a GPU has it always."""
+    kernels: bool = True
+    workers: int | None = None
+    """Of a loader that makes each step's batches anew; None: no loader, no wait measured."""
+
+
+Key = tuple[str, str]  # method, variant
+
+
+def compare(
+    setups: Mapping[str, Setup],
+    workload: Workload,
+    names: Sequence[str],
+    options: Options,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Everything about a workload: {"workload": {...}, "variants": [{...}, ...]}.
+
+    All methods and variants take turns in one alternation, so that every ratio is of pairs.
+
+    Args:
+        setups: by method; they differ by it alone.
+        names: of `VARIANTS`.
+    """
+    steps: dict[Key, Step] = {}
+    rows: dict[Key, dict[str, Any]] = {}
+    for method, setup in setups.items():
+        bench = Bench(setup)
+        for name in names:
+            key = (method, name)
+            rows[key] = {"method": method, "variant": name, "title": VARIANTS[name].title}
+            try:
+                size = _best_rows(bench, name, workload)
+                steps[key] = step = bench.step(name, workload, size)
+                rows[key] |= {"rows": size, "loss": _warm_up(step)}
+            except Absent as reason:
+                rows[key]["absent"] = str(reason)
+            except torch.OutOfMemoryError:
+                rows[key]["absent"] = "out of memory"
+            say(f"  {method}, {VARIANTS[name].title}: {rows[key].get('absent', 'ready')}")
+    device = next(iter(setups.values())).device
+    found = alternate(steps, device, repeats=options.repeats)  # pyright: ignore[reportArgumentType]
+    for key, step in steps.items():
+        setup = setups[key[0]]
+        rows[key] |= _rates(step, found[key], workload, setup)  # pyright: ignore[reportArgumentType]
+        rows[key] |= _costs(key[1], step, workload, setup, options, rows[key]["rows"])
+    _add_ratios(rows, found)  # pyright: ignore[reportArgumentType]
+    return {"workload": _describe(workload), "variants": list(rows.values())}
+
+
+def _describe(workload: Workload) -> dict[str, Any]:
+    num_labels = workload.num_loss_tokens
+    return {
+        "name": workload.name,
+        "documents": len(workload.documents),
+        "tokens": workload.num_tokens,
+        "loss_tokens": num_labels,
+        "labelled": num_labels / (workload.num_tokens - len(workload.documents)),
+        "sum_squared_lengths": workload.sum_squared_lengths,
+        "pack_tokens": workload.pack_tokens,
+    }
+
+
+def _best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
+    """The padded microbatch with the most tokens a second; larger ones stop at the memory's end."""
+    sizes = workload.microbatches
+    if VARIANTS[name].batches != "padded":
+        return None
+    if len(sizes) == 1 or VARIANTS[name].compiled:
+        # Compilation takes minutes: the size found for the same model uncompiled.
+        return sizes[0] if len(sizes) == 1 else _best_rows(bench, BASELINE, workload)
+    times: dict[int, float] = {}
+    for size in sizes:
+        try:
+            step = bench.step(name, workload, size)
+            step()
+            times[size] = seconds(step, bench.setup.device, steps=1)
+        except torch.OutOfMemoryError:
+            break
+        if times[size] > 1.3 * min(times.values()):
+            break  # beyond the best, where more padding is all that a larger one brings
+    if not times:
+        raise Absent(f"out of memory with {sizes[0]} rows")
+    return min(times, key=lambda size: times[size])
+
+
+def _warm_up(step: Step) -> float:
+    for _ in range(WARM_UP[step.setup.device]):
+        loss = step()
+    return loss.item()  # pyright: ignore[reportPossiblyUnbound]
+
+
+def _rates(
+    step: Step, samples: Sequence[float], workload: Workload, setup: Setup
+) -> dict[str, Any]:
+    num_tokens, time = workload.num_tokens, spread(samples)
+    rates: dict[str, Any] = {
+        "microbatches": len(step.batches),
+        "slots": step.num_slots,
+        "fill": num_tokens / step.num_slots,
+        "seconds": list(samples),
+        "tokens_per_second": num_tokens / time["median"],
+        "tokens_per_second_least": num_tokens / time["most"],
+        "tokens_per_second_most": num_tokens / time["least"],
+        "loss_tokens_per_second": workload.num_loss_tokens / time["median"],
+        "flops": step_flops(workload, step),
+    }
+    peak = peak_flops(torch.cuda.get_device_name()) if setup.device == "cuda" else None
+    if peak is not None:
+        rates["mfu"] = rates["flops"] / time["median"] / peak
+    return rates
+
+
+def step_flops(workload: Workload, step: Step) -> float:
+    """What has to be computed, whoever computes it: padding and recomputation do not count."""
+    return training_flops(
+        step.setup.config(),
+        num_tokens=workload.num_tokens,
+        num_loss_tokens=workload.num_loss_tokens,
+        sum_squared_lengths=workload.sum_squared_lengths,
+        frozen_base=step.setup.method != "full",
+        adapter_parameters=adapter_parameters(step.model),
+    )
+
+
+def _costs(
+    name: str, step: Step, workload: Workload, setup: Setup, options: Options, rows: int | None
+) -> dict[str, Any]:
+    costs: dict[str, Any] = {}
+    if setup.device == "cuda":
+        costs["peak_memory_gib"] = device_peak_memory(step)
+    elif options.memory:
+        costs["peak_memory_gib"] = process_peak_memory(_one_step, setup, workload, name, rows)
+    if options.kernels:
+        key = "kernels" if setup.device == "cuda" else "operators"
+        costs[key] = count_kernels(step, setup.device)
+    if options.workers is not None:
+        costs["data_wait"] = data_wait(name, step, workload, setup, options.workers, rows)
+    return costs
+
+
+def _one_step(setup: Setup, workload: Workload, name: str, rows: int | None) -> None:
+    Bench(setup).step(name, workload, rows)()
+
+
+class _Batches(Dataset):
+    """The same step's batches as often as asked for, each time made anew."""
+
+    def __init__(self, *arguments: Any, length: int):
+        self.arguments, self.length = arguments, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return make_batches(*self.arguments)
+
+
+def data_wait(
+    name: str, step: Step, workload: Workload, setup: Setup, workers: int, rows: int | None
+) -> float:
+    """Share of wall time, 0 to 1, in which the step waits for the loader, after the first."""
+    count = 1 + (20 if setup.device == "cuda" else 2)
+    dataset = _Batches(name, workload, setup, rows, length=count)
+    cuda = setup.device == "cuda"
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=cuda)
+    batches, waited, start = iter(loader), 0.0, 0.0
+    for index in range(count):
+        asked = perf_counter()
+        batch = next(batches)
+        if index > 0:
+            waited += perf_counter() - asked
+        step.load(batch)
+        step()
+        synchronize(setup.device)
+        start = start or perf_counter()  # after the first
+    return waited / (perf_counter() - start)
+
+
+def _add_ratios(rows: Mapping[Key, dict[str, Any]], samples: Mapping[Key, Sequence[float]]) -> None:
+    """Over the baseline and over the fastest of Hugging Face's with the same method, and over full
+    fine-tuning by the same variant."""
+    for (method, name), row in rows.items():
+        if (method, name) not in samples:
+            continue
+        theirs = [key for key in samples if key[0] == method and not VARIANTS[key[1]].ours]
+        fastest = min(theirs, key=lambda key: spread(samples[key])["median"], default=None)
+        others = {
+            "over_hf_padded": (method, BASELINE),
+            "over_fastest_hf": fastest,
+            "over_full": ("full", name),
+        }
+        for label, other in others.items():
+            if other in samples and other != (method, name):
+                row[label] = pairwise(samples[other], samples[method, name])
