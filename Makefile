@@ -1,8 +1,20 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
-STAMP := .venv/.installed
+WORLD ?= pinned
 FAST ?=
 SEEDS ?= 17 18 19 20 21
+
+ifeq ($(WORLD),pinned)
+VENV := .venv
+else ifeq ($(WORLD),current)
+VENV := .venv-current
+OVERRIDES := requirements-current.txt
+else
+$(error WORLD=$(WORLD) is unknown; pinned (torch as in requirements.lock) or current (requirements-current.txt))
+endif
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# torch and what it alone brings along: the lines that requirements-current.txt writes anew.
+FAMILY := ^(torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+)=
 
 export TOKENIZERS_PARALLELISM = false
 
@@ -12,12 +24,17 @@ export TOKENIZERS_PARALLELISM = false
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11
+install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: see CONTRIBUTING.md
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml $(OVERRIDES)
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
+ifdef OVERRIDES
+	grep -Ev '$(FAMILY)' requirements.lock > $(VENV)/others.txt
+	$(BIN)/pip install --quiet --no-deps -r $(VENV)/others.txt -r $(OVERRIDES)
+else
 	$(BIN)/pip install --quiet -r requirements.lock
+endif
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -47,13 +64,21 @@ bench: install ## packing and step time on this machine
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/step_time.py
 
-lock: ## resolve pyproject.toml anew into requirements.lock
+lock: ## resolve pyproject.toml anew into requirements.lock; WORLD=current: torch's companions into its file
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
+ifdef OVERRIDES
+	grep -Ev '$(FAMILY)' requirements.lock > .venv-lock/others.txt
+	grep -E '^(#|torch)' $(OVERRIDES) > .venv-lock/new
+	.venv-lock/bin/pip install --quiet -c .venv-lock/others.txt -r .venv-lock/new
+	.venv-lock/bin/pip freeze --all | grep -E '$(FAMILY)' | grep -v '^torch' >> .venv-lock/new
+	mv .venv-lock/new $(OVERRIDES)
+else
 	.venv-lock/bin/pip install --quiet '.[dev]'
 	sed '/^#/!d' requirements.lock > .venv-lock/new
 	.venv-lock/bin/pip freeze --all --exclude pip --exclude foundry-ext >> .venv-lock/new
 	mv .venv-lock/new requirements.lock
+endif
 	rm -rf .venv-lock
 
 clean: ## remove caches and builds; keeps .venv and outputs

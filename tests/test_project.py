@@ -1,11 +1,13 @@
 """The files around the code: what is installed, locked and registered."""
 
 import re
+import subprocess
 import tomllib
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import foundry_ext
 
@@ -16,12 +18,30 @@ ENTRY_POINTS = [
     for group, entries in PROJECT["entry-points"].items()
     for name, target in entries.items()
 ]
+FILES = ("requirements.lock", "requirements-current.txt")
+# Where packages come from is the reader's own pip's business; no machine's index is anyone else's.
+INDEX = r"index[-_]url|find[-_]links|trusted[-_]host|/simple\b|pypi[.]org|download[.]pytorch"
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [line.partition("==") for line in lines if not line.startswith("#")]
-    return {normal(name): pinned for name, _, pinned in pins}
+def locked(file: str = "requirements.lock") -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    pins = [re.split("===?", line) for line in lines if not line.startswith("#")]
+    return {normal(name): pinned for name, pinned in pins}
+
+
+def torch_family() -> re.Pattern[str]:
+    """The lines that the Makefile leaves out of the lock for `WORLD=current`, as grep gets them."""
+    [pattern] = re.findall("^FAMILY := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return re.compile(pattern)
+
+
+def this_world() -> dict[str, str]:
+    """The pins of the environment that runs the tests: the lock's, or the current world's."""
+    pins, overrides = locked(), locked("requirements-current.txt")
+    if version("torch") != overrides["torch"]:
+        return pins
+    kept = {name: pin for name, pin in pins.items() if not torch_family().match(f"{name}==")}
+    return kept | overrides
 
 
 def normal(name: str) -> str:
@@ -35,11 +55,49 @@ def test_entry_points_resolve(group: str, name: str, target: str):
     assert callable(next(iter(found)).load())
 
 
-def test_the_lock_pins_every_line_and_names_no_address():
-    text = (ROOT / "requirements.lock").read_text()
+@pytest.mark.parametrize("file", FILES)
+def test_a_lock_pins_every_line_and_names_no_address(file: str):
+    text = (ROOT / file).read_text()
     assert not re.search(r"://|^-| @ |foundry[-_]ext==|\.whl", text, re.MULTILINE)
     for line in text.splitlines():
-        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), line
+        pin = r"[A-Za-z0-9._-]+===?[A-Za-z0-9.!+]+"
+        assert line.startswith("#") or re.fullmatch(pin, line), line
+
+
+@pytest.mark.parametrize("line", ["pip install --find-links x", "https://a.b/simple/", "INDEX_URL"])
+def test_an_index_is_recognised(line: str):
+    assert re.search(INDEX, line, re.IGNORECASE)
+
+
+def test_no_file_names_a_package_index():
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in names.split("\0") if (ROOT / name).is_file()]
+    files.remove(Path(__file__))  # its examples
+    assert ROOT / "Makefile" in files
+    texts = {path: path.read_text(errors="replace") for path in files}
+    assert [path for path, text in texts.items() if re.search(INDEX, text, re.IGNORECASE)] == []
+
+
+def test_the_current_world_names_what_it_overrides():
+    """Only torch, torchvision and what torch alone brings along, and every line of the lock that
+    the Makefile leaves out has its successor."""
+    pins, overrides, family = locked(), locked("requirements-current.txt"), torch_family()
+    assert all(family.match(f"{name}==") for name in overrides)
+    left_out = {name for name in pins if family.match(f"{name}==")}
+    assert left_out - set(overrides) == {name for name in left_out if name.endswith("-cu12")}
+    assert {"torch", "torchvision", "triton"} <= left_out & set(overrides)
+    changed = [name for name in left_out & set(overrides) if pins[name] == overrides[name]]
+    assert changed == [], "no override: the lock says the same"
+
+
+def test_torch_gets_what_it_asks_for():
+    """`--no-deps` asks nobody, so this does. Also for the lock, which resolved it."""
+    pins = this_world()
+    wanted = [Requirement(line) for line in requires("torch") or []]
+    for requirement in wanted:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            assert requirement.specifier.contains(pins[normal(requirement.name)]), requirement
 
 
 def test_the_lock_agrees_with_pyproject():
@@ -52,8 +110,9 @@ def test_the_lock_agrees_with_pyproject():
 
 
 def test_the_installed_packages_are_the_locked_ones():
-    pins = locked()
-    for name in ("llm-foundry", "mosaicml", "peft", "setuptools", "torch", "transformers"):
+    pins = this_world()
+    names = ("llm-foundry", "mosaicml", "peft", "setuptools", "torch", "torchvision", "triton")
+    for name in (*names, "transformers"):
         assert version(name) == pins[name], f"{name} is not as locked; run `make install`"
 
 
