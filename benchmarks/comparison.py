@@ -44,6 +44,7 @@ def compare(
     workload: Workload,
     names: Sequence[str],
     options: Options,
+    sizes: Mapping[str, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Everything about a workload: {"workload": {...}, "variants": [{...}, ...]}.
@@ -53,6 +54,7 @@ def compare(
     Args:
         setups: by method; they differ by it alone.
         names: of `VARIANTS`.
+        sizes: rows of a padded variant's microbatch, where they are not to be searched for.
     """
     steps: dict[Key, Step] = {}
     rows: dict[Key, dict[str, Any]] = {}
@@ -62,7 +64,7 @@ def compare(
             key = (method, name)
             rows[key] = {"method": method, "variant": name, "title": VARIANTS[name].title}
             try:
-                size = _best_rows(bench, name, workload)
+                size = (sizes or {}).get(name) or best_rows(bench, name, workload)
                 steps[key] = step = bench.step(name, workload, size)
                 rows[key] |= {"rows": size, "loss": _warm_up(step)}
             except Absent as reason:
@@ -93,14 +95,14 @@ def _describe(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
+def best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
     """The padded microbatch with the most tokens a second; larger ones stop at the memory's end."""
     sizes = workload.microbatches
     if VARIANTS[name].batches != "padded":
         return None
     if len(sizes) == 1 or VARIANTS[name].compiled:
         # Compilation takes minutes: the size found for the same model uncompiled.
-        return sizes[0] if len(sizes) == 1 else _best_rows(bench, BASELINE, workload)
+        return sizes[0] if len(sizes) == 1 else best_rows(bench, BASELINE, workload)
     times: dict[int, float] = {}
     for size in sizes:
         try:

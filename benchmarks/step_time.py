@@ -47,7 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "precision": "amp_bf16",
         "lengths": ["a", "b", "c"],
         "labelled": [1.0],
-        "variants": [name for name in VARIANTS if name != "unpadded"],
+        "variants": [name for name in VARIANTS if not name.startswith("unpadded")],
         "pack_tokens": 16384,
         "packs": 4,
         "microbatches": (4, 8, 16, 32, 64, 128),

@@ -66,6 +66,7 @@ VARIANTS = {
         attention="flash_attention_2",
     ),
     "unpadded": Variant(title="unpadded", ours=True, batches="padded"),
+    "unpadded_larger": Variant(title="unpadded, larger microbatch", ours=True, batches="padded"),
     "ours_eager": Variant(title="ours, eager", ours=True, batches="packed"),
     "ours": Variant(title="ours, as shipped", ours=True, batches="packed", compiled=True),
 }
