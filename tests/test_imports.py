@@ -22,6 +22,7 @@ MAY_IMPORT_TRAINERS = {
     "inspection.py",
     "launch.py",
     "models/composer_smollm2.py",
+    "optimizers.py",
     "quickstart/story.py",
 }
 # Of what these import, directly or through other files of ours, nothing is a trainer's.
