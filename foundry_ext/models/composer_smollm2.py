@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext import methods, pissa
 from foundry_ext.adapters import adaptable_modules, load_adapter
 from foundry_ext.dora import use_fast_dora
+from foundry_ext.frozen import check_frozen_dtype, hold_frozen_in_bf16
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import (
@@ -58,6 +59,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         loss: chunked (any device) or liger (GPU).
         activation_checkpointing: recompute each layer in the backward pass. Set here, because
             llm-foundry drops fsdp_config, and what it says of this, on a single GPU.
+        frozen_dtype: bf16 holds an adapter's frozen linears so, under precision: amp_bf16.
         use_train_metrics: only false is possible, for training computes no logits.
         trust_remote_code, use_auth_token, allow_embedding_resizing, additional_eval_metrics,
         should_save_peft_only: as in `hf_causal_lm`, with trust_remote_code off.
@@ -88,6 +90,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         attention_backend: str = "auto",
         loss: str = "chunked",
         activation_checkpointing: bool = False,
+        frozen_dtype: str = "fp32",
     ):
         _check_settings(
             use_train_metrics=use_train_metrics or bool(additional_train_metrics),
@@ -97,6 +100,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         _check_backend(attention_backend)
         check_loss(loss)
         adapters = [name for name in (pretrained_lora_id_or_path, peft_config) if name is not None]
+        check_frozen_dtype(frozen_dtype, adapted=bool(adapters), init_device=init_device)
         if len(adapters) == 2:
             raise ValueError(
                 f"pretrained_lora_id_or_path: {pretrained_lora_id_or_path} brings its own"
@@ -130,6 +134,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                 adapter.peft_type = PeftType(adapter.peft_type)
             if pissa.is_pissa(self.model):
                 pissa.remember_initial_factors(self.model)
+            if frozen_dtype == "bf16":
+                hold_frozen_in_bf16(self.model)
             use_fast_dora(self.model)
         _check_backend(attention_backend, dropout=inner.config.attention_dropout > 0)
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
