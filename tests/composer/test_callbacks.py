@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import foundry_ext.callbacks.meter
 from foundry_ext.adapters import export_checkpoint
+from foundry_ext.callbacks.meter import Counts, over_ranks
 from foundry_ext.callbacks.metrics_file import read_metrics
 from foundry_ext.callbacks.throughput import PackedThroughput, as_text
 from tests.composer import kit
@@ -54,6 +55,37 @@ def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
         "data/dropped_overlong": [0],
     }.items():
         assert run.logged(name) == pytest.approx(expected), name
+
+
+def test_counts_over_ranks(monkeypatch):
+    """Sums, but for time, which is the slowest rank's; counts stay whole numbers."""
+    here = Counts(2.0, 0.5, 100, 60, 7, 2, 128, 10**15 + 1)
+    there = Counts(1.5, 0.75, 90, 50, 5, 2, 128, 10**15 + 2)
+
+    def all_gather(mine):
+        assert mine.tolist() == [float(value) for value in vars(here).values()]
+        return [mine, torch.tensor(list(vars(there).values()), dtype=torch.float64)]
+
+    dist = foundry_ext.callbacks.meter.dist
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    together = over_ranks(here)
+    assert together == Counts(2.0, 0.75, 190, 110, 12, 4, 256, 2 * 10**15 + 3)
+    assert type(together.real_tokens) is int
+
+
+def test_one_rank_talks_to_nobody(world, tmp_path, monkeypatch):
+    """Composer's process group of one would copy to the GPU and wait for it, every batch."""
+
+    def fail(*_):
+        raise AssertionError("a collective")
+
+    dist = foundry_ext.callbacks.meter.dist
+    monkeypatch.setattr(dist, "all_gather", fail)
+    monkeypatch.setattr(dist, "all_gather_object", fail)
+    callbacks = {"spy": {}, "packed_throughput": {}}
+    kit.run(kit.run_config(world, tmp_path, callbacks=callbacks, save_folder=None))
 
 
 def test_throughput_leaves_out_a_resumed_run_s_first_batch_too(world, finished, tmp_path):
