@@ -34,23 +34,24 @@ class PackCollator:
     """Fills the one slot of an empty pack, and the tails of packs of a fixed shape."""
     fixed_shape: bool = False
     """Fill every pack to `pack_tokens` and its `cu_seqlens` to one length, for compilation."""
+    max_documents: int | None = None
+    """Most documents a pack of a fixed shape can get; None for one a token. A kernel starts work
+    for every entry of `cu_seqlens`, empty ones too, so there should be few."""
 
     def __call__(self, documents: Sequence[Document]) -> Pack:
         """Joins documents; none at all gives the empty pack, one pad token without weight."""
-        lengths = [len(document.input_ids) for document in documents]
-        num_tokens = sum(lengths)
-        input_ids = np.full(self._num_slots(num_tokens), self.pad_token_id, dtype=np.int64)
-        labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int64)
-        start = 0
-        for document, length in zip(documents, lengths, strict=True):
-            end = start + length
-            input_ids[start:end] = document.input_ids
-            np.copyto(labels[start:end], document.input_ids, where=document.has_loss)
-            labels[start] = IGNORE_INDEX
-            start = end
-        cu_seqlens = self._offsets(lengths, len(input_ids))
-        spans = np.diff(cu_seqlens)
-        position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], spans)
+        lengths = np.array([len(document.input_ids) for document in documents], dtype=np.int64)
+        num_tokens = int(lengths.sum())
+        num_slots = self._num_slots(num_tokens)
+        input_ids = np.full(num_slots, self.pad_token_id, dtype=np.int64)
+        labels = np.full(num_slots, IGNORE_INDEX, dtype=np.int64)
+        cu_seqlens = self._offsets(lengths, num_slots)
+        if documents:
+            np.concatenate([one.input_ids for one in documents], out=input_ids[:num_tokens])
+            has_loss = np.concatenate([one.has_loss for one in documents])
+            has_loss[cu_seqlens[: len(documents)]] = False
+            np.copyto(labels[:num_tokens], input_ids[:num_tokens], where=has_loss)
+        position_ids = np.arange(num_slots) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         return Pack(
             input_ids=torch.from_numpy(input_ids)[None],
             position_ids=torch.from_numpy(position_ids)[None],
@@ -59,23 +60,30 @@ class PackCollator:
             max_seqlen=self.max_seq_len,
             num_documents=len(documents),
             num_tokens=num_tokens,
-            num_loss_tokens=int((labels != IGNORE_INDEX).sum()),
-            sum_squared_lengths=sum(length**2 for length in lengths),
+            num_loss_tokens=int(np.count_nonzero(labels != IGNORE_INDEX)),
+            sum_squared_lengths=int(lengths @ lengths),
         )
 
     def _num_slots(self, num_tokens: int) -> int:
         # A kernel wants at least one token, hence the pad token of an empty pack.
         return self.pack_tokens if self.fixed_shape else max(num_tokens, 1)
 
-    def _offsets(self, lengths: Sequence[int], num_slots: int) -> NDArray[np.int64]:
+    def _offsets(self, lengths: NDArray[np.int64], num_slots: int) -> NDArray[np.int64]:
         """0 and the ends, those of filling documents included.
 
         The filled tail is cut into documents of at most `max_seq_len`, as the kernel was promised.
         """
-        ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
-        while ends[-1] < num_slots:
-            ends.append(min(ends[-1] + self.max_seq_len, num_slots))
-        if self.fixed_shape:
-            # At most one document a token; repeated ends are empty documents.
-            ends += [num_slots] * (num_slots + 1 - len(ends))
-        return np.asarray(ends, dtype=np.int64)
+        ends = np.full(self._num_offsets(len(lengths)), num_slots, dtype=np.int64)
+        ends[0] = 0
+        np.cumsum(lengths, out=ends[1 : len(lengths) + 1])
+        filled = np.arange(ends[len(lengths)] + self.max_seq_len, num_slots, self.max_seq_len)
+        ends[len(lengths) + 1 : len(lengths) + 1 + len(filled)] = filled
+        return ends  # repeated ends are empty documents
+
+    def _num_offsets(self, num_documents: int) -> int:
+        if not self.fixed_shape:
+            return max(num_documents, 1) + 1
+        if self.max_documents is None:
+            return self.pack_tokens + 1
+        most_fillers = -(-self.pack_tokens // self.max_seq_len)
+        return min(self.max_documents + most_fillers, self.pack_tokens) + 1

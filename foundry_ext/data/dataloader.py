@@ -26,6 +26,7 @@ from foundry_ext.data.config import (
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments, draw
+from foundry_ext.data.packing import most_documents
 from foundry_ext.data.sources import (
     fetch,
     find_revision,
@@ -141,7 +142,10 @@ def _load_source(
                 )
             rows = rows.select_columns([text_key])
         documents = tokenize_rows(
-            rows, tokenizer, settings, preprocess=source.preprocess, num_proc=_num_proc()
+            *(rows, tokenizer, settings),
+            preprocess=source.preprocess,
+            num_proc=_num_proc(),
+            name=f"{source.hf_name} ({source.split})",
         )
         return documents, revision
 
@@ -184,6 +188,7 @@ def _build(
             pack_tokens=pack_tokens,
             pad_token_id=cast(int, tokenizer.pad_token_id or 0),
             fixed_shape=dataset.get("fixed_shape", False),
+            max_documents=most_documents(documents.lengths[documents.lengths > 0], pack_tokens),
         ),
         {
             "capacity": pack_tokens,

@@ -47,7 +47,7 @@ class PackedDataset(Dataset):
         return self.num_documents
 
     def __getitem__(self, pack: NDArray[np.int64]) -> Pack:
-        return self.collator([self.documents[int(index)] for index in pack])
+        return self.collator(self.documents.read(pack))
 
     def describe_sources(self, key: str) -> str | None:
         """The `name`, or the `revision`, of the source; of a mixture, those of all, joined."""

@@ -89,7 +89,7 @@ def check_shares(shares: Sequence[float | None]) -> None:
         )
 
 
-def _draw(lengths: NDArray[np.int64], wanted: float, position: int) -> NDArray[np.int64]:
+def _draw(lengths: NDArray[np.integer], wanted: float, position: int) -> NDArray[np.int64]:
     """Whole passes over all documents, then some in a random order until `wanted` tokens are
     reached, overshooting by less than the last document."""
     used = np.flatnonzero(lengths)
@@ -112,7 +112,8 @@ class MixedDocuments:
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = list(parts)
-        self.source = np.repeat(np.arange(len(parts)), [len(part.chosen) for part in parts])
+        numbers = np.arange(len(parts), dtype=np.int32)
+        self.source = np.repeat(numbers, [len(part.chosen) for part in parts])
         """[n] which part a document is of."""
         self._row = np.concatenate([part.chosen for part in parts])
         self.lengths = self._gathered("lengths")
@@ -120,14 +121,25 @@ class MixedDocuments:
         self.num_cut = self._gathered("num_cut")
         self.counts = count_outcomes(self.outcomes, self.num_cut)
 
-    def _gathered(self, name: str) -> NDArray[np.int64]:
+    def _gathered(self, name: str) -> NDArray[np.integer]:
         return np.concatenate([getattr(part.documents, name)[part.chosen] for part in self.parts])
 
     def __len__(self) -> int:
         return len(self._row)
 
     def __getitem__(self, index: int) -> Document:
-        return self.parts[self.source[index]].documents[int(self._row[index])]
+        return self.read(np.array([index]))[0]
+
+    def read(self, indices: NDArray[np.integer]) -> list[Document]:
+        """The documents of these indices, as views."""
+        found: list[Any] = [None] * len(indices)
+        sources, rows = self.source[indices], self._row[indices]
+        for number in np.unique(sources):
+            at = np.flatnonzero(sources == number)
+            read = self.parts[number].documents.read(rows[at])
+            for place, document in zip(at.tolist(), read, strict=True):
+                found[place] = document
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

@@ -35,7 +35,7 @@ class PackedBatchSampler(DistributedSampler):
     def __init__(
         self,
         dataset: Dataset,
-        lengths: NDArray[np.int64],
+        lengths: NDArray[np.integer],
         *,
         capacity: int,
         batch_packs: int,
@@ -60,7 +60,7 @@ class PackedBatchSampler(DistributedSampler):
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.total_size = len(dataset)  # pyright: ignore[reportArgumentType]
         self.used = np.flatnonzero(lengths)
-        self.lengths = np.asarray(lengths, dtype=np.int64)[self.used]
+        self.lengths = np.asarray(lengths)[self.used]
         self.capacity, self.batch_packs = capacity, batch_packs
         self.drop_last = drop_last
         self._resume_at = 0, 0  # epoch, batch

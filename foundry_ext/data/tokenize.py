@@ -5,29 +5,34 @@ a row means the same under `finetuning` and `packed_finetuning`. A document is a
 tokens; what happens to a longer row is chosen (`overlong`) and counted, never silent.
 """
 
-import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from datasets.fingerprint import Hasher
+import numpy as np
+import pyarrow as pa
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only, validate_target_settings
 from llmfoundry.data.finetuning.tasks import (
     StreamingFinetuningDataset,
+    _get_example_type,
+    _slice_chat_formatted_example,
     tokenize_formatted_example,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batch import IGNORE_INDEX
-from foundry_ext.data.documents import FEATURES, Documents, Outcome
+from foundry_ext.data.cache import cached, table_key
+from foundry_ext.data.documents import Documents
+from foundry_ext.data.records import NO_TOKENS, Tokens, to_records, to_table
+
+Preprocess = Callable[[dict[str, Any]], Any]
 
 OVERLONG = ("truncate", "split", "drop", "error")
-_FORMAT_VERSION = 1  # of the tokenised table; part of its cache key
-
-Tokens = tuple[list[int], list[int]]  # input_ids and labels, one length
+# Characters handed to the tokenizer at a time: its encodings take some hundred bytes a token.
+_BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,16 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     settings: TokenizeSettings,
     *,
-    preprocess: Callable[[dict[str, Any]], Any] | None = None,
+    preprocess: Preprocess | None = None,
     num_proc: int | None = None,
+    name: str = "rows",
 ) -> Documents:
-    """Tokenises rows, cached on disk by source, tokenizer and settings.
+    """Tokenises rows, or finds them on disk by their content, see data/cache.py.
 
     Args:
         rows: prompt/response or chat rows after `preprocess`, or rows with `settings.text_key`.
+        num_proc: processes, of which each has 1000 rows or more.
+        name: of the rows, on the progress bar.
 
     Raises:
         ValueError: no rows; a row that cannot be read, or too long under `overlong: error`, which
@@ -74,10 +82,24 @@ def tokenize_rows(
     """
     if len(rows) == 0:
         raise ValueError("the dataset has no rows: look at its split and holdout")
-    formatting = [preprocess, _source_code(preprocess)]
-    key = [rows._fingerprint, _identity(tokenizer), asdict(settings), formatting, _FORMAT_VERSION]
-    tokenize = _row_tokenizer(tokenizer, settings, preprocess)
-    return _documents(rows, tokenize, settings, Hasher.hash(key), num_proc)
+    reader = _Reader(tokenizer, settings)
+
+    def write(folder: Path) -> None:
+        table = _map(
+            rows,
+            _table_of(reader, preprocess),
+            num_proc=min(num_proc or 1, len(rows) // 1000) or None,
+            desc=f"Tokenizing {name}",
+            cache_file_name=str(folder / "part.arrow"),
+        )
+        files = [Path(file["filename"]).name for file in table.cache_files]
+        about = {"files": files, "fingerprint": Documents(table).fingerprint}
+        (folder / "about.json").write_text(json.dumps(about))
+
+    folder = cached(table_key(rows, tokenizer, asdict(settings), preprocess), write)
+    about = json.loads((folder / "about.json").read_text())
+    parts = [datasets.Dataset.from_file(str(folder / file)) for file in about["files"]]
+    return Documents(datasets.concatenate_datasets(parts), fingerprint=about["fingerprint"])
 
 
 def tokenize_stream(
@@ -86,164 +108,167 @@ def tokenize_stream(
     settings: TokenizeSettings,
 ) -> Documents:
     """As `tokenize_rows` for rows that come as `turns`; kept in memory, cached nowhere."""
+    reader = _Reader(tokenizer, settings)
 
-    def tokenize(row: dict[str, Any]) -> Tokens:
-        return _stitch(rows[row["index"]]["turns"], tokenizer, settings)
+    def table(batch: dict[str, list[int]]) -> pa.Table:
+        records = []
+        for index in batch["index"]:
+            tokens = _named(index, lambda row: reader.stitch(rows[row]["turns"]), index)
+            records += to_records(index, tokens, settings.max_seq_len, settings.overlong)
+        return to_table(records)
 
     indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
-    return _documents(indices, tokenize, settings, fingerprint="stream")
+    return Documents(_map(indices, table, with_indices=False, desc="Reading streams"))
 
 
-def _documents(
-    rows: datasets.Dataset,
-    tokenize: Callable[[dict[str, Any]], Tokens],
-    settings: TokenizeSettings,
-    fingerprint: str,
-    num_proc: int | None = None,
-) -> Documents:
-    """Maps rows to documents; `fingerprint` names the file of the cache, where `rows` have one."""
-
-    def table(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        names = list(batch)
-        columns = zip(*batch.values(), strict=True)
-        records = (
-            record
-            for index, values in zip(indices, columns, strict=True)
-            for record in _records(index, dict(zip(names, values, strict=True)), tokenize, settings)
-        )
-        return _columns(records)
-
-    return Documents(
-        rows.map(
-            table,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            new_fingerprint=fingerprint,
-            num_proc=min(num_proc or 1, len(rows) // 1000) or None,
-            desc="Tokenizing",
-        )
+def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any) -> Any:
+    """Not under the cache of `datasets`: its key would be the rows' path and time."""
+    return rows.map(
+        table,
+        batched=True,
+        remove_columns=rows.column_names,
+        new_fingerprint="documents",
+        load_from_cache_file=False,
+        **{"with_indices": True, **settings},
     )
 
 
-def _row_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,
-    settings: TokenizeSettings,
-    preprocess: Callable[[dict[str, Any]], Any] | None,
-) -> Callable[[dict[str, Any]], Tokens]:
-    if settings.text_key is None:
+def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[..., pa.Table]:
+    limit, overlong = reader.settings.max_seq_len, reader.settings.overlong
 
-        def tokenize(row: dict[str, Any]) -> Tokens:
-            example = row if preprocess is None else preprocess(row)
-            turns = tokenize_formatted_example(example, tokenizer)["turns"]
-            return _stitch(turns, tokenizer, settings)
+    def table(batch: dict[str, list[Any]], indices: list[int]) -> pa.Table:
+        names = list(batch)
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        if preprocess is not None and reader.settings.text_key is None:
+            rows = [_named(i, preprocess, row) for i, row in zip(indices, rows, strict=True)]
+        tokens = reader.read_batch(rows)
+        if tokens is None:
+            tokens = [_named(i, reader.read, row) for i, row in zip(indices, rows, strict=True)]
+        return to_table(
+            record
+            for i, one in zip(indices, tokens, strict=True)
+            for record in to_records(i, one, limit, overlong)
+        )
 
-        return tokenize
+    return table
 
-    text_key = settings.text_key
 
-    def tokenize_text(row: dict[str, Any]) -> Tokens:
+def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
+    """Errors say which row they are of."""
+    try:
+        return function(row)
+    except Exception as error:
+        raise ValueError(f"row {index}: {type(error).__name__}: {error}") from error
+
+
+class _Reader:
+    """Tokens of formatted rows: of one as llm-foundry has them, of many the same but faster."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings):
+        self.tokenizer, self.settings = tokenizer, settings
+        self.eos = cast(int, tokenizer.eos_token_id)
+
+    def read(self, row: dict[str, Any]) -> Tokens:
+        """
+        Raises:
+            Exception: llm-foundry's own for a row that cannot be read.
+        """
+        text_key = self.settings.text_key
+        if text_key is None:
+            return self.stitch(tokenize_formatted_example(row, self.tokenizer)["turns"])
         text = row[text_key]
         if not isinstance(text, str):
             raise ValueError(f"column {text_key!r} holds {type(text).__name__}, not text")
         # Not verbose: it warns of texts over the model's length, which `overlong` deals with.
-        encoding = tokenizer(text, truncation=False, padding=False, verbose=False)
-        ids = list(cast(list[int], encoding["input_ids"])) if text else []
-        # The end of a text is to be learned too; a tokenizer that adds it itself adds it once.
-        if ids and ids[-1] != tokenizer.eos_token_id:
-            ids.append(_eos_token_id(tokenizer))
-        return ids, ids
+        encoding = self.tokenizer(text, truncation=False, padding=False, verbose=False)
+        return self._close(text, cast(list[int], encoding["input_ids"]))
 
-    return tokenize_text
+    def stitch(self, turns: Sequence[Any]) -> Tokens:
+        """Turns end to end, closed with end-of-text, as llm-foundry's own collator does it."""
+        if any(len(turn[key]) == 0 for turn in turns for key in ("input_ids", "labels")):
+            return NO_TOKENS
+        turns = [{key: list(turn[key]) for key in ("input_ids", "labels")} for turn in turns]
+        prompts, responses = self.settings.target_prompts, self.settings.target_responses
+        ids, labels = stitch_turns_decoder_only(turns, prompts, responses, self.eos)
+        return Tokens(np.array(ids, np.int32), np.array(labels, np.int64) != IGNORE_INDEX)
 
+    def _close(self, text: str, ids: list[int]) -> Tokens:
+        """The end of a text is to be learned too; a tokenizer that adds it itself adds it once."""
+        if not text or not ids:
+            return NO_TOKENS
+        if ids[-1] != self.eos:
+            ids = [*ids, self.eos]
+        return Tokens(np.array(ids, np.int32), np.ones(len(ids), np.bool_))
 
-def _stitch(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings
-) -> Tokens:
-    """Turns end to end, closed with end-of-text, as llm-foundry's own collator does it."""
-    if any(len(turn[key]) == 0 for turn in turns for key in ("input_ids", "labels")):
-        return [], []
-    turns = [{key: list(turn[key]) for key in ("input_ids", "labels")} for turn in turns]
-    return stitch_turns_decoder_only(
-        turns, settings.target_prompts, settings.target_responses, _eos_token_id(tokenizer)
-    )
+    def read_batch(self, rows: Sequence[dict[str, Any]]) -> list[Tokens] | None:
+        """The same by the tokenizer's Rust side, many texts a call, or None if that cannot be.
 
+        A tokenizer whose Python side does more than its Rust side is found out by the first row.
+        Whatever is wrong with a row, reading the rows one by one says which it is.
+        """
+        of_transformers = type(self.tokenizer).__module__.startswith("transformers.")
+        if not (of_transformers and self.tokenizer.is_fast):
+            return None
+        try:
+            # First, because it sets the Rust side to neither cut nor pad.
+            first = self.read(rows[0])
+            tokens = list(self._read_batch(rows))
+        except Exception:
+            return None
+        same = all(map(np.array_equal, first, tokens[0]))
+        return tokens if same else None
 
-def _eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return cast(int, tokenizer.eos_token_id)
+    def _read_batch(self, rows: Sequence[dict[str, Any]]) -> Iterator[Tokens]:
+        text_key = self.settings.text_key
+        if text_key is not None:
+            texts = [[row[text_key]] for row in rows]
+            encoded = self._encode(texts, add_special_tokens=True)
+            yield from (self._close(*text, *ids) for text, ids in zip(texts, encoded, strict=True))
+            return
+        (kind,) = {_get_example_type(row) for row in rows}
+        texts = [self._texts(row, kind) for row in rows]
+        for encodings in self._encode(texts, add_special_tokens=kind == "prompt_response"):
+            turns = [
+                {"input_ids": prompt, "labels": response}
+                for prompt, response in zip(encodings[::2], encodings[1::2], strict=True)
+            ]
+            if kind == "prompt_response":
+                _drop_second_bos(turns[0], cast(int | None, self.tokenizer.bos_token_id))
+            yield self.stitch(turns)
 
+    def _texts(self, row: dict[str, Any], kind: str) -> list[str]:
+        """Prompt, response, prompt, response, ... of a row."""
+        if kind == "chat":
+            turns = _slice_chat_formatted_example(cast(Any, row), self.tokenizer)
+            return [text for turn in turns for text in turn]
+        return [row["prompt"], *(text for key, text in row.items() if key != "prompt")]
 
-def _records(
-    index: int,
-    row: dict[str, Any],
-    tokenize: Callable[[dict[str, Any]], Tokens],
-    settings: TokenizeSettings,
-) -> Iterator[dict[str, Any]]:
-    """The documents of one row, at least one, with what became of it."""
-    try:
-        ids, labels = tokenize(row)
-    except Exception as error:
-        raise ValueError(f"row {index}: {type(error).__name__}: {error}") from error
-    size, limit = len(ids), settings.max_seq_len
-    if size == 0:
-        yield _record([], [], Outcome.DROPPED_EMPTY)
-    elif size <= limit:
-        yield _kept(ids, labels, Outcome.KEPT)
-    elif settings.overlong == "error":
-        raise ValueError(
-            f"row {index} has {size} tokens, more than max_seq_len {limit}; raise max_seq_len, or"
-            " set overlong to truncate, split or drop"
-        )
-    elif settings.overlong == "drop":
-        yield _record([], [], Outcome.DROPPED_OVERLONG, num_cut=size)
-    elif settings.overlong == "truncate":
-        yield _kept(ids[:limit], labels[:limit], Outcome.TRUNCATED, num_cut=size - limit)
-    else:
-        for start in range(0, size, limit):
-            piece = slice(start, start + limit)
-            yield _kept(ids[piece], labels[piece], Outcome.SPLIT)
-
-
-def _kept(ids: list[int], labels: list[int], outcome: Outcome, num_cut: int = 0) -> dict[str, Any]:
-    """A document, or its absence where no token of it could be learned.
-
-    The first token is predicted by nothing, so its label does not count.
-    """
-    if all(label == IGNORE_INDEX for label in labels[1:]):
-        return _record([], [], Outcome.DROPPED_NO_LOSS, num_cut=num_cut + len(ids))
-    return _record(ids, labels, outcome, num_cut)
-
-
-def _record(
-    ids: list[int], labels: list[int], outcome: Outcome, num_cut: int = 0
-) -> dict[str, Any]:
-    flags = [int(label != IGNORE_INDEX) for label in labels]
-    return {"input_ids": ids, "has_loss": flags, "outcome": int(outcome), "num_cut": num_cut}
-
-
-def _columns(records: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for record in records:
-        for name, value in record.items():
-            columns[name].append(value)
-    return columns
+    def _encode(
+        self, texts: Sequence[Sequence[str]], *, add_special_tokens: bool
+    ) -> Iterator[list[list[int]]]:
+        """Ids of each text of each row, encoded some rows at a time."""
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast  # pyright: ignore
+        for group in _groups(texts):
+            flat = [text for row in group for text in row]
+            encodings = iter(encode(flat, add_special_tokens=add_special_tokens))
+            for row in group:
+                yield [next(encodings).ids for _ in row]
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What of a tokenizer decides its output; its hash by pickling changes once it was used."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:
-        state.pop("truncation", None)
-        state.pop("padding", None)
-    return Hasher.hash([state, tokenizer.chat_template, tokenizer.special_tokens_map])
+def _groups(texts: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
+    group, size = [], 0
+    for row in texts:
+        group.append(row)
+        size += sum(map(len, row))
+        if size >= _BATCH_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def _source_code(function: Callable[..., Any] | None) -> bytes | None:
-    """The text of a function's module: pickling an importable function keeps no more than its name.
-
-    So the cache is left behind too when a helper in the same file has changed.
-    """
-    path = getattr(inspect.getmodule(function), "__file__", None)
-    return None if path is None else Path(path).read_bytes()
+def _drop_second_bos(turn: dict[str, list[int]], bos: int | None) -> None:
+    """As llm-foundry does it to a response, where the tokenizer begins every text with one."""
+    prompt, response = turn["input_ids"], turn["labels"]
+    if bos is not None and prompt[:1] == response[:1] == [bos]:
+        turn["labels"] = response[1:]

@@ -2,16 +2,21 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import datasets
+import datasets.config
 import numpy as np
 import pytest
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
+from foundry_ext.data import cache
 from foundry_ext.data.documents import FEATURES, Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
@@ -27,6 +32,11 @@ def formatting(row):
     calls += 1
     return {"prompt": helper(row["prompt"]), "response": row["response"]}
 """
+
+
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 class Counted:
@@ -149,6 +159,173 @@ def test_other_rows_in_the_same_file_miss_the_cache(counted: Counted, tokenizer,
     assert calls == len(documents) == 21
 
 
+def test_a_copy_and_a_touched_file_hit_the_cache(counted: Counted, tokenizer):
+    """The key of `datasets` is a path and a time: a run on a copy would tokenise all of it anew."""
+    first, calls = counted(tokenizer)
+    assert calls == 20
+    os.utime(counted.path, (1, 1))
+    assert counted(tokenizer)[1] == 0
+    copy = counted.path.parent / "elsewhere" / "data.jsonl"
+    copy.parent.mkdir()
+    shutil.copyfile(counted.path, copy)
+    counted.path = copy
+    second, calls = counted(tokenizer)
+    assert calls == 0
+    assert contents(second) == contents(first)
+
+
+def test_one_edited_letter_misses_the_cache(counted: Counted, tokenizer):
+    assert counted(tokenizer)[1] == 20
+    text = counted.path.read_text()
+    before = counted.path.stat()
+    at = text.rindex("stone")
+    counted.path.write_text(text[:at] + "stove" + text[at + 5 :])  # as long as before
+    os.utime(counted.path, ns=(before.st_atime_ns + 10**9, before.st_mtime_ns + 10**9))
+    assert counted(tokenizer)[1] == 20
+
+
+def test_rows_have_one_hash_however_they_lie(make_rows, write_jsonl, tmp_path):
+    rows = [{**row, "n": i % 3 or None, "s": None} for i, row in enumerate(make_rows(2500))]
+    rows[1]["s"] = "text"
+    whole = load_rows(str(write_jsonl(rows)), "train")
+    whole.to_parquet(tmp_path / "rows.parquet", batch_size=700)
+    parts = [datasets.Dataset.from_list(rows[:7]), datasets.Dataset.from_list(rows[7:])]
+    first = datasets.Dataset.from_list([{"prompt": "a", "response": "b", "n": 7, "s": ""}])
+    same = [
+        load_rows(str(tmp_path / "rows.parquet"), "train"),
+        datasets.Dataset.from_list(rows),
+        datasets.concatenate_datasets(parts),
+        datasets.concatenate_datasets([first, whole]).select(range(1, 2501)),  # a slice
+        datasets.concatenate_datasets([whole, first]).filter(lambda row: row["prompt"] != "a"),
+        whole.select_columns(["s", "response", "n", "prompt"]),
+    ]
+    assert {cache._of_rows(one) for one in same} == {cache._of_rows(whole)}
+    others = [
+        whole.select(range(2499)),
+        whole.select([1, 0, *range(2, 2500)]),
+        whole.rename_columns({"prompt": "response", "response": "prompt"}),
+        whole.add_column("more", [None] * 2500),
+    ]
+    assert len({cache._of_rows(one) for one in [whole, *others]}) == 5
+
+
+def test_chat_rows_and_missing_values_are_hashed(tmp_path):
+    def hashed(first, second):
+        turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+        return cache._of_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
+
+    assert hashed("ab", "c") == hashed("ab", "c")
+    assert len({hashed("ab", "c"), hashed("a", "bc"), hashed("ab", None), hashed("ab", "")}) == 4
+
+
+def test_the_number_of_processes_is_not_in_the_key(tokenizer, make_rows, monkeypatch):
+    rows = datasets.Dataset.from_list(make_rows(2100, longest=6))
+    settings = TokenizeSettings(max_seq_len=16)
+    first = tokenize_rows(rows, tokenizer, settings, num_proc=2)
+    monkeypatch.setattr("foundry_ext.data.tokenize._map", pytest.fail)
+    assert contents(tokenize_rows(rows, tokenizer, settings)) == contents(first)
+
+
+def test_the_fingerprint_is_kept_beside_the_table(counted: Counted, tokenizer, monkeypatch):
+    """5 bytes a token are hashed for it, on every rank."""
+    first, _ = counted(tokenizer)
+    computed = Documents.__dict__["fingerprint"].func(first)
+    monkeypatch.setattr("foundry_ext.data.documents.hashlib.sha256", pytest.fail)
+    assert counted(tokenizer)[0].fingerprint == first.fingerprint == computed
+
+
+# --- the folder under the key ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "foundry_ext"
+
+
+def write_two_files(folder: Path) -> None:
+    (folder / "a").write_text("one")
+    (folder / "b").write_text("two")
+
+
+def test_a_folder_is_written_once_and_whole(store: Path):
+    folder = cache.cached("key", write_two_files)
+    assert (folder / "b").read_text() == "two"
+    assert cache.cached("key", pytest.fail) == folder
+    assert {path.name for path in store.iterdir()} == {"key", "key.lock"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_writer_that_fails_leaves_nothing(store: Path, error: type[BaseException]):
+    def write(folder: Path) -> None:
+        write_two_files(folder)
+        raise error
+
+    with pytest.raises(error):
+        cache.cached("key", write)
+    assert {path.name for path in store.iterdir()} == {"key.lock"}
+    assert cache.cached("key", write_two_files)
+
+
+def test_a_killed_writer_leaves_no_table_and_the_next_one_clears_up(store: Path):
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("half a tab")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    writer = multiprocessing.get_context("fork").Process(target=cache.cached, args=("key", write))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    assert not (store / "key").exists()
+    assert len(list(store.glob("key.*.part"))) == 1
+    assert (cache.cached("key", write_two_files) / "b").read_text() == "two"
+    assert {path.name for path in store.iterdir()} == {"key", "key.lock"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "whole.json gone"])
+def test_a_damaged_table_is_made_anew(store: Path, damage: str):
+    folder = cache.cached("key", write_two_files)
+    if damage == "cut":
+        (folder / "b").write_text("t")
+    else:
+        (folder / damage.removesuffix(" gone").replace("gone", "b")).unlink()
+    assert (cache.cached("key", write_two_files) / "b").read_text() == "two"
+
+
+def test_processes_at_once_write_once(store: Path, tmp_path: Path):
+    def write(folder: Path) -> None:
+        with (tmp_path / "written").open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+        write_two_files(folder)
+
+    def use() -> None:
+        assert (cache.cached("key", write) / "b").read_text() == "two"
+
+    processes = [multiprocessing.get_context("fork").Process(target=use) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "written").read_text() == "x"
+
+
+def test_who_waits_is_told(store: Path, caplog):
+    def write(folder: Path) -> None:
+        time.sleep(1)
+        write_two_files(folder)
+
+    writer = multiprocessing.get_context("fork").Process(target=cache.cached, args=("key", write))
+    writer.start()
+    while not list(store.glob("key.*.part")):
+        time.sleep(0.01)
+    with caplog.at_level("WARNING", "foundry_ext"):
+        cache.cached("key", pytest.fail)
+    writer.join()
+    assert "another process is tokenizing the same rows" in caplog.text
+
+
 def fingerprint_of(path: Path, tokenizer, **settings) -> str:
     settings = TokenizeSettings(**{"max_seq_len": 64, **settings})
     return tokenize_rows(load_rows(str(path), "train"), tokenizer, settings).fingerprint
@@ -185,7 +362,7 @@ def test_several_processes_make_the_same_table(tokenizer, make_rows, write_jsonl
     rows = load_rows(str(write_jsonl(make_rows(2100, longest=6))), "train")
     settings = TokenizeSettings(max_seq_len=16)
     alone = tokenize_rows(rows, tokenizer, settings, num_proc=1)
-    monkeypatch.setattr("foundry_ext.data.tokenize._FORMAT_VERSION", -1)  # past the cache
+    monkeypatch.setattr("foundry_ext.data.cache._FORMAT_VERSION", -1)  # past the cache
     several = tokenize_rows(rows, tokenizer, settings, num_proc=2)
     assert len(several._chunks) > len(alone._chunks)
     np.testing.assert_array_equal(several.lengths, alone.lengths)

@@ -6,6 +6,7 @@ import torch
 
 from foundry_ext.data.batch import IGNORE_INDEX, Pack
 from foundry_ext.data.collator import PackCollator
+from foundry_ext.data.packing import most_documents
 from tests.data.kit import MAX_SEQ_LEN, document, random_documents, split_documents
 
 PACK_TOKENS = 100
@@ -100,6 +101,23 @@ def test_fixed_shape_is_one_shape_for_every_pack():
     packs += [collate(full, fixed_shape=True), collate(ones, fixed_shape=True)]
     shapes = {tuple((key, *pack[key].shape) for key in DTYPES) for pack in packs}
     assert len(shapes) == 1
+
+
+def test_a_fixed_shape_has_room_for_the_most_documents_and_no_more():
+    """A kernel starts work for every entry of cu_seqlens: one a token costs more than the rest."""
+    documents = [document([1] * length) for length in (2, 2, 3, 5, MAX_SEQ_LEN)]
+    lengths = np.array([len(one.input_ids) for one in documents])
+    most = most_documents(lengths, PACK_TOKENS)
+    fillers = -(-PACK_TOKENS // MAX_SEQ_LEN)
+    for chosen in ([], documents[:1], documents[:4], documents):
+        pack = collate(chosen, fixed_shape=True, max_documents=most)
+        loose = collate(chosen, fixed_shape=True)
+        assert len(pack["cu_seqlens"]) == most + fillers + 1 < len(loose["cu_seqlens"])
+        offsets = loose["cu_seqlens"].tolist()
+        assert pack["cu_seqlens"].tolist() == offsets[: len(pack["cu_seqlens"])]
+        assert pack["cu_seqlens"][-1] == PACK_TOKENS
+        for key in ("input_ids", "position_ids", "labels"):
+            assert pack[key].equal(loose[key])
 
 
 @pytest.mark.parametrize("num", range(6))

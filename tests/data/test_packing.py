@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from foundry_ext.data.packing import pack
+from foundry_ext.data.packing import most_documents, pack
 
 NUM_DOCUMENTS = 100_000
 # (median, sigma) of log-normal lengths, clipped at 16 and 2048: instruction tuning, code, chat
@@ -228,3 +228,17 @@ def test_ten_million_documents_in_bounded_memory():
     # The shuffle, the packs and their concatenation are 8 bytes a document each.
     assert peak < 32 * len(lengths)
     assert len(packs) <= 1.0015 * ceil_packs(lengths, 2048)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 40, 100, 10**6])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_most_documents_are_the_shortest(seed: int, capacity: int):
+    lengths = np.random.default_rng(seed).integers(2, 40, 50).astype(np.int32)
+    fitting = np.flatnonzero(np.cumsum(np.sort(lengths)) <= capacity)
+    assert most_documents(lengths, capacity) == len(fitting)
+    packs = pack(lengths, max(capacity, 40), seed=seed, epoch=0)
+    assert np.diff(packs.offsets).max() <= most_documents(lengths, max(capacity, 40))
+
+
+def test_the_most_documents_worked_example():
+    assert most_documents(np.array([5, 2, 3, 2, 9]), 8) == 3

@@ -82,14 +82,14 @@ def test_resuming_gives_the_rest(tokenizer, dataset, num_workers: int):
 def test_no_earlier_document_is_read(documents, monkeypatch):
     read = []
 
-    def getitem(self, index, plain=Documents.__getitem__):
-        read.append(index)
-        return plain(self, index)
+    def read_documents(self, indices, plain=Documents.read):
+        read.extend(indices)
+        return plain(self, indices)
 
     loader = loader_of(documents)
     packs = loader.dataset.sampler.plan(1)
     state = stop_after(loader, 1, 5)
-    monkeypatch.setattr(Documents, "__getitem__", getitem)
+    monkeypatch.setattr(Documents, "read", read_documents)
     resumed = loader_of(documents)
     resumed.dataset.load_state_dict(state)
     assert read == []
