@@ -65,12 +65,14 @@ def compare(
             rows[key] = {"method": method, "variant": name, "title": VARIANTS[name].title}
             try:
                 size = (sizes or {}).get(name) or best_rows(bench, name, workload)
-                steps[key] = step = bench.step(name, workload, size)
+                step = bench.step(name, workload, size)
                 rows[key] |= {"rows": size, "loss": _warm_up(step)}
+                steps[key] = step
             except Absent as reason:
                 rows[key]["absent"] = str(reason)
             except torch.OutOfMemoryError:
                 rows[key]["absent"] = "out of memory"
+                bench.optimizer.zero_grad(set_to_none=True)
             say(f"  {method}, {VARIANTS[name].title}: {rows[key].get('absent', 'ready')}")
     device = next(iter(setups.values())).device
     found = alternate(steps, device, repeats=options.repeats)  # pyright: ignore[reportArgumentType]

@@ -92,9 +92,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure = panels[0].figure
         panels[0].get_gridspec().set_width_ratios([3, 1.2, 1.2])
         figure.suptitle(_title(report), fontsize=9.5, x=0.01, ha="left")
-        baseline = rungs[-1]["tokens_per_second"]
         speeds = [row["tokens_per_second"] for row in rungs]
-        texts = [f"{value:,.0f}   {value / baseline:.2f}×" for value in speeds]
+        ratios = [row.get("over_hf_padded", {"median": 1.0})["median"] for row in rungs]
+        texts = [f"{v:,.0f}   {ratio:.2f}×" for v, ratio in zip(speeds, ratios, strict=True)]
         titles = [row["title"] for row in rungs]
         _bars(panels[0], speeds, texts, f"real tokens a {unit}", titles)
         fills = [100 * row["fill"] for row in rungs]

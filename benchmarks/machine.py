@@ -19,6 +19,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := installed(name))},
+        "torch": torch.__version__,  # with its build
     }
 
 

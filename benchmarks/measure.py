@@ -91,9 +91,9 @@ def _kibibytes(key: str) -> int:
 
 
 def count_kernels(run: Run, device: str) -> int:
-    """CUDA kernels of a step (no copies, no fills); on a CPU, aten operators and compiled kernels.
+    """CUDA kernels of a step, no copies and no fills; on a CPU, aten operators that no other calls.
 
-    An operator that calls others counts, and so do they: a measure of overhead, not of work.
+    What compilation has fused on a CPU is in no count.
     """
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
@@ -104,7 +104,11 @@ def count_kernels(run: Run, device: str) -> int:
     events = profiler.events() or []
     if device == "cuda":
         return sum(is_kernel(event) for event in events)
-    return sum(event.name.startswith(("aten::", "cpp_fused", "graph_")) for event in events)
+    return sum(is_aten(event) and not is_aten(event.cpu_parent) for event in events)
+
+
+def is_aten(event: Any) -> bool:
+    return event is not None and event.name.startswith("aten::")
 
 
 def is_kernel(event: Any) -> bool:

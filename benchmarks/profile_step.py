@@ -43,7 +43,8 @@ ABOVE = (
 )
 OWN = (
     ("trunk products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "mkl::")),
-    ("norm, rotary, SwiGLU, casts", ("aten::", "triton_", "cpp_fused", "graph_")),
+    # What compilation has fused is, on a CPU, the compiled graph's own time.
+    ("norm, rotary, SwiGLU, casts", ("aten::", "triton_", "CompiledFxGraph", "CompiledFunction")),
 )
 # A GPU's kernels that no operator launched as the profiler saw it, as in a CUDA graph.
 KERNELS = (

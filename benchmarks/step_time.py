@@ -94,6 +94,7 @@ def add_shipped(made: argparse.ArgumentParser) -> None:
     add("--compile-mode", default="default")
     add("--dynamic", action="store_true", help="compile ours for any shape")
     add("--activation-checkpointing", action="store_true", help="on both sides")
+    add("--frozen-dtype", default="fp32", choices=("fp32", "bf16"), help="on both sides")
 
 
 def _names(text: str) -> list[str]:
@@ -130,7 +131,7 @@ def with_defaults(options: argparse.Namespace) -> None:
 
 def setup_of(options: argparse.Namespace, model: str, method: str) -> Setup:
     keys = ("device", "precision", "backend", "loss", "compile", "compile_mode", "dynamic")
-    keys += ("activation_checkpointing",)
+    keys += ("activation_checkpointing", "frozen_dtype")
     return Setup(model=model, method=method, **{key: getattr(options, key) for key in keys})
 
 

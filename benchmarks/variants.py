@@ -89,6 +89,8 @@ class Setup:
     compile_mode: str = "default"
     dynamic: bool = False
     activation_checkpointing: bool = False
+    frozen_dtype: str = "fp32"
+    """bf16, under amp_bf16: an adapter's frozen linears are held so, on both sides."""
     learning_rate: float = 0.0
     """Of AdamW. 0 does all the work and leaves the weights alone, so that losses compare."""
     seed: int = 0
@@ -169,6 +171,10 @@ class Bench:
         self.setup = setup
         torch.manual_seed(setup.seed)
         self.source = self._new_model(ours=True)
+        if setup.frozen_dtype == "bf16" and setup.method != "full":
+            from foundry_ext.frozen import hold_frozen_in_bf16
+
+            hold_frozen_in_bf16(self.source)  # pyright: ignore[reportArgumentType]
         trained = [p for p in self.source.parameters() if p.requires_grad]
         # Fused on both sides: the fastest of torch's own.
         self.optimizer = torch.optim.AdamW(trained, lr=setup.learning_rate, fused=True)
@@ -235,7 +241,7 @@ def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
         r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM", **options
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    if ours and method == "dora" and importlib.util.find_spec("foundry_ext.dora"):
+    if ours:
         from foundry_ext.dora import use_fast_dora
 
         use_fast_dora(adapted)  # pyright: ignore[reportArgumentType]

@@ -36,6 +36,8 @@ class Workload:
     documents: Sequence[Document]
     pack_tokens: int
     """Capacity of a pack, tokens."""
+    packs: Sequence[Sequence[int]] | None = None
+    """Documents of each pack, by their place; None to pack them here."""
     microbatches: tuple[int, ...]
     """Rows of a padded microbatch to choose the fastest from; one where the case itself says it."""
     max_seq_len: int = LONGEST
@@ -119,12 +121,15 @@ def packed_workload(
     longest = min(LONGEST, pack_tokens)
     pool = generator.lognormal(np.log(median), sigma, _POOL).clip(16, longest).astype(int)
     packs = pack(pool, pack_tokens, seed=0, epoch=0)
-    chosen = np.concatenate([packs[i] for i in range(min(num_packs, len(packs)))])
-    lengths = pool[generator.permutation(chosen)].tolist()
+    chosen = [packs[i] for i in range(min(num_packs, len(packs)))]
+    order = generator.permutation(np.concatenate(chosen))
+    place = {document: index for index, document in enumerate(order.tolist())}
+    lengths = pool[order].tolist()
     return Workload(
         name=f"{name}, {num_packs} x {pack_tokens}",
         documents=make_documents(lengths, vocabulary=vocabulary, labelled=labelled),
         pack_tokens=pack_tokens,
+        packs=[[place[document] for document in members.tolist()] for members in chosen],
         microbatches=tuple(sorted({min(size, len(lengths)) for size in microbatches})),
     )
 
@@ -157,7 +162,8 @@ def packed_batches(workload: Workload, *, fixed_shape: bool = False) -> list[Bat
         pack_tokens=workload.pack_tokens,
         fixed_shape=fixed_shape,
     )
-    packs = pack(lengths, workload.pack_tokens, seed=0, epoch=0)
+    packed = pack(lengths, workload.pack_tokens, seed=0, epoch=0)
+    packs = workload.packs or [packed[i] for i in range(len(packed))]
     keys = ("input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen", "num_loss_tokens")
     made = (collate([workload.documents[index] for index in members]) for members in packs)
     return [{key: batch[key] for key in keys} for batch in made]
