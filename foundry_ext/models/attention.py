@@ -57,6 +57,7 @@ def varlen_attention(
     return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p)
 
 
+@torch.compiler.assume_constant_result  # a compiler need not follow how it is chosen
 def resolve_backend(backend: str, *, device: str, dtype: torch.dtype, dropout: bool = False) -> str:
     """Turns "auto" into the best backend for this device and dtype and checks a named one.
 

@@ -25,6 +25,7 @@ from foundry_ext.adapters import adaptable_modules, load_adapter
 from foundry_ext.dora import use_fast_dora
 from foundry_ext.frozen import check_frozen_dtype, hold_frozen_in_bf16
 from foundry_ext.models.attention import resolve_backend
+from foundry_ext.models.compiled import check_compile, compile_model
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import (
     HUB_NAMES,
@@ -56,7 +57,10 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         init_device: cpu, meta, or mixed (cpu on rank 0, meta elsewhere, for FSDP).
         attention_backend: auto, flash_attn, torch_varlen, flex or sdpa; with attention_dropout in
             config_overrides flash_attn, sdpa, or before torch 2.10 torch_varlen.
-        loss: chunked (any device) or liger (GPU).
+        loss: chunked (any device), compiled (the same, fused by torch.compile) or liger (GPU).
+        compile: none, layers or model: torch.compile of what is trained; wants packs of one shape,
+            `fixed_shape: true` in the train loader. Evaluation is not compiled.
+        compile_mode: torch.compile's mode, e.g. reduce-overhead for CUDA graphs.
         activation_checkpointing: recompute each layer in the backward pass. Set here, because
             llm-foundry drops fsdp_config, and what it says of this, on a single GPU.
         frozen_dtype: bf16 holds an adapter's frozen linears so, under precision: amp_bf16.
@@ -99,6 +103,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         )
         _check_backend(attention_backend)
         check_loss(loss)
+        check_compile(compile, compile_mode)
         adapters = [name for name in (pretrained_lora_id_or_path, peft_config) if name is not None]
         check_frozen_dtype(frozen_dtype, adapted=bool(adapters), init_device=init_device)
         if len(adapters) == 2:
@@ -141,6 +146,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
         if activation_checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
+        compile_model(inner, scope=compile, mode=compile_mode)
         if inner.config.tie_word_embeddings:
             assert inner.lm_head.weight is inner.model.embed_tokens.weight, "head came untied"
 

@@ -5,6 +5,8 @@ positions, and a chunk's gradient is taken at once, while its probabilities are 
 fused kernel does), so that the backward pass multiplies by no logits again.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ IGNORE_INDEX = -100
 # Elements of one chunk's fp32 logits: 2**24 is 64 MiB, small beside a model, large beside a kernel.
 CHUNK_ELEMENTS = 2**24
 
-LOSSES = ("chunked", "liger")
+LOSSES = ("chunked", "compiled", "liger")
 
 
 class LossSum(NamedTuple):
@@ -54,7 +56,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`; gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype, compiled: bool
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         weight_in = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -62,13 +66,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             hidden_in, labels = hidden[rows].to(dtype), target[rows, None]
-            log_prob = (hidden_in @ weight_in.t()).float().log_softmax(-1)
-            loss -= log_prob.gather(1, labels).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad_logits = log_prob.exp_()  # the probabilities, then minus one at the label
-            grad_logits.scatter_add_(1, labels, grad_logits.new_full((), -1.0).expand_as(labels))
-            grad_logits = grad_logits.to(dtype)
+            # One row would be compiled by itself, for torch takes a size of 1 as fixed.
+            fused = compiled and len(labels) > 1
+            loss_of = _compiled_loss_and_gradient() if fused else _loss_and_gradient
+            chunk_loss, grad_logits = loss_of(hidden_in @ weight_in.t(), labels)
+            loss += chunk_loss
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight_in
             if grad_weight is not None:
@@ -85,7 +87,32 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, fp32, of logits [R, V] at labels [R, 1], and its gradient [R, V]."""
+    log_prob = logits.float().log_softmax(-1)
+    loss = -log_prob.gather(1, labels).sum()
+    gradient = log_prob.exp_()  # the probabilities, then minus one at the label
+    gradient.scatter_add_(1, labels, gradient.new_full((), -1.0).expand_as(labels))
+    return loss, gradient.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same, written for a compiler: it makes two passes over the logits instead of six."""
+
+    def fused(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = logits.float()
+        log_sum = x.logsumexp(-1, keepdim=True)
+        loss = (log_sum - x.gather(1, labels)).sum()
+        is_label = torch.arange(x.shape[1], device=x.device) == labels
+        return loss, ((x - log_sum).exp() - is_label).to(logits.dtype)
+
+    # The last chunk has any number of rows.
+    return torch.compile(fused, dynamic=True)  # pyright: ignore[reportReturnType]
 
 
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
@@ -104,7 +131,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [L, D]; weight: [V, D]; target: [L] int64, no -100 among them.
-        implementation: "chunked" (any device) or "liger" (Triton, GPU only).
+        implementation: "chunked" (any device), "compiled" (the same, its softmax fused by
+            torch.compile) or "liger" (Triton, GPU only).
 
     Returns:
         fp32 scalar, nats summed over L.
@@ -115,7 +143,8 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         if implementation == "liger":
             return _liger(hidden.to(dtype), weight, target)
-        return _ChunkedLinearCrossEntropy.apply(hidden, weight, target, dtype)  # pyright: ignore[reportReturnType]
+        compiled = implementation == "compiled"
+        return _ChunkedLinearCrossEntropy.apply(hidden, weight, target, dtype, compiled)  # pyright: ignore[reportReturnType]
 
 
 def _liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ in tests/models.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,8 +29,8 @@ from foundry_ext.models.loss import (
 from foundry_ext.models.padding import Padded
 from foundry_ext.models.rope import apply_rotary, rotary_cos_sin
 
-# (layer index, q [..., H, N], k [..., K, N], v [..., K, N]) -> [..., H, N]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (q [..., H, N], k [..., K, N], v [..., K, N]) -> [..., H, N]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -59,9 +60,8 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions; `attend` decides who sees whom."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
         width, kv_width = (
@@ -81,7 +81,7 @@ class SelfAttention(nn.Module):
         # Autocast keeps the residual stream, hence cos and sin, in fp32 and would leave q and k
         # there with v in bf16, which kernels refuse or upcast: rotate in fp32, then to v's dtype.
         q, k = (apply_rotary(heads, cos, sin).to(v.dtype) for heads in (q, k))
-        return self.o_proj(attend(self.layer_idx, q, k, v).flatten(-2))
+        return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -99,16 +99,31 @@ class MLP(nn.Module):
 
 
 class SmolLM2DecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer_idx: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.self_attn = SelfAttention(config, layer_idx)
+        self.self_attn = SelfAttention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+        self.compiled: DecoderLayer | None = None
+        """Takes the place of `decoder_layer` in training; see models/compiled.py."""
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # Evaluation's shapes differ from batch to batch, and each would be compiled.
+        run = self.compiled if self.compiled is not None and self.training else decoder_layer
+        return run(self, x, cos, sin, attend)
+
+
+DecoderLayer = Callable[[SmolLM2DecoderLayer, Tensor, Tensor, Tensor, Attend], Tensor]
+
+
+def decoder_layer(
+    layer: SmolLM2DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+) -> Tensor:
+    """What a layer computes, apart from the module and so from the hooks that FSDP hangs on it."""
+    x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, attend)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 class SmolLM2PreTrainedModel(PreTrainedModel):
@@ -138,10 +153,12 @@ class SmolLM2Model(SmolLM2PreTrainedModel):
         _check_config(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            SmolLM2DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+            SmolLM2DecoderLayer(config) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.compiled: Layers | None = None
+        """Takes the place of `run_layers` in training; see models/compiled.py."""
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -150,25 +167,43 @@ class SmolLM2Model(SmolLM2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
-    def forward(self, hidden: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, hidden: Tensor, position_ids: Tensor, attend_in: Callable[[int], Attend]
+    ) -> Tensor:
         """Runs the layers on embedded tokens; the final norm is left to the caller, who may need it
         at a few positions only.
 
         Args:
-            hidden: [..., D]; position_ids: [...]; attend: the kernel, bound to its documents.
+            hidden: [..., D]; position_ids: [...].
+            attend_in: a layer's number -> the kernel, bound to its documents. The layers do not
+                know their numbers, or one of them, compiled, would not do for the others.
         """
-        cos, sin = rotary_cos_sin(
-            position_ids,
-            head_dim=self.config.head_dim,
-            theta=self.config.rope_theta,
-            dtype=hidden.dtype,
-        )
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(layer.__call__, hidden, cos, sin, attend)
-            else:
-                hidden = layer(hidden, cos, sin, attend)
-        return hidden
+        run = self.compiled if self.compiled is not None and self.training else run_layers
+        return run(self, hidden, position_ids, attend_in)
+
+
+Layers = Callable[[SmolLM2Model, Tensor, Tensor, Callable[[int], Attend]], Tensor]
+
+
+def run_layers(
+    model: SmolLM2Model,
+    hidden: Tensor,
+    position_ids: Tensor,
+    attend_in: Callable[[int], Attend],
+) -> Tensor:
+    cos, sin = rotary_cos_sin(
+        position_ids,
+        head_dim=model.config.head_dim,
+        theta=model.config.rope_theta,
+        dtype=hidden.dtype,
+    )
+    for number, layer in enumerate(model.layers):
+        attend = attend_in(number)
+        if model.gradient_checkpointing and model.training:
+            hidden = model._gradient_checkpointing_func(layer.__call__, hidden, cos, sin, attend)
+        else:
+            hidden = layer(hidden, cos, sin, attend)
+    return hidden
 
 
 def _check_config(config: LlamaConfig) -> None:
@@ -308,7 +343,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         """[T, D] embedded tokens -> [T, D] before the final norm."""
         dropout_p = self.config.attention_dropout if self.training else 0.0
 
-        def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return varlen_attention(
                 q,
                 k,
@@ -319,7 +354,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
                 dropout_p=dropout_p,
             )
 
-        return self.model(hidden, position_ids, attend)
+        return self.model(hidden, position_ids, lambda _layer: attend)
 
     def _forward_packed(
         self,
@@ -421,7 +456,8 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
                 q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
             ).transpose(1, 2)
 
-        hidden = self.model(hidden, position_ids, attend)[:, -logits_to_keep:]
+        hidden = self.model(hidden, position_ids, lambda layer: partial(attend, layer))
+        hidden = hidden[:, -logits_to_keep:]
         return PackedCausalLMOutput(
             logits=cast(torch.FloatTensor, self._logits(hidden)),
             past_key_values=cache,  # pyright: ignore[reportArgumentType]

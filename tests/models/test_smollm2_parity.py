@@ -79,7 +79,7 @@ def test_block(shape, tiny_config, make_pair):
     cu_seqlens = torch.tensor([0, 12], dtype=torch.int32)
     angles = rotary_cos_sin(positions, head_dim=16, theta=config.rope_theta, dtype=x.dtype)
 
-    our_out = ours(x, *angles, lambda _, q, k, v: varlen_attention(q, k, v, cu_seqlens, 12))
+    our_out = ours(x, *angles, lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, 12))
     their_angles = LlamaRotaryEmbedding(config)(x[None], positions[None])
     their_out = theirs(x[None], position_embeddings=their_angles)[0][0]
     torch.testing.assert_close(our_out, their_out, rtol=1e-6, atol=1e-5)

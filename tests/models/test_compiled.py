@@ -1,0 +1,195 @@
+"""torch.compile of what is trained: the same numbers, one graph for all layers and all packs."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from foundry_ext.data.collator import Document, PackCollator
+from foundry_ext.models import loss
+from foundry_ext.models.compiled import compile_model, graphs_compiled
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+PACK_TOKENS, MAX_SEQ_LEN = 64, 24
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def without_code_generation(monkeypatch):
+    """Traces and differentiates as always, but runs the graph as it is: seconds less a test."""
+    traced = functools.partial(torch.compile, backend="aot_eager")
+
+    def compile_traced(function, *, mode="default", **options):
+        return traced(function, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_traced)
+
+
+def packs(config, *lengths, fixed_shape=True):
+    collate = PackCollator(
+        max_seq_len=MAX_SEQ_LEN, pack_tokens=PACK_TOKENS, fixed_shape=fixed_shape
+    )
+    rng = np.random.default_rng(0)
+    for one in lengths:
+        documents = [
+            Document(rng.integers(1, config.vocab_size, n), np.ones(n, dtype=bool)) for n in one
+        ]
+        pack = collate(documents)
+        keys = ("input_ids", "position_ids", "labels", "cu_seqlens", "max_seqlen")
+        yield {**{key: pack[key] for key in keys}, "num_loss_tokens": pack["num_loss_tokens"]}
+
+
+def train_step(model, pack):
+    model.zero_grad()
+    out = model(**pack).loss
+    out.backward()
+    return out.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+SHAPES = ([20, 24, 10], [5], [24, 24, 16], [], [1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("scope", ["layers", "model"])
+def test_equals_eager_without_a_recompilation(scope, tiny_config, without_code_generation):
+    config = tiny_config(num_hidden_layers=3)
+    torch.manual_seed(0)
+    eager = SmolLM2ForCausalLM(config).train()
+    compiled = SmolLM2ForCausalLM(config).train()
+    compiled.load_state_dict(eager.state_dict())
+    compile_model(compiled, scope=scope)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    for number, pack in enumerate(packs(config, *SHAPES)):
+        (our_loss, ours), (exact_loss, exact) = train_step(compiled, pack), train_step(eager, pack)
+        assert our_loss == pytest.approx(exact_loss, rel=1e-6)
+        for name, gradient in exact.items():
+            torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        assert graphs_compiled() == 1, f"pack {number} was compiled anew"
+
+
+def test_the_compiler_does_run(tiny_config, monkeypatch):
+    """Else the tests above would compare eager with eager."""
+    config = tiny_config()
+    model = SmolLM2ForCausalLM(config).train()
+    compile_model(model, scope="layers")
+    called = []
+    inner = model.model.layers[0].compiled
+    for layer in model.model.layers:
+        layer.compiled = lambda *arguments: called.append(1) or arguments[1]
+    (pack,) = packs(config, [5])
+    model(**pack)
+    assert len(called) == config.num_hidden_layers
+    assert inner is not None
+
+
+def test_evaluation_is_not_compiled(tiny_config, without_code_generation):
+    config = tiny_config()
+    model = SmolLM2ForCausalLM(config).eval()
+    compile_model(model, scope="layers")
+    with torch.no_grad():
+        for pack in packs(config, [5], [7, 8], fixed_shape=False):
+            model(**pack)
+    assert graphs_compiled() == 0
+
+
+def test_frozen_base_with_adapters(tiny_config, without_code_generation):
+    """The first layer's input takes no gradient there, all others' does: two graphs, for ever."""
+    peft = pytest.importorskip("peft")
+    config = tiny_config(num_hidden_layers=4)
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    eager = SmolLM2ForCausalLM(config)
+    compiled = SmolLM2ForCausalLM(config)
+    compiled.load_state_dict(eager.state_dict())
+    eager, compiled = (peft.get_peft_model(model, settings).train() for model in (eager, compiled))
+    compiled.load_state_dict(eager.state_dict())
+    compile_model(compiled.get_base_model(), scope="layers")
+    for pack in packs(config, *SHAPES):
+        (our_loss, ours), (exact_loss, exact) = train_step(compiled, pack), train_step(eager, pack)
+        assert our_loss == pytest.approx(exact_loss, rel=1e-6)
+        for name, gradient in exact.items():
+            torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        assert graphs_compiled() == 2
+
+
+def test_activation_checkpointing(tiny_config, without_code_generation):
+    config = tiny_config()
+    torch.manual_seed(0)
+    eager = SmolLM2ForCausalLM(config).train()
+    compiled = SmolLM2ForCausalLM(config).train()
+    compiled.load_state_dict(eager.state_dict())
+    compile_model(compiled, scope="layers")
+    compiled.gradient_checkpointing_enable({"use_reentrant": False})
+    for pack in packs(config, [20, 24], [9]):
+        (our_loss, ours), (exact_loss, exact) = train_step(compiled, pack), train_step(eager, pack)
+        assert our_loss == pytest.approx(exact_loss, rel=1e-6)
+        for name, gradient in exact.items():
+            torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_dynamic_takes_packs_of_every_size(tiny_config, without_code_generation):
+    """After some graphs that torch makes of sizes which happen to be equal."""
+    config = tiny_config(num_hidden_layers=1)
+    model = SmolLM2ForCausalLM(config).train()
+    compile_model(model, scope="layers", dynamic=True)
+    lengths = [[20, 24, 10], [5], [7, 7, 7, 7, 7, 7, 7], [11, 2], [24, 24, 6, 6], [9, 8, 7, 6, 5]]
+    counts = []
+    for pack in packs(config, *lengths, fixed_shape=False):
+        train_step(model, pack)
+        counts.append(graphs_compiled())
+    assert counts[-1] == counts[2] < len(lengths)
+
+
+@pytest.mark.parametrize(("scope", "mode"), [("all", "default"), ("layers", "fast")])
+def test_unknown(scope, mode, tiny_config):
+    with pytest.raises(ValueError, match=r"compile.*is unknown; choose one of"):
+        compile_model(SmolLM2ForCausalLM(tiny_config()), scope=scope, mode=mode)
+
+
+@pytest.mark.slow
+def test_generated_code(tiny_config):
+    """The real compiler, losses of 20 steps: within fp32 rounding of eager."""
+    config = tiny_config()
+    models = []
+    for scope in ("none", "layers"):
+        torch.manual_seed(0)
+        model = SmolLM2ForCausalLM(config).train()
+        model.loss_implementation = "compiled" if scope == "layers" else "chunked"
+        compile_model(model, scope=scope)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for pack in packs(config, *SHAPES * 4):
+            losses.append(train_step(model, pack)[0])
+            optimizer.step()
+        models.append(losses)
+    assert models[0] == pytest.approx(models[1], rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_loss(dtype, monkeypatch):
+    """Chunks of three sizes, the last of one row; one graph, or two for the first size."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50 * 4)
+    loss._compiled_loss_and_gradient.cache_clear()
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(50, 8, dtype=dtype))
+    for rows in (12, 9, 7, 5, 0):
+        hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+        target = torch.randint(50, (rows,))
+        got = {}
+        for name in ("chunked", "compiled"):
+            weight.grad = hidden.grad = None
+            value = loss.linear_cross_entropy(hidden, weight, target, implementation=name)
+            value.backward()
+            got[name] = value, hidden.grad, weight.grad
+        for ours, exact in zip(got["compiled"], got["chunked"], strict=True):
+            torch.testing.assert_close(ours, exact)
+    assert graphs_compiled() <= 2
