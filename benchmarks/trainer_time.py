@@ -48,9 +48,10 @@ class Core:
         torch.manual_seed(config["seed"])
         tokenizer = build_tokenizer(config["tokenizer"]["name"], config["tokenizer"]["kwargs"])
         model, optimizer = config["model"], config["optimizer"]
-        built: Any = build_composer_model(model.pop("name"), model, tokenizer)
-        self.keys, self.model = built.model_forward_args, built.model.to(DEVICE).train()
-        self.optimizer = build_optimizer(built, optimizer.pop("name"), optimizer)
+        self.built: Any = build_composer_model(model.pop("name"), model, tokenizer)
+        self.keys = self.built.model_forward_args
+        self.model = self.built.to(DEVICE).train().model
+        self.optimizer = build_optimizer(self.built, optimizer.pop("name"), optimizer)
         self.microbatch = config["device_train_microbatch_size"]
         self.bf16 = config["precision"] == "amp_bf16"
 

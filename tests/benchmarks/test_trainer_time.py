@@ -67,7 +67,7 @@ def test_both_sides_do_the_same_work(measured):
     """After as many steps on the same packs both have the same weights."""
     _, core = measured
     theirs = Snapshots.weights[1 + 4]
-    ours = {name: value for name, value in core.built.state_dict().items()}
+    ours = core.built.state_dict()
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
