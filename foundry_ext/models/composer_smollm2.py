@@ -93,6 +93,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         should_save_peft_only: bool = True,
         attention_backend: str = "auto",
         loss: str = "chunked",
+        compile: str = "none",  # as in torch and in Composer's own settings
+        compile_mode: str = "default",
         activation_checkpointing: bool = False,
         frozen_dtype: str = "fp32",
     ):
