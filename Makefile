@@ -60,9 +60,10 @@ check: install ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: install ## packing and step time on this machine
+bench: install ## the CPU rows of benchmarks/RESULTS.md: some minutes on two idle cores
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/data.py collation
 
 lock: ## resolve pyproject.toml anew into requirements.lock; WORLD=current: torch's companions into its file
 	rm -rf .venv-lock

@@ -18,7 +18,7 @@ from benchmarks.measure import (
     spread,
     synchronize,
 )
-from benchmarks.variants import VARIANTS, Absent, Bench, Setup, Step, make_batches
+from benchmarks.variants import VARIANTS, Absent, Bench, Setup, Step, is_compiled, make_batches
 from benchmarks.workloads import Batch, Workload
 from foundry_ext.models.flops import adapter_parameters, peak_flops, training_flops
 
@@ -66,7 +66,7 @@ def compare(
             try:
                 size = (sizes or {}).get(name) or best_rows(bench, name, workload)
                 step = bench.step(name, workload, size)
-                rows[key] |= {"rows": size, "loss": _warm_up(step)}
+                rows[key] |= {"rows": size, **_warm_up(step, name, options)}
                 steps[key] = step
             except Absent as reason:
                 rows[key]["absent"] = str(reason)
@@ -112,6 +112,7 @@ def best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
             step()
             times[size] = seconds(step, bench.setup.device, steps=1)
         except torch.OutOfMemoryError:
+            bench.optimizer.zero_grad(set_to_none=True)
             break
         if times[size] > 1.3 * min(times.values()):
             break  # beyond the best, where more padding is all that a larger one brings
@@ -120,10 +121,17 @@ def best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
     return min(times, key=lambda size: times[size])
 
 
-def _warm_up(step: Step) -> float:
-    for _ in range(WARM_UP[step.setup.device]):
-        loss = step()
-    return loss.item()  # pyright: ignore[reportPossiblyUnbound]
+def _warm_up(step: Step, name: str, options: Options) -> dict[str, Any]:
+    """{"loss": ..., "kernels" or "operators": ...}; the last step of it is the one that counts."""
+    device, losses = step.setup.device, []
+    compiled = is_compiled(VARIANTS[name], step.setup)
+    for _ in range(WARM_UP[device] - 1 + (compiled or not options.kernels)):
+        losses.append(step())
+    counts = {}
+    if options.kernels:
+        key = "kernels" if device == "cuda" else "operators"
+        counts[key] = count_kernels(lambda: losses.append(step()), device)
+    return {"loss": losses[-1].item(), **counts}
 
 
 def _rates(
@@ -167,9 +175,6 @@ def _costs(
         costs["peak_memory_gib"] = device_peak_memory(step)
     elif options.memory:
         costs["peak_memory_gib"] = process_peak_memory(_one_step, setup, workload, name, rows)
-    if options.kernels:
-        key = "kernels" if setup.device == "cuda" else "operators"
-        costs[key] = count_kernels(step, setup.device)
     if options.workers is not None:
         costs["data_wait"] = data_wait(name, step, workload, setup, options.workers, rows)
     return costs

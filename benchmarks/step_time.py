@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "packs": 1,
         "microbatches": (1, 4, 8),
         "compile": "none",
-        "repeats": 3,
+        "repeats": 2,
     },
     "cuda": {
         "precision": "amp_bf16",
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--labelled", type=_numbers, help="shares of a document's tokens with a label")
     add("--pack-tokens", type=int, help="capacity of a pack, for lengths a, b and c")
     add("--packs", type=int, help="of a step, for lengths a, b and c")
-    add("--documents", type=int, default=8, help="of a step, for longest; to2048 has half")
+    add("--documents", type=int, default=8, help="of a step, for longest; to2048 has a quarter")
     add("--microbatches", type=_counts, help="rows of padded microbatches to choose from")
     add_shipped(made)
     add("--repeats", type=int)
@@ -148,8 +148,8 @@ def workloads(options: argparse.Namespace, vocabulary: int) -> Iterator[Workload
                     **common,
                 )
             else:
-                half = name == "to2048"
-                count = max(options.documents // 2, 1) if half else options.documents
+                few = name == "to2048"
+                count = max(options.documents // 4, 1) if few else options.documents
                 yield named_case(name, count=count, **common)
 
 

@@ -107,10 +107,10 @@ def test_the_microbatch_is_the_fastest_that_fits(workload, make_setup, monkeypat
 def test_a_variant_out_of_memory_is_reported_and_the_rest_goes_on(
     workload, make_setup, monkeypatch
 ):
-    def warm_up(step):
+    def warm_up(step, *_):
         if step.num_slots > workload.num_tokens:
             raise torch.OutOfMemoryError("no memory")
-        return 0.0
+        return {"loss": 0.0}
 
     monkeypatch.setattr(comparison, "_warm_up", warm_up)
     options = Options(repeats=1, kernels=False)
