@@ -11,6 +11,7 @@ from foundry_ext import __version__
 # name -> what it does; `check-fair` is foundry_ext/commands/check_fair.py
 COMMANDS = {
     "inspect": "one HTML page of the first packs, exactly as the model gets them",
+    "plan": "what a run would do: steps, tokens, memory, time; nothing is trained",
     "check-fair": "name every difference between runs that are meant to differ by method alone",
     "sweep": "run a W&B sweep file here, without a server",
     "compare": "learning, forgetting and cost of runs: comparison.md, one HTML page, plots",

@@ -6,7 +6,7 @@ its position, its document and whether it carries loss, is read off the pack's o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from llmfoundry.data.dataloader import build_dataloader
@@ -115,16 +115,11 @@ def inspect_config(
     """
     if num_packs < 1:
         raise ValueError(f"packs: {num_packs} is below 1")
-    section, size = _section(config, loader)
-    tokenizer = build_tokenizer(
-        config["tokenizer"]["name"], dict(config["tokenizer"].get("kwargs") or {})
-    )
-    spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
-    dataset = getattr(spec.dataloader, "dataset", None)
-    assert isinstance(dataset, PackedDataset), type(dataset)
+    tokenizer = open_tokenizer(config)
+    batches, dataset = open_loader(config, loader, tokenizer)
     dataset.sampler.set_epoch(0)
     packs = []
-    for number, batch in enumerate(cast(Any, spec.dataloader)):
+    for number, batch in enumerate(batches):
         chosen = dataset.sampler.batch(number)
         for place, (pack, indices) in enumerate(zip(batch, chosen, strict=True)):
             packs.append(_view(pack, indices, dataset, tokenizer, number, place))
@@ -134,10 +129,34 @@ def inspect_config(
         name=name,
         loader=loader,
         tokenizer=config["tokenizer"]["name"],
-        epoch=_epoch(dataset),
+        epoch=totals_of(dataset),
         sources=dataset.description,
         packs=packs[:num_packs],
     )
+
+
+def open_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """As training builds it."""
+    section = config["tokenizer"]
+    return build_tokenizer(section["name"], dict(section.get("kwargs") or {}))
+
+
+def open_loader(
+    config: Mapping[str, Any], loader: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, PackedDataset]:
+    """A loader, as training builds it but for its workers, and what it reads.
+
+    Args:
+        loader: train or eval; of several eval loaders the first.
+
+    Raises:
+        ValueError: no such loader, or one that is not packed; what the loader itself refuses.
+    """
+    section, size = _section(config, loader)
+    spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
+    dataset = getattr(spec.dataloader, "dataset", None)
+    assert isinstance(dataset, PackedDataset), type(dataset)
+    return spec.dataloader, dataset
 
 
 def _section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], int]:
@@ -149,8 +168,8 @@ def _section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], in
         raise ValueError(f"{loader}_loader: there is none in this YAML")
     if not str(section.get("name")).startswith("packed_"):
         raise ValueError(
-            f"{loader}_loader.name: {section.get('name')!r} makes no packs; inspect shows"
-            " packed_finetuning and packed_text"
+            f"{loader}_loader.name: {section.get('name')!r} makes no packs; packed_finetuning and"
+            " packed_text do"
         )
     key = "global_train_batch_size" if loader == "train" else "device_eval_batch_size"
     return dict(section), config.get(key, 1)
@@ -218,7 +237,7 @@ def token_text(token: int, tokenizer: Any) -> str:
     return str(raw)
 
 
-def _epoch(dataset: PackedDataset) -> Epoch:
+def totals_of(dataset: PackedDataset) -> Epoch:
     documents, sampler = dataset.documents, dataset.sampler
     used = np.flatnonzero(documents.lengths)
     # Nothing comes before a document's first token to predict it.

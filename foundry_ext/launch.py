@@ -1,6 +1,7 @@
 """What `composer train.py a.yaml [b.yaml ...] [key=value ...]` does.
 
-One file trains in this process; run_sequence.py takes several in turn. Mistakes found before
+One file trains in this process; run_sequence.py takes several in turn. With --dry-run nothing is
+trained: each file is planned, as `foundry-ext plan` does. Mistakes found before
 training starts end in one line `train.py: error: <file>: <what>, <value>; <way out>` and exit
 code 2. Errors raised while training keep their traceback.
 """
@@ -26,13 +27,15 @@ from foundry_ext.run_config import (
     split_arguments,
     suggest,
 )
-from foundry_ext.run_sequence import train_in_turn
+from foundry_ext.run_sequence import RANK_VARIABLES, train_in_turn
 
-USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...]
+USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run]
 
   a.yaml      a run; several are trained one after another, each in a fresh process
   key=value   an override for every file, such as optimizer.lr=1e-4
+  --dry-run   train nothing; say what each run would do, its memory and its time
 """
+DRY_RUN = "--dry-run"
 USAGE_EXIT = 2
 TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
 # llm-foundry's builders, and the part of the YAML that each one reads.
@@ -55,8 +58,9 @@ def main(script: str, arguments: Sequence[str]) -> int:
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_EXIT
     OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: a run is what its YAML says
+    dry_run = DRY_RUN in arguments
     try:
-        files, overrides = split_arguments(arguments)
+        files, overrides = split_arguments([one for one in arguments if one != DRY_RUN])
         configs, complaints = check_all(files, overrides)
     except UsageError as error:
         configs, complaints = [], [str(error)]
@@ -65,6 +69,9 @@ def main(script: str, arguments: Sequence[str]) -> int:
             print(f"train.py: error: {line}", file=sys.stderr)
     if not configs:
         return USAGE_EXIT
+    if dry_run:
+        found = plan_each(configs)
+        return USAGE_EXIT if complaints else found
     if len(files) == 1:
         return train_here(*configs[0])
     # A file with a mistake takes its turn too: it fails at once, and the summary names it.
@@ -95,22 +102,56 @@ def check_all(
 def train_here(path: Path, config: DictConfig) -> int:
     """One run in this process."""
     from llmfoundry.command_utils import train
-    from llmfoundry.utils.exceptions import BaseContextualError
 
-    mistakes = (BaseContextualError, KeyError, OmegaConfBaseException, OSError, TypeError)
     try:
         trainer = train_recorded(train, config)
-    except (*mistakes, ValueError) as error:
+    except (*_mistakes(), ValueError) as error:
         if started_training(error) or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
             raise
-        # On every rank: the launcher holds back what the others say and shows it if they failed.
-        rank = os.environ.get("RANK", "0")
-        label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
-        hint = f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
-        print(f"{label}: {path}: {describe(error, config)} {hint}", file=sys.stderr)
+        complain(path, config, error)
         return USAGE_EXIT
     trainer.close()  # loggers write out what they still hold
     return 0
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What llm-foundry's builders raise for a wrong YAML, ValueError aside."""
+    from llmfoundry.utils.exceptions import BaseContextualError
+
+    return BaseContextualError, KeyError, OmegaConfBaseException, OSError, TypeError
+
+
+def complain(path: Path, config: DictConfig, error: Exception) -> None:
+    """On every rank: the launcher holds back what the others say and shows it if they failed."""
+    rank = os.environ.get("RANK", "0")
+    label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
+    hint = f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
+    print(f"{label}: {path}: {describe(error, config)} {hint}", file=sys.stderr)
+
+
+def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
+    """The plan of every run, by rank 0 alone: a plan needs no other process."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+    from foundry_ext.plan import plan_config  # llm-foundry: some 20 seconds
+    from foundry_ext.plan_text import render
+
+    code = 0
+    for number, (path, config) in enumerate(configs):
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+        try:
+            plan = plan_config(resolved, name=str(path), num_ranks=num_ranks)
+        except (*_mistakes(), ValueError) as error:
+            if os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
+                raise
+            complain(path, config, error)
+            code = USAGE_EXIT
+            continue
+        print("\n" * bool(number) + render(plan), flush=True)
+    return code
 
 
 def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> Any:

@@ -160,7 +160,7 @@ class PackCounts:
         self.lengths = np.asarray(documents.lengths, dtype=np.int64)[used]
         # Nothing comes before a document's first token to predict it.
         self.labelled = np.array(
-            [int(documents[int(index)].has_loss[1:].sum()) for index in used], dtype=np.int64
+            [np.count_nonzero(one.has_loss[1:]) for one in documents.read(used)], dtype=np.int64
         )
 
     def batches(self, epoch: int) -> list[Totals]:

@@ -192,11 +192,12 @@ def costs(runs: Sequence[PlannedRun], *, tokens_per_second: float | None) -> lis
     Seconds are those of finished runs of the same model, method and duration beside them; else
     tokens over `tokens_per_second`, or over the rate of finished runs of the same model and method.
     """
-    seen = [_measured(record) for record in _finished_records(runs)]
+    folders = sorted({run.folder.parent for run in runs})
+    seen = [_measured(record) for record in finished_records(folders)]
     found = []
     for run in runs:
         tokens, is_bound = tokens_of(run.config)
-        whole, rate = _kind(run.config, whole=True), _kind(run.config, whole=False)
+        whole, rate = kind(run.config, whole=True), kind(run.config, whole=False)
         same = [seconds for kinds, seconds, _ in seen if kinds[0] == whole]
         rates = [real / seconds for kinds, seconds, real in seen if kinds[1] == rate and seconds]
         seconds = None
@@ -223,8 +224,8 @@ def tokens_of(config: Mapping[str, Any]) -> tuple[float | None, bool]:
     return number * config["global_train_batch_size"] * pack, True
 
 
-def _finished_records(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    folders = sorted({run.folder.parent for run in runs})
+def finished_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Of runs in folders below these."""
     paths = [path for folder in folders for path in sorted(folder.glob("*/record.json"))]
     records = map(read_outcome, paths)
     return [record for record in records if record.get("status") == "finished"]
@@ -234,10 +235,10 @@ def _measured(record: Mapping[str, Any]) -> tuple[tuple[Any, Any], float, float]
     config = record.get("config") or {}
     seconds = float((record.get("time") or {}).get("wall_seconds") or 0)
     real = float((record.get("tokens") or {}).get("real") or 0)
-    return (_kind(config, whole=True), _kind(config, whole=False)), seconds, real
+    return (kind(config, whole=True), kind(config, whole=False)), seconds, real
 
 
-def _kind(config: Mapping[str, Any], *, whole: bool) -> Any:
+def kind(config: Mapping[str, Any], *, whole: bool) -> Any:
     """What two runs share that take the same time (`whole`), or the same time a token."""
     model = config.get("model") or {}
     peft_config = model.get("peft_config")
