@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-_CHUNK = 64 * 2**20  # elements updated at a time, for Lion's update takes as much memory again
+# Elements that Lion updates at a time, for the update takes as much memory again: on a CPU what
+# stays in its cache (2^26 took 1.3 of DecoupledLionW's time, 2^18 takes .96-1.07), else 256 MB.
+_CPU_CHUNK, _CHUNK = 2**18, 2**26
 
 
 class ForeachLionW(DecoupledLionW):
@@ -112,12 +114,12 @@ def _with_gradient(group: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """In order, of at most `_CHUNK` elements, or of one parameter that has more."""
+    """In order, of as many elements as is good, or of one parameter that has more."""
     chunk: list[Tensor] = []
     elements = 0
     for p in params:
         size = p.numel()  # of all ranks, which is only the more careful
-        if chunk and elements + size > _CHUNK:
+        if chunk and elements + size > (_CPU_CHUNK if p.device.type == "cpu" else _CHUNK):
             yield chunk
             chunk, elements = [], 0
         chunk.append(p)

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -426,36 +427,37 @@ def test_recomputed_in_the_backward_pass(autocast, only_fast):
     assert_close(again, run(fast, data(), autocast), rtol=0, atol=0)
 
 
-def test_sharded_weights(tmp_path, monkeypatch):
+@pytest.fixture
+def mesh(tmp_path):
+    """One rank; the process group is Composer's if a test before this one left it."""
+    begun = not torch.distributed.is_initialized()
+    if begun:
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    if begun:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights(mesh, monkeypatch):
     """FSDP2 on one rank: gathered with its layer, an adapter is fast; wrapped by itself, as
     llm-foundry does, it is peft's to gather."""
-    stock, _ = pair()
-    expected = run(stock, data())
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for alone in (False, True):
-            fast = pair()[1]
-            for module in fast.modules():
-                if alone and isinstance(module, FastDoraLinear):
-                    for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
-                        fully_shard(part["default"], mesh=mesh)
-            fully_shard(fast, mesh=mesh)
-            calls = []
-            forward = PeftLinear.forward
-            with monkeypatch.context() as patch:
-                patch.setattr(
-                    PeftLinear,
-                    "forward",
-                    lambda *a: calls.append(1) or forward(*a),  # noqa: B023
-                )
-                found = run(fast, data())
-            assert bool(calls) == alone
-            found = {n: getattr(v, "full_tensor", lambda v=v: v)() for n, v in found.items()}
-            assert_close(found, expected, rtol=1e-5, atol=2e-6)
-    finally:
-        torch.distributed.destroy_process_group()
+    expected = run(pair()[0], data())
+    calls = []
+    forward = PeftLinear.forward
+    monkeypatch.setattr(PeftLinear, "forward", lambda *a: calls.append(1) or forward(*a))
+    for alone in (False, True):
+        fast = pair()[1]
+        for module in fast.modules():
+            if alone and isinstance(module, FastDoraLinear):
+                for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
+                    fully_shard(part["default"], mesh=mesh)
+        fully_shard(fast, mesh=mesh)
+        calls.clear()
+        found = run(fast, data())
+        assert bool(calls) == alone
+        found = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in found.items()}
+        assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.gpu

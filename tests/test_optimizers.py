@@ -63,7 +63,7 @@ def assert_same(kind, ours, theirs):
 @both
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_the_same_parameters_and_state_after_a_schedule(kind, weight_decay, monkeypatch):
-    monkeypatch.setattr(foundry_ext.optimizers, "_CHUNK", 40)  # several chunks, one of one
+    monkeypatch.setattr(foundry_ext.optimizers, "_CPU_CHUNK", 40)  # several chunks, one of one
     ours, theirs = make_parameters(), make_parameters()
     our_optimizer, their_optimizer = (
         make(kind, side, parameters, weight_decay=weight_decay)
@@ -173,24 +173,30 @@ def test_operations_do_not_grow_with_the_parameters(kind, ours, theirs):
     assert len(found[1]) == theirs * 40, found[1][:20]
 
 
-def test_sharded_parameters(tmp_path):
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for kind, (ours, _) in PAIRS.items():
-            plain, sharded = make_parameters(), make_parameters()
-            sharded = [torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in sharded]
-            for parameters in (plain, sharded):
-                optimizer = ours(parameters, lr=1e-2, weight_decay=1e-3)
-                for _ in range(3):
-                    for p in parameters:
-                        p.grad = p.detach().clone().sin()
-                    optimizer.step()
-            assert isinstance(optimizer.state[sharded[0]]["exp_avg"], DTensor)
-            assert_same(kind, [p.data.full_tensor() for p in sharded], plain)
-    finally:
+@pytest.fixture
+def mesh(tmp_path):
+    """One rank; the process group is Composer's if a test before this one left it."""
+    begun = not torch.distributed.is_initialized()
+    if begun:
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    if begun:
         torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters(mesh):
+    for kind, (ours, _) in PAIRS.items():
+        plain, sharded = make_parameters(), make_parameters()
+        sharded = [torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in sharded]
+        for parameters in (plain, sharded):
+            optimizer = ours(parameters, lr=1e-2, weight_decay=1e-3)
+            for _ in range(3):
+                for p in parameters:
+                    p.grad = p.detach().clone().sin()
+                optimizer.step()
+        assert isinstance(optimizer.state[sharded[0]]["exp_avg"], DTensor)
+        assert_same(kind, [p.data.full_tensor() for p in sharded], plain)
 
 
 @pytest.mark.parametrize(
