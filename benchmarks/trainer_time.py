@@ -11,6 +11,7 @@ process's CPU time and the precision fp32; on a GPU it is wall time between sync
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -137,6 +138,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         overrides=options.overrides,
         keep_wandb=options.wandb,
     )
+    if options.wandb:
+        os.environ.update(WANDB_MODE="offline", WANDB_DIR=str(folder))
     config["callbacks"]["probe"] = {}
     made = type("Measured", (Probe,), {"core": Core(config), "block": block, "steps": steps})
     llmfoundry.registry.callbacks.register("probe", func=made)
@@ -197,7 +200,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"| {1000 * seconds['trainer']:,.1f} | {1000 * seconds['core']:,.1f} |"
         f" {100 * overhead['median']:.1f} % ({100 * overhead['least']:.1f} to"
         f" {100 * overhead['most']:.1f}) | {100 * result['outside_the_core']:.1f} % |"
-        f" {throughput['logged']:,.0f} / {throughput['counted']:,.0f} ="
+        f" {throughput['logged']:,.1f} / {throughput['counted']:,.1f} ="
         f" {throughput['ratio']:.3f} |",
         "",
         "| part | ms a step | |",
