@@ -116,6 +116,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
     _check_keys(path, config)
     _check_references(path, config)
     _check_microbatch(path, config)
+    _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
         config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), given)
     return config
@@ -302,4 +303,16 @@ def _check_microbatch(path: Path, config: DictConfig) -> None:
         raise UsageError(
             f"{path}: device_train_microbatch_size, 'auto', does not go with train_loader "
             f"{config.train_loader.name}, whose packs are sized to fill the device; set it to 1"
+        )
+
+
+def _check_compile(path: Path, config: DictConfig) -> None:
+    """Compiled code is for one shape: packs that differ would be compiled for, one after another,
+    until torch gives up."""
+    scope = OmegaConf.select(config, "model.compile", default="none")
+    fixed = OmegaConf.select(config, "train_loader.dataset.fixed_shape", default=False)
+    if _is_packed(config) and scope != "none" and not fixed:
+        raise UsageError(
+            f"{path}: model.compile, {scope!r}, needs packs of one shape; set "
+            "train_loader.dataset.fixed_shape: true, or compile: none"
         )

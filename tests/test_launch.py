@@ -147,6 +147,7 @@ def test_overrides_reach_nested_keys(valid: Path):
         ("variables.row=3", "no variable 'row', did you mean 'rows'? the file has rows"),
         ("seed=${variables.sed}", "seed, Interpolation key 'variables.sed' not found"),
         ("device_train_microbatch_size=auto", "'auto', does not go with train_loader packed_fine"),
+        ("model.compile=layers", "model.compile, 'layers', needs packs of one shape; set train_l"),
     ],
 )
 def test_wrong_overrides_are_refused(valid: Path, override: str, message: str):
@@ -154,6 +155,11 @@ def test_wrong_overrides_are_refused(valid: Path, override: str, message: str):
         load_config(valid, [override])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_compile_goes_with_packs_of_one_shape(valid: Path):
+    overrides = ["model.compile=layers", "train_loader.dataset.fixed_shape=true"]
+    assert load_config(valid, overrides).model.compile == "layers"
 
 
 @pytest.mark.parametrize(

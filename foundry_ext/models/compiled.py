@@ -49,7 +49,7 @@ def compile_model(
         model.model.compiled = torch.compile(run_layers, **options)
     layer = torch.compile(decoder_layer, **options) if scope == "layers" else None
     for module in model.model.layers:
-        module.compiled = layer  # pyright: ignore[reportAttributeAccessIssue]
+        module.compiled = layer  # pyright: ignore[reportArgumentType]
 
 
 def graphs_compiled() -> int:

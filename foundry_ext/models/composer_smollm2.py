@@ -55,8 +55,9 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, ...}; all
             seven linears unless target_modules says otherwise; checked by foundry_ext.methods.
         init_device: cpu, meta, or mixed (cpu on rank 0, meta elsewhere, for FSDP).
-        attention_backend: auto, flash_attn, torch_varlen, flex or sdpa; with attention_dropout in
-            config_overrides flash_attn, sdpa, or before torch 2.10 torch_varlen.
+        attention_backend: auto, flash_attn, torch_varlen, flex, blockwise (CPU) or sdpa; with
+            attention_dropout in config_overrides flash_attn, sdpa, or before torch 2.10
+            torch_varlen.
         loss: chunked (any device), compiled (the same, fused by torch.compile) or liger (GPU).
         compile: none, layers or model: torch.compile of what is trained; wants packs of one shape,
             `fixed_shape: true` in the train loader. Evaluation is not compiled.
