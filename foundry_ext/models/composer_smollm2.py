@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext import methods, pissa
 from foundry_ext.adapters import adaptable_modules, load_adapter
+from foundry_ext.casts import leave_casts_to_autocast
 from foundry_ext.dora import use_fast_dora
 from foundry_ext.frozen import check_frozen_dtype, hold_frozen_in_bf16
 from foundry_ext.models.attention import resolve_backend
@@ -145,6 +146,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             if frozen_dtype == "bf16":
                 hold_frozen_in_bf16(self.model)
             use_fast_dora(self.model)
+            leave_casts_to_autocast(self.model)
         _check_backend(attention_backend, dropout=inner.config.attention_dropout > 0)
         inner.attention_backend, inner.loss_implementation = attention_backend, loss
         if activation_checkpointing:
