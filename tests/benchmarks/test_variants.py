@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.variants import METHODS, VARIANTS, Absent, Bench, make_batches
+from benchmarks.variants import METHODS, VARIANTS, Absent, Bench, inner, make_batches
 from benchmarks.workloads import (
     LENGTHS,
     draw_lengths,
@@ -168,3 +168,18 @@ def test_the_counts_are_those_of_the_documents(workload):
     assert workload.num_loss_tokens == 20 + 4 + 12 + 16 + 6
     short = dataclasses.replace(workload, documents=workload.documents[:1])
     assert short.num_loss_tokens == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "dora"])
+def test_compiled_variants_compute_the_same_loss(method, workload, make_setup):
+    bench = Bench(make_setup(method=method, compile="layers"))
+    losses = {}
+    for name in ("hf_padded", "hf_padded_compiled", "ours_eager", "ours"):
+        step = bench.step(name, workload)
+        losses[name] = [step().item() for _ in range(2)]
+    for name, pair in losses.items():
+        assert pair == pytest.approx([losses["hf_padded"][0]] * 2, rel=1e-5), name
+    for name, compiled in (("ours_eager", False), ("ours", True)):
+        (layer, *_) = inner(bench.step(name, workload).model).model.layers
+        assert (layer.compiled is not None) is compiled
