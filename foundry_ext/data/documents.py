@@ -65,9 +65,11 @@ class Documents:
         ]
         sizes = [len(chunk[0]) - 1 for chunk in self._chunks]
         self._first = np.cumsum([0, *sizes])
-        self.lengths = np.concatenate(
-            [np.empty(0, np.int32), *(np.diff(offsets) for offsets, *_ in self._chunks)]
-        )
+        self.lengths = np.empty(self._first[-1], np.int32)
+        for start, (offsets, *_) in zip(self._first, self._chunks, strict=False):
+            np.subtract(
+                offsets[1:], offsets[:-1], out=self.lengths[start : start + len(offsets) - 1]
+            )
         self.outcomes = np.asarray(table.data.column("outcome").to_numpy(), dtype=np.int8)
         self.num_cut = np.asarray(table.data.column("num_cut").to_numpy(), dtype=np.int32)
         self.counts = count_outcomes(self.outcomes, self.num_cut)

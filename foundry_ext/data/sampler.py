@@ -83,10 +83,15 @@ class PackedBatchSampler(DistributedSampler):
         epoch = epoch if self.shuffle else 0
         if self._plan is not None and self._plan[0] == epoch:
             return self._plan[1]
+        # A plan of 10 M documents is 100 MiB and takes seconds, so none is kept or made in vain.
+        first = self._plan[1] if self._plan is not None and self._plan[0] == 0 else None
+        self._plan = None
         packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
         log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), 100 * packs.fill)
         if self._num_batches is not None and self._batches_of(packs) != self._num_batches:
-            first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
+            del packs
+            if first is None:
+                first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
             packs = _reordered(first, np.random.default_rng((self.seed, epoch)))
         self._plan = epoch, packs
         return packs
@@ -135,6 +140,10 @@ class PackedBatchSampler(DistributedSampler):
 
 
 def _reordered(packs: Packs, rng: np.random.Generator) -> Packs:
-    shuffled = [packs[i] for i in rng.permutation(len(packs))]
-    offsets = np.cumsum([0, *map(len, shuffled)])
-    return replace(packs, documents=np.concatenate(shuffled), offsets=offsets)
+    """The same packs in another order; no Python object a pack, of which there may be millions."""
+    order = rng.permutation(len(packs))
+    sizes = np.diff(packs.offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    index = np.repeat(packs.offsets[:-1][order] - offsets[:-1], sizes)
+    index += np.arange(len(index))
+    return replace(packs, documents=packs.documents[index], offsets=offsets)

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import Dataset, DistributedSampler
 
 from foundry_ext.data.packing import pack
-from foundry_ext.data.sampler import PackedBatchSampler
+from foundry_ext.data.sampler import PackedBatchSampler, _reordered
 
 CAPACITY = 64
 
@@ -217,3 +217,11 @@ def test_too_few_packs_to_drop_the_last_are_an_error():
     with pytest.raises(ValueError, match=r"3 packs .* batch of 2 x 2; .* drop_last: false"):
         make([CAPACITY] * 3, batch_packs=2, world_size=2, drop_last=True)
     assert len(make([CAPACITY] * 3, batch_packs=2, world_size=2)) == 1
+
+
+def test_the_packs_are_the_same_in_another_order():
+    packs = pack(random_lengths(200, unused=0), CAPACITY, seed=1, epoch=0)
+    ordered = _reordered(packs, np.random.default_rng(3))
+    places = np.random.default_rng(3).permutation(len(packs))
+    assert [ordered[i].tolist() for i in range(len(packs))] == [packs[i].tolist() for i in places]
+    assert (ordered.capacity, ordered.num_tokens) == (packs.capacity, packs.num_tokens)
