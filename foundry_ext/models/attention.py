@@ -111,6 +111,7 @@ def _why_not(
     return ""
 
 
+@torch.compiler.assume_constant_result
 def _has_varlen_module() -> bool:
     """torch 2.10 and later; its varlen_attn takes no dropout, the operator before it does."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
@@ -143,10 +144,16 @@ def _torch_varlen(
         return forward(q, k, v, *lengths, *options)[0]  # pyright: ignore[reportCallIssue]
     from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
-    # torch 2.10 names causality, later versions express it as a window.
-    named = "is_causal" in inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if named else {"window_size": (-1, 0)}
+    causal = {"is_causal": True} if _names_causality() else {"window_size": (-1, 0)}
     return varlen_attn(q, k, v, *lengths, **causal)
+
+
+@torch.compiler.assume_constant_result
+def _names_causality() -> bool:
+    """As torch 2.10's varlen_attn does; later versions express it as a window."""
+    from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
+
+    return "is_causal" in inspect.signature(varlen_attn).parameters
 
 
 @functools.cache
@@ -173,6 +180,7 @@ def _document_mask(cu_seqlens: Tensor, _version: int, num_tokens: int):
     )
 
 
+@torch.compiler.disable  # it is compiled already, and its mask is made once a microbatch
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
 ) -> Tensor:

@@ -42,8 +42,8 @@ def compile_model(
         ValueError: unknown scope or mode.
     """
     check_compile(scope, mode)
-    # A layer that cannot be compiled whole is a mistake of ours: say so, do not crawl.
-    options: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "mode": mode}
+    # Not fullgraph: flex and sdpa, which the compiler does not enter, cut a layer in two.
+    options: dict[str, Any] = {"dynamic": dynamic, "mode": mode}
     model.model.compiled = None
     if scope == "model":
         model.model.compiled = torch.compile(run_layers, **options)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from foundry_ext.data.collator import Document, PackCollator
-from foundry_ext.models import loss
+from foundry_ext.models import attention, loss
 from foundry_ext.models.compiled import compile_model, graphs_compiled
-from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM, decoder_layer
 
 PACK_TOKENS, MAX_SEQ_LEN = 64, 24
 
@@ -145,7 +145,44 @@ def test_dynamic_takes_packs_of_every_size(tiny_config, without_code_generation)
     for pack in packs(config, *lengths, fixed_shape=False):
         train_step(model, pack)
         counts.append(graphs_compiled())
-    assert counts[-1] == counts[2] < len(lengths)
+    assert counts[-1] == counts[3]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_backends_that_are_not_compiled(backend, tiny_config, without_code_generation):
+    """What lies before and after attention is; other packs add no graph."""
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = SmolLM2ForCausalLM(config).train()
+    model.attention_backend = backend
+    compile_model(model, scope="layers")
+    graphs = set()
+    for pack in packs(config, *SHAPES[:3]):
+        with torch.set_grad_enabled(backend == "sdpa"):  # flex has no backward pass on a CPU
+            model(**pack)
+        graphs.add(graphs_compiled())
+    assert len(graphs) == 1
+
+
+def test_torch_s_kernel_is_one_operator(tiny_config):
+    """Its CPU twin: on the meta device, which checks arguments and shapes, forward and backward,
+    and that a layer with it compiles as a whole."""
+    config = tiny_config()
+    with torch.device("meta"):
+        layer = SmolLM2ForCausalLM(config).model.layers[0].to(torch.bfloat16)
+        x = torch.empty(12, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        cos = sin = torch.empty(12, config.head_dim // 2, dtype=torch.bfloat16)
+        cu_seqlens = torch.empty(4, dtype=torch.int32)
+
+    def attend(q, k, v):
+        return attention._KERNELS["torch_varlen"](q, k, v, cu_seqlens, 8, 0.0)
+
+    compiled = torch.compile(decoder_layer, backend="aot_eager", fullgraph=True)
+    out = compiled(layer, x, cos, sin, attend)
+    assert out.shape == x.shape and out.dtype == x.dtype
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert graphs_compiled() == 1
 
 
 @pytest.mark.parametrize(("scope", "mode"), [("all", "default"), ("layers", "fast")])
