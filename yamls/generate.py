@@ -62,7 +62,7 @@ def values(path: Path, data: Data, size: Size, method: Method) -> dict[str, str]
         "experiment": data.experiment,
         "max_seq_len": f"{data.max_seq_len} # tokens a document may have; {data.why_max_seq_len}",
         "pack_tokens": str(size.pack_tokens),
-        "memory": size.memory,
+        "memory": memory(data, size),
         **rates(data, size, method),
         "ranks": RANKS if method.scale is not None else "",
         "replay_share": REPLAY_SHARE if data.replay else "",
@@ -81,6 +81,20 @@ def values(path: Path, data: Data, size: Size, method: Method) -> dict[str, str]
         "prompts": "\n".join(f'      - "{prompt}"' for prompt in data.prompts),
         "new_tokens": str(data.new_tokens),
     }
+
+
+def memory(data: Data, size: Size) -> str:
+    """The estimate, and what a card of 80 GB takes of the same batch."""
+    text = f"{size.memory}; `foundry-ext plan` says more."
+    pack_tokens = min(size.pack_tokens_80, data.batch_tokens)
+    overrides = [
+        f"variables.pack_tokens={pack_tokens}",
+        f"global_train_batch_size={data.batch_tokens // pack_tokens}",
+        *(["model.activation_checkpointing=false"] if size.checkpointing else []),
+    ]
+    if pack_tokens == size.pack_tokens:
+        return text
+    return f"{text}\n  # 80 GB: {' '.join(overrides)}"
 
 
 def rates(data: Data, size: Size, method: Method) -> dict[str, str]:

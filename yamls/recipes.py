@@ -12,9 +12,12 @@ class Size:
     hub: str
     width: int
     pack_tokens: int
-    """For a card of 24 GB."""
+    """For a card of 24 GB, by the estimate of foundry_ext/models/memory.py."""
     memory: str
-    """All of it, the frozen copy for KL included; estimated, not measured."""
+    """With those packs, of all methods the most, at the paper's largest rank and with the frozen
+    copy for KL; estimated, not measured."""
+    pack_tokens_80: int
+    """For a card of 80 GB, by the same estimate, and without checkpointing."""
     checkpointing: bool = False
 
 
@@ -61,22 +64,25 @@ SIZES = (
         name="smollm2-135m",
         hub="SmolLM2-135M",
         width=576,
-        pack_tokens=8192,
-        memory="some 12 GB of memory",
+        pack_tokens=16_384,
+        memory="some 17 of 24 GB",
+        pack_tokens_80=65_536,
     ),
     Size(
         name="smollm2-360m",
         hub="SmolLM2-360M",
         width=960,
-        pack_tokens=4096,
-        memory="some 14 GB of memory",
+        pack_tokens=8192,
+        memory="some 19 of 24 GB",
+        pack_tokens_80=32_768,
     ),
     Size(
         name="smollm2-1.7b",
         hub="SmolLM2-1.7B",
         width=2048,
-        pack_tokens=4096,
-        memory="an adapter some 10 GB, full fine-tuning 32",
+        pack_tokens=16_384,
+        memory="an adapter some 15 of 24 GB, full fine-tuning 35",
+        pack_tokens_80=8192,
         checkpointing=True,
     ),
 )
