@@ -34,30 +34,25 @@ RUNGS = {
     "ours_eager": "packed",
     "ours": "packed and compiled",
 }
-# A CPU computes some hundred tokens a second: three small packs, four documents at a time.
-SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {"pack_tokens": 1024, "packs": 3, "microbatches": (4, 8), "repeats": 2},
-    "cuda": {"pack_tokens": 16384, "packs": 4, "microbatches": (8, 16, 32, 64, 128), "repeats": 7},
-}
+MICROBATCHES = {"cpu": (4, 8), "cuda": (8, 16, 32, 64, 128)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     setup = setup_of(options, options.model, "full")
-    sizes = SIZES[device]
     workload = packed_workload(
         options.lengths,
         vocabulary=setup.config().vocab_size,
         labelled=1.0,
-        pack_tokens=options.pack_tokens or sizes["pack_tokens"],
-        num_packs=sizes["packs"],
-        microbatches=sizes["microbatches"],
+        pack_tokens=options.pack_tokens,
+        num_packs=options.packs,
+        microbatches=MICROBATCHES[device],
     )
     report = new_report(
         device, {"device": device, "model": options.model, "precision": options.precision}
     )
     print(as_line(report["machine"]), flush=True)
-    chosen = Options(repeats=options.repeats or sizes["repeats"], memory=True)
+    chosen = Options(repeats=options.repeats, memory=True)
     rows = _rows(setup, workload)
     result = compare({"full": setup}, workload, list(RUNGS), chosen, rows)
     for row in result["variants"]:
@@ -141,12 +136,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="a shipped shape")
     add("--lengths", default="a", choices=("a", "b", "c"))
     add("--pack-tokens", type=int)
+    add("--packs", type=int, help="of a step")
     add_shipped(made)
     add("--repeats", type=int)
     add("--json", type=Path, help="file to write; the picture lies beside it")
     add("--draw", type=Path, help="only draw, from this JSON")
     options = made.parse_args(arguments)
-    for key in ("precision", "compile"):
+    for key in ("precision", "compile", "pack_tokens", "packs", "repeats"):
         if getattr(options, key) is None:
             setattr(options, key, DEFAULTS[options.device][key])
     if options.compile == "none":

@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         vocabulary=vocabulary,
         labelled=1.0,
         pack_tokens=options.pack_tokens,
-        num_packs=1,
+        num_packs=options.packs,
         microbatches=(options.rows,),
     )
     settings = {"device": options.device, "model": options.model, "method": options.method}
@@ -230,12 +230,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--variants", type=lambda value: value.split(","), default=["hf_padded", "ours"])
     add("--lengths", default="a", choices=("a", "b", "c"))
     add("--pack-tokens", type=int)
-    add("--rows", type=int, default=8, help="of a padded microbatch")
+    add("--packs", type=int, help="of a step")
+    add("--rows", type=int, default=4, help="of a padded microbatch")
     add_shipped(made)
     add("--json", type=Path, help="file to write; the picture lies beside it")
     add("--draw", type=Path, help="only draw, from this JSON")
     options = made.parse_args(arguments)
-    for key in ("precision", "compile", "pack_tokens"):
+    for key in ("precision", "compile", "pack_tokens", "packs"):
         if getattr(options, key) is None:
             setattr(options, key, DEFAULTS[options.device][key])
     return options
