@@ -53,7 +53,8 @@ def varlen_attention(
         ValueError: unknown or unusable backend.
     """
     device, dtype = q_THN.device.type, v_TKN.dtype
-    backend = resolve_backend(backend, device=device, dtype=dtype, dropout=dropout_p > 0)
+    dropout = bool(dropout_p > 0)  # torch 2.13's compiler keeps the comparison as a symbol
+    backend = resolve_backend(backend, device=device, dtype=dtype, dropout=dropout)
     return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p)
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,10 @@ def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
 
 @pytest.mark.slow
 def test_fsdp2_shards_what_one_rank_trains(world, tmp_path):
-    """Losses and exports equal; gradients twice as large: torch 2.7's FSDP2 over gloo adds them up
-    over ranks where it should average them (trap 39), as NCCL does on GPUs."""
+    """Losses and exports equal; gradients too, but for torch 2.7's, twice as large: its FSDP2 over
+    gloo adds them up over ranks (trap 39, pytorch#162338), where later ones, and NCCL on GPUs,
+    average."""
+    factor = 2 if version("torch").startswith("2.7.") else 1
     common = {"global_train_batch_size": 4, "optimizer__lr": 0.0, "algorithms": {}}
     common |= {"callbacks": {"spy": {"keep_gradients": True}}, "max_duration": "1ep"}
     adapter = {**common, "method": "dora"}
@@ -112,7 +115,8 @@ def test_fsdp2_shards_what_one_rank_trains(world, tmp_path):
         assert several[name]["losses"] == pytest.approx(reference.losses, rel=1e-6), name
         pairs = zip(several[name]["gradients"], reference.spy.gradients, strict=True)
         for ours, theirs in pairs:
-            kit.assert_same_gradients(ours, {key: 2 * value for key, value in theirs.items()})
+            wanted = {key: factor * value for key, value in theirs.items()}
+            kit.assert_same_gradients(ours, wanted)
     base = load_file(world.base / "model.safetensors")
     for name in ("cpu", "mixed"):
         weights = load_file(exports[name] / "model.safetensors")
