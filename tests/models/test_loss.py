@@ -225,7 +225,8 @@ def test_labelled_positions_of_nothing(labels, known):
 
 def test_check_loss(monkeypatch):
     assert check_loss("chunked") == "chunked"
-    with pytest.raises(ValueError, match="'fused' is unknown; choose one of chunked, compiled, liger"):
+    choice = "'fused' is unknown; choose one of chunked, compiled, liger"
+    with pytest.raises(ValueError, match=choice):
         check_loss("fused")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a GPU; use 'chunked'"):
