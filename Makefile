@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM = false
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: see CONTRIBUTING.md
+install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13
 
 $(STAMP): requirements.lock pyproject.toml $(OVERRIDES)
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
@@ -55,7 +55,7 @@ browser: ## headless Chromium for the tests of pages; without it they are skippe
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-check: install ## ruff and pyright
+check: install ## ruff and pyright, in the pinned world
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
