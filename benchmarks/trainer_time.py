@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "lengths": options.lengths,
         "steps": steps,
         "machine": describe_machine(DEVICE),
-        **summary(probe, window=window, logged=logged[block + steps - 1]),
+        **summary(probe, window=window, logged=logged[block + steps]),
     }
 
 
