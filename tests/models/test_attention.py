@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foundry_ext.models import attention
 from foundry_ext.models.attention import BACKENDS, resolve_backend, varlen_attention
@@ -260,3 +261,27 @@ def test_unusable_backend(backend, device, dtype, way_out, fresh_choice, monkeyp
 def test_unusable_backend_never_falls_back(backend):
     with pytest.raises(ValueError, match=backend):
         varlen_attention(*make_inputs([3], (9, 3)), 3, backend=backend)
+
+
+class Calls(TorchDispatchMode):
+    """Of every operator called, its arguments by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [argument.name for argument in func._schema.arguments]
+        self.seen.append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_varlen_asks_this_torch_for_causal_attention():
+    """The function and its arguments change with torch; shapes need no GPU to be worked out."""
+    q, k, v, cu_seqlens = make_inputs([8, 2], (9, 3), device="meta", dtype=torch.bfloat16)
+    with Calls() as calls:
+        out = attention._torch_varlen(q, k, v, cu_seqlens, 8, 0.0)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    [given] = [given for given in calls.seen if "is_causal" in given]
+    assert given["is_causal"] is True
+    assert (given["max_q"], given["max_k"]) == (8, 8)
