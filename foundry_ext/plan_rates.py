@@ -44,8 +44,10 @@ class Rates:
             " the trainer"
         )
 
-    def training_seconds(self, course: Course) -> float:
-        """On one device."""
+    def training_seconds(self, course: Course) -> float | None:
+        """On one device; None where this one cannot train the run."""
+        if self.tokens_per_second is None and self.speed is None:
+            return None
         if self.speed is None:
             assert self.tokens_per_second is not None
             return course.totals.tokens / self.tokens_per_second
@@ -75,6 +77,8 @@ def find_rates(
             num_records=len(similar),
             evaluation_seconds=sum(waits) / len(waits) if waits else None,
         )
+    if device == "cpu" and str(config["precision"]).startswith("amp_"):
+        return Rates(device=name, kind=device)  # Composer refuses to train so
     lengths = np.asarray(train.documents.lengths)[train.sampler.used]
     first_pack = lengths[train.sampler.plan(0)[0]]
     speed = measure_speed(

@@ -26,9 +26,9 @@ _NAMES = {
     "gradients": "gradients",
     "activations": "activations",
     "weight_casts": "weights cast by autocast",
-    "recomputed": "a layer recomputed",
-    "head": "head's gradient and states",
-    "chunk": "a chunk of the loss",
+    "backward": "a layer's backward pass",
+    "head": "gradient of the head",
+    "chunk": "states and logits of the loss",
 }
 
 
@@ -150,10 +150,7 @@ def _memory(plan: Plan) -> list[str]:
 def _by_part(memory: Memory) -> list[str]:
     parts = {key: value for key, value in asdict(memory).items() if value}
     # Only the larger of the two is there at the peak.
-    if memory.recomputed > memory.chunk:
-        parts.pop("chunk", None)
-    else:
-        parts.pop("recomputed", None)
+    parts.pop("chunk" if memory.backward > memory.chunk else "backward", None)
     return [f"  {_NAMES[key]:<26} {gib(value):>10}" for key, value in parts.items()]
 
 
@@ -212,6 +209,8 @@ def _advice(card: str, batch: int, largest: int, plan: Plan) -> list[str]:
 def _time(plan: Plan) -> list[str]:
     rates, found = plan.rates, plan.evaluations
     seconds = rates.training_seconds(plan.course)
+    if seconds is None:
+        return [f"{plan.config['precision']} trains on a GPU only; precision=fp32 trains here"]
     seconds /= plan.num_ranks
     tokens = plan.course.totals.tokens
     lines = [

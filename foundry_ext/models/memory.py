@@ -102,18 +102,19 @@ class Memory:
     """Kept for the backward pass by all layers; with checkpointing each layer's input alone."""
     weight_casts: int
     """Copies of weights in the dtype that autocast computes in."""
-    recomputed: int
-    """With checkpointing, one layer's activations; they are not there together with the loss."""
+    backward: int
+    """Gradients inside a layer and, with checkpointing, its activations computed again; they are
+    not there together with the loss."""
     head: int
-    """Gradient of the head's weight, and states at labelled positions."""
+    """Gradient of the head's weight."""
     chunk: int
-    """The loss's logits and what is made of them, a chunk of positions at a time."""
+    """States at labelled positions and, a chunk of them at a time, logits and what follows."""
 
     @property
     def peak(self) -> int:
         parts = asdict(self)
-        recomputed, chunk = parts.pop("recomputed"), parts.pop("chunk")
-        return sum(parts.values()) + max(recomputed, chunk)
+        backward, chunk = parts.pop("backward"), parts.pop("chunk")
+        return sum(parts.values()) + max(backward, chunk)
 
 
 def optimizer_states(name: str) -> int:
@@ -161,6 +162,8 @@ def estimate_memory(
     full, trained = parameters.is_full, parameters.trainable_bytes
     kept = layer.per_token * num_tokens
     inputs = residual * hidden * num_tokens
+    # Two tensors of the MLP's width at once, and the stream around it.
+    inside = (2 * compute * config.intermediate_size + residual * hidden) * num_tokens
     cast_layers = layers if full or not activation_checkpointing else 0
     return Memory(
         weights=trained if full else parameters.frozen_bytes,
@@ -170,9 +173,10 @@ def estimate_memory(
         gradients=trained * (accumulates + (num_ranks > 1)),
         activations=int(layers * (inputs if activation_checkpointing else kept)),
         weight_casts=int(layer.fixed * cast_layers),
-        recomputed=int(kept + layer.fixed) if activation_checkpointing else 0,
-        head=(2 + full) * residual * hidden * labelled + full * 4 * hidden * vocabulary,
-        chunk=_chunk_bytes(config, labelled, stored=stored, compute=compute, full=full),
+        backward=int(inside + (kept + layer.fixed) * activation_checkpointing),
+        head=full * 4 * hidden * vocabulary,
+        chunk=(2 + full) * residual * hidden * labelled
+        + _chunk_bytes(config, labelled, stored=stored, compute=compute, full=full),
     )
 
 
