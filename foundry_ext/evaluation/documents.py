@@ -65,7 +65,7 @@ class DocumentsSet:
         scores = score_documents(
             model,
             self.indices,
-            dataset.documents.lengths[self.indices],
+            dataset.documents.lengths[self.indices].astype(np.int64),
             lambda chosen: dataset[np.asarray(chosen)],
             capacity=dataset.sampler.capacity,
             base=base if wants_kl else None,
