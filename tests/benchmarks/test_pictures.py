@@ -133,6 +133,8 @@ def test_the_profile_command(tmp_path, monkeypatch, tiny, capsys):
     assert (tmp_path / "p.png").read_bytes().startswith(PNG)
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 10 and "trunk products" in lines[2]
+    for row in json.loads((tmp_path / "p.json").read_text())["results"]:
+        assert sum(row["groups"].values()) == pytest.approx(row["seconds"])
 
 
 @pytest.mark.parametrize("axis", scaling.AXES)
