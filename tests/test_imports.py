@@ -21,7 +21,6 @@ MAY_IMPORT_TRAINERS = {
     "data/tokenize.py",
     "inspection.py",
     "launch.py",
-    "model_census.py",
     "plan_course.py",
     "models/composer_smollm2.py",
     "optimizers.py",

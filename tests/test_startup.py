@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.startup import _BUILDERS, PARTS, Marks
-from foundry_ext.model_census import no_model_census
 from tests.test_imports import imports, own_files
 
 ROOT = Path(__file__).parents[1]
@@ -116,37 +115,6 @@ def test_beyond_llm_foundry_a_run_loads_peft_and_little_else():
     after = packages(loaded_by(f"{code}\nimport {', '.join(sorted(entry_modules()))}"))
     added = {name for name in after - before - set(sys.stdlib_module_names) if name[0] != "_"}
     assert added <= {"foundry_ext", "peft", "accelerate", "psutil"}, added
-
-
-def test_a_model_is_built_without_importing_all_others(tokenizer_folder, tmp_path):
-    """Composer's census of causal language models is a second of CPU."""
-    code = f"""
-from transformers import AutoTokenizer
-from foundry_ext.models.composer_smollm2 import ComposerSmolLM2
-tokenizer = AutoTokenizer.from_pretrained({str(tokenizer_folder)!r})
-small = dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, num_attention_heads=1,
-             num_key_value_heads=1, vocab_size=400)
-model = ComposerSmolLM2(tokenizer, "smollm2-135m", pretrained=False, config_overrides=small)
-assert model.shift_labels
-from composer.models import huggingface
-assert huggingface._is_registered_causal_lm.__module__ == "composer.models.huggingface"
-"""
-    models = {name for name in loaded_by(code) if name.startswith("transformers.models.")}
-    assert "transformers.models.llama.modeling_llama" in models
-    assert not [name for name in models if "modeling_xlnet" in name or "modeling_whisper" in name]
-
-
-def test_the_census_is_taken_again_afterwards(monkeypatch):
-    from composer.models import huggingface
-
-    original = huggingface._is_registered_causal_lm
-    with pytest.raises(RuntimeError), no_model_census():
-        assert huggingface._is_registered_causal_lm(object())
-        raise RuntimeError
-    assert huggingface._is_registered_causal_lm is original
-    monkeypatch.delattr(huggingface, "_is_registered_causal_lm")
-    with no_model_census():
-        assert not hasattr(huggingface, "_is_registered_causal_lm")
 
 
 # --- the benchmark -------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from foundry_ext.adapters import adaptable_modules, load_adapter
 from foundry_ext.casts import leave_casts_to_autocast
 from foundry_ext.dora import use_fast_dora
 from foundry_ext.frozen import check_frozen_dtype, hold_frozen_in_bf16
-from foundry_ext.model_census import no_model_census
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.compiled import check_compile, compile_model
 from foundry_ext.models.loss import check_loss
@@ -77,7 +76,6 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
 
     default_eval_metrics = ComposerHFCausalLM.default_eval_metrics
 
-    @no_model_census()
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
