@@ -242,9 +242,11 @@ def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if ours:
+        from foundry_ext.casts import leave_casts_to_autocast
         from foundry_ext.dora import use_fast_dora
 
-        use_fast_dora(adapted)  # pyright: ignore[reportArgumentType]
+        use_fast_dora(adapted)
+        leave_casts_to_autocast(adapted)
     return adapted
 
 

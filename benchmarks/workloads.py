@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foundry_ext.data.collator import Document, PackCollator
-from foundry_ext.data.packing import pack
+from foundry_ext.data.packing import most_documents, pack
 
 # Medians and sigmas of log-normal lengths: instruction tuning, code, chat.
 LENGTHS = {"a": (350, 0.9), "b": (600, 1.4), "c": (80, 0.7)}
@@ -161,6 +161,7 @@ def packed_batches(workload: Workload, *, fixed_shape: bool = False) -> list[Bat
         max_seq_len=min(workload.max_seq_len, workload.pack_tokens),
         pack_tokens=workload.pack_tokens,
         fixed_shape=fixed_shape,
+        max_documents=most_documents(np.array(lengths), workload.pack_tokens),
     )
     packed = pack(lengths, workload.pack_tokens, seed=0, epoch=0)
     packs = workload.packs or [packed[i] for i in range(len(packed))]
