@@ -189,8 +189,8 @@ def text(report: dict[str, Any]) -> str:
     last, rate = rows[-1], report["product_flops_per_second"]
     lines.append(
         f"{last['title']}: {last['flops'] / last['seconds'] / 1e9:,.0f} GFLOP/s in all; a large"
-        f" product alone {rate / 1e9:,.0f}; profiled {last['profiled_seconds'] / last['seconds']:.2f} of"
-        " the step's time."
+        f" product alone {rate / 1e9:,.0f}; profiled"
+        f" {last['profiled_seconds'] / last['seconds']:.2f} of the step's time."
     )
     return "\n".join(lines)
 
