@@ -168,8 +168,8 @@ def test_another_card_is_not_taken_for_one_that_is_known(name: str):
     ("words", "multiprocessors", "products", "clock"),
     [
         # Multiply-adds a clock of a multiprocessor, bf16 into fp32, and the boost clock in GHz. On
-        # GeForce cards half as many as the same chip does with fp16 sums. NVIDIA states no such clock
-        # for the NVL cards and the B200, whose figures rest on their data sheets alone.
+        # GeForce cards half as many as the same chip does with fp16 sums. NVIDIA states no such
+        # clock for the NVL cards and the B200, whose figures rest on their data sheets alone.
         (("RTX", "3090"), 82, 256, 1.695),
         (("RTX", "4090"), 128, 256, 2.52),
         (("RTX", "5090"), 170, 256, 2.407),
