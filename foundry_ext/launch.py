@@ -27,7 +27,7 @@ from foundry_ext.run_config import (
     split_arguments,
     suggest,
 )
-from foundry_ext.run_sequence import RANK_VARIABLES, train_in_turn
+from foundry_ext.run_sequence import train_in_turn
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run]
 
@@ -36,6 +36,14 @@ USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-r
   --dry-run   train nothing; say what each run would do, its memory and its time
 """
 DRY_RUN = "--dry-run"
+# What a launcher would set for a process without others.
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "NODE_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+}
 USAGE_EXIT = 2
 TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
 # llm-foundry's builders, and the part of the YAML that each one reads.
@@ -134,8 +142,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("RANK", "0") != "0":
         return 0
-    for name in RANK_VARIABLES:
-        os.environ.pop(name, None)
+    os.environ.update(ALONE if num_ranks > 1 else {})
     from foundry_ext.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.plan_text import render
 

@@ -90,7 +90,11 @@ class PlannedModel:
     def build(self, num_layers: int, *, vocab_size: int = 8, device: str = "cpu") -> nn.Module:
         """At full width, with any weights."""
         model = self.without_weights(num_hidden_layers=num_layers, vocab_size=vocab_size)
-        return model.to_empty(device=device)
+        model = model.to_empty(device=device)
+        for inner in model.modules():
+            if isinstance(inner, SmolLM2ForCausalLM):
+                inner.tie_weights()  # to_empty gives each of the two its own
+        return model
 
     @property
     def parameters(self) -> Parameters:

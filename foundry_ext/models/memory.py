@@ -164,6 +164,8 @@ def estimate_memory(
     inputs = residual * hidden * num_tokens
     # Two tensors of the MLP's width at once, and the stream around it.
     inside = (2 * compute * config.intermediate_size + residual * hidden) * num_tokens
+    if not full and compute < stored:  # peft widens what an adapter reads to the adapter's type
+        inside += stored * config.intermediate_size * num_tokens
     cast_layers = layers if full or not activation_checkpointing else 0
     return Memory(
         weights=trained if full else parameters.frozen_bytes,
