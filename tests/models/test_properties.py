@@ -1,0 +1,58 @@
+"""Whatever the labels and masks: the right states predict them, and padding comes and goes."""
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis", reason="run `make install`")
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foundry_ext.models.loss import IGNORE_INDEX, labelled_positions
+from foundry_ext.models.padding import Padded
+from tests.properties import examples
+
+
+@examples(200)
+@given(st.lists(st.one_of(st.just(IGNORE_INDEX), st.integers(0, 5)), min_size=1, max_size=30))
+def test_every_label_is_predicted_from_the_token_before_it(labels):
+    labels = torch.tensor([IGNORE_INDEX, *labels])
+    expected = [(at - 1, int(label)) for at, label in enumerate(labels) if label != IGNORE_INDEX]
+    for count in (None, len(expected)):
+        positions, targets = labelled_positions(labels, count)
+        assert list(zip(positions.tolist(), targets.tolist(), strict=True)) == expected
+
+
+@st.composite
+def masks(draw):
+    """Rows of one length, the ones of each in one run, anywhere; rows of padding alone too."""
+    slots = draw(st.integers(1, 8))
+    rows = []
+    for _ in range(draw(st.integers(1, 5))):
+        start = draw(st.integers(0, slots))
+        end = draw(st.integers(start, slots))
+        rows.append([int(start <= at < end) for at in range(slots)])
+    return torch.tensor(rows)
+
+
+@examples(200)
+@given(masks())
+def test_padding_comes_off_and_on_again(mask):
+    batch, slots = mask.shape
+    padded = Padded.from_mask(mask, batch=batch, slots=slots, device=mask.device)
+    tokens = torch.arange(1, batch * slots + 1).reshape(batch, slots)
+    flat = padded.unpad(tokens)
+    assert flat.tolist() == tokens[mask.bool()].tolist()
+    assert padded.repad(flat).tolist() == (tokens * mask).tolist()
+    lengths = mask.sum(1).tolist()
+    assert padded.cu_seqlens.diff().tolist() == lengths
+    assert padded.position_ids.tolist() == [at for length in lengths for at in range(length)]
+    # Labels: what the model would have from each row by itself.
+    first = {
+        row.nonzero()[0].item() + number * slots for number, row in enumerate(mask) if row.any()
+    }
+    expected = [
+        IGNORE_INDEX if place in first else int(tokens.flatten()[place])
+        for place in mask.flatten().nonzero().flatten().tolist()
+    ]
+    assert padded.unpad_labels(tokens).tolist() == expected
