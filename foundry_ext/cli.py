@@ -12,6 +12,7 @@ from foundry_ext import __version__
 COMMANDS = {
     "inspect": "one HTML page of the first packs, exactly as the model gets them",
     "plan": "what a run would do: steps, tokens, memory, time; nothing is trained",
+    "verify": "a few steps: packed is unpacked, resumed is uninterrupted, or where it parts",
     "check-fair": "name every difference between runs that are meant to differ by method alone",
     "sweep": "run a W&B sweep file here, without a server",
     "compare": "learning, forgetting and cost of runs: comparison.md, one HTML page, plots",

@@ -168,7 +168,11 @@ def _read_yaml(path: Path) -> DictConfig:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UsageError(f"{path}: not valid YAML{where}, {one_line(error.problem)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}, " if error.full_key else ""
+        raise UsageError(f"{path}: {where}{first_line(error)}") from error
+    # A ValueError for bytes that are no text, as for a date that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML, {one_line(error)}") from error
     except OSError as error:  # OmegaConf raises it for a lone scalar too
         reason = error.strerror or "a single value, not a mapping of key: value"

@@ -20,6 +20,8 @@ MAY_IMPORT_TRAINERS = {
     "data/sources.py",
     "data/tokenize.py",
     "inspection.py",
+    "verify_packing.py",
+    "verify_resume.py",
     "launch.py",
     "plan_course.py",
     "models/composer_smollm2.py",

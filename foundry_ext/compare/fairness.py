@@ -30,6 +30,7 @@ _LEFT_OUT = re.compile(
     r"|callbacks\.[^.]+\.(path|items|folder)|callbacks\.run_record\.experiment"
 )
 _ANY_ORDER = f"{_ADAPTER}.target_modules"
+_SECTIONS = (_ADAPTER, "optimizer", "variables.learning_rates")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ def differences(
         allow: dotted keys that may differ, with all below them.
 
     Raises:
-        ValueError: fewer than two configurations.
+        ValueError: fewer than two configurations, or one whose sections are none.
     """
     if len(configs) < 2:
         raise ValueError(f"nothing to compare: {len(configs)} configuration(s), give two or more")
+    for name, config in configs.items():
+        check_sections(name, config)
     flat = {name: _comparable(config) for name, config in configs.items()}
     adapters = {name for name, config in configs.items() if _adapter(config)}
     found = []
@@ -76,6 +79,19 @@ def differences(
     found += _unequal_sets(adapted, f"{_ADAPTER}.r", lambda config: describe(_adapter(config)).rank)
     found += _unequal_grids(configs)
     return [one for one in found if not any(_is_below(one.key, key) for key in allow)]
+
+
+def check_sections(name: str, config: Mapping[str, Any]) -> None:
+    """What is walked into below must be mappings, and groups of parameters a list of them."""
+    for key in _SECTIONS:
+        node: Any = config
+        for part in key.split("."):
+            node = node.get(part) or {}
+            if not isinstance(node, Mapping):
+                raise ValueError(f"{name}: {key}, {node!r}, is no mapping; write key: value lines")
+    groups = _groups(config)
+    if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) for g in groups):
+        raise ValueError(f"{name}: optimizer.param_groups, {groups!r}, is no list of mappings")
 
 
 def method(config: Mapping[str, Any]) -> str:
@@ -151,9 +167,9 @@ def _unequal_sets(
     configs: Mapping[str, Mapping[str, Any]], key: str, value_of: Callable[[Mapping], Any]
 ) -> list[Difference]:
     """A difference where one method has a value of `key` that another has not."""
-    sets: dict[str, set[Any]] = {}
+    sets: dict[str, set[str]] = {}
     for config in configs.values():
-        sets.setdefault(method(config), set()).add(value_of(config))
+        sets.setdefault(method(config), set()).add(_text(value_of(config)))
     if len({frozenset(values) for values in sets.values()}) <= 1:
         return []
     return [Difference(key, {name: value_of(config) for name, config in configs.items()})]
@@ -163,7 +179,7 @@ def _unequal_grids(configs: Mapping[str, Mapping[str, Any]]) -> list[Difference]
     """Every method is to be tuned on a grid of as many learning rates, chosen by the same names."""
     key = "learning_rates"
     grids = {
-        name: sorted((config.get("variables") or {}).get(key) or {})
+        name: sorted(map(str, (config.get("variables") or {}).get(key) or {}))
         for name, config in configs.items()
     }
     if len({_text(grid) for grid in grids.values()}) <= 1:

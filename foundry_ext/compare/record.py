@@ -35,6 +35,7 @@ from foundry_ext.compare.secrets import redact
 SCHEMA_VERSION = 1
 STATUSES = ("running", "finished", "failed", "stopped")
 LATER_KEYS = ("throughput.waiting_for_data",)  # which older records of this schema do not have
+ITEM_NUMBERS = {"loss", "kl", "acc", "acc_norm", "strict_match", "flexible_extract", "tokens"}
 
 
 @dataclass(frozen=True)
@@ -287,14 +288,16 @@ def read_items(path: Path | str) -> list[dict[str, Any]]:
         ValueError: a line that is none; names the file and the line's number.
     """
     items: dict[tuple[Any, Any, Any], dict[str, Any]] = {}
-    lines = Path(path).read_text().split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            item = json.loads(line)
+            item = json.loads(line.decode())
+            for key in ITEM_NUMBERS & item.keys():
+                _check(item[key], (*NUMBER, bool), key)
             items[item["step"], item["set"], item["item"]] = item
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number < len(lines):  # a finished line ends in \n, so something follows it
                 raise ValueError(f"{path}, line {number}: no item ({error})") from error
     return list(items.values())

@@ -117,6 +117,7 @@ def load_runs(references: Sequence[str]) -> Loaded:
     with tempfile.TemporaryDirectory() as downloads:
         for path in find_records(references, Path(downloads)):
             record = read_record(path)
+            fairness.check_sections(str(path), record["config"])
             reason = why_left_out(record)
             if reason:
                 loaded.left_out[record["run_name"]] = reason

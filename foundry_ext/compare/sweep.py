@@ -71,7 +71,8 @@ def read_sweep(path: Path) -> Sweep:
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
         content = yaml.safe_load(path.read_text())  # as `wandb sweep` reads it
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A ValueError for a date that is none, as for bytes that are no text.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: not a mapping; write method:, program: and parameters:")

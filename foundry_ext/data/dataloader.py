@@ -1,13 +1,16 @@
 """`packed_finetuning` and `packed_text`: registry builders -> Composer DataSpec."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import pyarrow as pa
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from datasets.exceptions import DatasetsError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batch import num_documents, num_tokens, split_batch
@@ -133,7 +136,7 @@ def _load_source(
     """Its documents, and the hub's revision they are of."""
     settings, text_key = source.settings, source.settings.text_key
     hf_name, split = fetch(source.hf_name, source.split)
-    with local_rank_zero_first():
+    with local_rank_zero_first(), _naming(source.hf_name):
         rows = load_rows(hf_name, split, **source.options)
         revision = find_revision(rows, source.options.get("hf_kwargs"))
         if text_key is not None:
@@ -150,6 +153,19 @@ def _load_source(
             name=f"{source.hf_name} ({source.split})",
         )
         return documents, revision
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors about rows name the source that they are of; those of `datasets` and pyarrow, whose
+    message says little, what they came of too."""
+    try:
+        yield
+    except (ValueError, DatasetsError, pa.ArrowException) as error:
+        if isinstance(error, ValueError) and name in str(error):
+            raise
+        cause = error if isinstance(error, ValueError) else error.__cause__ or error
+        raise ValueError(f"{name}: {cause}") from error
 
 
 def _streaming(dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Load:

@@ -80,13 +80,16 @@ def load_rows(
         holdout: {by: column, fraction: f, part: train or eval}, see `hold_out`.
 
     Raises:
-        ValueError: unknown holdout. FileNotFoundError: no such file, folder or dataset.
+        ValueError: unknown holdout, rows that are no objects.
+        FileNotFoundError: no such file, folder or dataset.
     """
     kwargs = dict(hf_kwargs or {})
     path = Path(hf_name)
     if path.suffix in _BUILDERS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset file {hf_name} does not exist (in {Path.cwd()})")
+        if _BUILDERS[path.suffix] == "json":
+            _check_lines(path)
         hf_name = _BUILDERS[path.suffix]
         # A lone file is one split, whatever it is called.
         kwargs["data_files"] = {split.split("[")[0]: str(path)}
@@ -106,6 +109,23 @@ def load_rows(
     if set(holdout) != {"by", "fraction", "part"}:
         raise ValueError(f"holdout: give by, fraction and part, not {', '.join(holdout) or 'none'}")
     return hold_out(rows, **holdout)
+
+
+def _check_lines(path: Path) -> None:
+    """Rows must be objects. pyarrow 19 takes most others for rows without values, and ends the
+    process without a word (SIGSEGV) where one of its blocks begins with `null`."""
+    only_null = path.suffix != ".jsonl"  # the objects of a .json may go over many lines
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            start = line.lstrip()[:4]
+            if start[:1] in (b"", b"{") or (only_null and start != b"null"):
+                if start[:1] == b"[":  # one array of them all
+                    return
+                continue
+            raise ValueError(
+                f"{path}, line {number}: {line[:40]!r} begins no JSON object; give one row a line,"
+                ' such as {"prompt": "...", "response": "..."}'
+            )
 
 
 def find_revision(rows: datasets.Dataset, hf_kwargs: dict[str, Any] | None = None) -> str | None:

@@ -18,13 +18,13 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         ValueError: no rows, or a line that is no JSON object; names the line.
     """
     rows = []
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: {row!r} is not an object")

@@ -1,0 +1,51 @@
+"""Files nobody meant to write; `python -m tests.fuzz.readers` tries them for minutes."""
+
+import pytest
+
+pytest.importorskip("hypothesis", reason="run `make install`")
+
+from tests.fuzz import readers
+from tests.fuzz.readers import Findings, fuzz
+from tests.fuzz.targets import TARGETS, Target
+
+EXAMPLES = {"rows": 20, "tasks": 150, "yaml": 100, "sweep": 200, "records": 100, "items": 60}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_file_is_taken_or_refused_by_name(name: str):
+    findings = Findings()
+    fuzz(TARGETS[name], examples=EXAMPLES[name], number=0, findings=findings)
+    assert findings.crashes == {}
+    assert findings.refused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_for_half_a_minute(name: str):
+    assert readers.run(TARGETS[name], seconds=30, first=1).crashes == {}
+
+
+def test_what_crashes_is_found():
+    def read(path):
+        if b"9" in path.read_bytes():
+            raise TypeError("nine")
+        raise ValueError("something")
+
+    findings = Findings()
+    target = Target(label="a", name="a.json", valid=[b'{"a": 19}'], read=read)
+    fuzz(target, examples=50, number=0, findings=findings)
+    assert {where.split(" ")[0] for where in findings.crashes} == {"TypeError", "ValueError"}
+
+
+NOT_ROWS = ["null\n", ' null\n{"prompt": "a"}\n', '{"prompt": "a", "response": "b"}\n\n[1]\n', "7"]
+
+
+@pytest.mark.parametrize("content", NOT_ROWS)
+def test_rows_that_are_no_objects_do_not_end_the_process(content: str, tmp_path):
+    """pyarrow 19 dies of the first two."""
+    from foundry_ext.data.sources import load_rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"rows.jsonl, line [13]: .* begins no JSON object"):
+        load_rows(str(path), "train")
