@@ -240,6 +240,7 @@ llmfoundry.registry.callbacks.register("spy", func=Spy)
 
 def run_config(world: World, folder: Path, method: str = "full", **overrides: Any) -> DictConfig:
     """A run's YAML; `overrides` are top-level keys, or `a__b` for `a.b`. None removes a key."""
+    peft_config = copy.deepcopy(METHODS[method])  # an override may change it
     config: dict[str, Any] = {
         "run_name": method,
         "seed": 17,
@@ -247,7 +248,7 @@ def run_config(world: World, folder: Path, method: str = "full", **overrides: An
         "model": {
             "name": "smollm2_packed",
             "pretrained_model_name_or_path": str(world.base),
-            **({"peft_config": METHODS[method]} if METHODS[method] else {}),
+            **({"peft_config": peft_config} if peft_config else {}),
         },
         "tokenizer": {"name": str(world.tokenizer), "kwargs": {"model_max_length": 32}},
         "train_loader": loader_config(world.rows, shuffle=True),
