@@ -204,9 +204,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
             widths = [1e6 * row["groups"][group] / row["tokens"] for row in rows]
             axes.barh(range(len(rows)), widths, left=left, color=colour, label=group, height=0.55)
             for place, (start, width) in enumerate(zip(left, widths, strict=True)):
-                if width > 0.045 * max(sum(r["groups"].values()) / r["tokens"] for r in rows) * 1e6:
+                if width > 0.06 * max(sum(r["groups"].values()) / r["tokens"] for r in rows) * 1e6:
                     axes.annotate(
-                        f"{width:,.3g}",
+                        f"{width:,.0f}",
                         (start + width / 2, place),
                         ha="center",
                         va="center",

@@ -174,11 +174,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.plot(x, by_flops, color=FAINT, linestyle="--", label="as the FLOPs grow")
         axes.set_xscale("log", base=10 if axis == "model" else 2)
         axes.set_xticks(x, [f"{value:,.0f}" for value in x])
-        axes.minorticks_off()
         if axis == "model":
             axes.set_yscale("log")
+            axes.set_yticks(median, [f"{value:,.0f}" for value in median])
         else:
             axes.set_ylim(bottom=0)
+        axes.minorticks_off()
         axes.set_xlabel(TITLES[axis])
         axes.set_ylabel("microseconds a token")
         machine = report["machine"]

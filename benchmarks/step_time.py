@@ -12,6 +12,7 @@ is CPU time of the process on a CPU, wall time on a GPU.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="time waiting for a loader with so many workers, too")
     add("--json", type=Path, help="file to write")
     add("--scale", choices=scaling.AXES, help="how cost per token grows")
+    add("--draw", type=Path, help="only draw, from the JSON of --scale")
     add("--check", action="store_true", help="loss after training against the fp32 path")
     add("--check-steps", type=int, default=200)
     add("--check-seeds", type=int, default=3)
@@ -181,7 +183,9 @@ def _say(line: str) -> None:
 
 def main() -> None:
     options = parse()
-    if options.scale:
+    if options.draw:
+        scaling.draw(json.loads(options.draw.read_text()), options.draw.with_suffix(""))
+    elif options.scale:
         scaling.run(options, setup_of)
     elif options.check:
         loss_check.run(options, setup_of)
