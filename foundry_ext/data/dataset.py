@@ -54,6 +54,13 @@ class PackedDataset(Dataset):
         values = [str(one[key]) for one in self.description if one.get(key) is not None]
         return " + ".join(values) or None
 
+    def name_document(self, index: int) -> str:
+        """`document 17 of data/train.jsonl`: counted from 0 in the order of its source's rows, of
+        which one that `overlong` split has several."""
+        source, number = self.documents.locate(index)
+        of = f" of {self.description[source]['name']}" if self.description else ""
+        return f"document {number}{of}"
+
     @property
     def fingerprint(self) -> str:
         """Of the data and of all that decides the plan, ranks excluded."""

@@ -130,6 +130,10 @@ class MixedDocuments:
     def __getitem__(self, index: int) -> Document:
         return self.read(np.array([index]))[0]
 
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, number of the document in it)."""
+        return int(self.source[index]), int(self._row[index])
+
     def read(self, indices: NDArray[np.integer]) -> list[Document]:
         """The documents of these indices, as views."""
         found: list[Any] = [None] * len(indices)

@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.attention import varlen_attention
+from foundry_ext.models.checks import check_ids, check_packed
 from foundry_ext.models.loss import (
     evaluate_linear_head,
     labelled_positions,
@@ -308,6 +309,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             raise ValueError("return_dict=False is not available in smollm2_packed; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        check_ids(input_ids, labels, self.config.vocab_size)
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if cu_seqlens is not None:
             if attention_mask is not None or past_key_values is not None or use_cache:
@@ -367,7 +369,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     ) -> PackedCausalLMOutput:
         if position_ids is None or max_seqlen is None:
             raise ValueError("a packed batch (cu_seqlens) needs position_ids and max_seqlen too")
-        _check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
+        check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
         hidden = self._run_packed(hidden[0], position_ids[0], cu_seqlens, int(max_seqlen))
         if labels is None:
             logits = self._logits(hidden)[None]
@@ -391,8 +393,9 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             (states [L, D] as the head takes them, targets [L], positions [L]): the state at
             position p predicts the token at p + 1.
         """
+        check_ids(input_ids, labels, self.config.vocab_size)
         hidden = self.model.embed_tokens(input_ids)
-        _check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
+        check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
         hidden = self._run_packed(hidden[0], position_ids[0], cu_seqlens, int(max_seqlen))
         positions, targets = labelled_positions(labels[0], num_loss_tokens)
         return self.model.norm(hidden[positions]), targets, positions
@@ -496,34 +499,4 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             loss=cast(torch.FloatTensor, total.loss / count),
             num_correct=total.num_correct,
             num_loss_tokens=torch.tensor(targets.numel(), device=hidden.device),
-        )
-
-
-def _check_packed(
-    hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> None:
-    """Documents must cover exactly the tokens: a batch cut across would go on training silently."""
-    num_tokens = hidden.shape[1]
-    if hidden.shape[0] != 1:
-        raise ValueError(f"a packed batch is [1, T], not {list(hidden.shape[:2])}; join its packs")
-    if position_ids.shape != (1, num_tokens):
-        raise ValueError(
-            f"position_ids is {list(position_ids.shape)}, needs [1, {num_tokens}] as input_ids"
-        )
-    length = cu_seqlens.diff()
-    whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (length >= 0).all()
-    fits = (length <= max_seqlen).all()
-    if cu_seqlens.is_cuda:  # no synchronisation: the device checks when it gets there
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            whole & fits, "cu_seqlens does not go from 0 to T in documents of at most max_seqlen"
-        )
-    elif not whole:
-        raise ValueError(
-            f"cu_seqlens {cu_seqlens.tolist()} does not go from 0 to the number of tokens,"
-            f" {num_tokens}: the batch was cut across; split it with data.batch.split_batch"
-        )
-    elif not fits:
-        raise ValueError(
-            f"max_seqlen: {max_seqlen} is exceeded by a document of {int(length.max())} tokens,"
-            " whose end a kernel would leave out"
         )

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -43,6 +44,8 @@ def test_unknown_argument(ours, pack):
         ([1, 5, 6, 22, 25], 16, "25.*split_batch"),
         ([0, 6, 5, 22, 25], 16, "25.*split_batch"),
         ([0, 5, 6, 22, 25], 15, "max_seqlen: 15 .*16"),
+        ([25], 25, r"cu_seqlens is \[1\]"),
+        ([[0, 25]], 25, r"cu_seqlens is \[1, 2\]"),
     ],
 )
 def test_wrong_cu_seqlens(cu_seqlens, max_seqlen, message, ours, pack):
@@ -63,9 +66,65 @@ def test_wrong_cu_seqlens_on_a_gpu(cu_seqlens, max_seqlen, succeeds):
     is given one of its own."""
     code = f"""
 import torch
-from foundry_ext.models.smollm2 import _check_packed
+from foundry_ext.models.checks import check_packed
 cu_seqlens = torch.tensor({cu_seqlens}, dtype=torch.int32, device="cuda")
-_check_packed(torch.zeros(1, 5, 8), torch.zeros(1, 5), cu_seqlens, {max_seqlen})
+check_packed(torch.zeros(1, 5, 8), torch.zeros(1, 5), cu_seqlens, {max_seqlen})
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert succeeds or "assert" in done.stderr
+
+
+WRONG_IDS = {
+    "the vocabulary's size": ("input_ids", 3, 131, "input_ids: 131 at position 3"),
+    "negative": ("input_ids", 24, -1, "input_ids: -1 at position 24"),
+    "ignored": ("input_ids", 0, -100, "input_ids: -100 at position 0"),
+    "label beyond": ("labels", 7, 10**6, "labels: 1000000 at position 7"),
+    "label below": ("labels", 7, -101, "labels: -101 at position 7"),
+    "label of -1": ("labels", 7, -1, "labels: -1 at position 7"),
+}
+
+
+@pytest.mark.parametrize("way", ["packed", "padded", "evaluation", "scores", "cached"])
+@pytest.mark.parametrize("name", WRONG_IDS)
+def test_ids_outside_the_vocabulary(name, way, ours, pack):
+    """Whichever way they come, an error of the model's own and not of a kernel's."""
+    key, place, value, message = WRONG_IDS[name]
+    pack[key][0, place] = value
+    ours.train(way == "packed")
+    if way == "cached":
+        if key == "labels":
+            pytest.skip("a cache takes no labels")
+        run = partial(ours, pack["input_ids"], use_cache=True)
+    elif way == "padded":
+        run = partial(ours, pack["input_ids"], labels=pack["labels"])
+    elif way == "scores":
+        run = partial(ours.states_at_labels, **pack)
+    else:
+        run = partial(ours, **pack)
+    with torch.no_grad(), pytest.raises(ValueError, match=message + ".* vocabulary of 131"):
+        run()
+
+
+def test_the_last_id_of_the_vocabulary(ours, pack):
+    pack["input_ids"][0, 3] = pack["labels"][0, 7] = 130
+    assert ours(**pack).loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("ids", "labels", "succeeds"),
+    [([0, 9], [-100, 9], True), ([0, 10], [-100, 9], False), ([0, 9], [-1, 9], False)],
+)
+def test_wrong_ids_on_a_gpu(ids, labels, succeeds):
+    code = f"""
+import torch
+from foundry_ext.models.checks import check_ids
+torch.cuda.set_sync_debug_mode("error")
+check_ids(torch.tensor({ids}).cuda(), torch.tensor({labels}).cuda(), 10)
+torch.cuda.set_sync_debug_mode("default")
 torch.cuda.synchronize()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
