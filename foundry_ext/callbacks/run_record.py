@@ -71,6 +71,10 @@ class RunRecord(Callback):
         self.state, self.logged = state, _Logged()
         logger.destinations = (*logger.destinations, self.logged)
 
+    def before_load(self, state: State, logger: Logger) -> None:
+        assert state.max_duration is not None
+        self.max_duration: Time = state.max_duration  # exact_resume may raise the state's for a while
+
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
         config = self.logged.config
@@ -79,8 +83,6 @@ class RunRecord(Callback):
                 "run_record: log_config: false keeps the run's configuration from its record; leave"
                 " that key out"
             )
-        assert state.max_duration is not None
-        self.max_duration: Time = state.max_duration
         self.utilisation = Utilisation(state)
         self.fit_started = time.perf_counter()
         self.path = self.path.format(run_name=state.run_name)
@@ -155,6 +157,14 @@ class RunRecord(Callback):
     def _end(self) -> None:
         assert self.record is not None
         self.record.update(status=self.outcome, ended=now())
+
+    def stop(self, reason: str) -> None:
+        """To be called by all ranks at once, when they are about to end before the training has."""
+        if self.record is not None:
+            self.outcome = "stopped"
+            self.record["error"] = reason
+            self._end()
+            self._write()
 
     def close(self, state: State, logger: Logger) -> None:
         """Where the training did not come to its end; other ranks may not be there any more."""

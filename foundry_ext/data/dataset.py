@@ -92,10 +92,10 @@ class PackedDataset(Dataset):
                 " ends; restore that loader, or start anew with load_weights_only: true"
             )
         if state["fingerprint"] != self.fingerprint:
+            changed = describe_change(state["fingerprint"], self.fingerprint)
             raise ValueError(
-                f"the checkpoint was made with other data or packing ({state['fingerprint']}, now"
-                f" {self.fingerprint}); restore the YAML, or start anew with load_weights_only:"
-                " true"
+                f"the checkpoint was made with other data or packing ({changed}); restore the YAML,"
+                " or start anew with load_weights_only: true"
             )
         packs = state["batch"] * state["global_batch_packs"]
         batch, rest = divmod(packs, self.sampler.batch_packs * self.sampler.num_replicas)
@@ -153,6 +153,13 @@ class PackedDataLoader(DataLoader):
             yield batch
         dataset.restore_rng()  # where no batch was left in the epoch
         dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
+
+
+def describe_change(saved: str, found: str) -> str:
+    """`pack_tokens: 64, now 96` of two fingerprints of PackedDataset."""
+    names = ("documents' tokens and labels", "pack_tokens", "shuffle_seed", "shuffle")
+    pairs = zip(names, saved.rsplit("-", 3), found.rsplit("-", 3), strict=False)
+    return "; ".join(f"{name}: {old}, now {new}" for name, old, new in pairs if old != new)
 
 
 def _same(packs: list[Pack]) -> list[Pack]:

@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from foundry_ext.callbacks.exact_resume import ExactResume
 from foundry_ext.data.batch import IGNORE_INDEX
 from foundry_ext.data.collator import Document, PackCollator
 
@@ -236,6 +237,9 @@ class Crash(Exception):
 
 
 llmfoundry.registry.callbacks.register("spy", func=Spy)
+if "exact_resume" not in llmfoundry.registry.callbacks_with_config:
+    # Entry points are read at installation, which may be older than this test.
+    llmfoundry.registry.callbacks_with_config.register("exact_resume", func=ExactResume)
 
 
 def run_config(world: World, folder: Path, method: str = "full", **overrides: Any) -> DictConfig:

@@ -1,0 +1,251 @@
+"""`exact_resume`: a run that was killed, stopped or cut off goes on as if nothing had happened.
+
+Composer writes a checkpoint in place and moves the `latest` link by removing it, so a kill inside
+leaves a run that dies on its own checkpoint or begins anew (0.32.1, CheckpointSaver). This is that
+saver with another way to write, and a look at the folder before Composer chooses what to load.
+"""
+
+import errno
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import State
+from composer.core.time import Time
+from composer.loggers import Logger
+from composer.utils import checkpoint, dist, format_name_with_dist, parse_uri, partial_format
+from llmfoundry.utils.config_utils import TrainConfig
+
+from foundry_ext.callbacks import checkpoint_files
+from foundry_ext.callbacks.run_description import find
+from foundry_ext.callbacks.run_record import RunRecord
+from foundry_ext.callbacks.signals import StopSignals
+
+# What the run must still be: with another value, it would go on as a mixture of two.
+SETTINGS = ("seed", "model.peft_config")
+
+
+class ExactResume(CheckpointSaver):
+    """Saves the run's checkpoints in Composer's place, by the YAML's own save_... keys.
+
+    A checkpoint is whole or not there; the one before stays until the next is on the disk. With
+    `autoresume` the newest whole one is loaded; one that is damaged is named and passed over. A run
+    of another seed or peft_config is refused, and other data by the loader's own state.
+
+    SIGTERM and Ctrl-C save at the end of the batch, of its evaluation if there is one, and end the
+    run with exit code 128 and the signal's number; the run's record says "stopped". Killed after
+    its last batch, a run does once more what follows it: evaluation, export, record.
+
+    Sharded checkpoints of FSDP are written as Composer does.
+
+    Args:
+        train_config: the whole YAML, from llm-foundry.
+
+    Raises:
+        ValueError: no save_folder, one that is not local, or nothing kept to resume from.
+    """
+
+    def __init__(self, train_config: dict[str, Any]):
+        def key(name: str) -> Any:
+            value = train_config.get(name)
+            return TrainConfig.__dataclass_fields__[name].default if value is None else value
+
+        folder, filename = _check_folder(key("save_folder")), key("save_filename")
+        filename = filename or "ep{epoch}-ba{batch}-rank{rank}.pt"  # these two as in llm-foundry
+        latest = key("save_latest_filename") or "latest-rank{rank}.pt"
+        super().__init__(
+            folder=folder,
+            filename=filename,
+            remote_file_name=str(Path(folder, filename)),
+            latest_filename=latest,
+            latest_remote_file_name=str(Path(folder, latest)),
+            save_interval=key("save_interval"),
+            overwrite=key("save_overwrite"),
+            num_checkpoints_to_keep=key("save_num_checkpoints_to_keep"),
+            weights_only=key("save_weights_only"),
+            ignore_keys=key("save_ignore_keys"),
+        )
+        if self.num_checkpoints_to_keep == 0:
+            raise ValueError(
+                "save_num_checkpoints_to_keep: 0 leaves nothing to go on from; keep 2, so that there"
+                " is one before the newest"
+            )
+        self.signals = StopSignals()
+        self.ended_at: Time | None = None
+        self.autoresume, self.load_path = key("autoresume"), key("load_path")
+        self.settings = {name: _at(train_config, name) for name in SETTINGS}
+
+    # --- before Composer loads -------------------------------------------------------------------
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Where Composer is about to follow the `latest` link, makes it one to a whole checkpoint.
+
+        Raises:
+            ValueError: no checkpoint is whole, or that of load_path is not.
+        """
+        if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
+            folder = Path(format_name_with_dist(self.folder, state.run_name))
+            checkpoint_files.remove_partial(folder)
+            found = self._find(state, folder) if self.autoresume else []
+            if found:
+                checkpoint_files.link_to(found[-1], self._latest(state))
+            elif self.load_path is not None:
+                path = Path(partial_format(self.load_path, run_name=state.run_name))
+                problem = checkpoint_files.damage(path) if path.is_file() else None
+                if problem:
+                    raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
+            self.saved_checkpoints = [str(path) for path in found]
+        dist.barrier()
+
+    def _find(self, state: State, folder: Path) -> list[Path]:
+        """Oldest first, ending with the one to go on from."""
+        template = partial_format(self.filename.filename, run_name=state.run_name)
+        paths = checkpoint_files.find_checkpoints(folder, template)
+        latest = self._latest(state)
+        if self.overwrite and latest.exists() and latest.resolve() in map(Path.resolve, paths):
+            # Later ones may be of a run before, which this one writes over.
+            names = [path.resolve() for path in paths]
+            paths = paths[: names.index(latest.resolve()) + 1]
+        return checkpoint_files.keep_whole(paths)
+
+    def _latest(self, state: State) -> Path:
+        assert self.latest_filename is not None
+        return Path(self.latest_filename.format(state))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises:
+        ValueError: the checkpoint is of a run with other settings; names each.
+        """
+        saved = state.get("settings", {})
+        changed = [
+            f"{name}: {saved[name]}, now {value}"
+            for name, value in self.settings.items()
+            if name in saved and saved[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint is of a run with another {'; another '.join(changed)}. Restore the"
+                " YAML; give the run another name; or begin anew from the checkpoint's weights with"
+                " load_path, load_weights_only: true and another save_folder"
+            )
+        super().load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "settings": self.settings}
+
+    # --- stopping --------------------------------------------------------------------------------
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Of a run whose batches are all done, Composer's fit() would only complain."""
+        end = state.max_duration
+        if end is not None and state.timestamp.get(end.unit) >= end:
+            self.ended_at = end
+            state.max_duration = state.timestamp.get(end.unit) + 1
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.ended_at is not None:
+            state.max_duration = self.ended_at
+            state.previous_timestamp = state.timestamp  # without one, no evaluation is due
+        super().fit_start(state, logger)
+        self.signals.install()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        super().batch_checkpoint(state, logger)
+        number = self.signals.agreed(state)
+        assert state.max_duration is not None
+        if not number or state.timestamp >= state.max_duration:
+            return
+        if self.last_checkpoint_batch != state.timestamp.batch:
+            self._save_checkpoint(state, logger)
+        reason = f"{signal.Signals(number).name} after batch {state.timestamp.batch.value}"
+        record = find(state, RunRecord)
+        if record is not None:
+            record.stop(f"stopped by {reason}; saved, so that the same command goes on there")
+        dist.barrier()  # no rank leaves while another still writes
+        if dist.get_global_rank() == 0:
+            print(f"stopped by {reason}: {self._latest(state)} is saved", file=sys.stderr)
+        sys.exit(128 + number)
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.signals.remove()
+
+    # --- saving ----------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        """On all ranks at once; rank 0 writes."""
+        if state.fsdp_sharded_state_dict_enabled:
+            return super()._save_checkpoint(state, logger)
+        self.last_checkpoint_batch = state.timestamp.batch
+        path = Path(self.filename.format(state))
+        self.all_saved_checkpoints_to_timestamp[str(path)] = state.timestamp
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if dist.get_global_rank() != 0:
+                self._write(state, path)
+                return
+            with checkpoint_files.written_whole(path) as partial:
+                self._write(state, partial)
+            checkpoint_files.link_to(path, self._latest(state))
+        except (OSError, RuntimeError) as error:
+            if _is_disk_full(error, path.parent):
+                raise OSError(errno.ENOSPC, self._describe_full(path)) from error
+            raise
+        assert self.remote_file_name is not None
+        logger.upload_file(  # to those that keep artifacts
+            remote_file_name=self.remote_file_name.format(state).lstrip("/"),
+            file_path=path,
+            overwrite=self.overwrite,
+        )
+        self.saved_checkpoints = [one for one in self.saved_checkpoints if one != str(path)]
+        self.saved_checkpoints.append(str(path))
+        if self.num_checkpoints_to_keep > 0:
+            while len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
+                Path(self.saved_checkpoints.pop(0)).unlink(missing_ok=True)
+
+    def _write(self, state: State, path: Path) -> None:
+        checkpoint.save_checkpoint(
+            state=state,
+            filename=str(path),
+            weights_only=self.weights_only,
+            ignore_keys=self.ignore_keys,
+        )
+
+    def _describe_full(self, path: Path) -> str:
+        whole = self.saved_checkpoints[-1] if self.saved_checkpoints else None
+        free = shutil.disk_usage(path.parent).free / 1e9
+        return (
+            f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
+            f" {f'{whole} is whole' if whole else 'there is no earlier checkpoint'}. Free some"
+            " space and start the same command again"
+        )
+
+
+def _check_folder(folder: str | None) -> str:
+    if folder is None:
+        raise ValueError(
+            "exact_resume: save_folder is missing; say where the checkpoints go, or leave out"
+            " exact_resume"
+        )
+    if parse_uri(folder)[0]:
+        raise ValueError(
+            f"exact_resume: save_folder {folder} is not a folder on this machine's disks; name one,"
+            " or leave out exact_resume for Composer's own way of saving"
+        )
+    return folder
+
+
+def _at(config: dict[str, Any], name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    """torch says only that a write failed."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "file write failed" in str(error) or "unexpected pos" in str(error)
