@@ -70,8 +70,8 @@ class ExactResume(CheckpointSaver):
         )
         if self.num_checkpoints_to_keep == 0:
             raise ValueError(
-                "save_num_checkpoints_to_keep: 0 leaves nothing to go on from; keep 2, so that there"
-                " is one before the newest"
+                "save_num_checkpoints_to_keep: 0 leaves nothing to go on from; keep 2, so that"
+                " there is one before the newest"
             )
         self.signals = StopSignals()
         self.ended_at: Time | None = None
@@ -167,6 +167,7 @@ class ExactResume(CheckpointSaver):
         dist.barrier()  # no rank leaves while another still writes
         if dist.get_global_rank() == 0:
             print(f"stopped by {reason}: {self._latest(state)} is saved", file=sys.stderr)
+        self.signals.remove()
         sys.exit(128 + number)
 
     def close(self, state: State, logger: Logger) -> None:

@@ -73,7 +73,7 @@ class RunRecord(Callback):
 
     def before_load(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
-        self.max_duration: Time = state.max_duration  # exact_resume may raise the state's for a while
+        self.max_duration: Time = state.max_duration  # before exact_resume may raise the state's
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")

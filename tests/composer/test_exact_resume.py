@@ -148,7 +148,7 @@ def test_none_whole_does_not_begin_anew(world, finished, tmp_path):
     path = tmp_path / "checkpoints" / "ep0-ba2-rank0.pt"
     path.write_bytes(path.read_bytes()[:1000])
     for _ in range(2):
-        with pytest.raises(ValueError, match="no checkpoint in it is whole.*ep0-ba2-rank0.pt"):
+        with pytest.raises(ValueError, match=r"no checkpoint in it is whole.*ep0-ba2-rank0.pt"):
             kit.run(config(world, reference, tmp_path))
 
 
