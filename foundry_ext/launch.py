@@ -82,6 +82,13 @@ def main(script: str, arguments: Sequence[str]) -> int:
         return USAGE_EXIT if complaints else found
     if len(files) == 1:
         return train_here(*configs[0])
+    if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        print(
+            f"train.py: error: {len(files)} files on several nodes: each node would train by"
+            " itself; give one file, and start the next one when it is done",
+            file=sys.stderr,
+        )
+        return USAGE_EXIT
     # A file with a mistake takes its turn too: it fails at once, and the summary names it.
     return train_in_turn(script, files, overrides)
 

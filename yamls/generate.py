@@ -14,6 +14,7 @@ from pathlib import Path
 from recipes import (
     ALPHA,
     DATA,
+    METAMATHQA,
     METHODS,
     PAPER_RANKS,
     PAPER_WIDTH,
@@ -40,6 +41,15 @@ def render() -> Iterator[tuple[Path, str]]:
             for method in METHODS:
                 path = Path("yamls", data.kind, f"{size.name}_{data.name}_{method.name}.yaml")
                 yield path, fill(TEMPLATE.read_text(), values(path, data, size, method))
+    yield SHARDED, shard(fill(TEMPLATE.read_text(), values(SHARDED, *SHARDED_RUN)))
+
+
+def shard(text: str) -> str:
+    """A run of one device as one of eight under FSDP2; each pattern must be there, once."""
+    for pattern, replacement in SHARDING.items():
+        text, count = re.subn(pattern, lambda _, new=replacement: new, text, flags=re.DOTALL)
+        assert count == 1, (pattern, count)
+    return text
 
 
 def fill(template: str, values: dict[str, str]) -> str:
@@ -198,6 +208,44 @@ scheduler:
   alpha_f_decay: 0.0
   alpha_f_cooldown: 0.0
 """,
+}
+
+SHARDED = Path("yamls/fsdp/smollm2-1.7b_metamathqa_full_8gpu.yaml")
+SHARDED_RUN = METAMATHQA, SIZES[-1], METHODS[0]
+SHARDING = {
+    "MetaMathQA, packed.\n": "MetaMathQA, packed, sharded over 8 GPUs.\n",
+    r"#   composer train.py (?=\S+\n)": "#   FSDP_VERSION=2 composer -n 8 train.py ",
+    r"# Its family .*?(?=# Needs the hub)": """\
+# The run of yamls/finetune/smollm2-1.7b_metamathqa_full.yaml, its batches and learning rates, under
+# FSDP2: weights, gradients and optimizer state are shared out, some 2.4 GiB a GPU of one's 19.
+# Without forgetting and text_samples, which cannot run sharded: `foundry-ext eval` measures the
+# export. On two nodes, on each with its number and the first one's address, in a working directory
+# of its own (in a shared one llm-foundry 0.22 trips over its own signal files), outputs shared:
+#
+#   FSDP_VERSION=2 composer -n 8 --world_size 16 --node_rank NUMBER --master_addr ADDRESS \\
+#     --master_port 29500 train.py THIS_FILE global_train_batch_size=16 \\
+#     variables.folder=/SHARED/FOLDER
+#
+# Tried on CPU ranks with the shape cut tiny. **On GPUs memory and speed are unmeasured.**
+#
+""",
+    r", and, written once,.*?(?=#\n# Numbers)": ".\n",
+    r"Estimated: .*?\n  pack_tokens: 16384": """\
+Estimated: some 7 of 24 GB.
+  # 80 GB: model.activation_checkpointing=false, some 30
+  pack_tokens: 8192""",
+    "for a pack of activations in 24 GB\n": """\
+for a pack of activations in 24 GB
+  init_device: mixed # rank 0 alone holds the whole model in the host's memory, once
+""",
+    r"global_train_batch_size: 4\n": "global_train_batch_size: 8 # one for each GPU\n",
+    r"precision: amp_bf16 # the paper's\n": """\
+precision: amp_bf16 # the paper's
+fsdp_config: # for Composer's FSDP2, which the variable FSDP_VERSION asks for
+  mixed_precision: DEFAULT # gathered and computed in bf16, gradients summed up in fp32
+  state_dict_type: full # a checkpoint is one file, and goes on with any number of ranks
+""",
+    r"  forgetting:\n.*?(?=  packed_throughput:)": "",
 }
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from foundry_ext.callbacks.exact_resume import ExactResume
+from foundry_ext.callbacks.guard import Guard
 from foundry_ext.data.batch import IGNORE_INDEX
 from foundry_ext.data.collator import Document, PackCollator
 
@@ -240,6 +241,8 @@ llmfoundry.registry.callbacks.register("spy", func=Spy)
 if "exact_resume" not in llmfoundry.registry.callbacks_with_config:
     # Entry points are read at installation, which may be older than this test.
     llmfoundry.registry.callbacks_with_config.register("exact_resume", func=ExactResume)
+if "guard" not in llmfoundry.registry.callbacks:  # its entry point is read at installation
+    llmfoundry.registry.callbacks.register("guard", func=Guard)
 
 
 def run_config(world: World, folder: Path, method: str = "full", **overrides: Any) -> DictConfig:

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Callable
 
-import llmfoundry.registry
 import pytest
 import torch
 
@@ -15,9 +14,6 @@ from foundry_ext.callbacks.guard import Guard
 from foundry_ext.data.collator import PackCollator
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from tests.composer import kit
-
-if "guard" not in llmfoundry.registry.callbacks:  # its entry point is read at installation
-    llmfoundry.registry.callbacks.register("guard", func=Guard)
 
 AT = 2  # the batch, counted from 0, of which a document goes wrong
 

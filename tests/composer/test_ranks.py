@@ -3,39 +3,14 @@
 FSDP1 does not run without a GPU (trap 34), nor does `init_device: meta` under FSDP2.
 """
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.composer import kit
+from tests.composer.ranks import ADDS_UP, launch
 
-ROOT = Path(__file__).parents[2]
 METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
-
-
-def launch(world, folder, num_ranks, runs, **variables):
-    """The results of `runs`, each a call of kit.run_config, on that many ranks."""
-    paths = {name: str(path) for name, path in asdict(world).items()}
-    (folder / "job.json").write_text(json.dumps({"world": paths, "runs": runs}))
-    worker = str(Path(__file__).with_name("rank_worker.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "composer.cli.launcher", "-n", str(num_ranks), worker, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return torch.load(folder / "result.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -87,10 +62,8 @@ def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
 
 @pytest.mark.slow
 def test_fsdp2_shards_what_one_rank_trains(world, tmp_path):
-    """Losses and exports equal; gradients too, but for torch 2.7's, twice as large: its FSDP2 over
-    gloo adds them up over ranks (trap 39, pytorch#162338), where later ones, and NCCL on GPUs,
-    average."""
-    factor = 2 if version("torch").startswith("2.7.") else 1
+    """Losses and exports equal; gradients too, but for those that are added up."""
+    factor = 2 if ADDS_UP else 1
     common = {"global_train_batch_size": 4, "optimizer__lr": 0.0, "algorithms": {}}
     common |= {"callbacks": {"spy": {"keep_gradients": True}}, "max_duration": "1ep"}
     adapter = {**common, "method": "dora"}
