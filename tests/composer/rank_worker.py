@@ -34,6 +34,9 @@ def main(folder: Path) -> None:
         result[name] = describe(run)
     if dist.get_global_rank() == 0:
         torch.save(result, folder / "result.pt")
+    # Together: a rank that leaves while another still works was seen to abort in gloo's threads.
+    dist.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def describe(run: kit.Run) -> dict[str, Any]:
