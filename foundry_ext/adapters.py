@@ -1,12 +1,15 @@
 """Adapters in, and out: checked, loaded; Composer checkpoint -> Hugging Face folder."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from composer.models.huggingface import HuggingFaceModel, filter_state_dict_peft
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from torch import nn
 from transformers.generation.configuration_utils import GenerationConfig
@@ -16,6 +19,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext import methods, pissa
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+log = logging.getLogger(__name__)
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
@@ -28,8 +33,16 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
     """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find.
 
     Raises:
-        ValueError: an adapter that is not supported or does not fit the model.
+        ValueError: an adapter that is not there, a pickle, not supported, or does not fit the
+            model.
     """
+    if not Path(path).is_dir():
+        _name_the_hub(path)
+    elif not Path(path, "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"adapter {path} holds no adapter_model.safetensors: a pickle (.bin) could run code"
+            " when it is read; save it anew with safe_serialization=True, or name another folder"
+        )
     config = PeftConfig.from_pretrained(path)
     try:
         methods.check(config.to_dict(), adaptable_modules(model))
@@ -43,13 +56,40 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
         )
     config.inference_mode = False
     adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
-    report = adapted.load_adapter(path, "default", is_trainable=True)
+    base = getattr(model.config, "_name_or_path", None)
+    if config.base_model_name_or_path not in (None, "", base):
+        log.warning(
+            "adapter %s was trained on %s and goes on here on %s: unless both are the same weights,"
+            " it does not fit",
+            *(path, config.base_model_name_or_path, base),
+        )
+    try:
+        report = adapted.load_adapter(path, "default", is_trainable=True)
+    except RuntimeError as error:  # another shape
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"adapter {path} does not fit the model {base}; name the one that it was trained on,"
+            f" {config.base_model_name_or_path or 'which it does not say'} ({problem[:200]})"
+        ) from error
     if report.missing_keys or report.unexpected_keys:
         raise ValueError(
             f"adapter {path} does not fit the model: missing {report.missing_keys[:3]}, left over"
             f" {report.unexpected_keys[:3]}"
         )
     return adapted
+
+
+def _name_the_hub(path: str) -> None:
+    """Raises ValueError unless the hub, or its cache, has the adapter of this name, unpickled."""
+    try:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            huggingface_hub.hf_hub_download(path, name)
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"adapter {path} is no folder here, and the hub does not give it; give a local folder"
+            " with adapter_config.json and adapter_model.safetensors"
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        ) from error
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> Path:

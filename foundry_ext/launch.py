@@ -1,17 +1,19 @@
 """What `composer train.py a.yaml [b.yaml ...] [key=value ...]` does.
 
 One file trains in this process; run_sequence.py takes several in turn. With --dry-run nothing is
-trained: each file is planned, as `foundry-ext plan` does. Mistakes found before
-training starts end in one line `train.py: error: <file>: <what>, <value>; <way out>` and exit
-code 2. Errors raised while training keep their traceback.
+trained: each file is planned, as `foundry-ext plan` does. Whatever goes wrong before
+training starts ends in one line `train.py: error: <file>: <what>, <value>; <way out>` and exit
+code 2; what run_errors.py knows of what goes wrong later, in such a line and exit code 1. Other
+errors raised while training keep their traceback.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +29,7 @@ from foundry_ext.run_config import (
     split_arguments,
     suggest,
 )
+from foundry_ext.run_errors import explain, missing_checkpoint, unwritable
 from foundry_ext.run_sequence import train_in_turn
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run]
@@ -44,8 +47,9 @@ ALONE = {
     "WORLD_SIZE": "1",
     "LOCAL_WORLD_SIZE": "1",
 }
-USAGE_EXIT = 2
+USAGE_EXIT, FAILURE_EXIT = 2, 1
 TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
+TRACEBACK_HINT = f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
 # llm-foundry's builders, and the part of the YAML that each one reads.
 SECTIONS = {
     "build_tokenizer": "tokenizer",
@@ -116,32 +120,32 @@ def check_all(
 
 def train_here(path: Path, config: DictConfig) -> int:
     """One run in this process."""
+    resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    fault = missing_checkpoint(resolved) or unwritable(resolved)
+    if fault:
+        complain(path, fault)
+        return USAGE_EXIT
     from llmfoundry.command_utils import train
 
     try:
         trainer = train_recorded(train, config)
-    except (*_mistakes(), ValueError) as error:
-        if started_training(error) or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
             raise
-        complain(path, config, error)
-        return USAGE_EXIT
+        known = explain(error, resolved)
+        if known is None and started_training(error):
+            raise
+        complain(path, f"{known or describe(error, config)} {TRACEBACK_HINT}")
+        return USAGE_EXIT if known is None else FAILURE_EXIT
     trainer.close()  # loggers write out what they still hold
     return 0
 
 
-def _mistakes() -> tuple[type[Exception], ...]:
-    """What llm-foundry's builders raise for a wrong YAML, ValueError aside."""
-    from llmfoundry.utils.exceptions import BaseContextualError
-
-    return BaseContextualError, KeyError, OmegaConfBaseException, OSError, TypeError
-
-
-def complain(path: Path, config: DictConfig, error: Exception) -> None:
+def complain(path: Path, text: str) -> None:
     """On every rank: the launcher holds back what the others say and shows it if they failed."""
     rank = os.environ.get("RANK", "0")
     label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
-    hint = f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
-    print(f"{label}: {path}: {describe(error, config)} {hint}", file=sys.stderr)
+    print(f"{label}: {path}: {text}", file=sys.stderr)
 
 
 def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
@@ -158,10 +162,10 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         try:
             plan = plan_config(resolved, name=str(path), num_ranks=num_ranks)
-        except (*_mistakes(), ValueError) as error:
+        except Exception as error:
             if os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
                 raise
-            complain(path, config, error)
+            complain(path, f"{describe(error, config)} {TRACEBACK_HINT}")
             code = USAGE_EXIT
             continue
         print("\n" * bool(number) + render(plan), flush=True)
@@ -180,11 +184,18 @@ def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> An
 
 
 def started_training(error: BaseException) -> bool:
-    """Whether Composer's fit or eval was on the stack: then the traceback is worth its length."""
-    return any(
-        frame.f_code.co_name in ("fit", "eval")
-        and Path(frame.f_code.co_filename).parts[-3:] == ("composer", "trainer", "trainer.py")
-        for frame in _frames(error)
+    """Whether Composer's fit or eval was on the stack: then the traceback is worth its length.
+
+    Not so where a callback of ours refuses, as it begins, what the YAML says.
+    """
+    code = [frame.f_code for frame in _frames(error)]
+    refused = isinstance(error, ValueError) and any(
+        one.co_name == "fit_start" and "foundry_ext" in Path(one.co_filename).parts for one in code
+    )
+    return not refused and any(
+        one.co_name in ("fit", "eval")
+        and Path(one.co_filename).parts[-3:] == ("composer", "trainer", "trainer.py")
+        for one in code
     )
 
 
@@ -207,8 +218,25 @@ def describe(error: BaseException, config: DictConfig) -> str:
         sections = OmegaConf.to_container(config, resolve=True)
         path = find_key(sections, key, below=section)
         if path:
-            return f"{where}unknown key, {path}; remove or correct it"
-    return f"{where}{text} [{type(error).__name__}]"
+            hint = suggest(key, _parameters(error)) or "; remove or correct it"
+            return f"{where}unknown key, {path}{hint}"
+    way_out = _TOKENIZER if section == "tokenizer" else ""
+    return f"{where}{text.removesuffix('.')}{way_out} [{type(error).__name__}]"
+
+
+_TOKENIZER = (
+    "; tokenizer.name is to be a local folder with tokenizer.json and tokenizer_config.json, or a"
+    " name on the hub where that can be reached"
+)
+
+
+def _parameters(error: BaseException) -> list[str]:
+    """The keys that would have been taken where an unknown one was refused."""
+    for frame in reversed(list(_frames(error))):
+        constructor = frame.f_locals.get("registered_constructor")
+        if callable(constructor):
+            return list(inspect.signature(constructor).parameters)
+    return []
 
 
 def find_key(node: Any, key: str, *, below: str = "") -> str:

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from foundry_ext.run_name import sweep_run_name, under_sweep
+from foundry_ext.run_values import find_fault
 
 SUFFIXES = (".yaml", ".yml")
 FILE_KEY = "config="
@@ -115,6 +116,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
         given[key] = value
     _check_keys(path, config)
     _check_references(path, config)
+    _check_values(path, config)
     _check_microbatch(path, config)
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
@@ -279,10 +281,16 @@ def _check_references(path: Path, config: DictConfig) -> None:
     try:
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(
-            f"{path}: {error.full_key}, {first_line(error)}; "
-            f"{_known_names(config, error) or 'define it under variables: or correct the name'}"
-        ) from error
+        hint = _known_names(config, error) or "define it under variables: or correct the name"
+        if "oc.env" in first_line(error):
+            hint = "a run is what its YAML says, no environment variable is read: write the value"
+        raise UsageError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
+
+
+def _check_values(path: Path, config: DictConfig) -> None:
+    fault = find_fault(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+    if fault:
+        raise UsageError(f"{path}: {fault}")
 
 
 def _known_names(config: DictConfig, error: OmegaConfBaseException) -> str:

@@ -15,6 +15,32 @@ def find(state: State, kind: type) -> Any:
     return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
 
 
+def check_data(state: State, dataset: PackedDataset) -> None:
+    """
+    Raises:
+        ValueError: documents may be longer than the model has positions, or an evaluation is of
+            the documents that are trained on.
+    """
+    longest = dataset.collator.max_seq_len
+    config = getattr(getattr(unwrapped(state), "model", None), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"train_loader.dataset.max_seq_len: {longest} is more than the model's {positions}"
+            " positions; lower it, or raise model.config_overrides.max_position_embeddings, whose"
+            " positions are then learned anew"
+        )
+    for evaluator in state.evaluators:
+        own = getattr(evaluator.dataloader.dataloader, "dataset", None)
+        if not isinstance(own, PackedDataset):
+            continue
+        if own.documents.fingerprint == dataset.documents.fingerprint:
+            raise ValueError(
+                f"eval_loader {evaluator.label}: these are the very documents of train_loader;"
+                " evaluate on held-out ones (`holdout`, or another file)"
+            )
+
+
 def method_of(state: State) -> Method:
     """What the run trains, by the adapter on its model."""
     adapted = getattr(unwrapped(state), "model", None)

@@ -21,6 +21,7 @@ from foundry_ext.callbacks.meter import (
     packed_dataset,
 )
 from foundry_ext.callbacks.run_description import (
+    check_data,
     describe_loader,
     describe_model,
     device_kind,
@@ -77,6 +78,7 @@ class RunRecord(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
+        check_data(state, dataset)
         config = self.logged.config
         if config is None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Weights & Biases for metrics, with checkpoints kept out of it."""
 
 import atexit
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from foundry_ext.callbacks.run_description import find, method_of
 from foundry_ext.callbacks.run_record import RunRecord
 from foundry_ext.compare.record import items_path, read_record
 from foundry_ext.compare.secrets import redact
+
+log = logging.getLogger(__name__)
 
 TOKENS = "time/token"  # real tokens, Composer's name for them
 # Charts of these have real tokens as their axis; steps are W&B's own and remain selectable.
@@ -65,7 +68,7 @@ class WandBMetrics(WandBLogger):
             "console": "off",
         }
         self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
-        super().init(state, logger)
+        self._start(state, logger)
         if self._enabled:
             import wandb
 
@@ -74,6 +77,21 @@ class WandBMetrics(WandBLogger):
                 wandb.define_metric(names, step_metric=TOKENS)
             # Where a run fails, W&B's own hook closes it before Composer's; this comes before both.
             atexit.register(self._save_record)
+
+    def _start(self, state: State, logger: Logger) -> None:
+        """A run is worth more than its W&B page: without key or network it goes on offline."""
+        import wandb
+
+        try:
+            super().init(state, logger)
+        except wandb.Error as error:  # no key, or no answer from the server
+            log.warning(
+                "W&B cannot be reached (%s): this run goes on offline, and `wandb sync %s` uploads"
+                " it later; `wandb login` gives a key, WANDB_MODE=offline spares the wait",
+                *(" ".join(str(error).split())[:200], "wandb/offline-run-*"),
+            )
+            self._init_kwargs["mode"] = "offline"
+            super().init(state, logger)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.state is not None:

@@ -1,5 +1,6 @@
 """What the `dataset` section of a loader's YAML may say, checked before any row is read."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ _STREAM_KEYS = {
 _STOCK_KEYS = {"decoder_only_format", "allow_pad_trimming", "pad_to_longest"}
 FINETUNING_KEYS = _COMMON_KEYS | _PROMPT_KEYS | _STREAM_KEYS | _STOCK_KEYS
 TEXT_KEYS = _COMMON_KEYS | {"text_key"}
+# Beyond these something would run out of memory before it says what is wrong.
+_MOST_TOKENS, _MOST_PACKS = 2**24, 2**20
 _NOT_FOR_STREAMS = ("hf_name", "hf_kwargs", "preprocessing_fn", "safe_load", "holdout")
 
 
@@ -105,9 +108,16 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
 
 def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
     given = section.get("preprocessing_fn")
-    if isinstance(given, dict):
-        return dataset_constructor.get_preprocessing_fn_from_dict(given)
-    return dataset_constructor.get_preprocessing_fn_from_str(given, section.get("hf_name"))
+    try:
+        if isinstance(given, dict):
+            return dataset_constructor.get_preprocessing_fn_from_dict(given)
+        return dataset_constructor.get_preprocessing_fn_from_str(given, section.get("hf_name"))
+    except ValueError as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(
+            f"preprocessing_fn: {given!r} is no function that can be imported{cause}; write"
+            " module:function, such as foundry_ext.data.prompts:gsm8k, of a module on Python's path"
+        ) from error
 
 
 def stream_settings(dataset: dict[str, Any]) -> TokenizeSettings:
@@ -133,12 +143,20 @@ def get_pack_tokens(dataset: dict[str, Any]) -> int:
     pack_tokens, max_seq_len = dataset.get("pack_tokens"), dataset["max_seq_len"]
     if pack_tokens is None:
         return max_seq_len
-    if not isinstance(pack_tokens, int):
-        raise ValueError(f"pack_tokens: {pack_tokens!r} is not a whole number of tokens")
+    if type(pack_tokens) is not int:
+        raise ValueError(
+            f"pack_tokens: {pack_tokens!r} is not a whole number of tokens; give one of at least"
+            f" max_seq_len, {max_seq_len}"
+        )
     if pack_tokens < max_seq_len:
         raise ValueError(
             f"pack_tokens: {pack_tokens} is below max_seq_len {max_seq_len}, so a document might"
             " not fit; raise pack_tokens"
+        )
+    if pack_tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"pack_tokens: {pack_tokens} is more than any device computes at once; give at most"
+            f" {_MOST_TOKENS}, and see what fits with `foundry-ext plan`"
         )
     return pack_tokens
 
@@ -147,6 +165,10 @@ def get_batch_packs(size: int | float) -> int:
     if size != int(size) or size < 1:
         raise ValueError(
             f"batch size {size} is not a whole number of packs; raise the global batch"
+        )
+    if size > _MOST_PACKS:  # the last batch is completed with empty ones
+        raise ValueError(
+            f"batch size {size}: more packs than a step can have; give at most {_MOST_PACKS}"
         )
     return int(size)
 
@@ -158,12 +180,27 @@ def check_keys(dataset: dict[str, Any], known: frozenset[str] | set[str], name: 
             " hold"
         )
     _check_known(dataset, known | {"packing_ratio"}, f"{name}: unknown key dataset.")
-    if not isinstance(dataset.get("max_seq_len"), int):
-        raise ValueError(f"{name}: set dataset.max_seq_len, the most tokens a document may have")
+    max_seq_len = dataset.get("max_seq_len")
+    if type(max_seq_len) is not int:
+        raise ValueError(
+            f"{name}: set dataset.max_seq_len, the most tokens a document may have, to a whole"
+            f" number, not {max_seq_len!r}"
+        )
+    for key in ("shuffle", "fixed_shape"):
+        if not isinstance(dataset.get(key, False), bool):
+            raise ValueError(f"{name}: dataset.{key}: {dataset[key]!r} is neither true nor false")
+    eval_packs = dataset.get("eval_packs", 1)
+    if eval_packs is not None and (type(eval_packs) is not int or eval_packs < 1):
+        raise ValueError(f"{name}: dataset.eval_packs: {eval_packs!r} is no whole number above 0")
+    seed = dataset.get("shuffle_seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"{name}: dataset.shuffle_seed: {seed!r} is no whole number from 0 on")
 
 
 def _check_known(section: dict[str, Any], known: frozenset[str] | set[str], label: str) -> None:
-    unknown = sorted(section.keys() - known)
+    unknown = sorted(section.keys() - known, key=str)
     if unknown:
-        names = ", ".join(sorted(known - {"packing_ratio"}))
-        raise ValueError(f"{label}{unknown[0]}; the keys are {names}")
+        names = sorted(known - {"packing_ratio"})
+        near = difflib.get_close_matches(str(unknown[0]), names, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"{label}{unknown[0]}{hint} the keys are {', '.join(names)}")

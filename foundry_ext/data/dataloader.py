@@ -199,6 +199,8 @@ def _build(
     eval_packs = dataset.get("eval_packs")
     batch_packs = get_batch_packs(device_batch_size if eval_packs is None else eval_packs)
     documents, description = load()
+    if not documents.lengths.any():
+        raise ValueError(_nothing_left(documents, description, dataset["max_seq_len"]))
     packed = PackedDataset(
         documents,
         PackCollator(
@@ -232,6 +234,18 @@ def _build(
         split_batch=split_batch,
         get_num_samples_in_batch=num_documents,
         get_num_tokens_in_batch=num_tokens,
+    )
+
+
+def _nothing_left(
+    documents: Documents | MixedDocuments, description: list[dict[str, Any]], max_seq_len: int
+) -> str:
+    names = " + ".join(str(one["name"]) for one in description)
+    counts = ", ".join(f"{count} {kind}" for kind, count in documents.counts.items() if count)
+    return (
+        f"no document of {names} is left to train on: {counts}, with max_seq_len {max_seq_len};"
+        " overlong ones want a larger max_seq_len, or overlong: truncate; without loss are those"
+        " whose prompt fills max_seq_len; empty ones lack a prompt or a response"
     )
 
 

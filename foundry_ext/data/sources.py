@@ -15,10 +15,14 @@ from typing import Any
 import datasets
 import huggingface_hub
 from composer.utils import dist, parse_uri
+from datasets.data_files import EmptyDatasetError
+from huggingface_hub.errors import HFValidationError
 from llmfoundry.data.finetuning.dataloader import _download_remote_hf_dataset
 from llmfoundry.data.finetuning.tasks import SUPPORTED_EXTENSIONS, StreamingFinetuningDataset
 from llmfoundry.data.text_data import build_streams
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from foundry_ext.data.json_lines import check_lines, find_fault
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -88,20 +92,18 @@ def load_rows(
     if path.suffix in _BUILDERS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset file {hf_name} does not exist (in {Path.cwd()})")
+        if path.stat().st_size == 0:
+            raise ValueError(f"dataset file {hf_name} is empty; write rows to it, or name another")
         if _BUILDERS[path.suffix] == "json":
-            _check_lines(path)
+            check_lines(path)
         hf_name = _BUILDERS[path.suffix]
         # A lone file is one split, whatever it is called.
         kwargs["data_files"] = {split.split("[")[0]: str(path)}
-    elif safe_load and not path.is_dir():
-        hf_name = huggingface_hub.snapshot_download(
-            hf_name,
-            repo_type="dataset",
-            allow_patterns=[f"*{extension}" for extension in SUPPORTED_EXTENSIONS],
-            revision=kwargs.pop("revision", None),
-            token=kwargs.pop("token", None),
-        )
-    rows = datasets.load_dataset(hf_name, split=split, **kwargs)
+        with _by_line(path):
+            rows = datasets.load_dataset(hf_name, split=split, **kwargs)
+    else:
+        with _naming_the_hub(hf_name):
+            rows = _load_named(hf_name, split, safe_load=safe_load, **kwargs)
     if not isinstance(rows, datasets.Dataset):
         raise ValueError(f"dataset {hf_name}: streaming is not possible, a plan needs all lengths")
     if holdout is None:
@@ -111,21 +113,48 @@ def load_rows(
     return hold_out(rows, **holdout)
 
 
-def _check_lines(path: Path) -> None:
-    """Rows must be objects. pyarrow 19 takes most others for rows without values, and ends the
-    process without a word (SIGSEGV) where one of its blocks begins with `null`."""
-    only_null = path.suffix != ".jsonl"  # the objects of a .json may go over many lines
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            start = line.lstrip()[:4]
-            if start[:1] in (b"", b"{") or (only_null and start != b"null"):
-                if start[:1] == b"[":  # one array of them all
-                    return
-                continue
-            raise ValueError(
-                f"{path}, line {number}: {line[:40]!r} begins no JSON object; give one row a line,"
-                ' such as {"prompt": "...", "response": "..."}'
-            )
+def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> Any:
+    """Rows of what is no lone file: a name of the hub, a folder, a builder."""
+    if safe_load and not Path(hf_name).is_dir():
+        hf_name = huggingface_hub.snapshot_download(
+            hf_name,
+            repo_type="dataset",
+            allow_patterns=[f"*{extension}" for extension in SUPPORTED_EXTENSIONS],
+            revision=kwargs.pop("revision", None),
+            token=kwargs.pop("token", None),
+        )
+    return datasets.load_dataset(hf_name, split=split, **kwargs)
+
+
+@contextlib.contextmanager
+def _by_line(path: Path) -> Iterator[None]:
+    """What a JSON file could not be read for, by its line."""
+    try:
+        yield
+    except Exception as error:
+        fault = find_fault(path) if path.suffix == ".jsonl" else None
+        if fault is None:
+            raise
+        raise ValueError(fault) from error
+
+
+@contextlib.contextmanager
+def _naming_the_hub(hf_name: str) -> Iterator[None]:
+    """No data, in a folder or on the hub: what would do."""
+    try:
+        yield
+    except (OSError, EmptyDatasetError, HFValidationError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine, not the name
+            raise
+        cause = " ".join(str(error).split())
+        if Path(hf_name).exists():
+            problem = f"dataset {hf_name} holds no data that is read here"
+        else:
+            problem = f"dataset {hf_name} is neither here (in {Path.cwd()}) nor found on the hub"
+        raise FileNotFoundError(
+            f"{problem}; give hf_name a local {', '.join(_BUILDERS)} file, a folder of them, or a"
+            f" name on the hub ({type(error).__name__}: {cause[:200]})"
+        ) from error
 
 
 def find_revision(rows: datasets.Dataset, hf_kwargs: dict[str, Any] | None = None) -> str | None:

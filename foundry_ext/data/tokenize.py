@@ -21,6 +21,7 @@ from llmfoundry.data.finetuning.tasks import (
     _slice_chat_formatted_example,
     tokenize_formatted_example,
 )
+from llmfoundry.utils.exceptions import BaseContextualError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batch import IGNORE_INDEX
@@ -31,6 +32,10 @@ from foundry_ext.data.records import NO_TOKENS, Tokens, to_records, to_table
 Preprocess = Callable[[dict[str, Any]], Any]
 
 OVERLONG = ("truncate", "split", "drop", "error")
+_ROWS = (
+    "; a row has a prompt and a response, both text, or messages: correct it, or set"
+    " preprocessing_fn to a function that makes such rows of these"
+)
 # Characters handed to the tokenizer at a time: its encodings take some hundred bytes a token.
 _BATCH_CHARACTERS = 2**20
 
@@ -154,11 +159,12 @@ def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[...,
 
 
 def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
-    """Errors say which row they are of."""
+    """Errors say which row they are of, and what rows are read."""
     try:
         return function(row)
     except Exception as error:
-        raise ValueError(f"row {index}: {type(error).__name__}: {error}") from error
+        way_out = _ROWS if isinstance(error, BaseContextualError | KeyError) else ""
+        raise ValueError(f"row {index}: {type(error).__name__}: {error}{way_out}") from error
 
 
 class _Reader:

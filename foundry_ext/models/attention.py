@@ -107,8 +107,23 @@ def _why_not(
         return f"needs a GPU, and this tensor is on {device}; use 'sdpa'"
     if dtype not in _HALF:
         return f"takes fp16 or bf16, not {dtype}; set precision: amp_bf16, or use 'flex' or 'sdpa'"
-    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+    return _why_no_flash() if backend == "flash_attn" else ""
+
+
+def _why_no_flash() -> str:
+    """Its compiled part is bound to one torch and one CUDA."""
+    if importlib.util.find_spec("flash_attn") is None:
         return "is not installed; pip install 'foundry-ext[gpu]', or use 'torch_varlen'"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401 # pyright: ignore
+    except (ImportError, OSError, RuntimeError) as error:
+        problem = (
+            f"was not built for torch {torch.__version__}; build it anew, pip install --no-deps"
+            " --no-build-isolation --force-reinstall --no-binary flash-attn flash-attn, or use"
+            f" 'torch_varlen' ({' '.join(str(error).split())[:160]})"
+        )
+        log.warning("attention_backend: 'flash_attn' %s", problem)
+        return problem
     return ""
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from foundry_ext.models.pretrained import (
     HUB_NAMES,
     load_generation_config,
     load_strictly,
+    naming_the_hub,
     shipped_config,
 )
 from foundry_ext.models.smollm2 import (
@@ -137,6 +139,9 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             should_save_peft_only=should_save_peft_only,
         )
         inner = self.inner_model
+        if pretrained:
+            size = inner.config.vocab_size
+            _check_vocabulary(pretrained_model_name_or_path, tokenizer, size)
         if isinstance(self.model, PeftModelForCausalLM):
             for adapter in self.model.peft_config.values():
                 # Composer makes a plain string of it, with which peft 0.16 cannot save.
@@ -173,12 +178,16 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         config_overrides: dict[str, Any],
     ) -> LlamaConfig:
         """The configuration, with overrides; a shipped shape needs no network."""
-        config = AutoConfig.from_pretrained(
-            shipped_config(pretrained_model_name_or_path) or pretrained_model_name_or_path,
-            trust_remote_code=trust_remote_code,
-            token=True if use_auth_token else None,
-            torch_dtype=torch.float32,
-        )
+        source = shipped_config(pretrained_model_name_or_path) or pretrained_model_name_or_path
+        with naming_the_hub(source):
+            if Path(source).is_dir() and not Path(source, "config.json").is_file():
+                raise OSError("transformers would name every architecture")
+            config = AutoConfig.from_pretrained(
+                source,
+                trust_remote_code=False,  # its code is never needed, see _check_settings
+                token=True if use_auth_token else None,
+                torch_dtype=torch.float32,
+            )
         if not isinstance(config, LlamaConfig):
             raise ValueError(
                 f"smollm2_packed: {pretrained_model_name_or_path} is a {config.model_type} model;"
@@ -370,7 +379,19 @@ def _check_settings(
         raise ValueError("load_in_8bit: true is for inference only; leave it out")
     if trust_remote_code:
         log.warning(
-            "trust_remote_code: true has no effect here: the model's code is this package's"
+            "trust_remote_code: true has no effect here: the model's code is this package's, and"
+            " none that comes with the weights is run"
+        )
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Composer refuses a tokenizer of more tokens than the model has. Of fewer, some are usual:
+    vocabularies are rounded up."""
+    if len(tokenizer) < 0.9 * vocabulary:
+        log.warning(
+            "the tokenizer %s has %d tokens, the model %s %d: unless it was trained with that"
+            " tokenizer, every id means something else to it; name the model's own",
+            *(tokenizer.name_or_path, len(tokenizer), name, vocabulary),
         )
 
 

@@ -1,6 +1,8 @@
 """Where weights and shapes come from: the hub, a folder, or this package."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,70 @@ def shipped_config(name: str) -> str | None:
     return str(CONFIG_FOLDER / name)
 
 
+@contextlib.contextmanager
+def naming_the_hub(path: str) -> Iterator[None]:
+    """Configuration or weights that are not there, or cannot be read: which, and what would do.
+
+    Raises:
+        ValueError: in place of what transformers, the hub's client and safetensors raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        problem = _problem(path, error)
+        if problem is None:
+            raise
+        cause = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"pretrained_model_name_or_path: {path} {problem} ({type(error).__name__}: {cause})"
+        ) from error
+
+
+_NEEDED = (
+    "; give a local folder with config.json and model.safetensors, or a name on the hub where that"
+    " can be reached"
+)
+
+
+def _problem(path: str, error: Exception) -> str | None:
+    """In words; None for an error of another kind."""
+    text, folder = str(error), Path(path)
+    if "does not recognize this architecture" in text or "requires you to execute" in text:
+        return (
+            "is of an architecture that transformers does not know without code of its own, which"
+            " is not run here; only Llama-shaped models run packed, use hf_causal_lm for others"
+        )
+    if type(error).__name__ == "SafetensorError":
+        return "holds damaged weights" + _NEEDED
+    if not isinstance(error, OSError) or error.errno is not None:  # of this machine, not the name
+        return None
+    if not folder.is_dir():
+        return "is no folder here, and the hub does not give it" + _NEEDED
+    if not (folder / "config.json").is_file():
+        return "holds no config.json" + _NEEDED
+    if any(folder.glob("*.safetensors")):
+        return "cannot be read" + _NEEDED
+    pickles = ", ".join(file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+    if pickles:
+        return (
+            f"holds no model.safetensors but {pickles}, a pickle, which could run code when it is"
+            " read; save the model anew with safe_serialization=True"
+        )
+    return "holds no model.safetensors" + _NEEDED
+
+
 def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolLM2ForCausalLM:
     """A missing or left-over weight would otherwise be a warning and a model half random."""
-    loaded: Any = SmolLM2ForCausalLM.from_pretrained(
-        path,
-        config=config,
-        torch_dtype=torch.float32,
-        token=True if use_auth_token else None,
-        ignore_mismatched_sizes=True,  # reported below
-        output_loading_info=True,
-    )
+    with naming_the_hub(path):
+        loaded: Any = SmolLM2ForCausalLM.from_pretrained(
+            path,
+            config=config,
+            torch_dtype=torch.float32,
+            token=True if use_auth_token else None,
+            use_safetensors=True,  # others are pickles, which could run code
+            ignore_mismatched_sizes=True,  # reported below
+            output_loading_info=True,
+        )
     model, report = loaded
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:

@@ -271,7 +271,7 @@ def test_holdout_through_the_builder(tokenizer, dataset, write_jsonl):
 ERRORS = {
     "unknown key": (
         {"max_seqlen": 1},
-        "unknown key dataset.max_seqlen; the keys are .*max_seq_len",
+        "unknown key dataset.max_seqlen, did you mean .max_seq_len.\\? the keys are .*max_seq_len",
     ),
     "packing ratio": ({"packing_ratio": 2.0}, "replace dataset.packing_ratio by .*pack_tokens"),
     "ratio auto": ({"packing_ratio": "auto"}, "replace dataset.packing_ratio by .*pack_tokens"),
@@ -284,7 +284,7 @@ ERRORS = {
         {"overlong": "cut"},
         "overlong: 'cut'; choose one of truncate, split, drop, error",
     ),
-    "no evaluation packs": ({"eval_packs": 0}, "batch size 0 is not a whole number of packs"),
+    "no evaluation packs": ({"eval_packs": 0}, "dataset.eval_packs: 0 is no whole number above 0"),
 }
 
 
@@ -307,7 +307,7 @@ FINETUNING_ERRORS = {
         "dataset.holdout does not go with dataset.streams: leave one out",
     ),
     "targets": ({"target_responses": "first"}, "target_responses"),
-    "no function": ({"preprocessing_fn": "nowhere:f"}, "preprocessing function from string"),
+    "no function": ({"preprocessing_fn": "nowhere:f"}, "'nowhere:f' is no function"),
     "text": ({"text_key": "text"}, "packed_finetuning: unknown key dataset.text_key"),
 }
 
@@ -353,7 +353,7 @@ def test_a_fraction_of_a_pack_is_no_batch(tokenizer, dataset, size, monkeypatch)
 
 
 def test_no_document_left_is_an_error(tokenizer, dataset):
-    with pytest.raises(ValueError, match="no document is left to train on"):
+    with pytest.raises(ValueError, match=r"no document of .* is left to train on: \d+ dropped"):
         build(tokenizer, {**dataset, "max_seq_len": 2})
 
 

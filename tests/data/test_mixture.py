@@ -191,7 +191,7 @@ ERRORS = {
     "no number": ({1: {"share": "5%"}}, r"datasets\[1\].share: '5%' is no share"),
     "unknown": (
         {1: {"textkey": "body"}},
-        r"packed_finetuning: unknown key dataset.datasets\[1\].textkey; the keys are .*text_key",
+        r"unknown key dataset.datasets\[1\].textkey, did you mean 'text_key'\? the keys .*text_key",
     ),
     "no name": ({0: {"hf_name": None}}, r"set dataset.datasets\[0\].hf_name"),
     "prompts of text": (

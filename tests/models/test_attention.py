@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +218,10 @@ def install(monkeypatch, *, flash_attn):
         "find_spec",
         lambda name: found if name == "flash_attn" else find_spec(name),
     )
+    if flash_attn:
+        module: Any = types.ModuleType("flash_attn")
+        module.flash_attn_varlen_func = None
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""What ended a run while it trained, where a traceback says less than one line does."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain(error: BaseException, config: dict[str, Any]) -> str | None:
+    """`what, value; way out` for a known end of a run, or None.
+
+    Args:
+        config: of the run, resolved.
+    """
+    for one in _causes(error):
+        text = " ".join(str(one).split())
+        if type(one).__name__ == "OutOfMemoryError":
+            return f"{_memory(config)} ({text[:160]})"
+        if isinstance(one, OSError) and one.errno in _FULL:
+            return (
+                f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
+                " another disk in save_folder, and start the same command again: it goes on from"
+                f" the last whole checkpoint ({text[:160]})"
+            )
+        if "no kernel image is available" in text:
+            return (
+                "this GPU is not one that the installed torch was built for; `make install"
+                " WORLD=current` has kernels for newer cards, see CONTRIBUTING.md, Two worlds"
+                f" ({text[:160]})"
+            )
+        if "FlashAttention only supports" in text:
+            backend = _get(config, "model", "attention_backend") or "auto"
+            return (
+                f"model.attention_backend, {backend!r}, does not run on this GPU; set it to flex,"
+                f" or to sdpa, which runs anywhere ({text[:160]})"
+            )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _memory(config: dict[str, Any]) -> str:
+    """A pack's tokens decide what a step needs; a larger microbatch is several packs at once."""
+    place = "train_loader.dataset.pack_tokens"
+    longest = _get(config, "train_loader", "dataset", "max_seq_len") or config["max_seq_len"]
+    tokens = _get(config, "train_loader", "dataset", "pack_tokens") or longest
+    packs = config.get("device_train_microbatch_size")
+    if isinstance(packs, int) and packs > 1:
+        return (
+            f"GPU out of memory with device_train_microbatch_size {packs} packs of {place}"
+            f" {tokens}; set device_train_microbatch_size to 1 first, then {place} to"
+            f" {_less(tokens, longest)}"
+        )
+    less = _less(tokens, longest)
+    if less < tokens:
+        return (
+            f"GPU out of memory with {place} {tokens}; try {less}, and double"
+            " global_train_batch_size to keep the tokens of a step, or set"
+            " model.activation_checkpointing: true; `foundry-ext plan` says what fits"
+        )
+    return (
+        f"GPU out of memory with {place} {tokens}, which is max_seq_len already; set"
+        f" model.activation_checkpointing: true, or both to {max(tokens // 2, 2)};"
+        " `foundry-ext plan` says what fits"
+    )
+
+
+def _less(tokens: int, longest: int) -> int:
+    """Half of it in whole 128s, but never less than a document may have."""
+    return max(longest, tokens // 2 // 128 * 128 or tokens // 2)
+
+
+def _get(config: Any, *keys: str) -> Any:
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def unwritable(config: dict[str, Any]) -> str | None:
+    """The first place that the run would write to later and cannot; it is tried in the nearest
+    folder that exists, where nothing stays."""
+    places = {
+        "save_folder": config.get("save_folder"),
+        "callbacks.run_record.path": _get(config, "callbacks", "run_record", "path"),
+        "callbacks.hf_export.folder": _get(config, "callbacks", "hf_export", "folder"),
+        "callbacks.forgetting.items": _get(config, "callbacks", "forgetting", "items"),
+        "loggers.metrics_file.path": _get(config, "loggers", "metrics_file", "path"),
+    }
+    for key, place in places.items():
+        if not isinstance(place, str) or "://" in place:
+            continue
+        named = place.replace("{run_name}", str(config.get("run_name")))
+        folder = next(one for one in (Path(named).absolute().parents) if one.exists())
+        try:
+            if Path(named).exists() and key.endswith("folder"):
+                folder = Path(named)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error
+            return (
+                f"{key}, {place!r}, cannot be written: {folder}: {reason}; name a folder that can"
+            )
+    return None
+
+
+def missing_checkpoint(config: dict[str, Any]) -> str | None:
+    """`load_path` where it is on this disk; one for every rank, with its number, is Composer's."""
+    path = config.get("load_path")
+    if not isinstance(path, str) or "://" in path or "{" in path or Path(path).exists():
+        return None
+    return f"load_path, {path!r}: no such checkpoint (in {Path.cwd()}); correct it or leave it out"
