@@ -22,7 +22,7 @@ END = "<|endoftext|>"
 _PROMPTS = ("query", "instruction", "question", "original_question", "url")
 _RESPONSES = ("response", "answer")
 _DROPPED = ("eval_loader", "eval_loaders", "save_folder", "save_interval", "autoresume")
-_DROPPED_CALLBACKS = ("forgetting", "text_samples", "hf_export")
+_DROPPED_CALLBACKS = ("forgetting", "text_samples", "hf_export", "exact_resume")
 
 
 def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:

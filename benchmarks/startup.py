@@ -119,7 +119,7 @@ def _import_registered(config: Any) -> None:
     sections = ("callbacks", "loggers", "algorithms")
     names = {config.model.name, config.train_loader.name, config.optimizer.name}
     names |= {str(name) for section in sections for name in config.get(section) or ()}
-    kinds = ("models", "dataloaders", "callbacks", "loggers", "optimizers")
+    kinds = ("models", "dataloaders", "callbacks", "callbacks_with_config", "loggers", "optimizers")
     for kind in kinds:
         for entry in entry_points(group=f"llmfoundry_{kind}"):
             if entry.name in names and entry.value.startswith("foundry_ext."):

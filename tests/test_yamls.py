@@ -75,6 +75,14 @@ def test_all_sizes_data_sets_and_methods_are_there():
     assert len(FAMILIES) == len(sizes) * len(data) * len(methods)
 
 
+@pytest.mark.parametrize("path", YAMLS, ids=name_of)
+def test_every_run_goes_on_where_it_stopped_and_is_guarded(path: Path):
+    config = resolved(path)
+    assert config["autoresume"] is True and config["save_folder"] and config["save_interval"]
+    assert config["save_num_checkpoints_to_keep"] >= 2, "one before the newest"
+    assert {"exact_resume", "guard", "run_record"} <= config["callbacks"].keys()
+
+
 @pytest.mark.parametrize("path", FAMILIES, ids=name_of)
 def test_names_folders_and_rates(path: Path):
     config = resolved(path)
@@ -284,6 +292,8 @@ def test_a_step(
     trainer = train(config)
     trainer.close()
     assert trainer.state.timestamp.batch.value == 1
+    latest = Path(config.save_folder, "latest-rank0.pt")
+    assert latest.is_symlink() and latest.resolve().name == "ep0-ba1-rank0.pt"
     metrics = read_metrics(Path(config.loggers.metrics_file.path))
     assert {0, 1} <= metrics["metrics/eval/LanguageCrossEntropy"].keys()
     assert metrics["loss/train/total"][0] > 0

@@ -30,6 +30,7 @@ PROMISED_KEYS = (
     *("throughput/documents_per_sec", "throughput/device/real_tokens_per_sec"),
     *("throughput/waiting_for_data", "packing/fill", "packing/documents_per_pack"),
     *("data/kept", "data/truncated", "data/tokens_cut", "lr-*/group0", "text_samples"),
+    "guard/gradient_norm",
 )
 # In the run's configuration, beside the whole YAML; the first two are its group and job type, too.
 PROMISED_CONFIG = ("experiment", "method", "seed")

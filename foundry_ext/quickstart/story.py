@@ -21,11 +21,12 @@ FOLDER = Path("outputs/quickstart")
 BASE_YAML = Path("yamls/quickstart/base.yaml")
 SWEEP_YAML = Path("experiments/quickstart/sweep.yaml")
 RATE_KEY = "variables.learning_rate"
-_STAMP = "made_from"
+_BEGUN, _STAMP = "begun_from", "made_from"
 
 
 def train_base(folder: Path = FOLDER) -> None:
-    """`composer train.py yamls/quickstart/base.yaml`, unless its result is there.
+    """`composer train.py yamls/quickstart/base.yaml`, unless its result is there; one that was
+    killed goes on.
 
     A new base model, or other data, makes the runs that are there worthless: they are removed.
     """
@@ -35,9 +36,13 @@ def train_base(folder: Path = FOLDER) -> None:
     if (base / _STAMP).is_file() and (base / _STAMP).read_text() == stamp:
         print(f"{base}: there already, made by the same file from the same data")
         return
-    for name in ("base", "runs", "sweeps", "report*"):
-        for stale in folder.glob(name):
-            shutil.rmtree(stale)
+    begun = base / _BEGUN
+    if not (begun.is_file() and begun.read_text() == stamp):
+        for name in ("base", "runs", "sweeps", "report*"):
+            for stale in folder.glob(name):
+                shutil.rmtree(stale)
+        base.mkdir()
+        begun.write_text(stamp)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py", str(BASE_YAML)]
     # A bar that cannot be redrawn is a line a step.
     bar = [] if sys.stderr.isatty() else ["progress_bar=false"]

@@ -69,7 +69,7 @@ def offline(world, tmp_path_factory):
     sets = given["callbacks"]["forgetting"]["sets"]
     sets["source"] = {**sets["target"], "role": "forgetting", "kl": True}
     given["callbacks"]["packed_throughput"] = {}
-    given["callbacks"]["lr_monitor"] = {}
+    given["callbacks"] |= {"lr_monitor": {}, "guard": {}}
     given["callbacks"]["text_samples"] = {"prompts": ["one bird"], "max_new_tokens": 4}
     logger = {"project": "trials", "name": "one", "init_kwargs": offline_in(folder)}
     given["loggers"] = {"inmemory": {}, "wandb_metrics": logger}

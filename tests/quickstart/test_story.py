@@ -29,7 +29,6 @@ def test_a_base_model_is_trained_once_and_anew_when_its_data_change(folder: Path
 
     def run(command, **_):
         commands.append(command)
-        (folder / "base").mkdir()
 
     monkeypatch.setattr(story.subprocess, "run", run)
     story.train_base()
@@ -43,14 +42,36 @@ def test_a_base_model_is_trained_once_and_anew_when_its_data_change(folder: Path
 
 
 def test_a_base_model_that_failed_is_not_taken_for_one(folder: Path, monkeypatch):
+    checkpoint = folder / "base/checkpoints/latest-rank0.pt"
+
     def run(command, **_):
-        (folder / "base").mkdir()
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
         raise story.subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(story.subprocess, "run", run)
     for _ in range(2):
         with pytest.raises(story.subprocess.CalledProcessError):
             story.train_base()
+        assert checkpoint.is_file(), "where it goes on"
+
+
+def test_a_base_model_of_other_data_does_not_go_on(folder: Path, monkeypatch):
+    checkpoint = folder / "base/checkpoints/latest-rank0.pt"
+    seen = []
+
+    def run(command, **_):
+        seen.append(checkpoint.is_file())
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+        raise story.subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(story.subprocess, "run", run)
+    for content in ("{}", "{}", "{} "):
+        (folder / "data/problems_train.jsonl").write_text(content)
+        with pytest.raises(story.subprocess.CalledProcessError):
+            story.train_base()
+    assert seen == [False, True, False]
 
 
 def test_the_best_rate_of_each_method_is_named_by_its_own_grid(tmp_path: Path):
