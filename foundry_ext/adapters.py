@@ -141,8 +141,18 @@ def write_folder(
     with pissa.as_plain_lora(model, weights) as weights:
         options: dict[str, Any] = {"state_dict": weights, **adapter}
         model.save_pretrained(str(folder), **options)
+    if adapter:
+        _sort_targets(folder / "adapter_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _sort_targets(path: Path) -> None:
+    """peft writes a set in the order of its hashes: equal runs are to write equal files."""
+    content = json.loads(path.read_text())
+    if isinstance(content["target_modules"], list):
+        content["target_modules"].sort()
+        path.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def refuse_folder_in_use(out: Path) -> None:

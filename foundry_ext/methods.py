@@ -111,7 +111,7 @@ def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None
         ValueError: names the key, its value and the way out.
     """
     _check_keys(peft_config)
-    _check_numbers(peft_config)
+    check_numbers(peft_config)
     init = peft_config.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in _INITS:
         raise ValueError(
@@ -156,7 +156,8 @@ def _check_keys(peft_config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_numbers(peft_config: Mapping[str, Any]) -> None:
+def check_numbers(peft_config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rank, alpha, dropout or switch that cannot be, by its key."""
     rank, alpha = _rank_and_alpha(peft_config)
     _check_positive("r", rank, whole=True)
     _check_positive("lora_alpha", alpha, whole=False)

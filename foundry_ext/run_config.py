@@ -176,8 +176,8 @@ def _read_yaml(path: Path) -> DictConfig:
     # A ValueError for bytes that are no text, as for a date that is none.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML, {one_line(error)}") from error
-    except OSError as error:  # OmegaConf raises it for a lone scalar too
-        reason = error.strerror or "a single value, not a mapping of key: value"
+    except (OSError, AssertionError) as error:  # OmegaConf raises these for a lone value, too
+        reason = getattr(error, "strerror", None) or "a single value, not a mapping of key: value"
         raise UsageError(f"{path}: {reason}") from error
     if not isinstance(config, DictConfig) or not config:
         kind = "a list" if config else "empty"

@@ -13,6 +13,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from peft import PeftModel
 
+from foundry_ext.callbacks.line_files import open_lines
 from foundry_ext.data.dataloader import PackedDataset
 from foundry_ext.evaluation.base import BaseCopy, adapters_off, weights_fingerprint
 from foundry_ext.evaluation.configuration import DocumentsSettings, parse_sets
@@ -117,20 +118,11 @@ class Forgetting(Callback):
             )
 
     def _open_items(self, state: State, resumed: bool) -> None:
-        """A run from its beginning replaces what another left; a resumed one goes on behind the
-        last whole line, where a crash may have left a part of one."""
         if self.items_path is None or dist.get_global_rank() != 0:
             return
         path = Path(self.items_path.format(run_name=state.run_name))
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.items_path = str(path)
-        with path.open("ab+") as file:
-            if resumed:
-                file.seek(0)
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
-            else:
-                file.truncate(0)
+        open_lines(path, resumed=resumed).close()
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if not state.evaluators:

@@ -56,10 +56,19 @@ class HFExport(Callback):
             shutil.rmtree(partial, ignore_errors=True)
             write_folder(model.model, model.tokenizer, partial, weights)
             (partial / _MARK).touch()
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            _replace(folder, partial)
             log.info("exported to %s", folder)
         dist.barrier()
 
     def _folder(self, state: State) -> Path:
         return Path(self.folder.format(run_name=state.run_name))
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Where this is cut off, no half of the old export is left that would be taken for foreign."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

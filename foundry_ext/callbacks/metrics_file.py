@@ -8,6 +8,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from foundry_ext.callbacks.line_files import open_lines
+
 
 class MetricsFile(LoggerDestination):
     """Appends {"batch": 20, "token": 81920, "loss/train/total": 3.1, ...} lines on rank 0.
@@ -29,9 +31,7 @@ class MetricsFile(LoggerDestination):
         self.state = state
         if dist.get_global_rank() == 0:
             path = Path(self.path.format(run_name=state.run_name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A run from its beginning replaces what another left here.
-            self.file = path.open("a" if state.timestamp.batch > 0 else "w")
+            self.file = open_lines(path, resumed=state.timestamp.batch > 0)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.file is None or self.state is None:
@@ -51,11 +51,15 @@ class MetricsFile(LoggerDestination):
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
     """Each metric's values by batch; of two values for a batch the later one.
 
+    A last line that a killed run left unfinished is passed over.
+
     Example: {"loss/train/total": {0: 8.3, 1: 8.1}}.
     """
     metrics: dict[str, dict[int, float]] = {}
     with path.open() as lines:
         for line in lines:
+            if not line.endswith("\n"):
+                break
             values = json.loads(line)
             batch = values.pop("batch")
             for name, value in values.items():

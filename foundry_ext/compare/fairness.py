@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foundry_ext.methods import describe
+from foundry_ext.methods import check_numbers, describe
 
 ABSENT = "(absent)"
 _METHOD_KEYS = {"peft_type", "task_type", "use_dora", "use_rslora", "init_lora_weights"}
@@ -92,6 +92,15 @@ def check_sections(name: str, config: Mapping[str, Any]) -> None:
     groups = _groups(config)
     if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) for g in groups):
         raise ValueError(f"{name}: optimizer.param_groups, {groups!r}, is no list of mappings")
+    adapter = _adapter(config) or {}
+    targets = adapter.get("target_modules") or []
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise ValueError(f"{name}: peft_config.target_modules, {targets!r}, is no list of names")
+    try:
+        check_numbers(adapter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def method(config: Mapping[str, Any]) -> str:

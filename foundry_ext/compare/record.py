@@ -34,6 +34,7 @@ from foundry_ext.compare.secrets import redact
 
 SCHEMA_VERSION = 1
 STATUSES = ("running", "finished", "failed", "stopped")
+_LONGEST_PATH = 200  # characters; file systems end at 255
 LATER_KEYS = ("throughput.waiting_for_data",)  # which older records of this schema do not have
 ITEM_NUMBERS = {"loss", "kl", "acc", "acc_norm", "strict_match", "flexible_extract", "tokens"}
 
@@ -187,6 +188,8 @@ def validate(record: Any) -> None:
     items = record["items"]
     if items is not None and (PurePosixPath(items).is_absolute() or ".." in items.split("/")):
         raise ValueError(f"items: {items!r} leaves the record's folder; give a path inside it")
+    if items is not None and len(items) > _LONGEST_PATH:
+        raise ValueError(f"items: a path of {len(items)} characters; give a shorter one")
 
 
 def _check(value: Any, kind: Any, place: str) -> None:

@@ -57,7 +57,11 @@ def read_sets(path: Path) -> list[SetSettings]:
         if node is None:
             node = OmegaConf.select(config, "callbacks.forgetting.sets")
         sets: Any = None if node is None else OmegaConf.to_container(node, resolve=True)
-    except (OmegaConfBaseException, YAMLError, AssertionError) as error:
+    # OmegaConf has OSError and AssertionError for a lone value; ValueError: bytes that are no text.
+    except (
+        *(OmegaConfBaseException, YAMLError, AssertionError),
+        *(OSError, ValueError, RecursionError),
+    ) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split()) or 'not a mapping'}") from error
     if not isinstance(sets, Mapping):
         raise ValueError(f"{path} has neither `sets` nor `callbacks.forgetting.sets`")

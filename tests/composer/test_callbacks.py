@@ -174,6 +174,9 @@ def test_a_resumed_run_goes_on_in_the_same_file(world, finished, tmp_path):
     with pytest.raises(kit.Crash):
         crash = {**settings, "callbacks": {"spy": {"crash_after": 5}}}
         kit.run(kit.run_config(world, tmp_path, **crash))
+    with (tmp_path / "full.jsonl").open("a") as file:
+        file.write('{"batch": 5, "loss/tr')  # as a kill leaves it
+    assert read_metrics(tmp_path / "full.jsonl")["loss/train/total"]
     kit.run(kit.run_config(world, tmp_path, **{**settings, "callbacks": {"spy": {}}}))
     metrics = read_metrics(tmp_path / "full.jsonl")
     assert metrics["loss/train/total"] == dict(enumerate(reference.run.losses))

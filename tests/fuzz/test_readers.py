@@ -1,12 +1,17 @@
 """Files nobody meant to write; `python -m tests.fuzz.readers` tries them for minutes."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 pytest.importorskip("hypothesis", reason="run `make install`")
 
 from tests.fuzz import readers
 from tests.fuzz.readers import Findings, fuzz
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import RECORD, TARGETS, Target
 
 EXAMPLES = {"rows": 20, "tasks": 150, "yaml": 100, "sweep": 200, "records": 100, "items": 60}
 
@@ -49,3 +54,29 @@ def test_rows_that_are_no_objects_do_not_end_the_process(content: str, tmp_path)
     path.write_text(content)
     with pytest.raises(ValueError, match=r"rows.jsonl, line [13]: .* begins no JSON object"):
         load_rows(str(path), "train")
+
+
+def of_record(change: Callable[[dict[str, Any]], Any]) -> bytes:
+    record = json.loads(RECORD)
+    change(record)
+    return json.dumps(record).encode()
+
+
+def null_rank(record: dict[str, Any]) -> None:
+    record["config"]["model"]["peft_config"]["r"] = None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("yaml", b'"0"', "run.yaml: a single value"),
+        ("records", of_record(lambda one: one.update(items="a" * 5000)), "of 5000 characters"),
+        ("records", of_record(null_rank), r"record.json: peft_config.r: None"),
+    ],
+    ids=["quoted number", "long path", "null rank"],
+)
+def test_what_fuzzing_found(name: str, content: bytes, message: str, tmp_path: Path):
+    path = tmp_path / TARGETS[name].name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        TARGETS[name].read(path)
