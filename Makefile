@@ -1,6 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORLD ?= pinned
 FAST ?=
+HASHES ?=
 SEEDS ?= 17 18 19 20 21
 
 ifeq ($(WORLD),pinned)
@@ -19,12 +20,12 @@ FAMILY := ^(torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+)=
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow browser check bench lock clean
+.PHONY: help install quickstart test test-slow browser check bench lock hashes audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13
+install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13; HASHES=1: only the very files of requirements.sha256
 
 $(STAMP): requirements.lock pyproject.toml $(OVERRIDES)
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
@@ -33,7 +34,7 @@ ifdef OVERRIDES
 	grep -Ev '$(FAMILY)' requirements.lock > $(VENV)/others.txt
 	$(BIN)/pip install --quiet --no-deps -r $(VENV)/others.txt -r $(OVERRIDES)
 else
-	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet $(if $(HASHES),--no-deps --require-hashes -r requirements.sha256,-r requirements.lock)
 endif
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
@@ -81,6 +82,15 @@ else
 	mv .venv-lock/new requirements.lock
 endif
 	rm -rf .venv-lock
+
+hashes: install ## what requirements.lock names, with the SHA-256 of each file, into requirements.sha256
+	$(BIN)/pip install --quiet --dry-run --ignore-installed --no-deps --report $(VENV)/report.json -r requirements.lock
+	$(BIN)/python .ci/hashes.py $(VENV)/report.json > requirements.sha256
+
+audit: ## known vulnerabilities in what requirements.lock names; needs the network, for pip-audit and its database
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit==2.10.1
+	.venv-audit/bin/pip-audit --strict --requirement requirements.sha256 --disable-pip --require-hashes
 
 clean: ## remove caches and builds; keeps .venv and outputs
 	rm -rf build *.egg-info .pytest_cache .ruff_cache

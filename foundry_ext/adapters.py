@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 from composer.models.huggingface import HuggingFaceModel, filter_state_dict_peft
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model
@@ -19,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext import methods, pissa
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.unpickling import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +194,9 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
     try:
-        # Composer's checkpoints hold timestamps and metrics, not tensors alone.
-        return torch.load(checkpoint, map_location="cpu", weights_only=False)["state"]
+        return load_checkpoint(checkpoint)["state"]
+    except ValueError:
+        raise
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(

@@ -7,6 +7,7 @@ code 2; what run_errors.py knows of what goes wrong later, in such a line and ex
 errors raised while training keep their traceback.
 """
 
+import importlib
 import inspect
 import os
 import sys
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from foundry_ext.compare.record import mark_failed
+from foundry_ext.compare.secrets import redact
 from foundry_ext.run_config import (
     UsageError,
     check_several,
@@ -127,6 +129,7 @@ def train_here(path: Path, config: DictConfig) -> int:
         return USAGE_EXIT
     from llmfoundry.command_utils import train
 
+    _log_without_secrets()
     try:
         trainer = train_recorded(train, config)
     except Exception as error:
@@ -141,11 +144,22 @@ def train_here(path: Path, config: DictConfig) -> int:
     return 0
 
 
+def _log_without_secrets() -> None:
+    """llm-foundry prints the whole YAML and gives it to every logger, as it is."""
+    module: Any = importlib.import_module("llmfoundry.command_utils.train")
+    whole = module.log_config
+
+    def log_config(logger: Any, config: dict[str, Any]) -> None:
+        whole(logger, redact(config))
+
+    module.log_config = log_config
+
+
 def complain(path: Path, text: str) -> None:
     """On every rank: the launcher holds back what the others say and shows it if they failed."""
     rank = os.environ.get("RANK", "0")
     label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
-    print(f"{label}: {path}: {text}", file=sys.stderr)
+    print(f"{label}: {path}: {redact(text)}", file=sys.stderr)
 
 
 def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:

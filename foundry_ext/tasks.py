@@ -174,7 +174,9 @@ def _from_hub(task: Task, split: str, revision: str) -> tuple[str, Iterable[Row]
 
     commit = HfApi().dataset_info(task.hub, revision=revision).sha
     assert commit is not None
-    rows = datasets.load_dataset(task.hub, task.config, split=split, revision=commit)
+    rows = datasets.load_dataset(
+        task.hub, task.config, split=split, revision=commit, trust_remote_code=False
+    )
     return commit, rows  # pyright: ignore[reportReturnType]
 
 

@@ -225,7 +225,10 @@ def test_hub_rows_are_those_of_the_recorded_commit(tmp_path, monkeypatch):
     assert main(["tasks", "arc_challenge", str(out), "--revision", "v1"]) == 0
     assert calls == [
         ("allenai/ai2_arc", "v1"),
-        (("allenai/ai2_arc", "ARC-Challenge"), {"split": "test", "revision": "abc123"}),
+        (
+            ("allenai/ai2_arc", "ARC-Challenge"),
+            {"split": "test", "revision": "abc123", "trust_remote_code": False},
+        ),
     ]
     origin = json.loads(tasks.source_file(out).read_text())
     assert (origin["source"], origin["split"]) == ("allenai/ai2_arc", "test")

@@ -23,6 +23,7 @@ from foundry_ext.callbacks import checkpoint_files
 from foundry_ext.callbacks.run_description import find
 from foundry_ext.callbacks.run_record import RunRecord
 from foundry_ext.callbacks.signals import StopSignals
+from foundry_ext.unpickling import load_checkpoint
 
 # What the run must still be: with another value, it would go on as a mixture of two.
 SETTINGS = ("seed", "model.peft_config")
@@ -84,7 +85,7 @@ class ExactResume(CheckpointSaver):
         """Where Composer is about to follow the `latest` link, makes it one to a whole checkpoint.
 
         Raises:
-            ValueError: no checkpoint is whole, or that of load_path is not.
+            ValueError: no checkpoint is whole, or that of load_path is not, or could run code.
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
             folder = Path(format_name_with_dist(self.folder, state.run_name))
@@ -94,9 +95,7 @@ class ExactResume(CheckpointSaver):
                 checkpoint_files.link_to(found[-1], self._latest(state))
             elif self.load_path is not None:
                 path = Path(partial_format(self.load_path, run_name=state.run_name))
-                problem = checkpoint_files.damage(path) if path.is_file() else None
-                if problem:
-                    raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
+                _check_given(path)
             self.saved_checkpoints = [str(path) for path in found]
         dist.barrier()
 
@@ -236,6 +235,19 @@ def _check_folder(folder: str | None) -> str:
             " or leave out exact_resume for Composer's own way of saving"
         )
     return folder
+
+
+def _check_given(path: Path) -> None:
+    """Of load_path, whose checkpoint may be from anywhere; those of save_folder are the run's."""
+    if path.suffix != ".pt" or not path.is_file():
+        return
+    problem = checkpoint_files.damage(path)
+    if problem:
+        raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
+    try:
+        load_checkpoint(path, mmap=True)
+    except ValueError as error:
+        raise ValueError(f"load_path: {error}") from error
 
 
 def _at(config: dict[str, Any], name: str) -> Any:

@@ -123,7 +123,17 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             revision=kwargs.pop("revision", None),
             token=kwargs.pop("token", None),
         )
-    return datasets.load_dataset(hf_name, split=split, **kwargs)
+    # Left out, datasets would ask at the terminal and go by an environment variable.
+    kwargs.setdefault("trust_remote_code", False)
+    try:
+        return datasets.load_dataset(hf_name, split=split, **kwargs)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"dataset {hf_name} is loaded by a script of its own, which could run any code; if you"
+            " trust it, say so by hf_kwargs: {trust_remote_code: true}"
+        ) from error
 
 
 @contextlib.contextmanager
