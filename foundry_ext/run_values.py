@@ -63,7 +63,7 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     duration = _at(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
-    yield from _same_data(config)
+    yield from _rows(config)
 
 
 def _at(config: Any, key: str) -> Any:
@@ -87,11 +87,14 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _same_data(config: dict[str, Any]) -> Iterator[str]:
-    """Evaluation on what was trained on measures no learning, only memory."""
+def _rows(config: dict[str, Any]) -> Iterator[str]:
+    """None to train on; or evaluation on the same ones, which measures memory and no learning."""
     train = _at(config, "train_loader.dataset")
     loaders = config.get("eval_loader")
     if not str(_at(config, "train_loader.name")).startswith("packed_"):
+        return
+    if train is None:
+        yield "train_loader.dataset is missing; name its rows there, hf_name: FILE, and its split"
         return
     for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
         dataset = _at(loader, "dataset")

@@ -48,6 +48,8 @@ VALUES = [
     Case("loader as text", change(train_loader="x"), ("train_loader, 'x', " + _SECTION,)),
     Case("dataset as a list", change(train_loader__dataset=[1]),
          ("train_loader.dataset, [1], " + _SECTION,)),
+    Case("no dataset", change(train_loader__dataset=None),
+         ("train_loader.dataset is missing; name its rows",)),
     Case("batch of 0", change(global_train_batch_size=0), ("batch_size, 0, is no whole", _GIVE)),
     Case("batch of -3", change(global_train_batch_size=-3), ("batch_size, -3, is no", _GIVE)),
     Case("batch of 2.5", change(global_train_batch_size=2.5), ("batch_size, 2.5, is no", _GIVE)),

@@ -12,20 +12,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from foundry_ext.callbacks.checkpoint_files import damage
 from tests.composer import kit
 from tests.composer.ranks import ROOT
 
 LIMIT = 60  # seconds
 
 
-def start(world, folder, fsdp):
-    """A run of two ranks that does not end by itself: steps, evaluations, checkpoints, a record."""
+def start(world, folder, fsdp, last=100_000):
+    """A run of two ranks to batch `last`: steps, evaluations, checkpoints, a record."""
     loader = kit.loader_config(world.rows, shuffle=True)
     settings = {
         "callbacks": {
             "spy": {},
             "guard": {"action": "skip"},
+            "exact_resume": {},
             "packed_throughput": {},
             "run_record": {"path": str(folder / "record.json"), "experiment": "killed"},
         },
@@ -36,7 +39,8 @@ def start(world, folder, fsdp):
         "eval_interval": "3ba",
         "save_num_checkpoints_to_keep": 2,
         "save_folder": str(folder / "checkpoints"),
-        "max_duration": "100000ba",
+        "max_duration": f"{last}ba",
+        "autoresume": True,
         **({"fsdp_config": {"state_dict_type": "full"}} if fsdp else {}),
     }
     paths = {name: str(path) for name, path in asdict(world).items()}
@@ -87,3 +91,16 @@ def test_a_killed_rank_ends_the_others(world, tmp_path, rank, fsdp):
     assert code != 0 and not alive
     assert f"Rank {rank} crashed with exit code -9" in text
     assert record["status"] == "failed" or rank == 0, "rank 0 writes it, if it lives to do so"
+    assert_goes_on(world, tmp_path, fsdp)
+
+
+def assert_goes_on(world, folder, fsdp):
+    """The same command, but that this one is to end."""
+    saved = batches_saved(folder)
+    assert damage(folder / "checkpoints/latest-rank0.pt") is None
+    again = start(world, folder, fsdp, last=saved + 3)
+    assert again.wait(200) == 0, (folder / "log").read_text()
+    (run,) = torch.load(folder / "result.pt", weights_only=False).values()
+    assert 3 <= len(run["losses"]) <= 4, "the newest may not have been linked yet"
+    assert batches_saved(folder) == saved + 3
+    assert json.loads((folder / "record.json").read_text())["status"] == "finished"

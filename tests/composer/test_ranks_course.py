@@ -177,9 +177,11 @@ def test_odd_amounts(world, odd, odd_alone, tmp_path, num_ranks, way):
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_what_two_ranks_saved_goes_on_on_one_and_four(world, alone, tmp_path, way):
     """Mid-epoch, with the optimizer's state."""
+    saving = {"callbacks": {**COMMON["callbacks"], "exact_resume": {}}}
     runs = {"full": COMMON | sharded(2, way), "adapter": COMMON | ADAPTER | sharded(2, way)}
     for name, one in runs.items():
-        runs[name] = {**one, "save_folder": str(tmp_path / "saved" / name / "checkpoints")}
+        folder = str(tmp_path / "saved" / name / "checkpoints")
+        runs[name] = {**one, **saving, "save_folder": folder}
     two = launch(world, tmp_path / "saved", 2, runs, **variables(way))
     paths = {name: kit.checkpoint(tmp_path / "saved" / name, 2) for name in runs}
 
@@ -190,7 +192,7 @@ def test_what_two_ranks_saved_goes_on_on_one_and_four(world, alone, tmp_path, wa
                 **one,
                 **more,
                 "load_path": str(rescaled(path, ratio)),
-                "save_folder": None,
+                "save_folder": str(tmp_path / f"goes-on-{num_ranks}" / name),
                 "optimizer__eps": EPS * factor_of(num_ranks, way),
             }
             for (name, one), path in zip(runs.items(), paths.values(), strict=True)
