@@ -22,6 +22,8 @@ from foundry_ext.unpickling import load_checkpoint
 
 log = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+
 
 def adaptable_modules(model: nn.Module) -> list[str]:
     """Full names of the modules that peft can put an adapter on."""
@@ -245,6 +247,13 @@ def _build(
 
 
 def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenizerBase | None:
+    for name, content in (saved.get("tokenizer") or {}).items():
+        # Composer writes them under these names, wherever those lead.
+        if Path(name).name != name or content["file_extension"] not in _TOKENIZER_FILES:
+            raise ValueError(
+                f"the checkpoint's tokenizer has a file {name!r}{content['file_extension']}, which"
+                " is none that a tokenizer needs, and could be code or lie anywhere"
+            )
     tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
         saved, tokenizer_save_dir=str(scratch)
     )

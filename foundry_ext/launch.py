@@ -127,10 +127,15 @@ def train_here(path: Path, config: DictConfig) -> int:
     if fault:
         complain(path, fault)
         return USAGE_EXIT
+    from composer.utils import format_name_with_dist
     from llmfoundry.command_utils import train
+
+    from foundry_ext.load_path import check_load_path
 
     _log_without_secrets()
     try:
+        if config.get("load_path"):  # also where exact_resume, which looks at it too, is left out
+            check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
         trainer = train_recorded(train, config)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") != "0":

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from foundry_ext.compare.secrets import is_secret_name
+
 # Beyond the largest ones something would run out of memory before it could say so.
 _WHOLE = {
     "max_seq_len": (2, 2**24),
@@ -63,6 +65,13 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     duration = _at(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
+    kwargs = _at(config, "tokenizer.kwargs")
+    for key, value in kwargs.items() if isinstance(kwargs, dict) else ():
+        if is_secret_name(str(key)) and key not in ("token", "use_auth_token") and value:
+            yield (
+                f"tokenizer.kwargs.{key} would be written into every checkpoint and export; leave"
+                " it out, and give the hub's token by the variable HF_TOKEN"
+            )
     yield from _rows(config)
 
 

@@ -13,17 +13,11 @@ from omegaconf import OmegaConf
 from foundry_ext.compare.record import redact
 from foundry_ext.compare.sweep import Sweep, command_line, inside
 from foundry_ext.compare.sweep_state import read_outcome
+from foundry_ext.decisive import DECISIVE, find
 from foundry_ext.methods import describe
 from foundry_ext.run_config import UsageError, load_config, record_path, split_arguments
 
 DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
-
-# The sections of a YAML that a run's result depends on.
-_DECISIVE = (
-    *("seed", "max_seq_len", "model", "tokenizer", "train_loader.dataset", "optimizer"),
-    *("scheduler", "algorithms", "max_duration", "global_train_batch_size", "precision"),
-    *("eval_interval", "callbacks.forgetting.sets"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,17 +157,11 @@ def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
     if not isinstance(config, dict):
         return ""
     planned = redact(run.config)
-    for key in (*run.settings, *_DECISIVE):
-        difference = _difference(_find(config, key), _find(planned, key), key)
+    for key in (*run.settings, *DECISIVE):
+        difference = _difference(find(config, key), find(planned, key), key)
         if difference:
             return difference
     return ""
-
-
-def _find(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
 
 
 def _difference(found: Any, wanted: Any, key: str) -> str:

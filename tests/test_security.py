@@ -6,6 +6,7 @@ adapters as pickles stand in the table of bad input.
 """
 
 import ast
+import gzip
 import json
 import os
 import pickle
@@ -15,11 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from foundry_ext.adapters import export_checkpoint
 from foundry_ext.compare.record import read_record, validate
+from foundry_ext.launch import train_here
 from foundry_ext.unpickling import load_checkpoint
 from tests.composer import kit
 
@@ -75,12 +79,49 @@ def test_a_checkpoint_is_exported_without_running_code(trap: tuple[Path, Path], 
     assert not made.exists() and not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_is_not_loaded_before_it_is_looked_at(world, trap: tuple[Path, Path]):
+@pytest.mark.parametrize("name", ["trap.pt", "trap", "trap.ckpt", "trap.pt.gz", "trap-0.pt"])
+@pytest.mark.parametrize("way", ["callback", "train.py"])
+def test_a_checkpoint_is_not_loaded_before_it_is_looked_at(world, trap, name: str, way: str):
     path, made = trap
-    settings = {"callbacks": {"spy": {}, "exact_resume": {}}, "load_path": str(path)}
-    with pytest.raises(ValueError, match=r"load_path: .*trap.pt holds (os|posix).mkdir, which"):
-        kit.run(kit.run_config(world, path.parent / "other", **settings))
+    other = path.with_name(name)
+    content = path.read_bytes()
+    other.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    named = str(other).replace("-0", "-{rank}")
+    callbacks: dict[str, Any] = {"spy": {}} if way == "train.py" else {"exact_resume": {}}
+    settings = {"callbacks": callbacks, "load_path": named}
+    config = kit.run_config(world, path.parent / "other", **settings)
+    if way == "callback":
+        with pytest.raises(ValueError, match=r"load_path: .*trap.* which could run code"):
+            kit.run(config)
+    else:
+        (path.parent / "run.yaml").write_text(OmegaConf.to_yaml(config))
+        assert train_here(path.parent / "run.yaml", config) == 2
     assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "extension"), [("../made", ".json"), ("made", ".py"), ("/tmp/made", ".txt")]
+)
+def test_a_checkpoint_s_tokenizer_writes_no_file_elsewhere(trap, name: str, extension: str):
+    path, _ = trap
+    state = torch.load(path.parent / "checkpoints/latest-rank0.pt", weights_only=False)
+    files = state["state"]["integrations"]["huggingface"]["tokenizer"]
+    files[name] = {"file_extension": extension, "content": ["x"]}
+    torch.save(state, path)
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(ValueError, match=r"the checkpoint's tokenizer has a file .*made"):
+        export_checkpoint(path, path.parent / "out")
+    assert sorted(path.parent.rglob("*")) == before
+
+
+def test_rows_are_no_pickles(world, tmp_path: Path):
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "made")))
+    dataset = {"hf_name": "pandas", "hf_kwargs": {"data_files": str(tmp_path / "rows.pkl")}}
+    config = kit.run_config(world, tmp_path)
+    config.train_loader.dataset |= dataset
+    with pytest.raises(ValueError, match="dataset pandas reads pickles"):
+        kit.run(config)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_plain_pickle_is_no_checkpoint(tmp_path: Path):
@@ -92,7 +133,7 @@ def test_a_plain_pickle_is_no_checkpoint(tmp_path: Path):
 
 
 def test_a_data_sets_own_script_is_not_run(world, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", True)  # as by a variable
     folder = tmp_path / "rows"
     folder.mkdir()
     made = tmp_path / "made"
@@ -108,9 +149,10 @@ def test_a_data_sets_own_script_is_not_run(world, tmp_path: Path, monkeypatch):
 def test_a_preprocessing_function_is_imported_by_name_alone(world, tmp_path, monkeypatch, given):
     """A file beside the data is none, and neither is an expression."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as where train.py lies beside it
     (tmp_path / "rows.py").write_text("import os\nos.mkdir('made')\ndef f(row):\n    return row\n")
     config = kit.run_config(world, tmp_path, train_loader__dataset__preprocessing_fn=given)
-    with pytest.raises(ValueError, match=r"preprocessing_fn: .* is no function that can be import"):
+    with pytest.raises(ValueError, match=r"preprocessing_fn: .* is (no function that can|a file)"):
         kit.run(config)
     assert not (tmp_path / "made").exists() and not (tmp_path / "x").exists()
 
@@ -168,10 +210,11 @@ def record(tmp_path_factory) -> dict[str, Any]:
 def test_secrets_are_in_no_file_and_no_output(world, tmp_path: Path):
     """Planted in the environment and in the YAML; everything that a run leaves behind is searched,
     its checkpoints and W&B's files too."""
-    from omegaconf import OmegaConf
-
     config = OmegaConf.to_container(kit.run_config(world, tmp_path))
     assert isinstance(config, dict)
+    config["tokenizer"]["kwargs"]["token"] = SECRETS["HF_TOKEN"]
+    config["model"]["use_auth_token"] = SECRETS["HF_TOKEN"]
+    config["train_loader"]["dataset"]["hf_kwargs"] = {"token": SECRETS["HF_TOKEN"]}
     config |= {
         "variables": {
             "hub_token": SECRETS["HF_TOKEN"],

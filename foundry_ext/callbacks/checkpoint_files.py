@@ -80,6 +80,11 @@ def find_checkpoints(folder: Path, template: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def has_any(folder: Path) -> bool:
+    """Files of checkpoints, whatever their names, or a link that leads to none."""
+    return any(path.suffix == ".pt" or path.is_symlink() for path in folder.rglob("*"))
+
+
 def keep_whole(paths: list[Path]) -> list[Path]:
     """`paths`, oldest first, up to the newest whole one; damaged ones after it are named and get
     another name, so that training can write there again.

@@ -6,6 +6,7 @@ saver with another way to write, and a look at the folder before Composer choose
 """
 
 import errno
+import logging
 import shutil
 import signal
 import sys
@@ -19,14 +20,21 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist, parse_uri, partial_format
 from llmfoundry.utils.config_utils import TrainConfig
 
+from foundry_ext import decisive
 from foundry_ext.callbacks import checkpoint_files
+from foundry_ext.callbacks.folder_lock import FolderLock
 from foundry_ext.callbacks.run_description import find
 from foundry_ext.callbacks.run_record import RunRecord
 from foundry_ext.callbacks.signals import StopSignals
-from foundry_ext.unpickling import load_checkpoint
+from foundry_ext.compare.secrets import redact
+from foundry_ext.load_path import check_load_path
 
-# What the run must still be: with another value, it would go on as a mixture of two.
-SETTINGS = ("seed", "model.peft_config")
+log = logging.getLogger(__name__)
+
+# A run that went on with another value of these would be a mixture of two. Of the data, what is
+# read decides, not its name: the loader's own state holds it. Evaluating at other times harms none.
+OTHERS_JUDGE = ("train_loader.dataset", "tokenizer")
+MAY_CHANGE = ("eval_interval", "max_duration")
 
 
 class ExactResume(CheckpointSaver):
@@ -34,7 +42,8 @@ class ExactResume(CheckpointSaver):
 
     A checkpoint is whole or not there; the one before stays until the next is on the disk. With
     `autoresume` the newest whole one is loaded; one that is damaged is named and passed over. A run
-    of another seed or peft_config is refused, and other data by the loader's own state.
+    of other settings is refused, and other data by the loader's own state; a longer duration is
+    not. A second run in the same folder is refused while the first one goes on.
 
     SIGTERM and Ctrl-C save at the end of the batch, of its evaluation if there is one, and end the
     run with exit code 128 and the signal's number; the run's record says "stopped". Killed after
@@ -46,7 +55,7 @@ class ExactResume(CheckpointSaver):
         train_config: the whole YAML, from llm-foundry.
 
     Raises:
-        ValueError: no save_folder, one that is not local, or nothing kept to resume from.
+        ValueError: no save_folder, one that is not local, or too little kept to resume from.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -74,30 +83,46 @@ class ExactResume(CheckpointSaver):
                 "save_num_checkpoints_to_keep: 0 leaves nothing to go on from; keep 2, so that"
                 " there is one before the newest"
             )
+        for name in ("save_weights_only", "save_ignore_keys"):
+            if key(name):
+                raise ValueError(
+                    f"{name}: {key(name)} leaves too little to go on from exactly; leave it out, or"
+                    " leave out exact_resume and autoresume"
+                )
         self.signals = StopSignals()
         self.ended_at: Time | None = None
         self.autoresume, self.load_path = key("autoresume"), key("load_path")
-        self.settings = {name: _at(train_config, name) for name in SETTINGS}
+        self.lock = FolderLock(Path(folder))
+        without = (*OTHERS_JUDGE, *MAY_CHANGE)
+        self.settings = decisive.settings(redact(train_config), without)
+        self.duration, self.saved_duration = str(key("max_duration")), None
 
     # --- before Composer loads -------------------------------------------------------------------
+
+    def init(self, state: State, logger: Logger) -> None:
+        super().init(state, logger)
+        self.run_name = state.run_name
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Where Composer is about to follow the `latest` link, makes it one to a whole checkpoint.
 
         Raises:
-            ValueError: no checkpoint is whole, or that of load_path is not, or could run code.
+            ValueError: no checkpoint is whole, another run goes on there, or what load_path names
+                is spoilt or could run code.
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
             folder = Path(format_name_with_dist(self.folder, state.run_name))
+            self.lock.path = folder / self.lock.path.name
+            self.lock.take()
             checkpoint_files.remove_partial(folder)
             found = self._find(state, folder) if self.autoresume else []
             if found:
                 checkpoint_files.link_to(found[-1], self._latest(state))
-            elif self.load_path is not None:
-                path = Path(partial_format(self.load_path, run_name=state.run_name))
-                _check_given(path)
             self.saved_checkpoints = [str(path) for path in found]
         dist.barrier()
+        self.goes_on = self.autoresume and self._latest(state).exists()
+        if self.load_path is not None and not self.goes_on:
+            check_load_path(format_name_with_dist(self.load_path, state.run_name))
 
     def _find(self, state: State, folder: Path) -> list[Path]:
         """Oldest first, ending with the one to go on from."""
@@ -108,6 +133,12 @@ class ExactResume(CheckpointSaver):
             # Later ones may be of a run before, which this one writes over.
             names = [path.resolve() for path in paths]
             paths = paths[: names.index(latest.resolve()) + 1]
+        if not paths and not self.overwrite and checkpoint_files.has_any(folder):
+            raise ValueError(
+                f"{folder}: there are checkpoints, and none is called like save_filename,"
+                f" {self.filename.filename}, so the run would begin anew beside them; restore them,"
+                " or give the new run another folder"
+            )
         return checkpoint_files.keep_whole(paths)
 
     def _latest(self, state: State) -> Path:
@@ -118,29 +149,50 @@ class ExactResume(CheckpointSaver):
         """Raises:
         ValueError: the checkpoint is of a run with other settings; names each.
         """
-        saved = state.get("settings", {})
-        changed = [
-            f"{name}: {saved[name]}, now {value}"
-            for name, value in self.settings.items()
-            if name in saved and saved[name] != value
-        ]
+        changed = decisive.changes(state["settings"], self.settings)
+        if self.goes_on and state["run_name"] != self.run_name:
+            changed.insert(0, f"run_name: {state['run_name']}, now {self.run_name}")
         if changed:
             raise ValueError(
                 f"the checkpoint is of a run with another {'; another '.join(changed)}. Restore the"
-                " YAML; give the run another name; or begin anew from the checkpoint's weights with"
-                " load_path, load_weights_only: true and another save_folder"
+                " YAML; give the run another name and save_folder; or begin anew from the"
+                " checkpoint's weights with load_path, load_weights_only: true and another"
+                " save_folder"
             )
+        self.saved_duration = state["duration"]
         super().load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "settings": self.settings}
+        own = {
+            "settings": self.settings,
+            "run_name": self.run_name,
+            "duration": self.duration,
+        }
+        return {**super().state_dict(), **own}
 
     # --- stopping --------------------------------------------------------------------------------
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Of a run whose batches are all done, Composer's fit() would only complain."""
-        end = state.max_duration
-        if end is not None and state.timestamp.get(end.unit) >= end:
+        """Of a run whose batches are all done, Composer's fit() would only complain.
+
+        Raises:
+            ValueError: it is done because max_duration was shortened.
+        """
+        end, before = state.max_duration, self.saved_duration
+        if end is None:
+            return
+        is_done = state.timestamp.get(end.unit) >= end
+        if before is not None and before != self.duration:
+            if is_done:
+                raise ValueError(
+                    f"max_duration: {before}, now {self.duration}, which the checkpoint has left"
+                    " behind; restore it, or give the run another name and save_folder"
+                )
+            log.warning(
+                "max_duration: %s, now %s. A schedule that ends with it is another one from here",
+                *(before, self.duration),
+            )
+        if is_done:
             self.ended_at = end
             state.max_duration = state.timestamp.get(end.unit) + 1
 
@@ -171,6 +223,7 @@ class ExactResume(CheckpointSaver):
 
     def close(self, state: State, logger: Logger) -> None:
         self.signals.remove()
+        self.lock.release()
 
     # --- saving ----------------------------------------------------------------------------------
 
@@ -235,26 +288,6 @@ def _check_folder(folder: str | None) -> str:
             " or leave out exact_resume for Composer's own way of saving"
         )
     return folder
-
-
-def _check_given(path: Path) -> None:
-    """Of load_path, whose checkpoint may be from anywhere; those of save_folder are the run's."""
-    if path.suffix != ".pt" or not path.is_file():
-        return
-    problem = checkpoint_files.damage(path)
-    if problem:
-        raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
-    try:
-        load_checkpoint(path, mmap=True)
-    except ValueError as error:
-        raise ValueError(f"load_path: {error}") from error
-
-
-def _at(config: dict[str, Any], name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:

@@ -26,6 +26,10 @@ ACTIONS = ("stop", "skip")
 WINDOW = 64  # steps whose median norm a step is held against
 ENOUGH = 16  # of them, before there is a median worth the name
 MOST_IN_A_ROW = 5  # skipped steps, after which it is not the documents
+_ANEW = (
+    "begin anew with a lower optimizer.lr, in another save_folder, from the base model or, by"
+    " load_path and load_weights_only: true, from an earlier checkpoint"
+)
 
 
 class Guard(Callback):
@@ -139,7 +143,7 @@ class Guard(Callback):
         if spoilt:
             raise FloatingPointError(
                 f"{where}, and {spoilt} of the weights it came from. {unchanged}, but an earlier"
-                " one spoilt them: go on from an earlier checkpoint, with a lower optimizer.lr"
+                f" one spoilt them: {_ANEW}"
             )
         suspects = find_suspects(state, self.dataset, measure_gradients=not _is_sharded(state))
         found = f"{where}; {describe_suspects(suspects)}"
@@ -152,7 +156,7 @@ class Guard(Callback):
         if self.in_a_row == MOST_IN_A_ROW:
             raise FloatingPointError(
                 f"{found}. {unchanged}, nor by the {MOST_IN_A_ROW} before it, which were skipped"
-                " too: go on from an earlier checkpoint, with a lower optimizer.lr"
+                f" too: {_ANEW}"
             )
         return found
 

@@ -52,7 +52,7 @@ class HFExport(Callback):
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # gathered from shards, it is a second copy
         if dist.get_global_rank() == 0:
-            partial = folder.with_name(folder.name + ".partial")
+            partial = folder.with_name(f".{folder.name}.partial")  # names that nobody gives
             shutil.rmtree(partial, ignore_errors=True)
             write_folder(model.model, model.tokenizer, partial, weights)
             (partial / _MARK).touch()
@@ -66,7 +66,7 @@ class HFExport(Callback):
 
 def _replace(folder: Path, new: Path) -> None:
     """Where this is cut off, no half of the old export is left that would be taken for foreign."""
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

@@ -22,6 +22,7 @@ _PLAIN_TOKENS = {
     *("additional", "bos", "class", "cls", "decoder", "eos", "first", "image", "last", "mask"),
     *("new", "next", "pad", "per", "sep", "special", "start", "time", "unk"),
 }
+_FOLDERS = {"PWD", "OLDPWD"}  # of the shell, and no passwords
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -98,5 +99,6 @@ def _redact_text(text: str, known: Iterable[str]) -> str:
 
 def _environment_secrets() -> list[str]:
     """Longest first. Values below 8 characters are too common to be looked for in texts."""
-    values = {value for name, value in os.environ.items() if is_secret_name(name)}
+    secret = (name for name in os.environ if name not in _FOLDERS and is_secret_name(name))
+    values = {os.environ[name] for name in secret}
     return sorted((value for value in values if len(value) >= 8), key=len, reverse=True)

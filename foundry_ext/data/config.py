@@ -108,6 +108,12 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
 
 def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
     given = section.get("preprocessing_fn")
+    if isinstance(given, str) and given.partition(":")[0].endswith(".py"):
+        # An import of rows.py runs rows before it finds no py in it.
+        raise ValueError(
+            f"preprocessing_fn: {given!r} is a file's name; write that of a module on Python's"
+            " path, module:function"
+        )
     try:
         if isinstance(given, dict):
             return dataset_constructor.get_preprocessing_fn_from_dict(given)

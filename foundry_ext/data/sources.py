@@ -123,6 +123,11 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             revision=kwargs.pop("revision", None),
             token=kwargs.pop("token", None),
         )
+    if hf_name == "pandas":
+        raise ValueError(
+            "dataset pandas reads pickles, which could run code; write the rows as .parquet or"
+            " .jsonl"
+        )
     # Left out, datasets would ask at the terminal and go by an environment variable.
     kwargs.setdefault("trust_remote_code", False)
     try:

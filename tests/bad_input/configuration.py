@@ -48,6 +48,8 @@ VALUES = [
     Case("loader as text", change(train_loader="x"), ("train_loader, 'x', " + _SECTION,)),
     Case("dataset as a list", change(train_loader__dataset=[1]),
          ("train_loader.dataset, [1], " + _SECTION,)),
+    Case("secret for the tokenizer", change(tokenizer__kwargs__api_key="x"),
+         ("tokenizer.kwargs.api_key would be written into every checkpoint", "HF_TOKEN")),
     Case("no dataset", change(train_loader__dataset=None),
          ("train_loader.dataset is missing; name its rows",)),
     Case("batch of 0", change(global_train_batch_size=0), ("batch_size, 0, is no whole", _GIVE)),

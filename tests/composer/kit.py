@@ -282,7 +282,7 @@ def run_config(world: World, folder: Path, method: str = "full", **overrides: An
         "log_config": False,
         "python_log_level": None,
     }
-    for key, value in overrides.items():
+    for key, value in copy.deepcopy(overrides).items():  # a later one may change an earlier one
         *parents, last = key.split("__")
         node = config
         for parent in parents:

@@ -3,7 +3,10 @@ checkpoint spoilt. (Traps 31, 40, 41.) Whole processes are killed in test_kill.p
 
 import errno
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,7 +44,8 @@ def config(world, reference, folder, method="full", **overrides):
 
 
 def names(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    found = (path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(name for name in found if name != ".lock")
 
 
 def crash(world, reference, folder, method="full", after=5, **overrides):
@@ -164,8 +168,21 @@ def test_a_spoilt_load_path_is_named(world, finished, tmp_path):
     ("change", "message"),
     [
         ({"seed": 18}, "another seed: 17, now 18"),
-        ({"model__peft_config__use_rslora": True}, "another model.peft_config: .*'use_rslora': Tr"),
-        ({"model__peft_config__lora_alpha": 16}, "another model.peft_config: .*'lora_alpha': 16"),
+        ({"model__peft_config__use_rslora": True}, "another .*use_rslora: None, now True"),
+        ({"model__peft_config__lora_alpha": 16}, "another model.peft_config.lora_alpha: 8, now 16"),
+        ({"optimizer__lr": 0.5}, "another optimizer.lr: 0.01, now 0.5"),
+        ({"optimizer__name": "fused_adamw"}, "optimizer.name: decoupled_adamw, now fused_adamw"),
+        ({"optimizer__betas": [0.9, 0.99]}, r"optimizer.betas: \[0.9, 0.95\], now \[0.9, 0.99\]"),
+        ({"scheduler__t_warmup": "1ba"}, "another scheduler.t_warmup: 2ba, now 1ba"),
+        ({"algorithms": {}}, "another algorithms.gradient_clipping.clipping_threshold: 1.0, now N"),
+        ({"global_train_batch_size": 1}, "another global_train_batch_size: 3, now 1"),
+        ({"model__pretrained_model_name_or_path": "other"}, "another model.pretrained_model_name"),
+        (
+            {"max_duration": "2ba"},
+            "max_duration: 2ep, now 2ba, which the checkpoint has left",
+        ),
+        ({"run_name": "b"}, "another run_name: lora, now b"),
+        ({"save_filename": "b{batch}.pt"}, "and none is called like save_filename, b{batch}.pt"),
         ({"train_loader__dataset__pack_tokens": 96}, "pack_tokens: 64, now 96"),
         ({"train_loader__dataset__shuffle_seed": 3}, "shuffle_seed: .*, now 3"),
         ({"train_loader__dataset__shuffle": False}, "shuffle: 1, now 0"),
@@ -176,7 +193,10 @@ def test_what_changed_is_named(world, finished, tmp_path, change, message):
     """LoRA and rsLoRA have the same weights by the same names: nothing else would notice."""
     reference = finished("lora")
     crash(world, reference, tmp_path, "lora", after=3)
-    change = {key: str(world.eval_rows) if v == "eval" else v for key, v in change.items()}
+    other = tmp_path / "other"
+    shutil.copytree(world.base, other)
+    places = {"eval": str(world.eval_rows), "other": str(other)}
+    change = {key: places.get(v, v) if isinstance(v, str) else v for key, v in change.items()}
     with pytest.raises(ValueError, match=message):
         kit.run(config(world, reference, tmp_path, "lora", **change))
 
@@ -190,6 +210,46 @@ def test_what_decides_no_batch_may_change(world, finished, tmp_path, change):
     for batch, expected in zip(run.spy.batches, reference.run.spy.batches[5:], strict=True):
         pairs = zip(kit.documents_of(batch), kit.documents_of(expected), strict=True)
         assert all(torch.equal(a[0], b[0]) for a, b in pairs)
+
+
+def test_a_longer_duration_goes_on_and_says_so(world, finished, tmp_path, caplog):
+    reference = finished("full")
+    given = {"scheduler": {"name": "constant_with_warmup", "t_warmup": "0ba"}}
+    kit.run(config(world, reference, tmp_path, max_duration="3ba", **given))
+    run = kit.run(config(world, reference, tmp_path, max_duration="5ba", **given))
+    whole = kit.run(config(world, reference, tmp_path / "whole", max_duration="5ba", **given))
+    assert run.losses == whole.losses[3:]
+    assert "max_duration: 3ba, now 5ba. A schedule that ends with it is another" in caplog.text
+
+
+def test_checkpoints_that_are_gone_are_not_begun_anew(world, finished, tmp_path):
+    reference = finished("full")
+    crash(world, reference, tmp_path, after=3)
+    for path in (tmp_path / "checkpoints").glob("ep*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="there are checkpoints, and none is called like save_fi"):
+        kit.run(config(world, reference, tmp_path))
+
+
+def test_a_second_start_is_refused_while_the_first_goes_on(world, finished, tmp_path):
+    """In another process: a process does not lock itself out."""
+    reference = finished("full")
+    folder = tmp_path / "checkpoints"
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from foundry_ext.callbacks.folder_lock import FolderLock\n"
+        f"FolderLock(Path({str(folder)!r})).take()\nprint('taken', flush=True)\ntime.sleep(99)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert first.stdout and first.stdout.readline() == b"taken\n"
+    try:
+        message = f"checkpoints: another run, process {first.pid} on .*, saves its checkpoints ther"
+        with pytest.raises(ValueError, match=message):
+            kit.run(config(world, reference, tmp_path))
+    finally:
+        first.kill()
+        first.wait()
+    kit.run(config(world, reference, tmp_path, max_duration="1ba"))  # the dead hold nothing
 
 
 # --- stopping ------------------------------------------------------------------------------------
@@ -267,6 +327,8 @@ def test_killed_after_the_last_batch(world, finished, tmp_path, duration):
         ({"save_folder": None}, "exact_resume: save_folder is missing"),
         ({"save_folder": "s3://bucket/x"}, "save_folder s3://bucket/x is not a folder"),
         ({"save_num_checkpoints_to_keep": 0}, "save_num_checkpoints_to_keep: 0 leaves nothing"),
+        ({"save_weights_only": True}, "save_weights_only: True leaves too little to go on"),
+        ({"save_ignore_keys": ["state/optimizers"]}, "save_ignore_keys: .* leaves too little"),
     ],
 )
 def test_impossible_settings(world, finished, tmp_path, change, message):

@@ -1,0 +1,44 @@
+"""One run at a time in a folder."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+
+class FolderLock:
+    """Held until it is released or the process ends, however it ends.
+
+    A record lock, which the workers of a loader do not inherit: they may outlive a killed run.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self._file: int | None = None
+
+    def take(self) -> None:
+        """Raises ValueError where another process holds it; names that one."""
+        if self._file is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            who = os.pread(file, 200, 0).decode(errors="replace").strip()
+            os.close(file)
+            raise ValueError(
+                f"{self.path.parent}: another run, {who or 'of unknown number'}, saves its"
+                " checkpoints there and goes on; wait for its end, or end it"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(file)
+            return
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

@@ -1,0 +1,39 @@
+"""`load_path`: a checkpoint that may be from anywhere, looked at before Composer unpickles it."""
+
+from pathlib import Path
+
+from foundry_ext.callbacks.checkpoint_files import damage
+from foundry_ext.unpickling import load_checkpoint
+
+
+def check_load_path(name: str) -> None:
+    """Reads the file as Composer would, but so that nothing in it can run.
+
+    A folder is one of FSDP's sharded checkpoints, which are not looked into.
+
+    Args:
+        name: with the rank's number and the run's name in it.
+
+    Raises:
+        ValueError: it cannot be looked at here, is spoilt, or could run code.
+    """
+    if "://" in name:
+        raise ValueError(
+            f"load_path: {name} is unpickled as it comes, and could run code; download it, and name"
+            " the file"
+        )
+    path = Path(name)
+    if path.is_dir() or not path.exists():  # the latter is Composer's to say
+        return
+    if path.suffix != ".pt":
+        raise ValueError(
+            f"load_path: {path} is no .pt file, and others are not looked into before they are"
+            " unpickled, which could run code; decompress it, or name it .pt if it is one"
+        )
+    problem = damage(path)
+    if problem:
+        raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
+    try:
+        load_checkpoint(path, mmap=True)
+    except ValueError as error:
+        raise ValueError(f"load_path: {error}") from error
