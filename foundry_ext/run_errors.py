@@ -21,6 +21,8 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
         if type(one).__name__ == "OutOfMemoryError":
             return f"{_memory(config)} ({text[:160]})"
         if isinstance(one, OSError) and one.errno in _FULL:
+            if "save_folder" in text:  # exact_resume says it all
+                return text.partition("] ")[2]
             return (
                 f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
                 " another disk in save_folder, and start the same command again: it goes on from"
