@@ -134,7 +134,7 @@ def train_here(path: Path, config: DictConfig) -> int:
 
     _log_without_secrets()
     try:
-        if config.get("load_path"):  # also where exact_resume, which looks at it too, is left out
+        if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
         trainer = train_recorded(train, config)
     except Exception as error:

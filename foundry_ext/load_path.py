@@ -2,22 +2,25 @@
 
 from pathlib import Path
 
+from composer.utils import parse_uri
+
 from foundry_ext.callbacks.checkpoint_files import damage
 from foundry_ext.unpickling import load_checkpoint
 
 
-def check_load_path(name: str) -> None:
+def check_load_path(name: str, *, thoroughly: bool = True) -> None:
     """Reads the file as Composer would, but so that nothing in it can run.
 
     A folder is one of FSDP's sharded checkpoints, which are not looked into.
 
     Args:
         name: with the rank's number and the run's name in it.
+        thoroughly: reads it to its end.
 
     Raises:
         ValueError: it cannot be looked at here, is spoilt, or could run code.
     """
-    if "://" in name:
+    if parse_uri(name)[0]:
         raise ValueError(
             f"load_path: {name} is unpickled as it comes, and could run code; download it, and name"
             " the file"
@@ -30,7 +33,7 @@ def check_load_path(name: str) -> None:
             f"load_path: {path} is no .pt file, and others are not looked into before they are"
             " unpickled, which could run code; decompress it, or name it .pt if it is one"
         )
-    problem = damage(path)
+    problem = damage(path) if thoroughly else None
     if problem:
         raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
     try:

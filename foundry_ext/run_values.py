@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from foundry_ext.compare.secrets import is_secret_name
+from foundry_ext.compare.secrets import is_secret_name, redact
 
 # Beyond the largest ones something would run out of memory before it could say so.
 _WHOLE = {
@@ -21,6 +21,7 @@ _WHOLE = {
 _SECTIONS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "train_loader.dataset")
 _PRECISIONS = ("fp32", "amp_fp16", "amp_bf16", "amp_fp8")  # Composer's
 _TIMES = ("max_duration", "eval_interval", "save_interval", "scheduler.t_warmup")
+_HUB = ("token", "use_auth_token")
 _UNITS = ("ep", "ba", "sp", "tok", "dur", "iter", "sec")
 _TIME = re.compile(rf"(.+?)({'|'.join(_UNITS)})", re.IGNORECASE)
 # What documents a loader reads; two loaders with the same ones read the same.
@@ -67,7 +68,9 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
     kwargs = _at(config, "tokenizer.kwargs")
     for key, value in kwargs.items() if isinstance(kwargs, dict) else ():
-        if is_secret_name(str(key)) and key not in ("token", "use_auth_token") and value:
+        # Those of the hub are not written down; most tokens of a tokenizer are text.
+        is_secret = not str(key).endswith("token") or (key not in _HUB and redact(value) != value)
+        if is_secret_name(str(key)) and is_secret and value:
             yield (
                 f"tokenizer.kwargs.{key} would be written into every checkpoint and export; leave"
                 " it out, and give the hub's token by the variable HF_TOKEN"

@@ -6,6 +6,7 @@ another program has spoilt is found by the CRC-32 that torch stores with every t
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from composer.utils import parse_uri
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +82,10 @@ def find_checkpoints(folder: Path, template: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def has_any(folder: Path) -> bool:
-    """Files of checkpoints, whatever their names, or a link that leads to none."""
-    return any(path.suffix == ".pt" or path.is_symlink() for path in folder.rglob("*"))
+def has_any(folder: Path, *, besides: Path | None) -> bool:
+    """Files of checkpoints, whatever their names, or links to what is gone."""
+    found = (path for path in folder.rglob("*") if path.suffix == ".pt")
+    return any(besides is None or path.resolve() != besides.resolve() for path in found)
 
 
 def keep_whole(paths: list[Path]) -> list[Path]:
@@ -117,6 +120,27 @@ def remove_partial(folder: Path) -> None:
     for path in folder.rglob(PARTIAL + "*"):
         if path.is_symlink() or path.is_file():
             path.unlink()
+
+
+def check_folder(folder: str | None) -> str:
+    if folder is None:
+        raise ValueError(
+            "exact_resume: save_folder is missing; say where the checkpoints go, or leave out"
+            " exact_resume"
+        )
+    if parse_uri(folder)[0]:
+        raise ValueError(
+            f"exact_resume: save_folder {folder} is not a folder on this machine's disks; name one,"
+            " or leave out exact_resume for Composer's own way of saving"
+        )
+    return folder
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """torch says only that a write failed."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "file write failed" in str(error) or "unexpected pos" in str(error)
 
 
 def _sync(path: Path) -> None:

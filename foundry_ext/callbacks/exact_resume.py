@@ -15,18 +15,19 @@ from typing import Any
 
 from composer.callbacks import CheckpointSaver
 from composer.core import State
-from composer.core.time import Time
+from composer.core.time import Time, TimeUnit, ensure_time
 from composer.loggers import Logger
-from composer.utils import checkpoint, dist, format_name_with_dist, parse_uri, partial_format
+from composer.utils import checkpoint, dist, format_name_with_dist, partial_format
 from llmfoundry.utils.config_utils import TrainConfig
 
 from foundry_ext import decisive
 from foundry_ext.callbacks import checkpoint_files
 from foundry_ext.callbacks.folder_lock import FolderLock
+from foundry_ext.callbacks.meter import unwrapped
 from foundry_ext.callbacks.run_description import find
 from foundry_ext.callbacks.run_record import RunRecord
 from foundry_ext.callbacks.signals import StopSignals
-from foundry_ext.compare.secrets import redact
+from foundry_ext.evaluation.base import weights_fingerprint
 from foundry_ext.load_path import check_load_path
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class ExactResume(CheckpointSaver):
             value = train_config.get(name)
             return TrainConfig.__dataclass_fields__[name].default if value is None else value
 
-        folder, filename = _check_folder(key("save_folder")), key("save_filename")
+        folder, filename = checkpoint_files.check_folder(key("save_folder")), key("save_filename")
         filename = filename or "ep{epoch}-ba{batch}-rank{rank}.pt"  # these two as in llm-foundry
         latest = key("save_latest_filename") or "latest-rank{rank}.pt"
         super().__init__(
@@ -93,9 +94,13 @@ class ExactResume(CheckpointSaver):
         self.ended_at: Time | None = None
         self.autoresume, self.load_path = key("autoresume"), key("load_path")
         self.lock = FolderLock(Path(folder))
+        given = {**train_config, "seed": key("seed"), "precision": key("precision")}
         without = (*OTHERS_JUDGE, *MAY_CHANGE)
-        self.settings = decisive.settings(redact(train_config), without)
-        self.duration, self.saved_duration = str(key("max_duration")), None
+        self.settings = decisive.digests(decisive.settings(given, without))
+        self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
+        self.saved_duration: Time | None = None
+        self.goes_on = False
+        self.base: str | None = None  # of an adapter: the weights it stands on
 
     # --- before Composer loads -------------------------------------------------------------------
 
@@ -119,10 +124,17 @@ class ExactResume(CheckpointSaver):
             if found:
                 checkpoint_files.link_to(found[-1], self._latest(state))
             self.saved_checkpoints = [str(path) for path in found]
-        dist.barrier()
-        self.goes_on = self.autoresume and self._latest(state).exists()
+            self.goes_on = bool(found)
+        # What one rank refuses all must: the others would wait for it.
+        decided = [self.goes_on]
+        dist.broadcast_object_list(decided, src=0)
+        self.goes_on = decided[0]
         if self.load_path is not None and not self.goes_on:
-            check_load_path(format_name_with_dist(self.load_path, state.run_name))
+            name = format_name_with_dist(self.load_path, state.run_name)
+            check_load_path(name, thoroughly=dist.get_local_rank() == 0)
+        model: Any = unwrapped(state)
+        if state.fsdp_config is None and getattr(model, "using_peft", False):
+            self.base = weights_fingerprint(model.model)
 
     def _find(self, state: State, folder: Path) -> list[Path]:
         """Oldest first, ending with the one to go on from."""
@@ -133,7 +145,8 @@ class ExactResume(CheckpointSaver):
             # Later ones may be of a run before, which this one writes over.
             names = [path.resolve() for path in paths]
             paths = paths[: names.index(latest.resolve()) + 1]
-        if not paths and not self.overwrite and checkpoint_files.has_any(folder):
+        given = Path(self.load_path) if self.load_path else None
+        if not (paths or self.overwrite) and checkpoint_files.has_any(folder, besides=given):
             raise ValueError(
                 f"{folder}: there are checkpoints, and none is called like save_filename,"
                 f" {self.filename.filename}, so the run would begin anew beside them; restore them,"
@@ -152,6 +165,8 @@ class ExactResume(CheckpointSaver):
         changed = decisive.changes(state["settings"], self.settings)
         if self.goes_on and state["run_name"] != self.run_name:
             changed.insert(0, f"run_name: {state['run_name']}, now {self.run_name}")
+        if None not in (state["base"], self.base) and state["base"] != self.base:
+            changed.insert(0, f"base model: of weights {state['base']}, now {self.base}")
         if changed:
             raise ValueError(
                 f"the checkpoint is of a run with another {'; another '.join(changed)}. Restore the"
@@ -159,14 +174,15 @@ class ExactResume(CheckpointSaver):
                 " checkpoint's weights with load_path, load_weights_only: true and another"
                 " save_folder"
             )
-        self.saved_duration = state["duration"]
+        self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         own = {
             "settings": self.settings,
             "run_name": self.run_name,
-            "duration": self.duration,
+            "duration": self.duration.to_timestring(),
+            "base": self.base,
         }
         return {**super().state_dict(), **own}
 
@@ -181,18 +197,19 @@ class ExactResume(CheckpointSaver):
         end, before = state.max_duration, self.saved_duration
         if end is None:
             return
-        is_done = state.timestamp.get(end.unit) >= end
-        if before is not None and before != self.duration:
-            if is_done:
+        reached = state.timestamp.get(end.unit)
+        if before is not None and repr(before) != repr(end):
+            texts = before.to_timestring(), end.to_timestring()
+            if reached > end or (reached == end and before.unit == end.unit):
                 raise ValueError(
-                    f"max_duration: {before}, now {self.duration}, which the checkpoint has left"
+                    f"max_duration: {texts[0]}, now {texts[1]}, which the checkpoint has left"
                     " behind; restore it, or give the run another name and save_folder"
                 )
             log.warning(
                 "max_duration: %s, now %s. A schedule that ends with it is another one from here",
-                *(before, self.duration),
+                *texts,
             )
-        if is_done:
+        if reached >= end:
             self.ended_at = end
             state.max_duration = state.timestamp.get(end.unit) + 1
 
@@ -243,7 +260,7 @@ class ExactResume(CheckpointSaver):
                 self._write(state, partial)
             checkpoint_files.link_to(path, self._latest(state))
         except (OSError, RuntimeError) as error:
-            if _is_disk_full(error, path.parent):
+            if checkpoint_files.is_disk_full(error, path.parent):
                 raise OSError(errno.ENOSPC, self._describe_full(path)) from error
             raise
         assert self.remote_file_name is not None
@@ -274,24 +291,3 @@ class ExactResume(CheckpointSaver):
             f" {f'{whole} is whole' if whole else 'there is no earlier checkpoint'}. Free some"
             " space and start the same command again"
         )
-
-
-def _check_folder(folder: str | None) -> str:
-    if folder is None:
-        raise ValueError(
-            "exact_resume: save_folder is missing; say where the checkpoints go, or leave out"
-            " exact_resume"
-        )
-    if parse_uri(folder)[0]:
-        raise ValueError(
-            f"exact_resume: save_folder {folder} is not a folder on this machine's disks; name one,"
-            " or leave out exact_resume for Composer's own way of saving"
-        )
-    return folder
-
-
-def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """torch says only that a write failed."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "file write failed" in str(error) or "unexpected pos" in str(error)

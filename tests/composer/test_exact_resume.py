@@ -12,6 +12,7 @@ import pytest
 import torch
 from composer.core import Callback
 from llmfoundry import registry
+from safetensors.torch import load_file, save_file
 
 from foundry_ext.callbacks import checkpoint_files
 from foundry_ext.compare.record import read_record
@@ -178,8 +179,8 @@ def test_a_spoilt_load_path_is_named(world, finished, tmp_path):
         ({"global_train_batch_size": 1}, "another global_train_batch_size: 3, now 1"),
         ({"model__pretrained_model_name_or_path": "other"}, "another model.pretrained_model_name"),
         (
-            {"max_duration": "2ba"},
-            "max_duration: 2ep, now 2ba, which the checkpoint has left",
+            {"max_duration": "1ba"},
+            "max_duration: 2ep, now 1ba, which the checkpoint has left",
         ),
         ({"run_name": "b"}, "another run_name: lora, now b"),
         ({"save_filename": "b{batch}.pt"}, "and none is called like save_filename, b{batch}.pt"),
@@ -220,6 +221,43 @@ def test_a_longer_duration_goes_on_and_says_so(world, finished, tmp_path, caplog
     whole = kit.run(config(world, reference, tmp_path / "whole", max_duration="5ba", **given))
     assert run.losses == whole.losses[3:]
     assert "max_duration: 3ba, now 5ba. A schedule that ends with it is another" in caplog.text
+
+
+def test_an_adapter_on_other_weights_of_the_same_name_is_refused(world, finished, tmp_path):
+    reference = finished("lora")
+    shutil.copytree(world.base, tmp_path / "base")
+    base = {"model__pretrained_model_name_or_path": str(tmp_path / "base")}
+    crash(world, reference, tmp_path, "lora", after=3, **base)
+    weights = load_file(tmp_path / "base/model.safetensors")
+    changed = {name: 1.5 * weight for name, weight in weights.items()}
+    save_file(changed, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"another base model: of weights .*, now "):
+        kit.run(config(world, reference, tmp_path, "lora", **base))
+
+
+def test_the_same_duration_in_other_words_is_the_same(world, finished, tmp_path, caplog):
+    reference = finished("full")
+    kit.run(config(world, reference, tmp_path, max_duration="1ep"))
+    kit.run(config(world, reference, tmp_path, max_duration="1 ep"))
+    assert "max_duration" not in caplog.text
+
+
+def test_a_secret_s_variable_set_meanwhile_changes_nothing(world, finished, tmp_path, monkeypatch):
+    reference = finished("full")
+    crash(world, reference, tmp_path, after=3)
+    monkeypatch.setenv("SECRETS_DIR", str(world.base.parent))
+    assert_ends_like(kit.run(config(world, reference, tmp_path)), reference.run, after=2)
+
+
+def test_what_lies_beside_checkpoints_is_none(world, finished, tmp_path):
+    """W&B's link; the weights a run begins from."""
+    reference = finished("full")
+    folder = tmp_path / "checkpoints"
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb/latest-run").symlink_to("nowhere")
+    shutil.copy(kit.checkpoint(reference.folder, 2), folder / "given.pt")
+    begin = {"load_path": str(folder / "given.pt"), "load_weights_only": True}
+    kit.run(config(world, reference, tmp_path, max_duration="1ba", **begin))
 
 
 def test_checkpoints_that_are_gone_are_not_begun_anew(world, finished, tmp_path):

@@ -177,7 +177,9 @@ def test_odd_amounts(world, odd, odd_alone, tmp_path, num_ranks, way):
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_what_two_ranks_saved_goes_on_on_one_and_four(world, alone, tmp_path, way):
     """Mid-epoch, with the optimizer's state."""
-    saving = {"callbacks": {**COMMON["callbacks"], "exact_resume": {}}}
+    # Under FSDP2 eps has to change with the ranks here, which exact_resume refuses.
+    exact = {"exact_resume": {}} if way == "ddp" else {}
+    saving = {"callbacks": {**COMMON["callbacks"], **exact}}
     runs = {"full": COMMON | sharded(2, way), "adapter": COMMON | ADAPTER | sharded(2, way)}
     for name, one in runs.items():
         folder = str(tmp_path / "saved" / name / "checkpoints")
