@@ -24,7 +24,6 @@ MAY_IMPORT_TRAINERS = {
     "verify_resume.py",
     "launch.py",
     "load_path.py",
-    "callbacks/checkpoint_files.py",
     "plan_course.py",
     "models/composer_smollm2.py",
     "optimizers.py",
