@@ -239,8 +239,14 @@ def describe(error: BaseException, config: DictConfig) -> str:
         if path:
             hint = suggest(key, _parameters(error)) or "; remove or correct it"
             return f"{where}unknown key, {path}{hint}"
-    way_out = _TOKENIZER if section == "tokenizer" else ""
-    return f"{where}{text.removesuffix('.')}{way_out} [{type(error).__name__}]"
+    text = text.removesuffix(".")
+    if section == "tokenizer":
+        from huggingface_hub.errors import HFValidationError
+
+        text += _TOKENIZER
+        if isinstance(error, OSError | HFValidationError) and not Path(name).is_dir():
+            text = f"no folder here, and the hub does not give it: {text}"
+    return f"{where}{text} [{type(error).__name__}]"
 
 
 _TOKENIZER = (

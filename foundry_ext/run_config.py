@@ -48,8 +48,10 @@ def first_line(error: OmegaConfBaseException) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'model'?` for `modle`, or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """`, did you mean 'model'?` for `modle` or `mod`, or nothing where no known name is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = near or [one for one in known if len(name) > 2 and one.startswith(name)]
     return f", did you mean {near[0]!r}?" if near else ""
 
 

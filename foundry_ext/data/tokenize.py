@@ -164,6 +164,10 @@ def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
         return function(row)
     except Exception as error:
         way_out = _ROWS if isinstance(error, BaseContextualError | KeyError) else ""
+        items = row.items() if way_out and isinstance(row, dict) else ()
+        lacks = [repr(key) for key, value in items if value is None]
+        if lacks:  # a table has a column for each key of any row
+            way_out = f"; it has no {' or '.join(lacks)}, which others have{way_out}"
         raise ValueError(f"row {index}: {type(error).__name__}: {error}{way_out}") from error
 
 

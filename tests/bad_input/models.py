@@ -104,11 +104,17 @@ def _other_vocabulary(bench: Bench) -> None:
     bench.change(model__pretrained_model_name_or_path=str(bench.folder / "model"))
 
 
+def _pads_with_the_end(bench: Bench) -> None:
+    folder = tokenizer(lambda one: setattr(one, "pad_token", one.eos_token))(bench)
+    tokens = len(AutoTokenizer.from_pretrained(folder)("two three").input_ids)
+    assert tokens == 7  # see _ends_are_learned
+    bench.rows([{"prompt": "one", "response": "two three"}] * 9)
+
+
 def _ends_are_learned(bench: Bench) -> None:
-    """Ids of the end of text, which pads here, keep their labels."""
+    """Of the prompt's token, the response's 7 and the end of text, all but the prompt's."""
     tokens = bench.record()["tokens"]
-    prompts = sum(1 for _ in bench.world.rows.open())
-    assert tokens["loss"] >= prompts, tokens
+    assert tokens["loss"] * 9 == tokens["real"] * 8 > 0, tokens
 
 
 MODELS = [
@@ -153,7 +159,8 @@ ADAPTERS = [
 ]  # fmt: skip
 
 TOKENIZERS = [
-    Case("tokenizer missing", change(tokenizer__name="/no/tok"), ("(/no/tok)", _TOKENIZER)),
+    Case("tokenizer missing", change(tokenizer__name="/no/tok"),
+         ("(/no/tok): no folder here", _TOKENIZER)),
     Case("tokenizer broken", _broken_tokenizer, ("tok)", "EOF while parsing", _TOKENIZER)),
     Case("no end of text", tokenizer(lambda t: setattr(t, "eos_token", None)),
          ("must have an eos_token", _TOKENIZER)),
@@ -164,7 +171,8 @@ TOKENIZERS = [
 HUB = [
     Case("hub's model", change(model__pretrained_model_name_or_path="nobody/model"),
          (_MODEL + "nobody/model is no folder here, and the hub does not give it", *_NEEDED)),
-    Case("hub's tokenizer", change(tokenizer__name="nobody/tok"), ("(nobody/tok)", _TOKENIZER)),
+    Case("hub's tokenizer", change(tokenizer__name="nobody/tok"),
+         ("(nobody/tok): no folder here", "the hub does not give it", _TOKENIZER)),
     Case("hub's data", data(hf_name="nobody/rows"),
          ("dataset nobody/rows is neither here", "nor found on the hub", "a local .jsonl")),
     Case("hub's adapter", change(model__pretrained_lora_id_or_path="nobody/adapter"),
@@ -173,8 +181,7 @@ HUB = [
 
 ALLOWED = [
     Case("no pad token", tokenizer(lambda t: setattr(t, "pad_token", None)), ()),
-    Case("pad is the end of text", tokenizer(lambda t: setattr(t, "pad_token", t.eos_token)), (),
-         holds=_ends_are_learned),
+    Case("pad is the end of text", _pads_with_the_end, (), holds=_ends_are_learned),
     Case("fewer tokens than the model", _other_vocabulary,
          ("tokenizer has 312 tokens, the model", "5000", "name the model's own")),
     Case("adapter that names another base", adapter(_other_base),

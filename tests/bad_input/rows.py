@@ -64,8 +64,14 @@ FILES = [
         ("line 1: nested too deeply",),
     ),
     Case("double key", rows(GOOD + '{"prompt": "a", "prompt": "b"}'), ("line 2: key 'prompt' is",)),
-    Case("double column", rows("prompt,prompt,response\na,b,c\n", "r.csv"), ("row 0", _WAY_OUT)),
-    Case("wrong columns", rows([{"question": "a", "answer": "b"}]), ("row 0", _WAY_OUT)),
+    Case(
+        "double column",
+        rows("prompt,prompt,response\na,b,c\n", "r.csv"),
+        ("row 0", "prompt.1", _WAY_OUT),
+    ),
+    Case(
+        "wrong columns", rows([{"question": "a", "answer": "b"}]), ("row 0", "'question'", _WAY_OUT)
+    ),
     Case("no response anywhere", rows([{"prompt": "a"}] * 3), ("row 0", "{'prompt'}", _WAY_OUT)),
     Case("no response in a row", rows([ROW, {"prompt": "a"}]), ("row 1", "NoneType", _WAY_OUT)),
     Case("prompt null", rows([ROW, ROW, {**ROW, "prompt": None}]), ("row 2", "prompt", _WAY_OUT)),
@@ -76,7 +82,11 @@ FILES = [
         rows([ROW, ROW, {**ROW, "response": 7}]),
         ("line 3: 'response' is a number, '7', but text in line 1", "correct or remove"),
     ),
-    Case("mixed schemas", rows([ROW, {"messages": [{"role": "user"}]}]), ("row 0", _WAY_OUT)),
+    Case(
+        "mixed schemas",
+        rows([ROW, {"messages": [{"role": "user"}]}]),
+        ("row 0", "it has no 'messages', which others have", _WAY_OUT),
+    ),
     Case(
         "invalid UTF-8",
         rows(GOOD.encode() + b'{"prompt": "a\xff", "response": "b"}\n'),
@@ -120,6 +130,11 @@ NOTHING_LEFT = [
         "overlong is an error",
         rows([ROW, LONG], overlong="error"),
         ("row 1 has", "more than max_seq_len 32", "set overlong to truncate, split or drop"),
+    ),
+    Case(
+        "all overlong is an error",
+        rows([LONG] * 3, overlong="error"),
+        ("row 0 has", "more than max_seq_len 32", "set overlong to truncate, split or drop"),
     ),
 ]
 
