@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import huggingface_hub
@@ -68,10 +69,10 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
     try:
         report = adapted.load_adapter(path, "default", is_trainable=True)
     except RuntimeError as error:  # another shape
-        problem = " ".join(str(error).split())
+        problem = shorten(str(error), 200, placeholder=" ...")
         raise ValueError(
             f"adapter {path} does not fit the model {base}; name the one that it was trained on,"
-            f" {config.base_model_name_or_path or 'which it does not say'} ({problem[:200]})"
+            f" {config.base_model_name_or_path or 'which it does not say'} ({problem})"
         ) from error
     if report.missing_keys or report.unexpected_keys:
         raise ValueError(
@@ -90,7 +91,7 @@ def _name_the_hub(path: str) -> None:
         raise ValueError(
             f"adapter {path} is no folder here, and the hub does not give it; give a local folder"
             " with adapter_config.json and adapter_model.safetensors"
-            f" ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            f" ({type(error).__name__}: {shorten(str(error), 160, placeholder=' ...')})"
         ) from error
 
 

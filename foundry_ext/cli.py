@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from textwrap import shorten
 from types import ModuleType
 
 from foundry_ext import __version__
@@ -40,9 +41,10 @@ def one_line(error: Exception) -> str:
     """What went wrong; of a failed download, whose message holds its whole history, the host."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and "huggingface.co" in text:
+        cause = shorten(text, 200, placeholder=" ...")
         return (
             "the Hugging Face hub cannot be reached, or does not have what was asked for; name a"
-            f" local file or folder instead ({type(error).__name__}: {text[:200]})"
+            f" local file or folder instead ({type(error).__name__}: {cause})"
         )
     return text
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -18,27 +19,33 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
     """
     for one in _causes(error):
         text = " ".join(str(one).split())
+        said = shorten(text, 160, placeholder=" ...")
         if type(one).__name__ == "OutOfMemoryError":
-            return f"{_memory(config)} ({text[:160]})"
+            return f"{_memory(config)} ({said})"
         if isinstance(one, OSError) and one.errno in _FULL:
             if "save_folder" in text:  # exact_resume says it all
                 return text.partition("] ")[2]
             return (
                 f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
                 " another disk in save_folder, and start the same command again: it goes on from"
-                f" the last whole checkpoint ({text[:160]})"
+                f" the last whole checkpoint ({said})"
+            )
+        if "can't allocate memory" in text:
+            return (
+                "this machine's memory cannot hold what the run needs; `foundry-ext plan` says how"
+                f" much that is ({said})"
             )
         if "no kernel image is available" in text:
             return (
                 "this GPU is not one that the installed torch was built for; `make install"
                 " WORLD=current` has kernels for newer cards, see CONTRIBUTING.md, Two worlds"
-                f" ({text[:160]})"
+                f" ({said})"
             )
         if "FlashAttention only supports" in text:
             backend = _get(config, "model", "attention_backend") or "auto"
             return (
                 f"model.attention_backend, {backend!r}, does not run on this GPU; set it to flex,"
-                f" or to sdpa, which runs anywhere ({text[:160]})"
+                f" or to sdpa, which runs anywhere ({said})"
             )
     return None
 

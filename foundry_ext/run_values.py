@@ -17,6 +17,7 @@ _WHOLE = {
     "seed": (0, 2**32 - 1),
     "train_loader.num_workers": (0, 1024),
     "eval_loader.num_workers": (0, 1024),
+    "model.peft_config.r": (1, 2**13),
 }
 _SECTIONS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "train_loader.dataset")
 _PRECISIONS = ("fp32", "amp_fp16", "amp_bf16", "amp_fp8")  # Composer's
@@ -60,9 +61,19 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
         value = _at(config, key)
         if value is not None and not _is_time(value):
             yield (
-                f"{key}, {value!r}, is no time; write a number and a unit, such as 3ep or 100ba"
-                f" (units: {', '.join(_UNITS)})"
+                f"{key}, {value!r}, is no time; write a whole number and a unit, such as 3ep or"
+                f" 100ba, or a part of the whole, such as 0.1dur (units: {', '.join(_UNITS)})"
             )
+        elif value is not None and _number(value) < 0:
+            yield f"{key}, {value!r}, is below 0; give a time from 0 on"
+    saves, evaluates = (_at(config, key) for key in ("save_interval", "eval_interval"))
+    if saves is not None and _number(saves) == 0 and config.get("save_folder") is not None:
+        yield (
+            f"save_interval, {saves!r}, saves nothing; give a time above 0, such as 1ep, or leave"
+            " out save_folder to train without checkpoints"
+        )
+    if _in_parts(evaluates) and _number(evaluates) == 0:
+        yield f"eval_interval, {evaluates!r}, is no interval; give one, or 0 to never evaluate"
     duration = _at(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
@@ -85,7 +96,15 @@ def _at(config: Any, key: str) -> Any:
 
 
 def _is_time(value: Any) -> bool:
-    return not isinstance(value, bool) and not math.isnan(_number(value))
+    """Composer counts whole batches or epochs; of the duration alone there are parts."""
+    number = _number(value)
+    return not isinstance(value, bool) and (number.is_integer() or _in_parts(value))
+
+
+def _in_parts(value: Any) -> bool:
+    return (
+        isinstance(value, str) and value.lower().endswith("dur") and math.isfinite(_number(value))
+    )
 
 
 def _number(value: Any) -> float:

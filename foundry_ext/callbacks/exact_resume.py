@@ -99,7 +99,7 @@ class ExactResume(CheckpointSaver):
         self.settings = decisive.digests(decisive.settings(given, without))
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
-        self.goes_on = False
+        self.found: str | None = None  # the checkpoint to go on from
         self.base: str | None = None  # of an adapter: the weights it stands on
 
     # --- before Composer loads -------------------------------------------------------------------
@@ -124,12 +124,12 @@ class ExactResume(CheckpointSaver):
             if found:
                 checkpoint_files.link_to(found[-1], self._latest(state))
             self.saved_checkpoints = [str(path) for path in found]
-            self.goes_on = bool(found)
+            self.found = str(found[-1]) if found else None
         # What one rank refuses all must: the others would wait for it.
-        decided = [self.goes_on]
+        decided = [self.found]
         dist.broadcast_object_list(decided, src=0)
-        self.goes_on = decided[0]
-        if self.load_path is not None and not self.goes_on:
+        self.found = decided[0]
+        if self.load_path is not None and not self.found:
             name = format_name_with_dist(self.load_path, state.run_name)
             check_load_path(name, thoroughly=dist.get_local_rank() == 0)
         model: Any = unwrapped(state)
@@ -163,16 +163,16 @@ class ExactResume(CheckpointSaver):
         ValueError: the checkpoint is of a run with other settings; names each.
         """
         changed = decisive.changes(state["settings"], self.settings)
-        if self.goes_on and state["run_name"] != self.run_name:
+        if self.found and state["run_name"] != self.run_name:
             changed.insert(0, f"run_name: {state['run_name']}, now {self.run_name}")
         if None not in (state["base"], self.base) and state["base"] != self.base:
             changed.insert(0, f"base model: of weights {state['base']}, now {self.base}")
         if changed:
             raise ValueError(
-                f"the checkpoint is of a run with another {'; another '.join(changed)}. Restore the"
-                " YAML; give the run another name and save_folder; or begin anew from the"
-                " checkpoint's weights with load_path, load_weights_only: true and another"
-                " save_folder"
+                f"the checkpoint {self.found or self.load_path} is of a run with another"
+                f" {'; another '.join(changed)}. Restore the YAML; give the run another name and"
+                " save_folder; or begin anew from the checkpoint's weights with load_path,"
+                " load_weights_only: true and another save_folder"
             )
         self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
@@ -189,7 +189,7 @@ class ExactResume(CheckpointSaver):
     # --- stopping --------------------------------------------------------------------------------
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Of a run whose batches are all done, Composer's fit() would only complain.
+        """Says where the run goes on. Were its batches all done, Composer's fit() would complain.
 
         Raises:
             ValueError: it is done because max_duration was shortened.
@@ -197,6 +197,9 @@ class ExactResume(CheckpointSaver):
         end, before = state.max_duration, self.saved_duration
         if end is None:
             return
+        if self.found and dist.get_global_rank() == 0:
+            batch = state.timestamp.batch.value
+            print(f"going on from {self.found}, after batch {batch}", file=sys.stderr)
         reached = state.timestamp.get(end.unit)
         if before is not None and repr(before) != repr(end):
             texts = before.to_timestring(), end.to_timestring()

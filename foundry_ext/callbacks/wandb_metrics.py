@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from composer.core import State
@@ -89,7 +90,7 @@ class WandBMetrics(WandBLogger):
             log.warning(
                 "W&B cannot be reached (%s): this run goes on offline, and `wandb sync %s` uploads"
                 " it later; `wandb login` gives a key, WANDB_MODE=offline spares the wait",
-                *(" ".join(str(error).split())[:200], "wandb/offline-run-*"),
+                *(shorten(str(error), 200, placeholder=" ..."), "wandb/offline-run-*"),
             )
             self._init_kwargs["mode"] = "offline"
             super().init(state, logger)

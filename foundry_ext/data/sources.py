@@ -6,10 +6,12 @@ tokenised into llm-foundry's turns.
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import datasets
@@ -143,7 +145,10 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
 
 @contextlib.contextmanager
 def _by_line(path: Path) -> Iterator[None]:
-    """What a JSON file could not be read for, by its line."""
+    """What a JSON file could not be read for, by its line, and not twice."""
+    own = logging.getLogger("datasets.packaged_modules.json.json")
+    level = own.level
+    own.setLevel(logging.CRITICAL)  # its error names no line; what it raises says the same
     try:
         yield
     except Exception as error:
@@ -151,6 +156,8 @@ def _by_line(path: Path) -> Iterator[None]:
         if fault is None:
             raise
         raise ValueError(fault) from error
+    finally:
+        own.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -161,14 +168,14 @@ def _naming_the_hub(hf_name: str) -> Iterator[None]:
     except (OSError, EmptyDatasetError, HFValidationError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of this machine, not the name
             raise
-        cause = " ".join(str(error).split())
+        cause = shorten(str(error), 200, placeholder=" ...")
         if Path(hf_name).exists():
             problem = f"dataset {hf_name} holds no data that is read here"
         else:
             problem = f"dataset {hf_name} is neither here (in {Path.cwd()}) nor found on the hub"
         raise FileNotFoundError(
             f"{problem}; give hf_name a local {', '.join(_BUILDERS)} file, a folder of them, or a"
-            f" name on the hub ({type(error).__name__}: {cause[:200]})"
+            f" name on the hub ({type(error).__name__}: {cause})"
         ) from error
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ def _why_no_flash() -> str:
         problem = (
             f"was not built for torch {torch.__version__}; build it anew, pip install --no-deps"
             " --no-build-isolation --force-reinstall --no-binary flash-attn flash-attn, or use"
-            f" 'torch_varlen' ({' '.join(str(error).split())[:160]})"
+            f" 'torch_varlen' ({shorten(str(error), 160, placeholder=' ...')})"
         )
         log.warning("attention_backend: 'flash_attn' %s", problem)
         return problem

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def naming_the_hub(path: str) -> Iterator[None]:
         problem = _problem(path, error)
         if problem is None:
             raise
-        cause = " ".join(str(error).split())[:160]
+        cause = shorten(str(error), 160, placeholder=" ...")
         raise ValueError(
             f"pretrained_model_name_or_path: {path} {problem} ({type(error).__name__}: {cause})"
         ) from error

@@ -29,6 +29,9 @@ def train_base(folder: Path = FOLDER) -> None:
     killed goes on.
 
     A new base model, or other data, makes the runs that are there worthless: they are removed.
+
+    Raises:
+        ValueError: training failed, or was stopped.
     """
     base = folder / "base"
     data = sorted((folder / "data").glob("*.jsonl"))
@@ -49,8 +52,25 @@ def train_base(folder: Path = FOLDER) -> None:
     print(f"\ncomposer train.py {BASE_YAML}   (some three minutes on 2 cores)", flush=True)
     # Threads that spin while they wait make a busy machine ten times slower.
     patient = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    subprocess.run([*launcher, *bar], check=True, env=patient)
+    code = run_to_its_end([*launcher, *bar], patient)
+    if code:
+        raise ValueError(
+            f"training the base model ended with exit code {code}, for the reason above; the same"
+            " command goes on where it stopped"
+        )
     (base / _STAMP).write_text(stamp)
+
+
+def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> int:
+    """The exit code. A terminal's Ctrl-C reaches the command too, which saves before it ends;
+    subprocess.run would kill it after a quarter of a second.
+    """
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
 
 
 def _fingerprint(*files: Path) -> str:

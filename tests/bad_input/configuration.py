@@ -5,7 +5,7 @@ from tests.bad_input.bench import Bench
 from tests.bad_input.case import Case, change, nothing, text
 
 _GIVE = "give one"
-_TIME = "write a number and a unit, such as 3ep or 100ba"
+_TIME = "write a whole number and a unit, such as 3ep or 100ba"
 _SECTION = "is no mapping; write its settings below it"
 
 
@@ -70,6 +70,8 @@ VALUES = [
     Case("evaluation batch of 0", change(device_eval_batch_size=0),
          ("device_eval_batch_size, 0, is no whole", _GIVE)),
     Case("documents of -1", change(max_seq_len=-1), ("max_seq_len, -1, is no whole", _GIVE)),
+    Case("rank huge", change(model__peft_config={"r": 10**9}),
+         ("model.peft_config.r, 1000000000, is no whole number from 1 to 8192", _GIVE)),
     Case("seed huge", change(seed=2**32), ("seed, 4294967296, is no whole", "4294967295", _GIVE)),
     Case("seed -1", change(seed=-1), ("seed, -1, is no whole number from 0", _GIVE)),
     Case("seed as text", change(seed="x"), ("seed, 'x', is no whole number from 0", _GIVE)),
@@ -78,6 +80,12 @@ VALUES = [
     Case("duration as text", change(max_duration="long"), ("max_duration, 'long', is no", _TIME)),
     Case("duration of 0", change(max_duration="0ba"), ("max_duration, '0ba', trains nothing",)),
     Case("interval", change(save_interval="1xx"), ("save_interval, '1xx', is no time", _TIME)),
+    Case("interval of parts", change(save_interval="0.5ep"), ("'0.5ep', is no time", _TIME)),
+    Case("interval as a fraction", change(eval_interval=0.5), ("_interval, 0.5, is no", _TIME)),
+    Case("interval below 0", change(eval_interval="-1ba"), ("'-1ba', is below 0; give a time",)),
+    Case("no part", change(eval_interval="0dur"), ("'0dur', is no interval; give one, or 0 to",)),
+    Case("saved never", change(save_interval="0ba"),
+         ("save_interval, '0ba', saves nothing; give", "leave out save_folder")),
     Case("warm-up", change(scheduler__t_warmup="1xx"), ("scheduler.t_warmup, '1xx'", _TIME)),
     Case("precision", change(precision="fp23"), ("precision, 'fp23', is none of fp32, amp_",)),
     Case("interpolation", change(seed="${variables.sed}"),

@@ -47,9 +47,11 @@ def test_what_is_right_is_verified_and_leaves_nothing(verify, method: str):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_pack_that_is_too_large_is_cut_and_that_is_said(verify):
+def test_a_pack_that_is_too_large_is_cut_and_that_is_said(verify, recwarn):
     code, out = verify("full", "--tokens", "24", "--steps", "2", "--packs", "1")
     assert code == 0, out
+    # Of two steps no warm-up is a part.
+    assert not [one for one in recwarn if "warmup" in str(one.message)]
     assert "looked at cut to 24" in out and "packs of 24 tokens (--tokens), not 64" in out
 
 

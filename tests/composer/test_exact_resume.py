@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_error(world, finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "empty", "flipped", "link gone"])
-def test_the_newest_spoilt_is_passed_over(world, finished, tmp_path, caplog, spoil):
+def test_the_newest_spoilt_is_passed_over(world, finished, tmp_path, caplog, capsys, spoil):
     reference = finished("lora")
     crash(world, reference, tmp_path, "lora", after=6)
     folder = tmp_path / "checkpoints"
@@ -140,10 +140,14 @@ def test_the_newest_spoilt_is_passed_over(world, finished, tmp_path, caplog, spo
     else:
         content = content[: {"truncated": len(content) // 2, "empty": 0}[spoil]]
     newest.write_bytes(content)
+    assert "going on from" not in capsys.readouterr().err
     run = kit.run(config(world, reference, tmp_path, "lora"))
     assert_ends_like(run, reference.run, after=5 if spoil == "link gone" else 4)
     said = [r.getMessage() for r in caplog.records if "damaged-ep1-ba5-rank0.pt" in r.getMessage()]
     assert len(said) == (spoil != "link gone")
+    batch = 5 if spoil == "link gone" else 4
+    whole = folder / f"ep{batch // 5}-ba{batch}-rank0.pt"
+    assert f"going on from {whole}, after batch {batch}\n" in capsys.readouterr().err
     assert all(str(newest) in one and "going on from ep0-ba4-rank0.pt" in one for one in said)
 
 

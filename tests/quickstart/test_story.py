@@ -1,6 +1,10 @@
 """What the quickstart runs again and what it does not; which learning rates it takes further."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,10 +31,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_base_model_is_trained_once_and_anew_when_its_data_change(folder: Path, monkeypatch):
     commands = []
 
-    def run(command, **_):
+    def run(command, _):
         commands.append(command)
+        return 0
 
-    monkeypatch.setattr(story.subprocess, "run", run)
+    monkeypatch.setattr(story, "run_to_its_end", run)
     story.train_base()
     (folder / "runs/lora").mkdir(parents=True)
     story.train_base()
@@ -44,14 +49,14 @@ def test_a_base_model_is_trained_once_and_anew_when_its_data_change(folder: Path
 def test_a_base_model_that_failed_is_not_taken_for_one(folder: Path, monkeypatch):
     checkpoint = folder / "base/checkpoints/latest-rank0.pt"
 
-    def run(command, **_):
+    def run(*_):
         checkpoint.parent.mkdir(exist_ok=True)
         checkpoint.touch()
-        raise story.subprocess.CalledProcessError(1, command)
+        return 1
 
-    monkeypatch.setattr(story.subprocess, "run", run)
+    monkeypatch.setattr(story, "run_to_its_end", run)
     for _ in range(2):
-        with pytest.raises(story.subprocess.CalledProcessError):
+        with pytest.raises(ValueError, match="exit code 1, for the reason above"):
             story.train_base()
         assert checkpoint.is_file(), "where it goes on"
 
@@ -60,18 +65,52 @@ def test_a_base_model_of_other_data_does_not_go_on(folder: Path, monkeypatch):
     checkpoint = folder / "base/checkpoints/latest-rank0.pt"
     seen = []
 
-    def run(command, **_):
+    def run(*_):
         seen.append(checkpoint.is_file())
         checkpoint.parent.mkdir(exist_ok=True)
         checkpoint.touch()
-        raise story.subprocess.CalledProcessError(1, command)
+        return 1
 
-    monkeypatch.setattr(story.subprocess, "run", run)
+    monkeypatch.setattr(story, "run_to_its_end", run)
     for content in ("{}", "{}", "{} "):
         (folder / "data/problems_train.jsonl").write_text(content)
-        with pytest.raises(story.subprocess.CalledProcessError):
+        with pytest.raises(ValueError, match="exit code 1, for the reason above"):
             story.train_base()
     assert seen == [False, True, False]
+
+
+# What a user has, in short: a command that saves for two seconds after Ctrl-C.
+SAVES = """
+import signal, sys, time
+def save(*_):
+    time.sleep(2)
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("trains", flush=True)
+time.sleep(60)
+"""
+WAITS = """
+import os, sys
+from foundry_ext.quickstart.story import run_to_its_end
+try:
+    run_to_its_end([sys.executable, "-c", sys.argv[1]], dict(os.environ))
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
+
+
+def test_ctrl_c_waits_until_training_has_saved():
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS, SAVES],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as quickstart:
+        assert quickstart.stdout is not None
+        assert quickstart.stdout.readline() == "trains\n"
+        os.killpg(quickstart.pid, signal.SIGINT)
+        assert quickstart.stdout.read() == "saved\nstopped\n"
 
 
 def test_the_best_rate_of_each_method_is_named_by_its_own_grid(tmp_path: Path):
