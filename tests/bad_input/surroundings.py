@@ -164,6 +164,9 @@ ENDED = [
 ]  # fmt: skip
 
 NO_SPACE = [
+    Case("more than memory", change(model__config_overrides__intermediate_size=10**13),
+         ("this machine's memory cannot hold what the run needs; `foundry-ext plan` says",
+          "can't allocate memory"), code=1),
     Case("disk full while tokenizing", _full_disk,
          ("no space is left for part.arrow; make some", "No space left on device"), code=1),
 ]  # fmt: skip
