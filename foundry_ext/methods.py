@@ -14,6 +14,7 @@ from typing import Any
 from foundry_ext.targets import LINEARS, ending, endings, in_order, matched_modules, nearest, shown
 
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # peft's
+_MOST_RANK = 2**13  # SmolLM2's largest matrix has that many rows
 _KEYS = frozenset(
     {
         *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
@@ -173,8 +174,9 @@ def check_numbers(peft_config: Mapping[str, Any]) -> None:
 
 def _check_positive(key: str, value: Any, *, whole: bool) -> None:
     kinds = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-        kind = "whole number" if whole else "number"
+    below = _MOST_RANK + 1 if whole else math.inf
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < below:
+        kind = f"whole number up to {_MOST_RANK}" if whole else "number"
         raise ValueError(f"peft_config.{key}: {value!r}; give a positive {kind}")
 
 

@@ -17,7 +17,6 @@ _WHOLE = {
     "seed": (0, 2**32 - 1),
     "train_loader.num_workers": (0, 1024),
     "eval_loader.num_workers": (0, 1024),
-    "model.peft_config.r": (1, 2**13),
 }
 _SECTIONS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "train_loader.dataset")
 _PRECISIONS = ("fp32", "amp_fp16", "amp_bf16", "amp_fp8")  # Composer's

@@ -20,7 +20,7 @@ ENTRY_POINTS = [
 ]
 FILES = ("requirements.lock", "requirements-current.txt")
 # Where packages come from is the reader's own pip's business; no machine's index is anyone else's.
-INDEX = r"index[-_]url|find[-_]links|trusted[-_]host|/simple\b|pypi[.]org|download[.]pytorch"
+INDEX = r"index[-_]url|find[-_]links|trusted[-_]host|/simple\b|/whl\b"
 
 
 def locked(file: str = "requirements.lock") -> dict[str, str]:
@@ -64,7 +64,7 @@ def test_a_lock_pins_every_line_and_names_no_address(file: str):
         assert line.startswith("#") or re.fullmatch(pin, line), line
 
 
-@pytest.mark.parametrize("line", ["pip install --find-links x", "https://a.b/simple/", "INDEX_URL"])
+@pytest.mark.parametrize("line", ["pip install --find-links x", "a.b/simple/", "INDEX_URL"])
 def test_an_index_is_recognised(line: str):
     assert re.search(INDEX, line, re.IGNORECASE)
 

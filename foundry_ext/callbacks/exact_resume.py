@@ -168,8 +168,10 @@ class ExactResume(CheckpointSaver):
         if None not in (state["base"], self.base) and state["base"] != self.base:
             changed.insert(0, f"base model: of weights {state['base']}, now {self.base}")
         if changed:
+            # Sharded ones are Composer's to find.
+            name = self.found or self.load_path or f"in {self.folder}"
             raise ValueError(
-                f"the checkpoint {self.found or self.load_path} is of a run with another"
+                f"the checkpoint {name} is of a run with another"
                 f" {'; another '.join(changed)}. Restore the YAML; give the run another name and"
                 " save_folder; or begin anew from the checkpoint's weights with load_path,"
                 " load_weights_only: true and another save_folder"

@@ -3,6 +3,7 @@
 from foundry_ext.launch import main
 from tests.bad_input.bench import Bench
 from tests.bad_input.case import Case, change, nothing, text
+from tests.composer import kit
 
 _GIVE = "give one"
 _TIME = "write a whole number and a unit, such as 3ep or 100ba"
@@ -70,8 +71,8 @@ VALUES = [
     Case("evaluation batch of 0", change(device_eval_batch_size=0),
          ("device_eval_batch_size, 0, is no whole", _GIVE)),
     Case("documents of -1", change(max_seq_len=-1), ("max_seq_len, -1, is no whole", _GIVE)),
-    Case("rank huge", change(model__peft_config={"r": 10**9}),
-         ("model.peft_config.r, 1000000000, is no whole number from 1 to 8192", _GIVE)),
+    Case("rank huge", change(model__peft_config={**kit.LORA, "r": 10**9}),
+         ("peft_config.r: 1000000000; give a positive whole number up to 8192",)),
     Case("seed huge", change(seed=2**32), ("seed, 4294967296, is no whole", "4294967295", _GIVE)),
     Case("seed -1", change(seed=-1), ("seed, -1, is no whole number from 0", _GIVE)),
     Case("seed as text", change(seed="x"), ("seed, 'x', is no whole number from 0", _GIVE)),
