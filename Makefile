@@ -40,7 +40,7 @@ endif
 	@touch $@
 
 quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed
-	$(BIN)/python -m foundry_ext.quickstart --seeds $(SEEDS) $(if $(FAST),--fast)
+	$(BIN)/python -m experiments.quickstart --seeds $(SEEDS) $(if $(FAST),--fast)
 
 test: install browser ## the default tests: no GPU, no network, a few minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
@@ -59,6 +59,7 @@ test-slow: install ## the slow tests
 check: install ## ruff and pyright, in the pinned world
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
 bench: install ## the CPU rows of benchmarks/RESULTS.md: some minutes on two idle cores
@@ -76,7 +77,7 @@ ifdef OVERRIDES
 	.venv-lock/bin/pip freeze --all | grep -E '$(FAMILY)' | grep -v '^torch' >> .venv-lock/new
 	mv .venv-lock/new $(OVERRIDES)
 else
-	.venv-lock/bin/pip install --quiet '.[dev]'
+	.venv-lock/bin/pip install --quiet '.[dev,docs]'
 	sed '/^#/!d' requirements.lock > .venv-lock/new
 	.venv-lock/bin/pip freeze --all --exclude pip --exclude foundry-ext >> .venv-lock/new
 	mv .venv-lock/new requirements.lock

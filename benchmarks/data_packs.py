@@ -14,12 +14,12 @@ import pyarrow as pa
 from benchmarks.data_figures import Table, best_of, memory
 from benchmarks.data_text import VOCABULARY, make_tokenizer
 from benchmarks.packing import make_lengths
-from foundry_ext.data.batch import IGNORE_INDEX
-from foundry_ext.data.collator import Document, PackCollator
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import FEATURES, Documents
-from foundry_ext.data.packing import pack
-from foundry_ext.data.sampler import PackedBatchSampler
+from foundry_ext.packing.algorithm import pack
+from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.packing.collator import Document, PackCollator
+from foundry_ext.packing.sampler import PackedBatchSampler
 
 TOKENS_PER_SECOND = 400_000  # of a GPU step: the aim for 135M on an H200
 

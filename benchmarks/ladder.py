@@ -22,7 +22,7 @@ from benchmarks.report import markdown, new_report, write_json
 from benchmarks.step_time import DEFAULTS, add_shipped, setup_of
 from benchmarks.variants import Bench
 from benchmarks.workloads import packed_workload
-from foundry_ext.compare.figures import FAINT, new_figure
+from foundry_ext.comparison.report.figures import FAINT, new_figure
 
 RESULTS = Path(__file__).parent / "results"
 # By names of benchmarks/variants.py. Padding-free is Hugging Face's answer, where flash-attn is.

@@ -18,7 +18,7 @@ from benchmarks.machine import as_line
 from benchmarks.report import new_report, write_json
 from benchmarks.variants import Bench, Setup
 from benchmarks.workloads import LENGTHS, Workload
-from foundry_ext.data.collator import Document
+from foundry_ext.packing.collator import Document
 
 # A small shape for a CPU; a GPU trains the model that is named.
 SMALL = {

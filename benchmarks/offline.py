@@ -14,7 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks.workloads import LENGTHS, LONGEST
-from foundry_ext.run_config import load_config
+from foundry_ext.config.loading import load_config
 
 LABELLED = 0.5  # of a row's tokens, those of its response
 VOCABULARY = 49152

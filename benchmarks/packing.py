@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout, installed or not
 
-from foundry_ext.data.packing import pack
+from foundry_ext.packing.algorithm import pack
 
 LENGTHS = {"a": (350, 0.9), "b": (600, 1.4), "c": (80, 0.7)}  # median, sigma
 CAPACITIES = (2048, 8192)

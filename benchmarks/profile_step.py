@@ -28,7 +28,7 @@ from benchmarks.report import new_report, write_json
 from benchmarks.step_time import DEFAULTS, add_shipped, setup_of
 from benchmarks.variants import METHODS, VARIANTS, Absent, Bench, Step
 from benchmarks.workloads import packed_workload
-from foundry_ext.compare.figures import new_figure
+from foundry_ext.comparison.report.figures import new_figure
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS: tuple[str, ...] = (

@@ -18,7 +18,7 @@ from benchmarks.measure import alternate, spread
 from benchmarks.report import new_report, write_json
 from benchmarks.variants import Bench, Setup, Step
 from benchmarks.workloads import LONGEST, Workload, make_documents, packed_workload
-from foundry_ext.compare.figures import FAINT, new_figure
+from foundry_ext.comparison.report.figures import FAINT, new_figure
 from foundry_ext.models.flops import peak_flops
 
 # Axis -> device -> points. A CPU computes some hundred tokens a second.

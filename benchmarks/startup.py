@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 YAML = Path("yamls/finetune/smollm2-135m_metamathqa_lora.yaml")
-LAUNCH = "foundry_ext.launch, YAML read and checked"
+LAUNCH = "foundry_ext.launch.train, YAML read and checked"
 # The order of the table, and what is ours.
 PARTS = {
     "Python": False,
@@ -82,7 +82,7 @@ def child(path: Path, started: float) -> dict[str, list[float]]:
     """
     marks = Marks(started)
     marks.mark("Python")
-    from foundry_ext.launch import check_all
+    from foundry_ext.launch.train import check_all
 
     ((_, config),), _ = check_all([path], [])
     marks.mark(LAUNCH)

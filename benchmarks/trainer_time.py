@@ -33,8 +33,8 @@ from benchmarks.measure import STEPS_A_SAMPLE, synchronize
 from benchmarks.offline import offline_config
 from benchmarks.trainer_parts import CORE, HostWaits, Parts
 from benchmarks.workloads import LENGTHS
-from foundry_ext.callbacks.metrics_file import read_metrics
-from foundry_ext.data.batch import Pack, split_batch
+from foundry_ext.packing.batch import Pack, split_batch
+from foundry_ext.training.loggers.metrics_file import read_metrics
 
 YAML = Path("yamls/finetune/smollm2-135m_metamathqa_full.yaml")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -172,7 +172,7 @@ class Bench:
         torch.manual_seed(setup.seed)
         self.source = self._new_model(ours=True)
         if setup.frozen_dtype == "bf16" and setup.method != "full":
-            from foundry_ext.frozen import hold_frozen_in_bf16
+            from foundry_ext.adapters.frozen import hold_frozen_in_bf16
 
             hold_frozen_in_bf16(self.source)  # pyright: ignore[reportArgumentType]
         trained = [p for p in self.source.parameters() if p.requires_grad]
@@ -242,8 +242,8 @@ def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if ours:
-        from foundry_ext.casts import leave_casts_to_autocast
-        from foundry_ext.dora import use_fast_dora
+        from foundry_ext.adapters.casts import leave_casts_to_autocast
+        from foundry_ext.adapters.dora import use_fast_dora
 
         use_fast_dora(adapted)
         leave_casts_to_autocast(adapted)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foundry_ext.data.collator import Document, PackCollator
-from foundry_ext.data.packing import most_documents, pack
+from foundry_ext.packing.algorithm import most_documents, pack
+from foundry_ext.packing.collator import Document, PackCollator
 
 # Medians and sigmas of log-normal lengths: instruction tuning, code, chat.
 LENGTHS = {"a": (350, 0.9), "b": (600, 1.4), "c": (80, 0.7)}

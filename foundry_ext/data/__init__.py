@@ -1,0 +1,1 @@
+"""Rows to tokenised documents to data loaders."""

@@ -13,8 +13,6 @@ from composer.utils import dist
 from datasets.exceptions import DatasetsError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.batch import num_documents, num_tokens, split_batch
-from foundry_ext.data.collator import PackCollator
 from foundry_ext.data.config import (
     FINETUNING_KEYS,
     TEXT_KEYS,
@@ -29,7 +27,6 @@ from foundry_ext.data.config import (
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments, draw
-from foundry_ext.data.packing import most_documents
 from foundry_ext.data.sources import (
     fetch,
     find_revision,
@@ -38,6 +35,9 @@ from foundry_ext.data.sources import (
     local_rank_zero_first,
 )
 from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
+from foundry_ext.packing.algorithm import most_documents
+from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
+from foundry_ext.packing.collator import PackCollator
 
 log = logging.getLogger(__name__)
 

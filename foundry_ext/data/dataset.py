@@ -9,11 +9,11 @@ from composer.utils import reproducibility
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from foundry_ext.data.batch import Pack
-from foundry_ext.data.collator import PackCollator
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments
-from foundry_ext.data.sampler import PackedBatchSampler
+from foundry_ext.packing.batch import Pack
+from foundry_ext.packing.collator import PackCollator
+from foundry_ext.packing.sampler import PackedBatchSampler
 
 
 class PackedDataset(Dataset):

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from foundry_ext.data.collator import Document
+from foundry_ext.packing.collator import Document
 
 
 class Outcome(IntEnum):

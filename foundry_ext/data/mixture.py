@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foundry_ext.data.collator import Document
 from foundry_ext.data.documents import Documents, count_outcomes
+from foundry_ext.packing.collator import Document
 
 # Which documents are drawn is part of the data, so no seed of a run changes it: runs of several
 # seeds differ in order alone, and a run is resumed with the documents it was started with.

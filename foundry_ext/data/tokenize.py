@@ -24,10 +24,10 @@ from llmfoundry.data.finetuning.tasks import (
 from llmfoundry.utils.exceptions import BaseContextualError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.batch import IGNORE_INDEX
 from foundry_ext.data.cache import cached, table_key
 from foundry_ext.data.documents import Documents
-from foundry_ext.data.records import NO_TOKENS, Tokens, to_records, to_table
+from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
+from foundry_ext.packing.batch import IGNORE_INDEX
 
 Preprocess = Callable[[dict[str, Any]], Any]
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.evaluation.configuration import DocumentsSettings
+from foundry_ext.evaluation.config import DocumentsSettings
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.packs import Share, evenly_spaced, score_documents
+from foundry_ext.evaluation.scoring import Share, evenly_spaced, score_documents
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 

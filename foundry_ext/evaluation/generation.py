@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.evaluation.configuration import GenerationSettings
+from foundry_ext.evaluation.config import GenerationSettings
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.packs import Share, evenly_spaced
 from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
+from foundry_ext.evaluation.scoring import Share, evenly_spaced
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 

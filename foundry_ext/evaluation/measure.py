@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.evaluation.configuration import (
+from foundry_ext.evaluation.config import (
     DocumentsSettings,
     GenerationSettings,
     MultipleChoiceSettings,
@@ -20,7 +20,7 @@ from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.metrics import Item, set_metrics
 from foundry_ext.evaluation.multiple_choice import MultipleChoiceSet
-from foundry_ext.evaluation.packs import Share
+from foundry_ext.evaluation.scoring import Share
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 

@@ -6,7 +6,7 @@ Positive learning: learned more. Positive forgetting: forgot more. Both against 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from foundry_ext.evaluation.configuration import MultipleChoiceSettings, SetSettings
+from foundry_ext.evaluation.config import MultipleChoiceSettings, SetSettings
 
 Item = dict[str, Any]
 

@@ -13,13 +13,13 @@ from typing import Any, cast
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.collator import Document, PackCollator
-from foundry_ext.evaluation.configuration import MultipleChoiceSettings
+from foundry_ext.evaluation.config import MultipleChoiceSettings
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.packs import Share, evenly_spaced, score_documents
 from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
+from foundry_ext.evaluation.scoring import Share, evenly_spaced, score_documents
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.packing.collator import Document, PackCollator
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from foundry_ext.data.batch import Pack
-from foundry_ext.data.collator import Document, PackCollator
+from foundry_ext.packing.batch import Pack
+from foundry_ext.packing.collator import Document, PackCollator
 
 MAX_SEQ_LEN = 20
 BUILT: list[Any] = []  # the loaders of the test at hand

@@ -14,12 +14,12 @@ from llmfoundry.data.dataloader import build_dataloader
 from torch.utils.data import DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from foundry_ext.data.batch import IGNORE_INDEX
 from foundry_ext.data.dataloader import (
     build_packed_finetuning_dataloader,
     build_packed_text_dataloader,
 )
-from foundry_ext.data.packing import most_documents
+from foundry_ext.packing.algorithm import most_documents
+from foundry_ext.packing.batch import IGNORE_INDEX
 from tests.data.kit import assert_batches_equal, build, split_documents, walk
 
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"

@@ -14,13 +14,19 @@ import datasets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry_ext.data.batch import IGNORE_INDEX, join_packs, num_documents, num_tokens, split_batch
-from foundry_ext.data.collator import PackCollator
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import FEATURES, Documents, Outcome
 from foundry_ext.data.mixture import MixedDocuments, draw
-from foundry_ext.data.packing import most_documents, pack
-from foundry_ext.data.records import Record, Tokens, to_records, to_table
+from foundry_ext.data.table import Record, Tokens, to_records, to_table
+from foundry_ext.packing.algorithm import most_documents, pack
+from foundry_ext.packing.batch import (
+    IGNORE_INDEX,
+    join_packs,
+    num_documents,
+    num_tokens,
+    split_batch,
+)
+from foundry_ext.packing.collator import PackCollator
 from tests.data.kit import document, split_documents
 from tests.properties import examples
 

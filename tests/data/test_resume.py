@@ -9,11 +9,11 @@ from composer import ComposerModel, Trainer
 from composer.utils import reproducibility
 from torch import nn
 
-from foundry_ext.data.collator import PackCollator
 from foundry_ext.data.dataloader import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
+from foundry_ext.packing.collator import PackCollator
 from tests.data.kit import assert_batches_equal, build, walk
 
 CAPACITY = 256

@@ -13,9 +13,9 @@ from llmfoundry.data.finetuning.tasks import is_valid_ift_example, tokenize_form
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from foundry_ext.data.batch import IGNORE_INDEX
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.tokenize import TokenizeSettings, _Reader, tokenize_rows
+from foundry_ext.packing.batch import IGNORE_INDEX
 
 LONG = 2048
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"

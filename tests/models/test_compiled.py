@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from foundry_ext.data.collator import Document, PackCollator
 from foundry_ext.models import attention, loss
 from foundry_ext.models.compiled import compile_model, graphs_compiled
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM, decoder_layer
+from foundry_ext.packing.collator import Document, PackCollator
 
 PACK_TOKENS, MAX_SEQ_LEN = 64, 24
 

@@ -25,7 +25,7 @@ from foundry_ext.models.memory import (
 )
 from foundry_ext.models.memory import count_layer as count
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.plan_model import PlannedModel
+from foundry_ext.preflight.plan.model import PlannedModel
 
 ROOT = Path(__file__).parents[2]
 # Small, and of parts that differ, so that one taken for another shows.

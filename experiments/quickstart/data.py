@@ -1,0 +1,40 @@
+"""What the quickstart reads: library and problems, for training, held out, and as choices."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.quickstart import library, problems
+
+# Fixed, whatever the seed of a run: all runs are measured on the same held-out items.
+SEED = 0
+NUM_TRAIN = 6000
+NUM_EVAL = 160
+NUM_CHOICES = 80
+
+
+def prepare(folder: Path) -> None:
+    """Writes data/*.jsonl and tokenizer/ into `folder`; what is there already is written anew."""
+    source = library.standard_library()
+    parts: dict[str, Iterable[Mapping[str, Any]]] = {
+        "library_train": source["train"],
+        "library_eval": source["eval"],
+        "library_choice": library.choices(source["eval"], NUM_CHOICES, SEED),
+        "problems_train": problems.problems("train", NUM_TRAIN, SEED),
+        "problems_eval": problems.problems("eval", NUM_EVAL, SEED),
+        "problem_choice": problems.choices(NUM_CHOICES, SEED),
+    }
+    for name, rows in parts.items():
+        path = folder / "data" / f"{name}.jsonl"
+        print(f"{path}: {write_jsonl(path, rows)} rows")
+    library.train_tokenizer([row["text"] for row in source["train"]], folder / "tokenizer")
+    print(f"{folder / 'tokenizer'}: {library.VOCABULARY} byte-level BPE tokens")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """The number of rows written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    return len(lines)

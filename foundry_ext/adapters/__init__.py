@@ -1,0 +1,1 @@
+"""Fine-tuning methods on peft: LoRA, DoRA, rsLoRA, PiSSA."""

@@ -1,0 +1,1 @@
+"""Measures what training did to the weights."""

@@ -1,1 +1,0 @@
-"""Composer callbacks, one file each, registered by entry point."""

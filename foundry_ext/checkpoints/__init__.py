@@ -1,0 +1,1 @@
+"""Weights on disk: atomic files, safe reading, export, merge."""

@@ -1,0 +1,271 @@
+"""Adapters in, and out: checked, loaded; Composer checkpoint -> Hugging Face folder."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import huggingface_hub
+from composer.models.huggingface import HuggingFaceModel, filter_state_dict_peft
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from torch import nn
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama import LlamaConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from foundry_ext.adapters import methods, pissa
+from foundry_ext.checkpoints.safe_load import load_checkpoint
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
+
+
+def adaptable_modules(model: nn.Module) -> list[str]:
+    """Full names of the modules that peft can put an adapter on."""
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear | nn.Embedding)]
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
+    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find.
+
+    Raises:
+        ValueError: an adapter that is not there, a pickle, not supported, or does not fit the
+            model.
+    """
+    if not Path(path).is_dir():
+        _name_the_hub(path)
+    elif not Path(path, "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"adapter {path} holds no adapter_model.safetensors: a pickle (.bin) could run code"
+            " when it is read; save it anew with safe_serialization=True, or name another folder"
+        )
+    config = PeftConfig.from_pretrained(path)
+    try:
+        methods.check(config.to_dict(), adaptable_modules(model))
+    except ValueError as error:
+        raise ValueError(f"adapter {path}: {error}") from error
+    assert isinstance(config, LoraConfig)
+    if config.init_lora_weights == "pissa":
+        raise ValueError(
+            f"adapter {path} needs the residual of its own base model, which a saved PiSSA adapter"
+            " does not hold; export its checkpoint with foundry-ext, which writes a LoRA"
+        )
+    config.inference_mode = False
+    adapted = PeftModelForCausalLM(model, config)  # pyright: ignore[reportArgumentType]
+    base = getattr(model.config, "_name_or_path", None)
+    if config.base_model_name_or_path not in (None, "", base):
+        log.warning(
+            "adapter %s was trained on %s and goes on here on %s: unless both are the same weights,"
+            " it does not fit",
+            *(path, config.base_model_name_or_path, base),
+        )
+    try:
+        report = adapted.load_adapter(path, "default", is_trainable=True)
+    except RuntimeError as error:  # another shape
+        problem = shorten(str(error), 200, placeholder=" ...")
+        raise ValueError(
+            f"adapter {path} does not fit the model {base}; name the one that it was trained on,"
+            f" {config.base_model_name_or_path or 'which it does not say'} ({problem})"
+        ) from error
+    if report.missing_keys or report.unexpected_keys:
+        raise ValueError(
+            f"adapter {path} does not fit the model: missing {report.missing_keys[:3]}, left over"
+            f" {report.unexpected_keys[:3]}"
+        )
+    return adapted
+
+
+def _name_the_hub(path: str) -> None:
+    """Raises ValueError unless the hub, or its cache, has the adapter of this name, unpickled."""
+    try:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            huggingface_hub.hf_hub_download(path, name)
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"adapter {path} is no folder here, and the hub does not give it; give a local folder"
+            " with adapter_config.json and adapter_model.safetensors"
+            f" ({type(error).__name__}: {shorten(str(error), 160, placeholder=' ...')})"
+        ) from error
+
+
+def export_checkpoint(checkpoint: Path, out: Path) -> Path:
+    """Writes a Composer checkpoint as a folder that stock transformers, or peft, loads.
+
+    A full model becomes config.json and model.safetensors in fp32 (config says LlamaForCausalLM);
+    an adapter becomes adapter_config.json and adapter_model.safetensors, to be loaded onto the base
+    model that its configuration names. The tokenizer comes along.
+
+    Args:
+        checkpoint: a file that Composer saved (`ep1-ba10-rank0.pt`, or its `latest` link).
+        out: a new or empty folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: not a whole checkpoint of a smollm2_packed model, `out` in use, or weights that
+            do not fit the saved configuration.
+    """
+    refuse_folder_in_use(out)
+    state = _load_state(checkpoint)
+    try:
+        saved, weights = state["integrations"]["huggingface"], state["model"]
+        config = saved["model"]["config"]["content"]
+    except KeyError as error:
+        raise ValueError(
+            f"{checkpoint} holds no {error}: it is of no Hugging Face model"
+        ) from error
+    if config["model_type"] != "llama":
+        raise ValueError(f"{checkpoint} is of a {config['model_type']} model, not of SmolLM2")
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    model = _build(saved["model"], weights, checkpoint)
+    with Scratch(out) as scratch:
+        write_folder(model, _saved_tokenizer(saved, scratch / "tokenizer"), scratch)
+    return out
+
+
+def write_folder(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Model, or adapter, and tokenizer as stock libraries load them; `weights` if not its own."""
+    # Else peft looks on the hub whether the vocabulary has grown, which is refused where it could.
+    adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    with pissa.as_plain_lora(model, weights) as weights:
+        options: dict[str, Any] = {"state_dict": weights, **adapter}
+        model.save_pretrained(str(folder), **options)
+    if adapter:
+        _sort_targets(folder / "adapter_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _sort_targets(path: Path) -> None:
+    """peft writes a set in the order of its hashes: equal runs are to write equal files."""
+    content = json.loads(path.read_text())
+    if isinstance(content["target_modules"], list):
+        content["target_modules"].sort()
+        path.write_text(json.dumps(content, indent=2, sort_keys=True))
+
+
+def refuse_folder_in_use(out: Path) -> None:
+    """Raises ValueError unless `out` is new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name another folder or remove it")
+
+
+class Scratch:
+    """A folder beside `out` that takes its place, whole or not at all."""
+
+    def __init__(self, out: Path):
+        self.out, self.folder = out, out.with_name(out.name + ".partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        if self.out.exists():
+            self.out.rmdir()
+        self.folder.rename(self.out)
+
+
+def _load_state(checkpoint: Path) -> dict[str, Any]:
+    if checkpoint.is_dir():
+        files = sorted(file.name for file in checkpoint.glob("*.pt"))
+        if files:
+            way_out = f"name one of its files, {', '.join(files[-3:])}"
+        elif any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
+            way_out = "it is a Hugging Face folder already"
+        else:
+            way_out = "if it is a sharded checkpoint, save with state_dict_type: full"
+        raise ValueError(f"{checkpoint} is a folder, not a Composer .pt file; {way_out}")
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+    try:
+        return load_checkpoint(checkpoint)["state"]
+    except ValueError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{checkpoint} is not a readable Composer checkpoint: {problem}"
+        ) from error
+
+
+def _build(
+    saved: dict[str, Any], weights: dict[str, Any], source: Path
+) -> SmolLM2ForCausalLM | PeftModel:
+    """The model with exactly these weights: one left random would be a model that looks whole."""
+    adapter = saved.get("peft_config", {}).get("content")
+    config: Any = LlamaConfig.from_dict(saved["config"]["content"])
+    if adapter is not None:
+        config.name_or_path = adapter["base_model_name_or_path"]
+    model = SmolLM2ForCausalLM(config)
+    if "generation_config" in saved:
+        content = saved["generation_config"]["content"]
+        model.generation_config = GenerationConfig.from_dict(content)
+    expected: Any = model.state_dict()
+    if adapter is not None:
+        # Not initialised as it was: PiSSA would decompose random matrices.
+        peft_config = LoraConfig(**adapter | {"init_lora_weights": True})
+        model = get_peft_model(model, peft_config)
+        assert isinstance(model, PeftModel)
+        peft_config.init_lora_weights = adapter["init_lora_weights"]
+        if pissa.is_pissa(model):
+            pissa.empty_initial_factors(model)
+        # The base model is in the checkpoint only if it was asked for, and not in the export.
+        expected, weights = (
+            filter_state_dict_peft(names, peft_config, remove_adapter_names=False)
+            for names in (model.state_dict(), weights)
+        )
+    wrong = sorted(expected.keys() ^ weights.keys())
+    if wrong:
+        raise ValueError(
+            f"{source} does not hold the weights of its own configuration: missing or left over"
+            f" {', '.join(wrong[:3])}"
+        )
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # another shape
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{source} does not fit its own configuration: {problem}") from error
+    return model
+
+
+def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenizerBase | None:
+    for name, content in (saved.get("tokenizer") or {}).items():
+        # Composer writes them under these names, wherever those lead.
+        if Path(name).name != name or content["file_extension"] not in _TOKENIZER_FILES:
+            raise ValueError(
+                f"the checkpoint's tokenizer has a file {name!r}{content['file_extension']}, which"
+                " is none that a tokenizer needs, and could be code or lie anywhere"
+            )
+    tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
+        saved, tokenizer_save_dir=str(scratch)
+    )
+    shutil.rmtree(scratch, ignore_errors=True)
+    return tokenizer
+
+
+def describe_export(out: Path) -> str:
+    """One line: what was written, to be loaded with what."""
+    adapter = out / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return f"{out}: adapter; PeftModel.from_pretrained(base, path), base model {base!r}"
+    return f"{out}: full model; AutoModelForCausalLM.from_pretrained(path)"

@@ -1,0 +1,127 @@
+"""A fine-tuned model beside the base model it came from, for merging and for looking inside."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.llama import LlamaForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from foundry_ext.checkpoints.export import export_checkpoint, load_adapter
+from foundry_ext.models.pretrained import HUB_NAMES
+from foundry_ext.records.record import read_record
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@contextmanager
+def as_folder(path: Path) -> Iterator[Path]:
+    """The Hugging Face folder of a model or adapter; of a Composer checkpoint, its export, which
+    is gone afterwards.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or none of the three.
+    """
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+            raise ValueError(
+                f"{path} holds neither adapter_config.json nor config.json; give a Hugging Face"
+                " model or adapter folder, or a Composer .pt file"
+            )
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield export_checkpoint(path, Path(scratch) / "export")
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def base_name(folder: Path, given: str | None) -> str:
+    """The base model: as given, or as the adapter names it.
+
+    Raises:
+        ValueError: a full model, which names none, or a name that stands for random weights.
+    """
+    name = given
+    if name is None and is_adapter(folder):
+        name = read_adapter_config(folder)["base_model_name_or_path"]
+    if not name:
+        raise ValueError(f"{folder} does not say what it was tuned from; give --base")
+    if name in HUB_NAMES:
+        raise ValueError(
+            f"{name} is a shape without weights, so the base model was random and is not kept; give"
+            " the base model by --base"
+        )
+    return name
+
+
+def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
+    """A Llama-shaped model in fp32 and evaluation mode.
+
+    Raises:
+        ValueError: not to be had, of another architecture, or with weights missing or left over.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "llama":
+            raise ValueError(f"{name} is a {config.model_type} model, not of SmolLM2")
+        loaded: Any = kind.from_pretrained(
+            name, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except OSError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"model {name} cannot be loaded; name another by --base: {problem}"
+        ) from error
+    model, report = loaded
+    wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
+    if wrong:
+        raise ValueError(f"model {name} does not fit its configuration: {wrong}")
+    return model.eval()
+
+
+def record_above(path: Path) -> Path | None:
+    """A run's folder holds its record, and exports and checkpoints one level down."""
+    folder = path.resolve()
+    candidates = (parent / "record.json" for parent in (folder, *folder.parents[:2]))
+    return next((record for record in candidates if record.is_file()), None)
+
+
+def recorded_base(path: Path) -> str | None:
+    """The model that the run which wrote `path` started from, if its record is near."""
+    record = record_above(path)
+    if record is None:
+        return None
+    model = read_record(record)["config"].get("model", {})
+    return model.get("pretrained_model_name_or_path") if model.get("pretrained", True) else None
+
+
+def load_tuned(folder: Path, base: str, kind: type[Model] = LlamaForCausalLM) -> Model | PeftModel:
+    """The tuned model in fp32 and evaluation mode, its adapter not merged."""
+    if is_adapter(folder):
+        return load_adapter(load_model(base, kind), str(folder)).eval()
+    return load_model(str(folder), kind)
+
+
+def load_tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the tuned model, else that of its base model."""
+    own = (folder / "tokenizer_config.json").is_file()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if own else base)
+    except OSError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"no tokenizer in {folder} or {base}: {problem}") from error

@@ -1,0 +1,228 @@
+"""An adapter merged into its base model, with a certificate that the model is still the same one.
+
+In fp32, by the formulas written out here: LoRA and rsLoRA W + scale * B @ A; DoRA
+m * V / |V| by rows, with V = W + scale * B @ A. The certificate compares with the model as it was
+trained, adapter unmerged, whose logits peft computes by a way of its own.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from foundry_ext.adapters import methods
+from foundry_ext.adapters.pissa import adapters_off
+from foundry_ext.checkpoints.export import Scratch, refuse_folder_in_use
+from foundry_ext.checkpoints.loading import (
+    as_folder,
+    base_name,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    load_tuned,
+)
+
+CERTIFICATE = "merge_certificate.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Largest difference of a logit. In fp32 that is rounding; in bf16 every weight is off by up to
+# 2^-9 of itself, and that is the price of the cast, with or without an adapter.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+_PACKAGES = ("foundry-ext", "torch", "transformers", "peft")
+_WINDOW, _WINDOWS = 512, 4  # tokens of a forward pass, and how many: logits are kept
+
+TEXT = """\
+The lighthouse keeper counted the ships twice that evening, because the fog had come in early and \
+the bell on the northern rocks no longer answered. "There were seven this morning," he wrote, "and \
+I can account for six." By midnight the wind had turned, and with it the smell of the sea.
+
+Water boils at a lower temperature on a mountain than at the coast, since the air above presses \
+less upon its surface. A cook who moves uphill therefore waits longer for an egg to set.
+
+Question: A baker sells 14 loaves in the morning and half as many in the afternoon. Each loaf \
+costs 3 dollars. How much does she earn in a day?
+Answer: In the afternoon she sells 14 / 2 = 7 loaves, which makes 14 + 7 = 21 loaves in all. She \
+earns 21 * 3 = 63 dollars. #### 63
+
+def running_mean(values, window):
+    \"\"\"The mean of the last `window` values at every position.\"\"\"
+    total, means = 0.0, []
+    for index, value in enumerate(values):
+        total += value
+        if index >= window:
+            total -= values[index - window]
+        means.append(total / min(index + 1, window))
+    return means
+"""
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Over all positions and the whole vocabulary; agreement is that of the likeliest token."""
+
+    largest: float
+    mean: float
+    argmax_agreement: float
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    tolerance: float | None = None,
+    text: str = TEXT,
+) -> dict[str, Any]:
+    """Writes the merged model as a folder that stock transformers loads, and its certificate.
+
+    Args:
+        adapter: a peft folder, or a Composer checkpoint of an adapter.
+        out: a new or empty folder; on any error nothing is there.
+        base: the base model, if not the one that the adapter names.
+        dtype: of the weights written; the merging itself is in fp32.
+        tolerance: the largest difference of a logit between the adapter's model and what was
+            written; `TOLERANCE[dtype]` if None.
+        text: what is compared on; at most 2048 tokens of it.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ValueError: no adapter, one that cannot be merged, or a difference past the tolerance.
+    """
+    refuse_folder_in_use(out)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    name, tokenizer, model = _load(adapter, base)
+    windows = _windows(tokenizer, text)
+    certificate: dict[str, Any] = {
+        "schema_version": 1,
+        "base": name,
+        "method": methods.describe(model.peft_config["default"].to_dict()).name,
+        "dtype": dtype,
+        "tolerance": allowed,
+        "text": {"tokens": sum(len(ids[0]) for ids in windows), "built_in": text == TEXT},
+    }
+    unmerged = _logits(model, windows)
+    with adapters_off(model):
+        certificate["base_to_adapted"] = asdict(compare_logits(_logits(model, windows), unmerged))
+    certificate["scales"] = merge_weights(model)
+    merged: Any = cast(Any, model).unload()
+    certificate["head_tied"] = merged.lm_head.weight is merged.model.embed_tokens.weight
+    if merged.config.tie_word_embeddings and not certificate["head_tied"]:
+        raise ValueError(f"{adapter}: merging untied the head from the embedding")
+    found = compare_logits(_logits(merged, windows), unmerged)
+    _check(found, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32")
+    certificate["merged_in_float32"] = asdict(found)
+    with Scratch(out) as scratch:
+        merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
+        tokenizer.save_pretrained(scratch)
+        found = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
+        _check(found, allowed, f"writing {dtype}")
+        certificate["written"] = asdict(found)
+        certificate["versions"] = {package: version(package) for package in _PACKAGES}
+        (scratch / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+    return certificate
+
+
+def _load(adapter: Path, base: str | None) -> tuple[str, PreTrainedTokenizerBase, PeftModel]:
+    """The base model's name, the tokenizer, and the model with its adapter, not merged."""
+    with as_folder(adapter) as folder:
+        if not is_adapter(folder):
+            raise ValueError(
+                f"{adapter} is a full model, which has nothing to merge; use it as it is"
+            )
+        name = base_name(folder, base)
+        model = load_tuned(folder, name)
+        assert isinstance(model, PeftModel)
+        return name, load_tokenizer(folder, name), model
+
+
+@torch.no_grad()
+def merge_weights(model: PeftModel) -> dict[str, float]:
+    """Puts every adapter's change into the weight below it; the adapters stay where they are.
+
+    Returns:
+        The scale that was used, by module.
+
+    Raises:
+        ValueError: an adapter on the embedding, which the tied head would change with.
+    """
+    config = model.peft_config["default"].to_dict()
+    scales = {}
+    for name, layer in lora_layers(model):
+        scales[name] = methods.scale_of(config, name)
+        weight: Any = layer.get_base_layer().weight
+        weight.copy_(merged_weight(layer, scales[name]))
+    return scales
+
+
+def merged_weight(layer: LoraLayer, scale: float) -> Tensor:
+    """[out, in]: what one adapted linear amounts to."""
+    A, B = (side["default"].weight for side in (layer.lora_A, layer.lora_B))
+    weight: Tensor = layer.get_base_layer().weight + scale * (B @ A)  # pyright: ignore[reportOperatorIssue]
+    if "default" not in layer.lora_magnitude_vector:
+        return weight
+    magnitude: Any = layer.lora_magnitude_vector["default"].weight
+    return magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+
+
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted linears by name.
+
+    Raises:
+        ValueError: an adapted embedding.
+    """
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            if not isinstance(module.get_base_layer(), nn.Linear):
+                raise ValueError(
+                    f"{name} has an adapter, and the head tied to it would change with it; use the"
+                    " adapter unmerged"
+                )
+            yield name, module
+
+
+def compare_logits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitDifference:
+    """Of two lists of [T, V] logits."""
+    pairs = list(zip(ours, theirs, strict=True))
+    difference = [(a - b).abs() for a, b in pairs]
+    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
+    return LogitDifference(
+        largest=max(d.max().item() for d in difference),
+        mean=sum(d.sum().item() for d in difference) / sum(d.numel() for d in difference),
+        argmax_agreement=agree.float().mean().item(),
+    )
+
+
+def _check(found: LogitDifference, tolerance: float, what: str) -> None:
+    if not found.largest <= tolerance:  # NaN is past every tolerance
+        raise ValueError(
+            f"{what} moves a logit by {found.largest:.3g}, past the tolerance of {tolerance:g};"
+            " nothing was written. Is the base model the one the adapter was trained on? A larger"
+            " --tolerance takes the difference"
+        )
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor]:
+    """[1, T] ids each, T at most 512."""
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+    ids = encoded["input_ids"][:, : _WINDOW * _WINDOWS].long()
+    if ids.numel() == 0:
+        raise ValueError("the text to compare on is empty")
+    return list(ids.split(_WINDOW, dim=1))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, windows: Sequence[Tensor]) -> list[Tensor]:
+    """[T, V] for every window, in fp32."""
+    return [model(input_ids=ids).logits[0].float() for ids in windows]

@@ -1,0 +1,1 @@
+"""Subcommands of foundry-ext, one module each."""

@@ -1,0 +1,50 @@
+"""`foundry-ext check-fair FILE... [key=value ...]`: runs that are to differ by method alone."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="FILE.yaml | key=value",
+        help="the runs' YAML files; overrides hold for every file",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a dotted key that may differ, with all below it; repeatable",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from foundry_ext.comparison.fairness import by_design, differences
+    from foundry_ext.config.loading import UsageError, load_config, split_arguments
+
+    files, overrides = split_arguments(arguments.arguments)
+    if len(set(files)) < 2:
+        raise UsageError(f"{files[0]}: one file; check-fair compares two or more")
+    names_differ = len({path.name for path in files}) == len(files)
+    configs = {}
+    for path in files:
+        config = OmegaConf.to_container(load_config(path, overrides), resolve=True)
+        assert isinstance(config, dict)
+        configs[path.name if names_differ else str(path)] = config
+    found = differences(configs, allow=arguments.allow)
+    if not found:
+        allowed = f"; allowed to differ: {', '.join(arguments.allow)}" if arguments.allow else ""
+        print(
+            f"{len(configs)} runs are equal in data, batches, schedule, evaluation and all else"
+            f"{allowed}; they differ by design in method, learning rate and effective scale: "
+            f"{by_design(configs)}"
+        )
+        return 0
+    print(f"{len(configs)} runs differ in more than method and learning rate:")
+    for difference in found:
+        print(f"  {difference}")
+    print("make these equal in every file, or name a key that may differ by --allow KEY")
+    return 1

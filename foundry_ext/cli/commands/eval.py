@@ -1,0 +1,48 @@
+"""`foundry-ext eval MODEL --sets FILE`: learning and forgetting of a finished model."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a Hugging Face folder, an adapter folder or a Composer .pt file; with --lm-eval, a"
+        " record.json",
+    )
+    parser.add_argument(
+        "--base",
+        help="the model it was tuned from: a folder or a hub name (an adapter names its own)",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--sets", type=Path, metavar="FILE", help="a YAML with `sets`, or a run's own YAML"
+    )
+    what.add_argument(
+        "--lm-eval",
+        type=Path,
+        metavar="RESULTS",
+        help="enter these results of lm_eval --output_path into the record instead",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write evaluation.json and items.jsonl here"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.lm_eval is not None:
+        from foundry_ext.evaluation.lm_eval_results import enter_results
+
+        for name, value in enter_results(arguments.lm_eval, arguments.model).items():
+            print(f"{name} {value:.4f}")
+        return 0
+    from foundry_ext.evaluation.standalone import describe, evaluate, read_sets, write
+
+    found = evaluate(arguments.model, read_sets(arguments.sets), arguments.base)
+    print(describe(found.report))
+    if arguments.out is not None:
+        write(found, arguments.out)
+        print(f"{arguments.out}: evaluation.json, items.jsonl")
+    return 0

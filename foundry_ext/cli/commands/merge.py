@@ -1,0 +1,42 @@
+"""`foundry-ext merge ADAPTER OUT`: an adapter merged into its base model, with a certificate."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="a peft folder or a Composer .pt file"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument("--base", help="the base model, if not the one that the adapter names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest difference of a logit before and after (default: 1e-3; bfloat16: 0.5)",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="held-out text to compare on, instead of ours"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, merge
+
+    certificate = merge(
+        arguments.adapter,
+        arguments.out,
+        base=arguments.base,
+        dtype=arguments.dtype,
+        tolerance=arguments.tolerance,
+        text=arguments.text.read_text(encoding="utf-8") if arguments.text else TEXT,
+    )
+    written = certificate["written"]
+    print(
+        f"{arguments.out}: {certificate['method']} merged into {certificate['base']},"
+        f" {certificate['dtype']}; AutoModelForCausalLM.from_pretrained(path). Logits differ by at"
+        f" most {written['largest']:.2g}, {written['mean']:.2g} on average; the likeliest token is"
+        f" the same at {written['argmax_agreement']:.2%} of positions ({CERTIFICATE})"
+    )
+    return 0

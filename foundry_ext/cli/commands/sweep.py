@@ -1,0 +1,63 @@
+"""`foundry-ext sweep FILE`: the runs of a W&B sweep file, here, without a server."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="a sweep in W&B's format, method grid or random")
+    add("--dry-run", action="store_true", help="say what would be started, and start nothing")
+    add("--retry-failed", action="store_true", help="start failed runs again too")
+    add(
+        "--launcher",
+        choices=("fork", "subprocess"),
+        help="fork: on a CPU, imports once (default there); subprocess: the sweep's own command",
+    )
+    add(
+        "--gpus",
+        metavar="0,1",
+        help="devices, a run on each at once; 0+1,2+3 gives each run two",
+    )
+    add("--parallel", type=int, metavar="N", help="runs at once on a CPU (default: 1)")
+    add("--runs", type=int, metavar="N", help="how many of a random sweep; cuts a grid short")
+    add("--seed", type=int, default=17, help="of a random sweep (default: %(default)s)")
+    add(
+        "--limit-hours",
+        type=float,
+        default=1.0,
+        metavar="H",
+        help="ask before a sweep that is estimated to take longer (default: %(default)g)",
+    )
+    add("--yes", action="store_true", help="do not ask")
+    add(
+        "--tokens-per-second",
+        type=float,
+        metavar="X",
+        help="of one run, for the estimate (default: that of finished runs)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from foundry_ext.sweeps.run import run_sweep
+
+    gpus = (arguments.gpus or "").replace(" ", "").split(",") if arguments.gpus else []
+    try:
+        outcomes = run_sweep(
+            arguments.file,
+            launcher=arguments.launcher,
+            gpus=[group.replace("+", ",") for group in gpus],
+            parallel=arguments.parallel,
+            retry_failed=arguments.retry_failed,
+            num_runs=arguments.runs,
+            seed=arguments.seed,
+            limit_hours=arguments.limit_hours,
+            yes=arguments.yes,
+            tokens_per_second=arguments.tokens_per_second,
+            dry_run=arguments.dry_run,
+        )
+    except KeyboardInterrupt:
+        return 130
+    if arguments.dry_run:
+        return 0
+    return 0 if all(outcome.status == "finished" for outcome in outcomes) else 1

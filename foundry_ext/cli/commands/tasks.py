@@ -1,0 +1,35 @@
+"""`foundry-ext tasks NAME OUT`: an evaluation task as JSONL."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="NAME", help="hellaswag, arc_challenge, winogrande or gsm8k"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="the JSONL file to write")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="FILE",
+        help="a JSONL file with the hub's columns, in place of the hub",
+    )
+    parser.add_argument("--split", help="another split than the one with public labels")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from foundry_ext.evaluation.tasks import source_file, write_task
+
+    if arguments.source is not None and (arguments.split or arguments.revision):
+        raise ValueError("--split and --revision are the hub's; leave them out with --source")
+    count = write_task(
+        arguments.name,
+        arguments.out,
+        source=arguments.source,
+        split=arguments.split,
+        revision=arguments.revision,
+    )
+    print(f"{arguments.out}: {count} rows; {source_file(arguments.out)} says where from")
+    return 0

@@ -1,1 +1,0 @@
-"""Subcommands of `foundry-ext`, one file each: `add_arguments(parser)` and `run(arguments)`."""

@@ -1,1 +1,0 @@
-"""Runs compared: records, sweeps, fairness, statistics, the report. No torch is imported here."""

@@ -1,0 +1,1 @@
+"""Finished runs to statistics to a report. Works without torch."""

@@ -1,0 +1,211 @@
+"""Do runs differ by method and learning rate alone? Names every other difference.
+
+Compared is what a run reads: a resolved configuration. Left out, because it may differ:
+
+- the method's own keys: whether there is a `model.peft_config`, and in it `peft_type`, `use_dora`,
+  `use_rslora`, `init_lora_weights` and `lora_alpha`, whose effect is stated as the effective scale;
+- the learning rate: `optimizer.lr`, and that of LoRA+'s `param_groups`;
+- the run's name, where it writes to, and its labels in W&B and its record;
+- `variables`, which have no effect but through the keys that use them.
+
+`lora_dropout`, `target_modules` and everything else of an adapter are no part of a method: two
+adapters that differ in them are named. Seeds and ranks are values a comparison runs through: every
+method needs the same set of them.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foundry_ext.adapters.methods import check_numbers, describe
+
+ABSENT = "(absent)"
+_METHOD_KEYS = {"peft_type", "task_type", "use_dora", "use_rslora", "init_lora_weights"}
+_ADAPTER = "model.peft_config"
+_LEFT_OUT = re.compile(
+    r"run_name|save_folder|variables|seed|optimizer\.lr"
+    rf"|{re.escape(_ADAPTER)}\.({'|'.join(_METHOD_KEYS)}|r|lora_alpha)"
+    r"|loggers\.[^.]+\.(name|group|tags|path)"
+    r"|callbacks\.[^.]+\.(path|items|folder)|callbacks\.run_record\.experiment"
+)
+_ANY_ORDER = f"{_ADAPTER}.target_modules"
+_SECTIONS = (_ADAPTER, "optimizer", "variables.learning_rates")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key, and its value in each configuration, by the configuration's name."""
+
+    key: str
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        """`max_duration: 1ep in a.yaml, b.yaml; 2ep in c.yaml`."""
+        names: dict[str, list[str]] = {}
+        for name, value in self.values.items():
+            names.setdefault(_text(value), []).append(name)
+        parts = (f"{value} in {', '.join(group)}" for value, group in names.items())
+        return f"{self.key}: {'; '.join(parts)}"
+
+
+def differences(
+    configs: Mapping[str, Mapping[str, Any]], *, allow: Sequence[str] = ()
+) -> list[Difference]:
+    """What differs between resolved configurations besides method and learning rate, by key.
+
+    Args:
+        configs: a name for each (a file, a run), to be named by.
+        allow: dotted keys that may differ, with all below them.
+
+    Raises:
+        ValueError: fewer than two configurations, or one whose sections are none.
+    """
+    if len(configs) < 2:
+        raise ValueError(f"nothing to compare: {len(configs)} configuration(s), give two or more")
+    for name, config in configs.items():
+        check_sections(name, config)
+    flat = {name: _comparable(config) for name, config in configs.items()}
+    adapters = {name for name, config in configs.items() if _adapter(config)}
+    found = []
+    for key in sorted(set().union(*flat.values())):
+        concerned = adapters if key.startswith(f"{_ADAPTER}.") else flat
+        values = {name: leaves.get(key, ABSENT) for name, leaves in flat.items()}
+        values = {name: value for name, value in values.items() if name in concerned}
+        if len({_text(value) for value in values.values()}) > 1:
+            found.append(Difference(key, values))
+    found += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
+    adapted = {name: config for name, config in configs.items() if name in adapters}
+    found += _unequal_sets(adapted, f"{_ADAPTER}.r", lambda config: describe(_adapter(config)).rank)
+    found += _unequal_grids(configs)
+    return [one for one in found if not any(_is_below(one.key, key) for key in allow)]
+
+
+def check_sections(name: str, config: Mapping[str, Any]) -> None:
+    """What is walked into below must be mappings, and groups of parameters a list of them."""
+    for key in _SECTIONS:
+        node: Any = config
+        for part in key.split("."):
+            node = node.get(part) or {}
+            if not isinstance(node, Mapping):
+                raise ValueError(f"{name}: {key}, {node!r}, is no mapping; write key: value lines")
+    groups = _groups(config)
+    if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) for g in groups):
+        raise ValueError(f"{name}: optimizer.param_groups, {groups!r}, is no list of mappings")
+    adapter = _adapter(config) or {}
+    targets = adapter.get("target_modules") or []
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise ValueError(f"{name}: peft_config.target_modules, {targets!r}, is no list of names")
+    try:
+        check_numbers(adapter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def method(config: Mapping[str, Any]) -> str:
+    """full, lora, dora or rslora, and what else is its own: "lora pissa", "lora lora+"."""
+    described = describe(_adapter(config))
+    marks = [] if described.init in (True, None) else [str(described.init).lower()]
+    if any("lora_" in str(group.get("param_str_match")) for group in _groups(config)):
+        marks.append("lora+")
+    return " ".join([described.name, *marks])
+
+
+def by_design(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line: the methods, their learning rates and effective scales."""
+    methods: dict[str, list[str]] = {}
+    for config in configs.values():
+        described = describe(_adapter(config))
+        setting = f"lr {_text((config.get('optimizer') or {}).get('lr'))}"
+        if described.effective_scale is not None:
+            setting += f", r {described.rank}, scale {described.effective_scale:g}"
+        settings = methods.setdefault(method(config), [])
+        if setting not in settings:
+            settings.append(setting)
+    return "; ".join(f"{name} ({' | '.join(settings)})" for name, settings in methods.items())
+
+
+def _adapter(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return (config.get("model") or {}).get("peft_config") or None
+
+
+def _groups(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return (config.get("optimizer") or {}).get("param_groups") or []
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of all that has to be equal."""
+    leaves = {}
+    for key, value in _leaves(_without_lora_plus(config)):
+        if _LEFT_OUT.fullmatch(key) or key.startswith("variables."):
+            continue
+        if key.endswith(".shuffle_seed") and value == config.get("seed"):
+            value = "${seed}"
+        if key == _ANY_ORDER and isinstance(value, Iterable) and not isinstance(value, str):
+            value = sorted(map(str, value))
+        leaves[key] = value
+    return leaves
+
+
+def _without_lora_plus(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Groups that give an adapter's matrices a learning rate of their own and nothing else."""
+    optimizer = dict(config.get("optimizer") or {})
+    optimizer["param_groups"] = [
+        group
+        for group in _groups(config)
+        if set(group) != {"param_str_match", "lr"} or "lora_" not in str(group["param_str_match"])
+    ]
+    return {**config, "optimizer": optimizer}
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value); a list of mappings is walked into, another is one value. A key that is
+    null is one that is not there."""
+    if isinstance(node, Mapping) and node:
+        for name, child in node.items():
+            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list | tuple) and any(isinstance(child, Mapping) for child in node):
+        for index, child in enumerate(node):
+            yield from _leaves(child, f"{key}[{index}]")
+    elif node is not None and node != []:
+        yield key, node
+
+
+def _unequal_sets(
+    configs: Mapping[str, Mapping[str, Any]], key: str, value_of: Callable[[Mapping], Any]
+) -> list[Difference]:
+    """A difference where one method has a value of `key` that another has not."""
+    sets: dict[str, set[str]] = {}
+    for config in configs.values():
+        sets.setdefault(method(config), set()).add(_text(value_of(config)))
+    if len({frozenset(values) for values in sets.values()}) <= 1:
+        return []
+    return [Difference(key, {name: value_of(config) for name, config in configs.items()})]
+
+
+def _unequal_grids(configs: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
+    """Every method is to be tuned on a grid of as many learning rates, chosen by the same names."""
+    key = "learning_rates"
+    grids = {
+        name: sorted(map(str, (config.get("variables") or {}).get(key) or {}))
+        for name, config in configs.items()
+    }
+    if len({_text(grid) for grid in grids.values()}) <= 1:
+        return []
+    return [Difference(f"variables.{key} (names)", grids)]
+
+
+def _is_below(key: str, allowed: str) -> bool:
+    return key == allowed or key.startswith((f"{allowed}.", f"{allowed}[", f"{allowed} "))
+
+
+def _text(value: Any) -> str:
+    """1 and 1.0 are one value; true and 1, which is another setting, are not."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"{value:.12g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value)

@@ -1,0 +1,1 @@
+"""The pages, tables and plots that a comparison writes."""

@@ -1,0 +1,91 @@
+"""The report's section on what training did to the weights: analysis.json beside the records."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foundry_ext.comparison.comparison import Comparison
+from foundry_ext.comparison.report.document import Block, Figure, Heading, Table
+from foundry_ext.comparison.report.plots import plot_lines
+from foundry_ext.comparison.runs import Run
+
+_SUMMARY = ("matrices", "median_rank_90", "total_intruders", "relative_change", "k", "epsilon")
+
+
+def analysis_blocks(comparison: Comparison, folder: Path) -> list[Block]:
+    """Of the chosen runs that `foundry-ext analyse` has been run on; nothing where there are none.
+
+    Raises:
+        ValueError: an analysis.json without the figures of this version.
+    """
+    analysed = [
+        (label, run)
+        for label, runs in comparison.chosen.items()
+        for run in runs
+        if run.analysis is not None
+    ]
+    if not analysed:
+        return []
+    rows = []
+    for label, run in analysed:
+        summary = _summary(run)
+        rows.append(
+            [
+                f"{label}, seed {run.seed}",
+                f"{summary['median_rank_90']:g}",
+                f"{summary['total_intruders']:,}",
+                f"{summary['matrices']:,}",
+                f"{summary['relative_change']:.2%}",
+            ]
+        )
+    summary = _summary(analysed[0][1])
+    blocks: list[Block] = [
+        Heading("What training did to the weights"),
+        Table(
+            ["run", "rank for 90 %", "intruders", "matrices", "size of the change"],
+            rows,
+            "Rank for 90 %: singular values that hold 90 % of the energy of a matrix's change,"
+            " median over the matrices analysed. Intruders: new leading singular vectors, of each"
+            f" tuned matrix's first {summary['k']}, whose cosine with every old one is under"
+            f" {summary['epsilon']:g}; all matrices together. Size: norm of the change over that of"
+            " the weights.",
+        ),
+    ]
+    lines = [(label, run.seed, _line(comparison, run)) for label, run in analysed]
+    lines = [(label, seed, line) for label, seed, line in lines if line]
+    if lines:
+        plot_lines(comparison, lines, folder)
+        blocks.append(
+            Figure(
+                "interpolation",
+                "Learning against forgetting along the line from the base model (0) to the tuned"
+                " weights (1), one point a step of alpha; lower right is better. One run each, no"
+                " intervals.",
+            )
+        )
+    return blocks
+
+
+def _summary(run: Run) -> Mapping[str, Any]:
+    summary = (run.analysis or {}).get("summary")
+    if not isinstance(summary, Mapping) or any(
+        not isinstance(summary.get(key), int | float) for key in _SUMMARY
+    ):
+        raise ValueError(
+            f"{run.name}: its analysis.json has no summary that this version reads; write it anew"
+            " with `foundry-ext analyse`"
+        )
+    return summary
+
+
+def _line(comparison: Comparison, run: Run) -> list[tuple[float, float]]:
+    """(learning, forgetting) at rising alpha, in the measures of the trade-off."""
+    x, y = comparison.learning.key, comparison.forgetting.key
+    found = []
+    for point in (run.analysis or {}).get("line") or []:
+        learned, forgot = point["learning"].get(x), point["forgetting"].get(y)
+        if learned is None or forgot is None or not math.isfinite(learned + forgot):
+            return []
+        found.append((point["alpha"], learned, forgot))
+    return [(learned, forgot) for _, learned, forgot in sorted(found)]

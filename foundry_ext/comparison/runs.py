@@ -1,0 +1,241 @@
+"""Finished runs, loaded from records: where they lie, their labels, their groups."""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from foundry_ext.comparison import fairness, wandb_runs
+from foundry_ext.records.record import items_path, read_items, read_record
+
+RECORD_NAME = "record.json"
+ANALYSIS_NAME = "analysis.json"
+_DIVERGED = "diverged: a loss that is not a number"
+_NAMES = {"full": "full", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
+# What tells groups of one method apart, in this order; short names for the labels.
+_MODEL_KEYS = {"rank": "r", "alpha": "α ", "init": "init ", "target_modules": "on "}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with at least two evaluations; `label` is its group's, e.g. "LoRA r16"."""
+
+    record: Mapping[str, Any]
+    items: Sequence[Mapping[str, Any]] = ()
+    analysis: Mapping[str, Any] | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.record["run_name"]
+
+    @property
+    def seed(self) -> int:
+        return self.record["seed"]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.record["learning_rate"])
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        return self.record["evaluations"][0]
+
+    @property
+    def final(self) -> Mapping[str, Any]:
+        return self.record["evaluations"][-1]
+
+    @cached_property
+    def by_set(self) -> dict[tuple[int, str], dict[str, Mapping[str, Any]]]:
+        """(step, set) -> item -> its line."""
+        lines: dict[tuple[int, str], dict[str, Mapping[str, Any]]] = {}
+        for line in self.items:
+            lines.setdefault((line["step"], line["set"]), {})[str(line["item"])] = line
+        return lines
+
+
+@dataclass
+class Loaded:
+    """Runs to compare, and why others among those given are left out, by name."""
+
+    runs: list[Run] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    diverged: list[Run] = field(default_factory=list)
+    """Those of them that diverged: they are in no mean, but their learning rates were tried."""
+
+
+def find_records(references: Sequence[str], downloads: Path) -> list[Path]:
+    """The records' paths: of run folders, records, folders of runs, W&B runs offline and online.
+
+    Args:
+        references: paths, or entity/project/run_id of runs on W&B's server.
+        downloads: where runs from the server are put.
+
+    Raises:
+        FileNotFoundError: a reference that holds no record.
+    """
+    found: list[Path] = []
+    for reference in references:
+        path = Path(reference)
+        if wandb_runs.is_online(reference):
+            found.append(wandb_runs.fetch_record(reference, downloads))
+        elif path.is_file():
+            found.append(path)
+        elif not path.exists():
+            raise FileNotFoundError(f"{reference}: no such run, record or folder of runs")
+        elif wandb_runs.is_local(path):
+            found.append(wandb_runs.local_record(path))
+        elif (path / RECORD_NAME).is_file():
+            found.append(path / RECORD_NAME)
+        else:
+            found += _below(path)
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _below(folder: Path) -> list[Path]:
+    below = sorted(folder.rglob(RECORD_NAME))
+    # W&B keeps a copy of a run's record: where the run itself is there, that one is taken.
+    own = [path for path in below if path.parent.name != "files"]
+    if not below:
+        raise FileNotFoundError(f"{folder}: no {RECORD_NAME} in it, nor in any folder below")
+    return own or below
+
+
+def load_runs(references: Sequence[str]) -> Loaded:
+    """Reads runs; those unfinished, failed, or without two evaluations are left out by name.
+
+    Raises:
+        FileNotFoundError: a reference that holds no record.
+        ValueError: something there that is no record, or nothing left to compare.
+    """
+    loaded = Loaded()
+    with tempfile.TemporaryDirectory() as downloads:
+        for path in find_records(references, Path(downloads)):
+            record = read_record(path)
+            fairness.check_sections(str(path), record["config"])
+            reason = why_left_out(record)
+            if reason:
+                loaded.left_out[record["run_name"]] = reason
+                if reason == _DIVERGED:
+                    loaded.diverged.append(Run(record))
+                continue
+            items = items_path(path, record)
+            loaded.runs.append(
+                Run(
+                    record,
+                    read_items(items) if items is not None and items.is_file() else (),
+                    _read_analysis(path.parent / ANALYSIS_NAME),
+                )
+            )
+    if not loaded.runs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in loaded.left_out.items())
+        raise ValueError(f"no run is left to compare ({reasons})")
+    loaded.runs = labelled(loaded.runs)
+    return loaded
+
+
+def why_left_out(record: Mapping[str, Any]) -> str | None:
+    """The reason why a run cannot be compared, or None."""
+    status = record["status"]
+    if status == "failed":
+        return f"failed: {record['error']}"
+    if status != "finished":
+        return "unfinished" if status == "running" else f"{status} before its end"
+    evaluations = record["evaluations"]
+    if len(evaluations) < 2 or evaluations[0]["step"] != 0:
+        return "no evaluation both at step 0 and at the end"
+    if not (evaluations[-1]["learning"] and evaluations[-1]["forgetting"]):
+        return "learning or forgetting was not measured"
+    values = [*evaluations[-1]["learning"].values(), *evaluations[-1]["forgetting"].values()]
+    if not all(map(math.isfinite, values)):
+        return _DIVERGED
+    return None
+
+
+def _read_analysis(path: Path) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        analysis = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no analysis ({error})") from error
+    if not isinstance(analysis, dict):
+        raise ValueError(f"{path}: no analysis; write it anew with `foundry-ext analyse`")
+    return analysis
+
+
+def labelled(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]] | None = None) -> list[Run]:
+    """The same runs with their groups' labels: the method, and what else tells groups apart.
+
+    Args:
+        settings: of each run, what of its configuration differs from other runs' and so makes
+            groups: dotted key -> value, the same keys for all.
+    """
+    traits = [
+        _traits(run, own) for run, own in zip(runs, settings or [{}] * len(runs), strict=True)
+    ]
+    labels = []
+    for run, own in zip(runs, traits, strict=True):
+        method = run.record["method"]
+        rivals = [
+            other
+            for rival, other in zip(runs, traits, strict=True)
+            if rival.record["method"] == method
+        ]
+        differing = [
+            value
+            for index, value in enumerate(own)
+            if value and any(rival[index] != value for rival in rivals)
+        ]
+        labels.append(" ".join([_NAMES.get(method) or str(method), *differing]))
+    return [
+        Run(run.record, run.items, run.analysis, label)
+        for run, label in zip(runs, labels, strict=True)
+    ]
+
+
+def _traits(run: Run, settings: Mapping[str, Any]) -> list[str]:
+    model = run.record["model"]
+    traits = [
+        "" if model[key] is None else f"{short}{_short(model[key])}"
+        for key, short in _MODEL_KEYS.items()
+    ]
+    marks = fairness.method(run.record["config"]).split(" ")[1:]
+    traits.append(" ".join(mark for mark in marks if mark != str(model["init"])))
+    for key, value in settings.items():
+        name = key.removesuffix(" (names)").rpartition(".")[2]
+        traits.append("" if value in (None, fairness.ABSENT) else _cut(f"{name} {_short(value)}"))
+    return traits
+
+
+def _cut(text: str) -> str:
+    """At most 40 characters; two long texts that begin alike stay two."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return text if len(text) <= 40 else f"{text[:33]}…{digest}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return "+".join(str(part).removesuffix("_proj") for part in value)
+    return str(value)
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by group; full fine-tuning, LoRA, DoRA, rsLoRA first, in this order."""
+    order = list(_NAMES)
+
+    def place(run: Run) -> tuple[int, str]:
+        method = run.record["method"]
+        return (order.index(method) if method in order else len(order), run.label)
+
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (*place(run), run.learning_rate, run.seed)):
+        groups.setdefault(run.label, []).append(run)
+    return groups

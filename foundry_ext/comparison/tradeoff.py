@@ -1,0 +1,175 @@
+"""Learning against forgetting: the Pareto front, and forgetting at matched learning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from foundry_ext.comparison.measures import Measure, curve, final_value
+from foundry_ext.comparison.power import ALPHA
+from foundry_ext.comparison.runs import Run
+from foundry_ext.comparison.statistics import (
+    MIN_SEEDS,
+    Interval,
+    holm,
+    over_seeds,
+    unpaired_seeds_and_items,
+)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (learning, forgetting) points that none beats in both, by rising learning.
+
+    Equal points are all on the front.
+    """
+    front = [
+        index
+        for index, (learned, forgot) in enumerate(points)
+        if not any(
+            other[0] >= learned and other[1] <= forgot and other != (learned, forgot)
+            for other in points
+        )
+    ]
+    return sorted(front, key=lambda index: points[index])
+
+
+def first_crossing(path: np.ndarray, level: float) -> float | None:
+    """Forgetting where a path first reaches a learning level, linear between its points.
+
+    Args:
+        path: [n, 2], learning and forgetting in the order of the path.
+
+    Returns:
+        None where the level lies outside the path: nothing is extrapolated.
+    """
+    learned, forgot = path[:, 0], path[:, 1]
+    for index in range(len(path)):
+        if learned[index] == level:
+            return float(forgot[index])
+        step = learned[index - 1 : index + 1]
+        if index and min(step) < level < max(step):
+            share = (level - step[0]) / (step[1] - step[0])
+            return float(forgot[index - 1] + share * (forgot[index] - forgot[index - 1]))
+    return None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One method's forgetting at one level of learning."""
+
+    by_seed: Mapping[int, float]
+    """Over the evaluations of each seed's run at the chosen learning rate; seeds that do not reach
+    the level are not in it."""
+    num_seeds: int
+    mean: float | None
+    """Of all seeds; None where one of them does not reach the level."""
+    interval: Interval | None
+    """Over seeds, where there are three or more."""
+    is_early: bool
+    """Whether a run had learned as much before its first evaluation after step 0, so that its value
+    lies on the straight line from the base model and not between two measured points."""
+    over_rates: float | None
+    """Over the ends of runs with rising learning rates; None where the level lies outside."""
+    at_most: float | None
+    """Where even the learning rate that learned least learned more than the level: the least that
+    was forgotten at any. So much, at most, does it cost the method to learn as much."""
+
+
+def matched(
+    chosen: Sequence[Run],
+    every: Sequence[Run],
+    learning: Measure,
+    forgetting: Measure,
+    level: float,
+) -> Matched:
+    """Of a method's runs at its chosen learning rate, one a seed, and of all its runs."""
+    by_seed = {}
+    is_early = False
+    for run in chosen:
+        path = _path(run, learning, forgetting)
+        crossing = first_crossing(path, level)
+        if crossing is not None:
+            by_seed[run.seed] = crossing
+            is_early |= bool(path[1, 0] > level)
+    complete = len(by_seed) == len(chosen)
+    rates = rate_path(every, learning, forgetting)
+    over_rates = first_crossing(rates, level) if len(rates) > 1 else None
+    is_below = over_rates is None and bool((rates[:, 0] >= level).all())
+    values = list(by_seed.values())
+    return Matched(
+        by_seed=by_seed,
+        num_seeds=len(chosen),
+        mean=float(np.mean(values)) if complete else None,
+        interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
+        is_early=is_early,
+        over_rates=over_rates,
+        at_most=float(rates[:, 1].min()) if is_below else None,
+    )
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """First minus second in forgetting at one level of learning, over evaluations."""
+
+    first: str
+    second: str
+    difference: float
+    interval: Interval | None
+    """Over seeds; None with fewer than three."""
+    adjusted_p: float | None
+    """Holm over the pairs."""
+
+    @property
+    def is_distinguishable(self) -> bool:
+        if self.interval is None or self.adjusted_p is None:
+            return False
+        return not self.interval.includes_zero and self.adjusted_p < ALPHA
+
+
+def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
+    """Every two methods of which all runs reach the level; paired where seeds are the same."""
+    pairs = []
+    for first, second in combinations(methods, 2):
+        ours, theirs = methods[first], methods[second]
+        if ours.mean is None or theirs.mean is None:
+            continue
+        interval = None
+        if min(ours.num_seeds, theirs.num_seeds) >= MIN_SEEDS:
+            if set(ours.by_seed) == set(theirs.by_seed):
+                interval = over_seeds([ours.by_seed[s] - theirs.by_seed[s] for s in ours.by_seed])
+            else:
+                a, b = (np.array([[v] for v in one.by_seed.values()]) for one in (ours, theirs))
+                interval = unpaired_seeds_and_items(a, b, np.ones(1))
+        pairs.append(MatchedPair(first, second, ours.mean - theirs.mean, interval, None))
+    tested = [pair for pair in pairs if pair.interval is not None]
+    adjusted = iter(holm([pair.interval.p for pair in tested if pair.interval is not None]))
+    return [
+        pair if pair.interval is None else replace(pair, adjusted_p=next(adjusted))
+        for pair in pairs
+    ]
+
+
+def rate_path(runs: Sequence[Run], learning: Measure, forgetting: Measure) -> np.ndarray:
+    """[learning rates, 2]: mean final learning and forgetting, by rising learning rate."""
+    points: dict[float, list[tuple[float, float]]] = {}
+    for run in runs:
+        point = (final_value(run, learning), final_value(run, forgetting))
+        points.setdefault(run.learning_rate, []).append(point)
+    return np.array([np.mean(points[rate], axis=0) for rate in sorted(points)])
+
+
+def levels(chosen: Mapping[str, Sequence[Run]], learning: Measure) -> list[float]:
+    """Learning to match at: what every run reaches at some evaluation, half of that, and 95 % of
+    the most that a method ends with. Empty where a run never learns anything."""
+    reached = min(
+        float(np.nanmax(curve(run, learning)[:, 1])) for runs in chosen.values() for run in runs
+    )
+    most = max(np.mean([final_value(run, learning) for run in runs]) for runs in chosen.values())
+    if reached <= 0:
+        return []
+    return [reached / 2, reached] + ([0.95 * float(most)] if 0.95 * most > reached else [])
+
+
+def _path(run: Run, learning: Measure, forgetting: Measure) -> np.ndarray:
+    return np.stack([curve(run, learning)[:, 1], curve(run, forgetting)[:, 1]], 1)

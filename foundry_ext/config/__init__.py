@@ -1,0 +1,1 @@
+"""YAML files and overrides to a checked configuration, before the slow imports."""

@@ -1,0 +1,332 @@
+"""YAML files and `key=value` overrides -> checked configurations, before the slow imports.
+
+Importing llm-foundry takes some 15 seconds, so everything a look at the text can settle is settled
+here, with omegaconf alone. Every complaint is a UsageError that reads
+`<file or override>: <what>, <value>; <way out>`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from foundry_ext.config.run_name import sweep_run_name, under_sweep
+from foundry_ext.config.values import find_fault
+
+SUFFIXES = (".yaml", ".yml")
+FILE_KEY = "config="
+# llm-foundry computes these four from the batch sizes below, which it reads without a default.
+DERIVED_KEYS = {
+    "device_eval_batch_size",
+    "device_train_batch_size",
+    "device_train_grad_accum",
+    "n_gpus",
+}
+BATCH_KEYS = {"device_train_microbatch_size", "global_train_batch_size"}
+
+
+class UsageError(ValueError):
+    """A user's mistake, told in one line."""
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def first_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message without the lines that repeat key and type."""
+    return (error.msg or str(error)).strip().partition("\n")[0]
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'model'?` for `modle` or `mod`, or nothing where no known name is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = near or [one for one in known if len(name) > 2 and one.startswith(name)]
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+@cache
+def train_config_keys() -> tuple[frozenset[str], frozenset[str]]:
+    """The top-level keys llm-foundry knows, and those among them a YAML has to set.
+
+    Read from the source of TrainConfig: importing it would cost 15 seconds for every typo.
+    """
+    spec = importlib.util.find_spec("llmfoundry")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError("llm-foundry is not installed; run `make install`")
+    source = Path(spec.submodule_search_locations[0], "utils", "config_utils.py").read_text()
+    config_class = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"
+    )
+    fields = {
+        node.target.id: node.value
+        for node in config_class.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    without_default = {
+        name
+        for name, value in fields.items()
+        if isinstance(value, ast.Name) and value.id == "MISSING"
+    }
+    return frozenset(fields), frozenset(without_default - DERIVED_KEYS | BATCH_KEYS)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """`a.yaml config=b.yaml seed=1` -> ([a.yaml, b.yaml], ['seed=1'])."""
+    files: list[Path] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        is_yaml = argument.endswith(SUFFIXES)
+        if is_yaml and argument.startswith(FILE_KEY):  # a sweep has only key=value to say it
+            files.append(Path(argument.removeprefix(FILE_KEY)))
+            continue
+        if is_yaml and ("=" not in argument or Path(argument).is_file()):
+            files.append(Path(argument))
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            raise UsageError(
+                f"{argument}: neither a .yaml file nor key=value; "
+                "usage: train.py a.yaml [b.yaml ...] [key=value ...]"
+            )
+    if not files:
+        raise UsageError("no .yaml file given; usage: train.py a.yaml [b.yaml ...] [key=value ...]")
+    return files, overrides
+
+
+def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
+    """The file with its overrides merged in, each key and reference checked.
+
+    Under a sweep, and unless run_name is overridden, run_name says the overrides too.
+    """
+    config = _read_yaml(path)
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, value = _merge_override(config, override)
+        given[key] = value
+    _check_keys(path, config)
+    _check_references(path, config)
+    _check_values(path, config)
+    _check_microbatch(path, config)
+    _check_compile(path, config)
+    if under_sweep() and "run_name" not in given:
+        config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), given)
+    return config
+
+
+def record_path(config: DictConfig) -> Path | None:
+    """Where the run's record goes; None where the YAML has no run_record callback."""
+    path = OmegaConf.select(config, "callbacks.run_record.path", default=None)
+    return Path(str(path).replace("{run_name}", str(config.get("run_name")))) if path else None
+
+
+def check_several(
+    files: Sequence[Path], configs: Sequence[DictConfig], overrides: Sequence[str]
+) -> None:
+    """Refuse runs that would write over, or resume from, one another."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in ("run_name", "save_folder"):
+            raise UsageError(
+                f"override {override}: given to {len(files)} files, whose runs would overwrite one "
+                f"another; set {key} in each file"
+            )
+    if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        raise UsageError(f"{files[1]}: {len(files)} files on several nodes; start one at a time")
+    owners: dict[str, Path] = {}
+    for path, config in zip(files, configs, strict=True):
+        folder = config.get("save_folder")
+        if not folder:
+            continue
+        if "{run_name}" in folder:
+            if not config.get("run_name"):
+                continue  # Composer makes up a name
+            folder = folder.replace("{run_name}", config.run_name)
+        if folder in owners:
+            raise UsageError(
+                f"{path}: save_folder, {folder!r}, is that of {owners[folder]} too and its "
+                "checkpoints would be overwritten; give each file its own"
+            )
+        owners[folder] = path
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.exists():
+        raise UsageError(f"{path}: no such file{_near_files(path)}")
+    try:
+        with path.open() as stream:
+            config = OmegaConf.load(stream)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{path}: not valid YAML{where}, {one_line(error.problem)}") from error
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}, " if error.full_key else ""
+        raise UsageError(f"{path}: {where}{first_line(error)}") from error
+    # A ValueError for bytes that are no text, as for a date that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid YAML, {one_line(error)}") from error
+    except (OSError, AssertionError) as error:  # OmegaConf raises these for a lone value, too
+        reason = getattr(error, "strerror", None) or "a single value, not a mapping of key: value"
+        raise UsageError(f"{path}: {reason}") from error
+    if not isinstance(config, DictConfig) or not config:
+        kind = "a list" if config else "empty"
+        raise UsageError(f"{path}: {kind}, not a mapping; write key: value lines")
+    return config
+
+
+def _near_files(path: Path) -> str:
+    """Files of a similar name beside the missing one, or under yamls/."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else []
+    found = sorted({*beside, *Path("yamls").rglob("*")})
+    found = [file for file in found if file.suffix in SUFFIXES]
+    stems = difflib.get_close_matches(path.stem, {file.stem for file in found}, n=3, cutoff=0.6)
+    near = [str(file) for stem in stems for file in found if file.stem == stem]
+    return f", did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
+    """`optimizer.lr=1e-4` set in config, with the dotted key and the value it set.
+
+    Where the path or the kind does not fit, complain.
+    """
+    key, _, text = override.partition("=")
+    parts = key.replace("[", ".").replace("]", "").split(".")
+    if not all(parts):
+        raise UsageError(f"override {override}: no key before '=', write key=value")
+    if not text.strip():
+        raise UsageError(f"override {override}: no value after '=', write {key}=null to unset")
+    try:
+        update = OmegaConf.from_cli([override])
+        new = _at(OmegaConf.to_container(update, resolve=False), parts)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UsageError(
+            f"override {override}: value is not YAML, {one_line(error).split(' in ')[0]}; quote it"
+        ) from error
+
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for depth, part in enumerate(parts):
+        is_reference = isinstance(node, str) and "${" in node
+        if not (node is None or isinstance(node, dict) or is_reference):
+            kind = "list" if isinstance(node, list) else "single value"
+            raise UsageError(
+                f"override {override}: {'.'.join(parts[:depth])} is a {kind}, not a mapping; "
+                "override it as a whole, or edit the file"
+            )
+        node = node.get(part) if isinstance(node, dict) else None
+    for kind, example in ((dict, f"{key}.name=..."), (list, f"{key}=[...]")):
+        if isinstance(node, kind) and new is not None and not isinstance(new, kind):
+            name = "mapping" if kind is dict else "list"
+            raise UsageError(
+                f"override {override}: {key} is a {name}, which {text!r} would replace; "
+                f"write {example}, or {key}=null to unset"
+            )
+    _check_variable(config, override, parts)
+    config.merge_with(update)  # in place: OmegaConf.merge copies all of it
+    return ".".join(parts), new
+
+
+def _check_variable(config: DictConfig, override: str, parts: Sequence[str]) -> None:
+    """Refuses a variable that nothing reads: the run would be one with the values of the file."""
+    if parts[0] != "variables" or len(parts) < 2:
+        return
+    known = list(map(str, config.get("variables") or {}))
+    whole = str(OmegaConf.to_container(config, resolve=False))
+    if parts[1] not in known and not re.search(rf"variables\.{re.escape(parts[1])}\b", whole):
+        raise UsageError(
+            f"override {override}: no variable {parts[1]!r}{suggest(parts[1], known) or ';'}"
+            f" the file has {', '.join(known) or 'none'}"
+        )
+
+
+def _at(node: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
+        node = node[part]
+    return node
+
+
+def _check_keys(path: Path, config: DictConfig) -> None:
+    known, required = train_config_keys()
+    for key in map(str, config):
+        if key not in known:
+            raise UsageError(
+                f"{path}: unknown top-level key, {key!r}"
+                f"{suggest(key, known) or '; put values of your own under variables:'}"
+            )
+    missing = sorted(required - set(map(str, config)))
+    if missing == ["device_train_microbatch_size"] and _is_packed(config):
+        raise UsageError(
+            f"{path}: device_train_microbatch_size is missing; set it to 1, "
+            "one pack being sized to fill the device"
+        )
+    if missing:
+        raise UsageError(f"{path}: missing top-level {_plural('key', missing)}, add with a value")
+
+
+def _plural(noun: str, names: Sequence[str]) -> str:
+    return f"{noun}{'s' if len(names) > 1 else ''}, {', '.join(names)}"
+
+
+def _check_references(path: Path, config: DictConfig) -> None:
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        hint = _known_names(config, error) or "define it under variables: or correct the name"
+        if "oc.env" in first_line(error):
+            hint = "a run is what its YAML says, no environment variable is read: write the value"
+        raise UsageError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
+
+
+def _check_values(path: Path, config: DictConfig) -> None:
+    fault = find_fault(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+    if fault:
+        raise UsageError(f"{path}: {fault}")
+
+
+def _known_names(config: DictConfig, error: OmegaConfBaseException) -> str:
+    """`known: low, middle, high` for a name that a mapping such as a grid does not have."""
+    _, found, rest = first_line(error).partition("Interpolation key '")
+    above, _, name = rest.partition("'")[0].rpartition(".")
+    siblings = OmegaConf.select(config, above, throw_on_missing=False) if found and above else None
+    if above == "variables" or not isinstance(siblings, DictConfig):
+        return ""
+    known = [str(key) for key in siblings]
+    return f"known: {', '.join(known)}{suggest(name, known)}"
+
+
+def _is_packed(config: DictConfig) -> bool:
+    loader = config.get("train_loader")
+    return isinstance(loader, DictConfig) and str(loader.get("name")).startswith("packed_")
+
+
+def _check_microbatch(path: Path, config: DictConfig) -> None:
+    size = config.device_train_microbatch_size
+    if _is_packed(config) and size == "auto":
+        raise UsageError(
+            f"{path}: device_train_microbatch_size, 'auto', does not go with train_loader "
+            f"{config.train_loader.name}, whose packs are sized to fill the device; set it to 1"
+        )
+
+
+def _check_compile(path: Path, config: DictConfig) -> None:
+    """Compiled code is for one shape: packs that differ would be compiled for, one after another,
+    until torch gives up."""
+    scope = OmegaConf.select(config, "model.compile", default="none")
+    fixed = OmegaConf.select(config, "train_loader.dataset.fixed_shape", default=False)
+    if _is_packed(config) and scope != "none" and not fixed:
+        raise UsageError(
+            f"{path}: model.compile, {scope!r}, needs packs of one shape; set "
+            "train_loader.dataset.fixed_shape: true, or compile: none"
+        )

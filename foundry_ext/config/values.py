@@ -1,0 +1,139 @@
+"""Values of a run's YAML that cannot be: found at once, not after 20 seconds of imports, and not by
+an exception of whoever computes with them first."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from foundry_ext.utils.redaction import is_secret_name, redact
+
+# Beyond the largest ones something would run out of memory before it could say so.
+_WHOLE = {
+    "max_seq_len": (2, 2**24),
+    "global_train_batch_size": (1, 2**20),
+    "device_train_microbatch_size": (1, 2**20),
+    "device_eval_batch_size": (1, 2**20),
+    "seed": (0, 2**32 - 1),
+    "train_loader.num_workers": (0, 1024),
+    "eval_loader.num_workers": (0, 1024),
+}
+_SECTIONS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "train_loader.dataset")
+_PRECISIONS = ("fp32", "amp_fp16", "amp_bf16", "amp_fp8")  # Composer's
+_TIMES = ("max_duration", "eval_interval", "save_interval", "scheduler.t_warmup")
+_HUB = ("token", "use_auth_token")
+_UNITS = ("ep", "ba", "sp", "tok", "dur", "iter", "sec")
+_TIME = re.compile(rf"(.+?)({'|'.join(_UNITS)})", re.IGNORECASE)
+# What documents a loader reads; two loaders with the same ones read the same.
+_SOURCE = ("hf_name", "split", "hf_kwargs", "holdout", "datasets", "remote", "local", "streams")
+
+
+def find_fault(config: dict[str, Any]) -> str | None:
+    """`key, value, is no ...; way out` of the first value that cannot be, or None.
+
+    Args:
+        config: resolved.
+    """
+    return next(_faults(config), None)
+
+
+def _faults(config: dict[str, Any]) -> Iterator[str]:
+    for key in _SECTIONS:
+        section = _at(config, key)
+        if section is not None and not isinstance(section, dict):
+            yield f"{key}, {section!r}, is no mapping; write its settings below it, one a line"
+            return  # others would be looked for in it
+    for key, (least, most) in _WHOLE.items():
+        value = _at(config, key)
+        if value is None or (key == "device_train_microbatch_size" and value == "auto"):
+            continue
+        if type(value) is not int or not least <= value <= most:
+            yield f"{key}, {value!r}, is no whole number from {least} to {most}; give one"
+    rate = _at(config, "optimizer.lr")
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if rate is not None and not (is_number and math.isfinite(rate) and rate >= 0):
+        yield f"optimizer.lr, {rate!r}, is no number from 0 on; give one, such as 1.0e-4"
+    precision = config.get("precision")
+    if precision is not None and precision not in _PRECISIONS:
+        yield f"precision, {precision!r}, is none of {', '.join(_PRECISIONS)}; choose one"
+    for key in _TIMES:
+        value = _at(config, key)
+        if value is not None and not _is_time(value):
+            yield (
+                f"{key}, {value!r}, is no time; write a whole number and a unit, such as 3ep or"
+                f" 100ba, or a part of the whole, such as 0.1dur (units: {', '.join(_UNITS)})"
+            )
+        elif value is not None and _number(value) < 0:
+            yield f"{key}, {value!r}, is below 0; give a time from 0 on"
+    saves, evaluates = (_at(config, key) for key in ("save_interval", "eval_interval"))
+    if saves is not None and _number(saves) == 0 and config.get("save_folder") is not None:
+        yield (
+            f"save_interval, {saves!r}, saves nothing; give a time above 0, such as 1ep, or leave"
+            " out save_folder to train without checkpoints"
+        )
+    if _in_parts(evaluates) and _number(evaluates) == 0:
+        yield f"eval_interval, {evaluates!r}, is no interval; give one, or 0 to never evaluate"
+    duration = _at(config, "max_duration")
+    if duration is not None and _number(duration) <= 0:
+        yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
+    kwargs = _at(config, "tokenizer.kwargs")
+    for key, value in kwargs.items() if isinstance(kwargs, dict) else ():
+        # Those of the hub are not written down; most tokens of a tokenizer are text.
+        is_secret = not str(key).endswith("token") or (key not in _HUB and redact(value) != value)
+        if is_secret_name(str(key)) and is_secret and value:
+            yield (
+                f"tokenizer.kwargs.{key} would be written into every checkpoint and export; leave"
+                " it out, and give the hub's token by the variable HF_TOKEN"
+            )
+    yield from _rows(config)
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def _is_time(value: Any) -> bool:
+    """Composer counts whole batches or epochs; of the duration alone there are parts."""
+    number = _number(value)
+    return not isinstance(value, bool) and (number.is_integer() or _in_parts(value))
+
+
+def _in_parts(value: Any) -> bool:
+    return (
+        isinstance(value, str) and value.lower().endswith("dur") and math.isfinite(_number(value))
+    )
+
+
+def _number(value: Any) -> float:
+    """Of a time, in whichever unit; not a number where it is none."""
+    if isinstance(value, int | float):
+        return float(value)
+    found = _TIME.fullmatch(value) if isinstance(value, str) else None
+    try:
+        return float(found[1]) if found else math.nan
+    except ValueError:
+        return math.nan
+
+
+def _rows(config: dict[str, Any]) -> Iterator[str]:
+    """None to train on; or evaluation on the same ones, which measures memory and no learning."""
+    train = _at(config, "train_loader.dataset")
+    loaders = config.get("eval_loader")
+    if not str(_at(config, "train_loader.name")).startswith("packed_"):
+        return
+    if train is None:
+        yield "train_loader.dataset is missing; name its rows there, hf_name: FILE, and its split"
+        return
+    for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+        dataset = _at(loader, "dataset")
+        if not isinstance(dataset, dict) or not any(dataset.get(key) for key in _SOURCE):
+            continue
+        if all(dataset.get(key) == train.get(key) for key in _SOURCE):
+            place = f"eval_loader[{number}]" if isinstance(loaders, list) else "eval_loader"
+            name = dataset.get("hf_name") or dataset.get("remote") or dataset.get("local")
+            yield (
+                f"{place}.dataset, {name!r}, is what train_loader trains on; evaluate on another"
+                " file or split, or give both a holdout, part: train here and part: eval there"
+            )

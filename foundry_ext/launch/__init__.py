@@ -1,0 +1,1 @@
+"""What train.py does: one or several runs, and errors on one line."""

@@ -1,0 +1,1 @@
+"""Lengths to packs, packs to batches. Only numpy and torch are needed."""

@@ -1,0 +1,1 @@
+"""Commands to run before a long run: plan, inspect, verify."""

@@ -1,0 +1,1 @@
+"""Shows the first packs of a run as the model receives them."""

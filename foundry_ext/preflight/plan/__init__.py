@@ -1,0 +1,1 @@
+"""Estimates steps, tokens, memory and time of a run."""

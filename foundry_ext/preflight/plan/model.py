@@ -1,0 +1,233 @@
+"""A run's model before it is built: parameters, what a layer keeps, and how fast this device is.
+
+The whole model is made on the meta device, without a weight. What has to be computed is computed by
+one layer and a few at full width, whose weights are memory that was never written.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers.models.llama import LlamaConfig
+
+from foundry_ext.adapters import methods
+from foundry_ext.adapters.dora import use_fast_dora
+from foundry_ext.adapters.frozen import check_frozen_dtype, hold_frozen_in_bf16
+from foundry_ext.checkpoints.export import adaptable_modules
+from foundry_ext.models.flops import adapter_parameters, forward_flops, training_flops
+from foundry_ext.models.memory import Parameters, autocast, optimizer_states
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.training.model import ComposerSmolLM2
+
+# What the timing below may take of this device, in operations of a forward and backward pass.
+_TIMING_FLOPS = 1.5e11
+_REPEATS = 3
+_OPTIMIZER_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """The `model` section of a resolved configuration."""
+
+    config: LlamaConfig
+    peft_config: dict[str, Any] | None
+    frozen_dtype: str
+    name: str
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any]) -> "PlannedModel":
+        """Reads the shape, from the hub if need be, and checks the adapter.
+
+        Raises:
+            ValueError: another model than smollm2_packed, or an adapter that does not fit.
+        """
+        if model.get("name") != "smollm2_packed":
+            raise ValueError(
+                f"model.name: {model.get('name')!r} cannot be planned; plan knows smollm2_packed"
+            )
+        name = model["pretrained_model_name_or_path"]
+        config = ComposerSmolLM2.build_config(
+            name,
+            False,
+            bool(model.get("use_auth_token")),
+            None,
+            dict(model.get("config_overrides") or {}),
+        )
+        peft_config = model.get("peft_config")
+        stored = model.get("pretrained_lora_id_or_path")
+        if stored is not None:
+            peft_config = PeftConfig.from_pretrained(stored).to_dict()
+        frozen_dtype = model.get("frozen_dtype", "fp32")
+        check_frozen_dtype(frozen_dtype, adapted=peft_config is not None, init_device="cpu")
+        if peft_config is not None:
+            peft_config = methods.with_defaults(peft_config)
+        planned = cls(
+            config=config, peft_config=peft_config, frozen_dtype=frozen_dtype, name=str(name)
+        )
+        if peft_config is not None:
+            methods.check(peft_config, adaptable_modules(planned.without_weights(adapted=False)))
+        return planned
+
+    def without_weights(self, *, adapted: bool = True, **shape: int) -> nn.Module:
+        """On the meta device; `shape` overrides the configuration."""
+        config = LlamaConfig(**{**self.config.to_dict(), **shape})
+        with torch.device("meta"):
+            model = SmolLM2ForCausalLM(config)
+            if not adapted or self.peft_config is None:
+                return model
+            # How an adapter starts says nothing of its size.
+            settings = {**self.peft_config, "init_lora_weights": True, "inference_mode": False}
+            wrapped = get_peft_model(model, LoraConfig(**settings))
+        if self.frozen_dtype == "bf16":
+            hold_frozen_in_bf16(wrapped)  # pyright: ignore[reportArgumentType]
+        use_fast_dora(wrapped)  # pyright: ignore[reportArgumentType]
+        return wrapped
+
+    def build(self, num_layers: int, *, vocab_size: int = 8, device: str = "cpu") -> nn.Module:
+        """At full width, with any weights."""
+        model = self.without_weights(num_hidden_layers=num_layers, vocab_size=vocab_size)
+        model = model.to_empty(device=device)
+        for inner in model.modules():
+            if isinstance(inner, SmolLM2ForCausalLM):
+                inner.tie_weights()  # to_empty gives each of the two its own
+        return model
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters.of(self.without_weights())
+
+    def training_flops(self, tokens: int, loss_tokens: int, sum_squared_lengths: int) -> float:
+        return training_flops(
+            self.config,
+            num_tokens=tokens,
+            num_loss_tokens=loss_tokens,
+            sum_squared_lengths=sum_squared_lengths,
+            frozen_base=self.peft_config is not None,
+            adapter_parameters=adapter_parameters(self.without_weights()),
+        )
+
+    def forward_flops(self, tokens: int, loss_tokens: int, sum_squared_lengths: int) -> float:
+        parts = forward_flops(
+            self.config,
+            num_tokens=tokens,
+            num_loss_tokens=loss_tokens,
+            sum_squared_lengths=sum_squared_lengths,
+        )
+        return sum(parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of this device with a run's model: measured on parts of it, put together again."""
+
+    seconds_per_token: float
+    seconds_per_step: float
+    """The optimizer's, whatever the tokens."""
+    num_tokens: int
+    """It was measured on."""
+
+
+def measure_speed(
+    model: PlannedModel,
+    lengths: Sequence[int],
+    *,
+    precision: str,
+    optimizer: str,
+    loss_share: float,
+    recomputes: bool,
+    device: str = "cpu",
+) -> Speed:
+    """Times one layer, three, and one with the head, forward and backward, on a few documents.
+
+    Args:
+        lengths: of documents of the run; as many as the time for this allows.
+        loss_share: of tokens that are labelled.
+        recomputes: whether activations are checkpointed, which costs another forward pass.
+    """
+    vocabulary = model.config.vocab_size
+    chosen = _affordable(model, lengths)
+    one, three, headed = (
+        _seconds(model.build(layers, vocab_size=size, device=device), chosen, precision, loss_share)
+        for layers, size in ((1, 8), (3, 8), (1, vocabulary))
+    )
+    layer, head = max(three - one, 0.0) / 2, max(headed - one, 0.0)
+    rest = max(one - layer, 0.0)
+    again = 4 / 3 if recomputes else 1.0
+    num_tokens = sum(chosen)
+    total = model.config.num_hidden_layers * layer * again + head + rest
+    return Speed(
+        seconds_per_token=total / num_tokens,
+        seconds_per_step=model.parameters.trainable * _update_seconds(optimizer, device),
+        num_tokens=num_tokens,
+    )
+
+
+def _affordable(model: PlannedModel, lengths: Sequence[int]) -> list[int]:
+    """The first documents, the last one cut, that _TIMING_FLOPS are enough for."""
+    shape = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 5})
+    one = sum(forward_flops(shape, num_tokens=1, num_loss_tokens=1, sum_squared_lengths=1).values())
+    left = max(64, int(_TIMING_FLOPS / (3 * one * (_REPEATS + 1))))
+    chosen: list[int] = []
+    for length in lengths:
+        if left < 2:
+            break
+        chosen.append(min(int(length), left))
+        left -= chosen[-1]
+    return chosen
+
+
+def _seconds(model: nn.Module, lengths: list[int], precision: str, loss_share: float) -> float:
+    """The fastest of a few forward and backward passes, after one that warms up."""
+    device = next(model.parameters()).device
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # memory as it comes may hold NaN, which is slower
+            parameter.zero_()
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = torch.zeros_like(positions)
+    unlabelled = (positions == 0) | (torch.arange(ids.shape[1]) >= loss_share * ids.shape[1])
+    labels = ids.masked_fill(unlabelled, -100)
+    tensors = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": labels,
+        "cu_seqlens": ends,
+    }
+    batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+    batch |= {"max_seqlen": max(lengths), "num_loss_tokens": int((~unlabelled).sum())}
+
+    def step() -> None:
+        with autocast(precision, device.type):
+            loss = model(**batch).loss
+        loss.backward()
+        model.zero_grad()
+
+    return _fastest(step, device.type)
+
+
+def _update_seconds(optimizer: str, device: str) -> float:
+    """Of Lion's update of one parameter; Adam's is taken as one and a half times it."""
+    weight, gradient, moment = (torch.zeros(_OPTIMIZER_ELEMENTS, device=device) for _ in range(3))
+
+    def step() -> None:
+        weight.add_(moment.lerp(gradient, 0.1).sign_(), alpha=-1e-4)
+        moment.lerp_(gradient, 0.05)
+
+    cost = 1.5 if optimizer_states(optimizer) == 2 else 1.0
+    return cost * _fastest(step, device) / _OPTIMIZER_ELEMENTS
+
+
+def _fastest(step: Callable[[], None], device: str) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):
+        started = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

@@ -1,0 +1,236 @@
+"""A plan in words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from foundry_ext.models.memory import (
+    CARDS,
+    CONTEXT_BYTES,
+    GIB,
+    USABLE_SHARE,
+    Memory,
+    largest_pack,
+    usable,
+)
+from foundry_ext.preflight.plan.plan import Plan, card_seconds
+from foundry_ext.preflight.plan.rates import ASSUMED_MFU
+from foundry_ext.sweeps.text import duration
+
+_NAMES = {
+    "weights": "weights",
+    "adapter": "adapter",
+    "frozen_copy": "frozen copy for KL",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations",
+    "weight_casts": "weights cast by autocast",
+    "backward": "a layer's backward pass",
+    "head": "gradient of the head",
+    "chunk": "states and logits of the loss",
+}
+
+
+def render(plan: Plan, *, memory: Mapping[str, float] | None = None) -> str:
+    """The text that is printed.
+
+    Args:
+        memory: bytes of further devices by name.
+    """
+    parts = {
+        "data": _data(plan),
+        "run": _run(plan),
+        "model": _model(plan),
+        "memory": _memory(plan),
+        "devices": _devices(plan, {**(memory or {}), **{k: v * GIB for k, v in CARDS.items()}}),
+        "time": _time(plan),
+    }
+    lines = [f"plan of {plan.name}: nothing is trained"]
+    for title, body in parts.items():
+        lines += ["", title, *(f"  {line}" for line in body)]
+    return "\n".join(lines)
+
+
+def _data(plan: Plan) -> list[str]:
+    epoch = plan.epoch
+    lines = [
+        f"{epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens an epoch,"
+        f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of them carry loss; the longest"
+        f" has {epoch.longest:,} of max_seq_len {epoch.max_seq_len:,}"
+    ]
+    lines += [lost(source) for source in plan.sources]
+    lines.append(
+        f"{epoch.num_packs:,} packs of {epoch.capacity:,} tokens, {100 * epoch.fill:.2f} % full;"
+        f" {epoch.num_batches:,} batches of {epoch.batch_packs:,}"
+        + (f", the last one with {epoch.num_empty_packs} empty" if epoch.num_empty_packs else "")
+    )
+    return lines
+
+
+def lost(source: Mapping[str, Any]) -> str:
+    """`rows.jsonl: 3 truncated, 7 tokens cut`"""
+    counts = {key: value for key, value in source["counts"].items() if value and key != "kept"}
+    what = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+    return f"{source['name']}: {what or 'nothing cut, split or dropped'}"
+
+
+def _run(plan: Plan) -> list[str]:
+    course, totals, found = plan.course, plan.course.totals, plan.evaluations
+    lines = [
+        f"{plan.config['max_duration']}: {course.steps:,} optimizer steps, {course.epochs:.2f}"
+        f" epochs of {course.batches_per_epoch:,}; {totals.documents:,} documents in"
+        f" {totals.packs:,} packs",
+        f"{totals.tokens:,} real tokens, {totals.loss_tokens:,} of them carry loss;"
+        f" {totals.slots:,} slots computed",
+    ]
+    scheduler = plan.config.get("scheduler") or {}
+    if course.warmup_steps is not None:
+        lines.append(
+            f"warm-up: t_warmup {scheduler['t_warmup']}, over after step {course.warmup_steps:,}"
+        )
+    if not found.steps:
+        lines.append("evaluation: none")
+    else:
+        sets = ", ".join(f"{name} {number:,}" for name, number in found.tokens.items())
+        lines.append(
+            f"evaluation: {len(found.steps)} times, after steps {_some(found.steps)}; tokens each"
+            f" time: {sets or 'none'}"
+        )
+        if found.generated:
+            lines.append(f"and up to {found.generated:,} generated, one after another")
+    if course.saves:
+        lines.append(f"checkpoints: {course.saves}")
+    return lines
+
+
+def _some(steps: Sequence[int]) -> str:
+    shown = [f"{step:,}" for step in steps]
+    return ", ".join(shown if len(shown) < 8 else [*shown[:4], "...", shown[-1]])
+
+
+def _model(plan: Plan) -> list[str]:
+    method, parameters = plan.method, plan.parameters
+    text = method.name
+    if method.rank is not None:
+        targets = method.target_modules
+        where = targets if isinstance(targets, str) else ", ".join(targets or ())
+        text += (
+            f", rank {method.rank}, alpha {method.alpha:g}, effective scale"
+            f" {method.effective_scale:g}, on {where}"
+        )
+    evaluated = len(plan.evaluations.steps) * plan.evaluations.flops
+    whole = plan.training_flops + evaluated
+    return [
+        f"{plan.model.name}: {text}",
+        f"{parameters.trainable:,} parameters trained"
+        f" ({100 * parameters.trainable / parameters.total:.2f} %), {parameters.frozen:,} frozen",
+        f"{plan.training_flops:.3g} FLOPs to train, {evaluated:.3g} to evaluate"
+        f" ({100 * evaluated / whole:.1f} %), generation left out",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    chosen = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing)
+    other = plan.memory(plan.pack_tokens, checkpointing=not plan.checkpointing)
+    state = "with" if plan.checkpointing else "without"
+    layers, per_token = plan.model.config.num_hidden_layers, plan.layer.per_token
+    return [
+        f"{gib(chosen.peak)} for packs of {plan.pack_tokens:,} tokens, {plan.config['precision']},"
+        f" {plan.config['optimizer']['name']}, {state} activation checkpointing;"
+        f" {gib(other.peak)} {'without' if plan.checkpointing else 'with'} it",
+        *_by_part(chosen),
+        f"activations are {per_token:,.0f} bytes a token and layer, {layers} layers: counted on a"
+        " layer of this model",
+        "estimated; within 5 % of the allocator's peak on a CPU, unmeasured on a GPU; torch.compile"
+        " keeps fewer activations, which is not counted",
+    ]
+
+
+def _by_part(memory: Memory) -> list[str]:
+    parts = {key: value for key, value in asdict(memory).items() if value}
+    # Only the larger of the two is there at the peak.
+    parts.pop("chunk" if memory.backward > memory.chunk else "backward", None)
+    return [f"  {_NAMES[key]:<26} {gib(value):>10}" for key, value in parts.items()]
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
+    width = max(len(name) for name in devices)
+    lines = [
+        f"{'':<{width}}  {'this run':>9}  largest pack_tokens  {'checkpointed':>12}  time at"
+        f" {100 * ASSUMED_MFU:.0f} % MFU"
+    ]
+    needed = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing).peak
+    for name, size in devices.items():
+        packs = [_largest(plan, size, checkpointing=on) for on in (False, True)]
+        plain, checkpointed = (f"{one:,}" if one else "none" for one in packs)
+        fits = "fits" if needed <= usable(size) else "too large"
+        seconds = card_seconds(plan, name)
+        taken = "-" if seconds is None else duration(seconds)
+        lines.append(f"{name:<{width}}  {fits:>9}  {plain:>19}  {checkpointed:>12}  {taken}")
+    lines.append(
+        f"of a card {CONTEXT_BYTES / GIB:g} GiB is taken for CUDA's context and {USABLE_SHARE:.0%}"
+        " of the rest can be filled: assumed, as the MFU is; no GPU was measured"
+    )
+    batch = plan.epoch.batch_packs * plan.pack_tokens
+    for name in ("RTX 3090 24 GB", "H100 80 GB"):
+        lines += _advice(
+            name, batch, _largest(plan, devices[name], checkpointing=plan.checkpointing), plan
+        )
+    return lines
+
+
+def _largest(plan: Plan, size: float, *, checkpointing: bool) -> int:
+    """Tokens of a pack; none where a document might not fit into it."""
+    found = largest_pack(lambda t: plan.memory(t, checkpointing=checkpointing).peak, size)
+    return found if found >= plan.epoch.max_seq_len else 0
+
+
+def _advice(card: str, batch: int, largest: int, plan: Plan) -> list[str]:
+    """The pack that fits and divides a batch's tokens evenly."""
+    if not largest:
+        return []
+    packs = math.ceil(batch / largest)
+    while batch % packs:
+        packs += 1
+    size = batch // packs
+    if size == plan.pack_tokens or size < plan.epoch.max_seq_len:
+        return []
+    return [
+        f"{card}: pack_tokens {size:,} with global_train_batch_size {packs} keeps the batch at"
+        f" {batch:,} tokens"
+    ]
+
+
+def _time(plan: Plan) -> list[str]:
+    rates, found = plan.rates, plan.evaluations
+    seconds = rates.training_seconds(plan.course)
+    if seconds is None:
+        return [f"{plan.config['precision']} trains on a GPU only; precision=fp32 trains here"]
+    seconds /= plan.num_ranks
+    tokens = plan.course.totals.tokens
+    lines = [
+        f"{duration(seconds)} of training steps on {rates.device}"
+        + (f", {plan.num_ranks} processes" if plan.num_ranks > 1 else "")
+        + f": {tokens / seconds:,.0f} real tokens/s, {rates.source}"
+    ]
+    if found.steps and rates.evaluation_seconds is not None:
+        whole = rates.evaluation_seconds * len(found.steps)
+        lines.append(f"{duration(whole)} of evaluation and checkpoints, by the same records")
+    elif found.steps:
+        share = found.flops * len(found.steps) / plan.training_flops
+        lines.append(
+            f"about {duration(seconds * share)} of evaluation by its FLOPs, without what is"
+            " generated"
+        )
+    if rates.kind == "cpu":
+        need = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing).peak
+        lines.append(
+            f"{gib(need + plan.process_bytes)} of memory here, {gib(plan.process_bytes)} of them"
+            " Python, its imports and the data"
+        )
+    return lines

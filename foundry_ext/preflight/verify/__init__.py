@@ -1,0 +1,1 @@
+"""Checks packing and resumption on the model and data of a run."""

@@ -1,0 +1,301 @@
+"""Packed equals unpacked: the first packs against each of their documents by itself.
+
+The reference is transformers' own Llama, in peft's own wrapper where there is an adapter, with the
+weights of the model that the YAML builds, one document at a time, from the tokens as they are
+stored: of the collator, offsets and kernels nothing is shared.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llmfoundry.utils.builders import build_composer_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.models.llama import LlamaForCausalLM
+
+from foundry_ext.models.attention import BACKENDS, resolve_backend
+from foundry_ext.packing.batch import IGNORE_INDEX, Pack, split_batch
+from foundry_ext.packing.collator import Document
+from foundry_ext.preflight.inspect.packs import open_loader, open_tokenizer
+from foundry_ext.preflight.verify.checks import Check
+
+# fp32: rounding in another order, a hundred times what was seen of it. A leak is 1e-1 and more.
+LOGITS = 1e-3  # largest difference, of the logits' standard deviation
+LOSS = 1e-5  # relative
+GRADIENT = 1e-3  # norm of the difference, of the norm of the gradient
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of transformers, on one batch: logits [L, V] of each document, mean loss, gradients."""
+
+    logits: list[list[Tensor]]
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def check_packing(
+    config: dict[str, Any], notes: list[str], *, num_packs: int, most_tokens: int
+) -> list[Check]:
+    tokenizer = open_tokenizer(config)
+    settings = {key: value for key, value in config["model"].items() if key != "name"}
+    torch.manual_seed(int(config.get("seed", 17)))
+    ours: Any = build_composer_model("smollm2_packed", settings, tokenizer)
+    if torch.cuda.is_available():
+        ours = ours.cuda()
+    _, dataset = open_loader(config, "train", tokenizer)
+    chosen, was_cut = _first_documents(dataset, num_packs, most_tokens)
+    if was_cut:
+        notes.append(
+            f"packs of {dataset.sampler.capacity} tokens are looked at cut to {most_tokens}"
+            " (--tokens), long documents to parts"
+        )
+    collate = replace(dataset.collator, pack_tokens=max(most_tokens, 1), max_documents=None)
+    packs = [_to_device(collate(documents)) for documents in chosen]
+    if _without_dropout(ours):
+        notes.append("dropout is off where packed and unpacked are compared")
+    if _stir(ours):
+        notes.append("lora_B, which starts at zero, is given random values there")
+    theirs = _stock(ours)
+    reference = _refer(theirs, chosen)
+    del theirs
+    documents = sum(map(len, chosen))
+    tokens = sum(len(one.input_ids) for pack in chosen for one in pack)
+    what = f"{len(packs)} packs, {documents} documents, {tokens} tokens"
+    size = int(config.get("device_train_microbatch_size") or 1)
+    checks = [_check_content(packs, chosen, what)]
+    checks += _check_training(ours, packs, size, reference, what)
+    for backend in _backends(ours):
+        ours.inner_model.attention_backend = backend
+        checks.append(_check_logits(ours.model.eval(), packs, reference, backend))
+        checks.append(_check_leaks(ours.model.eval(), packs, backend))
+    return checks
+
+
+def _first_documents(
+    dataset: Any, num_packs: int, most_tokens: int
+) -> tuple[list[list[Document]], bool]:
+    """Of the first packs of the first epoch; a long document as the stretch in which its labels
+    begin, so that three or more have room."""
+    dataset.sampler.set_epoch(0)
+    packs = dataset.sampler.plan(0)
+    chosen, was_cut = [], False
+    for number in range(min(num_packs, len(packs))):
+        whole = dataset.documents.read(dataset.sampler.used[packs[number]])
+        if sum(len(one.input_ids) for one in whole) <= most_tokens:
+            chosen.append(whole)
+            continue
+        was_cut, cut, left = True, [], most_tokens
+        for one in whole:
+            part = _stretch(one, max(most_tokens // 3, 2))
+            if len(part.input_ids) <= left:
+                cut.append(part)
+                left -= len(part.input_ids)
+        chosen.append(cut)
+    return chosen, was_cut
+
+
+def _stretch(document: Document, most: int) -> Document:
+    labelled = np.flatnonzero(document.has_loss)
+    start = max(int(labelled[0]) - most // 2, 0) if len(labelled) else 0
+    start = max(min(start, len(document.input_ids) - most), 0)
+    return Document(
+        input_ids=document.input_ids[start : start + most],
+        has_loss=np.array(document.has_loss[start : start + most]),
+    )
+
+
+def _to_device(pack: Pack) -> Pack:
+    if not torch.cuda.is_available():
+        return pack
+    return {key: x.cuda() if isinstance(x, Tensor) else x for key, x in pack.items()}  # pyright: ignore
+
+
+def _without_dropout(ours: Any) -> bool:
+    """Turns it off; whether there was any."""
+    drops = [module for module in ours.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    for module in drops:
+        module.p = 0.0
+    inner = ours.inner_model
+    had = bool(drops) or inner.config.attention_dropout > 0
+    inner.config.attention_dropout = 0.0
+    return had
+
+
+@torch.no_grad()
+def _stir(ours: Any) -> bool:
+    """An adapter that does nothing would hide what is wrong with it."""
+    zero = [p for name, p in ours.named_parameters() if "lora_B" in name and not p.any()]
+    for parameter in zero:
+        parameter.normal_(std=0.02)
+    return bool(zero)
+
+
+def _stock(ours: Any) -> Any:
+    theirs: Any = LlamaForCausalLM(ours.inner_model.config)
+    if ours.using_peft:
+        adapter = next(iter(ours.model.peft_config.values())).to_dict()
+        theirs = get_peft_model(theirs, LoraConfig(**{**adapter, "init_lora_weights": True}))
+    theirs.load_state_dict(ours.model.state_dict(), strict=True)
+    return theirs.to(next(ours.parameters()).device).eval()
+
+
+def _labels(document: Document) -> Tensor:
+    labels = np.where(document.has_loss, document.input_ids, IGNORE_INDEX)
+    return torch.from_numpy(labels[1:].astype(np.int64))
+
+
+def _refer(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Reference:
+    total = max(sum(int(one.has_loss[1:].sum()) for pack in chosen for one in pack), 1)
+    device = next(theirs.parameters()).device
+    loss, every = 0.0, []
+    for pack in chosen:
+        of_pack = []
+        for one in pack:
+            ids = torch.from_numpy(np.asarray(one.input_ids, dtype=np.int64)).to(device)
+            logits = theirs(input_ids=ids[None], use_cache=False).logits[0]
+            part = F.cross_entropy(
+                logits[:-1], _labels(one).to(device), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            (part / total).backward()
+            loss += float(part.detach()) / total
+            of_pack.append(logits.detach())
+        every.append(of_pack)
+    return Reference(every, loss, _gradients(theirs))
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name.replace("_orig_mod.", ""): grad for name, grad in found.items()}
+
+
+def _check_content(packs: Sequence[Pack], chosen: Sequence[Sequence[Document]], what: str) -> Check:
+    name = "a pack is its documents, each with positions and labels of its own"
+    for number, (pack, documents) in enumerate(zip(packs, chosen, strict=True)):
+        ends = pack["cu_seqlens"].tolist()[: len(documents) + 1]
+        for place, one in enumerate(documents):
+            where = f"pack {number}, document {place} of {len(documents)}"
+            length = len(one.input_ids)
+            if len(ends) <= place + 1 or ends[place + 1] - ends[place] != length:
+                return Check(name, False, f"{where}: its end is not in cu_seqlens {ends}")
+            row = slice(ends[place], ends[place + 1])
+            expected = {
+                "input_ids": one.input_ids.tolist(),
+                "position_ids": list(range(length)),
+                "labels": [IGNORE_INDEX, *_labels(one).tolist()],
+            }
+            for key, values in expected.items():
+                if pack[key][0, row].tolist() != values:
+                    return Check(name, False, f"{where}: {key} differ")
+    return Check(name, True, what)
+
+
+def _check_training(
+    ours: Any, packs: Sequence[Pack], size: int, reference: Reference, what: str
+) -> list[Check]:
+    """As a step is trained: microbatches weighed by their labels, compiled where the YAML says."""
+    microbatches = split_batch(list(packs), size)
+    total = max(sum(one["num_loss_tokens"] for one in microbatches), 1)
+    ours.train()
+    loss = 0.0
+    for one in microbatches:
+        part = ours(one).loss * (one["num_loss_tokens"] / total)
+        part.backward()
+        loss += float(part.detach())
+    off = abs(loss - reference.loss) / max(abs(reference.loss), 1e-9)
+    checks = [
+        Check(
+            "loss, packed, is that of each document alone in transformers' Llama",
+            off <= LOSS,
+            f"{loss:.6f} and {reference.loss:.6f}, {off:.1e} apart, allowed {LOSS:.0e} ({what})",
+        )
+    ]
+    found = _gradients(ours.model)
+    name = "gradients, packed, are those of each document alone"
+    if found.keys() != reference.gradients.keys():
+        odd = sorted(found.keys() ^ reference.gradients.keys())[:3]
+        return [*checks, Check(name, False, f"only one of the two has a gradient of {odd}")]
+    worst, where = 0.0, ""
+    for key, gradient in reference.gradients.items():
+        error = float((found[key] - gradient).norm() / gradient.norm().clamp(min=1e-9))
+        if not error <= worst:
+            worst, where = error, key
+    said = f"{len(found)} parameters, {worst:.1e} apart at most, at {where}, allowed {GRADIENT:.0e}"
+    ours.zero_grad()
+    return [*checks, Check(name, worst <= GRADIENT, said)]
+
+
+def _backends(ours: Any) -> list[str]:
+    weight = next(ours.parameters())
+    names = []
+    for name in BACKENDS[1:]:
+        try:
+            resolve_backend(name, device=weight.device.type, dtype=weight.dtype)
+        except ValueError:  # not for this device or type
+            continue
+        names.append(name)
+    return names
+
+
+@torch.no_grad()
+def _logits(model: Any, pack: Pack, ids: Tensor | None = None) -> Tensor:
+    rest = {key: pack[key] for key in ("position_ids", "cu_seqlens", "max_seqlen")}
+    return model(input_ids=pack["input_ids"] if ids is None else ids, **rest).logits[0]
+
+
+def _spans(pack: Pack) -> list[tuple[int, int]]:
+    """Of the documents as their positions say, so that a wrong cu_seqlens is not believed."""
+    starts = (pack["position_ids"][0] == 0).nonzero().flatten().tolist()
+    return list(pairwise([*starts, pack["input_ids"].shape[1]]))[: pack["num_documents"]]
+
+
+def _check_logits(model: Any, packs: Sequence[Pack], reference: Reference, backend: str) -> Check:
+    worst, where = 0.0, "nowhere"
+    for number, (pack, expected) in enumerate(zip(packs, reference.logits, strict=True)):
+        ours = _logits(model, pack)
+        for place, (alone, (start, end)) in enumerate(zip(expected, _spans(pack), strict=False)):
+            error = float((ours[start:end] - alone).abs().max() / alone.std())
+            if not error <= worst:
+                worst, where = error, f"pack {number}, document {place} of {len(expected)}"
+    said = f"{worst:.1e} of their deviation apart at most, {where}, allowed {LOGITS:.0e}"
+    return Check(f"logits with {backend} are those of each document alone", worst <= LOGITS, said)
+
+
+def _rounds(number: int) -> Iterator[list[bool]]:
+    """Which documents to change: for every two, one round changes the first and not the second.
+
+    2 log2(n) rounds: those whose number has a certain bit, and those that have not.
+    """
+    for bit in range((number - 1).bit_length()):
+        for side in (0, 1):
+            yield [(place >> bit) & 1 == side for place in range(number)]
+
+
+def _check_leaks(model: Any, packs: Sequence[Pack], backend: str) -> Check:
+    name = f"no document sees another with {backend}"
+    rounds = 0
+    vocabulary = int(model.config.vocab_size)
+    for number, pack in enumerate(packs):
+        spans, before = _spans(pack), _logits(model, pack)
+        for changed in _rounds(len(spans)):
+            rounds += 1
+            ids = pack["input_ids"].clone()
+            for (start, end), change in zip(spans, changed, strict=True):
+                if change:
+                    ids[0, start:end] = (ids[0, start:end] + 1) % vocabulary
+            moved = (_logits(model, pack, ids) - before).abs().amax(-1)
+            for place, ((start, end), change) in enumerate(zip(spans, changed, strict=True)):
+                most = float(moved[start:end].max())
+                if (most > 0) != change:
+                    others = [at for at, one in enumerate(changed) if one][:8]
+                    said = (
+                        f"pack {number}, document {place}: its logits moved by {most:.1e} when the"
+                        f" tokens of documents {others} changed"
+                    )
+                    return Check(name, False, said)
+    return Check(name, True, f"to the bit, {rounds} rounds of changed documents")

@@ -1,0 +1,1 @@
+"""Grids of runs, started on this machine."""

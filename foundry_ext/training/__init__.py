@@ -1,0 +1,1 @@
+"""Everything that a YAML can name: the Composer model, optimizers, callbacks, loggers."""

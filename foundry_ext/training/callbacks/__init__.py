@@ -1,0 +1,1 @@
+"""Callbacks that a YAML can name."""

@@ -1,0 +1,206 @@
+"""What a run learns and forgets, measured at step 0 and at every evaluation."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist
+from peft import PeftModel
+
+from foundry_ext.data.dataloader import PackedDataset
+from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
+from foundry_ext.evaluation.config import DocumentsSettings, parse_sets
+from foundry_ext.evaluation.documents import DocumentsSet
+from foundry_ext.evaluation.measure import EvaluationSet, build_sets, measure
+from foundry_ext.evaluation.metrics import Item, changes
+from foundry_ext.evaluation.scoring import Share
+from foundry_ext.models.scores import BaseModel
+from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.utils.line_files import open_lines
+
+log = logging.getLogger(__name__)
+
+
+class Forgetting(Callback):
+    """Logs `evaluation/<set>/<metric>` as measured, and against step 0 `learning/<set>_<metric>`,
+    positive where more is learned, and `forgetting/<set>_<metric>`, positive where more is
+    forgotten: loss, acc, acc_norm, strict_match, flexible_extract, and the KL to the base model in
+    mean nats a token. `forgetting/mean_accuracy` is the mean of the forgetting multiple-choice
+    sets, each in its `metric`.
+
+    Step 0 is measured before the first batch, whether `eval_first` is set or not; then whenever
+    Composer has evaluated (`eval_interval`, with an `eval_loader`). The base model is what training
+    starts from: under an adapter the same weights, else a frozen copy, made only where a set wants
+    `kl`. Ranks share the work; FSDP is refused.
+
+    `evaluations` holds, for every step, {step, real_tokens, metrics, learning, forgetting}, and is
+    kept in checkpoints.
+
+    Args:
+        sets: name -> {role: learning | forgetting, type: documents | multiple_choice | generation,
+            and that type's keys}, see foundry_ext/evaluation/config.py.
+        items: a file that gets a line of JSON for every item and step; `{run_name}` is replaced.
+
+    Raises:
+        ValueError: before the first step, for a set that cannot be measured or is the training set.
+    """
+
+    def __init__(self, sets: Mapping[str, Mapping[str, Any]], items: str | None = None):
+        self.settings = parse_sets(sets)
+        self.items_path = items
+        self.evaluations: list[dict[str, Any]] = []
+        self.sets: list[EvaluationSet] = []
+        self.base: BaseModel | None = None
+        self.base_fingerprint: str | None = None
+        self.loaded_fingerprint: str | None = None
+
+    # --- before the first step -------------------------------------------------------------------
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Reads the sets, and copies the base model while no checkpoint has been loaded yet."""
+        if state.fsdp_config is not None:
+            raise ValueError(
+                "forgetting cannot measure a model that FSDP shards: leave fsdp_config out, which"
+                " trains with DDP, or leave the callback out and run `foundry-ext eval` on the"
+                " checkpoints afterwards"
+            )
+        model = _composer_model(state)
+        inner, tokenizer = model.inner_model, model.tokenizer
+        assert tokenizer is not None
+        self.sets = build_sets(self.settings, tokenizer, inner.config.max_position_embeddings)
+        if any(isinstance(one, DocumentsSettings) and one.kl for one in self.settings):
+            self.base_fingerprint = weights_fingerprint(inner)
+            adapted = model.model
+            self.base = adapters_off(adapted) if isinstance(adapted, PeftModel) else BaseCopy(inner)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        self._refuse_training_data(state)
+        resumed = state.timestamp.batch > 0
+        if resumed and not self.evaluations:
+            raise ValueError(
+                "forgetting: the checkpoint holds no measurement of step 0 to compare with; start"
+                " anew, or leave the callback out and run `foundry-ext eval` afterwards"
+            )
+        if self.base is not None:
+            self._settle_base(state, resumed)
+        self._open_items(state, resumed)
+
+    def _refuse_training_data(self, state: State) -> None:
+        train = getattr(state.train_dataloader, "dataset", None)
+        if not isinstance(train, PackedDataset):
+            return
+        for one in self.sets:
+            if not isinstance(one, DocumentsSet):
+                continue
+            if one.dataset.documents.fingerprint == train.documents.fingerprint:
+                raise ValueError(
+                    f"sets.{one.settings.name}.loader: these are the very documents of"
+                    " train_loader; measure on held-out ones (`holdout`, or another file)"
+                )
+
+    def _settle_base(self, state: State, resumed: bool) -> None:
+        if not resumed:
+            # Weights may have been loaded (load_weights_only): training starts from them.
+            inner = _composer_model(state).inner_model
+            self.base_fingerprint = weights_fingerprint(inner)
+            if isinstance(self.base, BaseCopy):
+                self.base.retake(inner)
+        elif self.loaded_fingerprint not in (None, self.base_fingerprint):
+            raise ValueError(
+                "forgetting: the run began from another base model than the YAML names now; restore"
+                " model.pretrained_model_name_or_path, or start anew"
+            )
+
+    def _open_items(self, state: State, resumed: bool) -> None:
+        if self.items_path is None or dist.get_global_rank() != 0:
+            return
+        path = Path(self.items_path.format(run_name=state.run_name))
+        self.items_path = str(path)
+        open_lines(path, resumed=resumed).close()
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if not state.evaluators:
+            raise ValueError(
+                "forgetting measures whenever Composer evaluates: give an eval_loader and an"
+                " eval_interval"
+            )
+        if not self.evaluations:
+            self._measure(state, logger)
+
+    # --- measuring -------------------------------------------------------------------------------
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        self._measure(state, logger)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """What `eval_first` ends with."""
+        self._measure(state, logger)
+
+    def _measure(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        if self.evaluations and self.evaluations[-1]["step"] == step:
+            return
+        started = time.perf_counter()
+        with get_precision_context(state.precision, state.precision_config, False):
+            metrics, items = measure(
+                self.sets,
+                _composer_model(state).inner_model,
+                self.base,
+                share=Share(dist.get_global_rank(), dist.get_world_size()),
+                gather=_gather,
+            )
+        start = self.evaluations[0]["metrics"] if self.evaluations else metrics
+        evaluation = {
+            "step": step,
+            "real_tokens": state.timestamp.token.value,
+            "metrics": metrics,
+            **changes(self.settings, start, metrics),
+        }
+        self.evaluations.append(evaluation)
+        self._write(step, items)
+        logger.log_metrics(
+            {
+                **{f"evaluation/{name}": value for name, value in metrics.items()},
+                **{
+                    f"{role}/{name}": value
+                    for role in ("learning", "forgetting")
+                    for name, value in evaluation[role].items()
+                },
+            }
+        )
+        log.info("step %d: %d sets in %.1f s", step, len(self.sets), time.perf_counter() - started)
+
+    def _write(self, step: int, items: list[Item]) -> None:
+        if self.items_path is None or dist.get_global_rank() != 0:
+            return
+        with Path(self.items_path).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **item}) + "\n" for item in items)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations, "base": self.base_fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluations = list(state["evaluations"])
+        self.loaded_fingerprint = state["base"]
+
+
+def _composer_model(state: State) -> ComposerSmolLM2:
+    model = state.model.module if state.is_model_ddp else state.model
+    if not isinstance(model, ComposerSmolLM2):
+        raise ValueError(
+            f"forgetting measures smollm2_packed models, not {type(model).__name__}; set"
+            " model.name: smollm2_packed"
+        )
+    return model
+
+
+def _gather(items: list[Item]) -> list[Item]:
+    return [item for rank in dist.all_gather_object(items) for item in rank]

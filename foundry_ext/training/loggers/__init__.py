@@ -1,0 +1,1 @@
+"""Loggers that a YAML can name."""

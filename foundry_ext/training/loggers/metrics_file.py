@@ -1,0 +1,67 @@
+"""Every logged number of a run as a line of JSON, to be read without a server."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+from foundry_ext.utils.line_files import open_lines
+
+
+class MetricsFile(LoggerDestination):
+    """Appends {"batch": 20, "token": 81920, "loss/train/total": 3.1, ...} lines on rank 0.
+
+    `batch` and `token` (real tokens) say how far training was. A resumed run goes on in the same
+    file; lines of batches after the checkpoint stand there twice, and the later ones count.
+
+    Args:
+        path: the file; `{run_name}` is replaced.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.file: IO[str] | None = None
+        self.state: State | None = None
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Not at `init`, when a run that is about to be resumed still looks like a new one."""
+        self.state = state
+        if dist.get_global_rank() == 0:
+            path = Path(self.path.format(run_name=state.run_name))
+            self.file = open_lines(path, resumed=state.timestamp.batch > 0)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self.file is None or self.state is None:
+            return
+        numbers = {name: float(value) for name, value in metrics.items()}
+        clock = self.state.timestamp
+        line = {"batch": clock.batch.value, "token": clock.token.value, **numbers}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def post_close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Each metric's values by batch; of two values for a batch the later one.
+
+    A last line that a killed run left unfinished is passed over.
+
+    Example: {"loss/train/total": {0: 8.3, 1: 8.1}}.
+    """
+    metrics: dict[str, dict[int, float]] = {}
+    with path.open() as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            values = json.loads(line)
+            batch = values.pop("batch")
+            for name, value in values.items():
+                metrics.setdefault(name, {})[batch] = value
+    return metrics

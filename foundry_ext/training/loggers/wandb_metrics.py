@@ -1,0 +1,145 @@
+"""Weights & Biases for metrics, with checkpoints kept out of it."""
+
+import atexit
+import logging
+import os
+import shutil
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, WandBLogger
+
+from foundry_ext.records.record import items_path, read_record
+from foundry_ext.training.callbacks.run_record import RunRecord
+from foundry_ext.training.run_description import find, method_of
+from foundry_ext.utils.redaction import redact
+
+log = logging.getLogger(__name__)
+
+TOKENS = "time/token"  # real tokens, Composer's name for them
+# Charts of these have real tokens as their axis; steps are W&B's own and remain selectable.
+AGAINST_TOKENS = ("learning/*", "forgetting/*", "evaluation/*", "metrics/*", "loss/*")
+# What a run of the shipped YAMLs logs; * is a set, an evaluator, an optimizer or a source's count.
+PROMISED_KEYS = (
+    *("loss/train/total", "time/batch", "time/epoch", "time/sample", TOKENS),
+    *("learning/*_loss", "forgetting/*_loss", "forgetting/*_kl"),
+    *("evaluation/*/loss", "evaluation/*/kl"),
+    *("metrics/*/LanguageCrossEntropy", "metrics/*/LanguagePerplexity", "metrics/*/TokenAccuracy"),
+    *("throughput/real_tokens_per_sec", "throughput/loss_tokens_per_sec"),
+    *("throughput/documents_per_sec", "throughput/device/real_tokens_per_sec"),
+    *("throughput/waiting_for_data", "packing/fill", "packing/documents_per_pack"),
+    *("data/kept", "data/truncated", "data/tokens_cut", "lr-*/group0", "text_samples"),
+    "guard/gradient_norm",
+)
+# In the run's configuration, beside the whole YAML; the first two are its group and job type, too.
+PROMISED_CONFIG = ("experiment", "method", "seed")
+RECORD_NAME = "record.json"  # among the run's files, with the per-item file it names
+
+
+class WandBMetrics(WandBLogger):
+    """Composer's WandBLogger for runs that are compared. Arguments are those of `wandb`.
+
+    Runs are grouped by the experiment of `run_record`, below it by method (W&B's job type) and
+    seed (in the configuration), unless `group` or `init_kwargs.job_type` say otherwise. Every value
+    is logged with the real tokens so far. The run's record and its items end up in its files.
+    Secrets are redacted from the configuration, and what the run prints is not captured unless
+    `init_kwargs.settings.console` asks for it.
+
+    It is never asked for checkpoints: `autoresume` looks for a run's newest one on disk and then in
+    every logger. Composer's asks the W&B server for an artifact, which offline ends the run with
+    "can only be called after running init()" before its first step.
+    """
+
+    state: State | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        self.state = state
+        record, method = find(state, RunRecord), method_of(state).name
+        config = {"method": method, "seed": state.rank_zero_seed}
+        if record is not None:
+            config["experiment"] = record.experiment
+            self._init_kwargs.setdefault("group", record.experiment)
+        self._init_kwargs.setdefault("job_type", method)
+        self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
+        defaults = {
+            # wandb 0.18 else asks the server, for minutes, when a table is logged offline.
+            "allow_offline_artifacts": False,
+            # llm-foundry prints the configuration, secrets and all, and W&B would take that along.
+            "console": "off",
+        }
+        self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
+        self._start(state, logger)
+        if self._enabled:
+            import wandb
+
+            wandb.define_metric(TOKENS)
+            for names in AGAINST_TOKENS:
+                wandb.define_metric(names, step_metric=TOKENS)
+            # Where a run fails, W&B's own hook closes it before Composer's; this comes before both.
+            atexit.register(self._save_record)
+
+    def _start(self, state: State, logger: Logger) -> None:
+        """A run is worth more than its W&B page: without key or network it goes on offline."""
+        import wandb
+
+        try:
+            super().init(state, logger)
+        except wandb.Error as error:  # no key, or no answer from the server
+            log.warning(
+                "W&B cannot be reached (%s): this run goes on offline, and `wandb sync %s` uploads"
+                " it later; `wandb login` gives a key, WANDB_MODE=offline spares the wait",
+                *(shorten(str(error), 200, placeholder=" ..."), "wandb/offline-run-*"),
+            )
+            self._init_kwargs["mode"] = "offline"
+            super().init(state, logger)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self.state is not None:
+            metrics = {TOKENS: self.state.timestamp.token.value, **metrics}
+        super().log_metrics(metrics, step)
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        super().log_hyperparameters(redact(hyperparameters))
+
+    def post_close(self) -> None:
+        if self._enabled:
+            self._save_record()
+            atexit.unregister(self._save_record)
+        super().post_close()
+
+    def _save_record(self) -> None:
+        """Copies, for a link would point out of an offline run's folder."""
+        import wandb
+
+        record = find(self.state, RunRecord) if self.state is not None else None
+        if record is None or wandb.run is None or wandb.run.disabled:
+            return
+        path, folder = Path(record.path), Path(wandb.run.dir)
+        try:
+            content = read_record(path)
+        except (OSError, ValueError):  # the run did not come as far as its first record
+            return
+        if content["pid"] != os.getpid():  # another run's
+            return
+        files = {RECORD_NAME: path}
+        items = items_path(path, content)
+        if items is not None and items.is_file():
+            files[content["items"]] = items
+        for name, source in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
+            wandb.save(str(folder / name), base_path=str(folder), policy="now")
+
+    def can_upload_files(self) -> bool:
+        return False
+
+    def download_file(
+        self,
+        remote_file_name: str,
+        destination: str,
+        overwrite: bool = False,
+        progress_bar: bool = True,
+    ) -> None:
+        raise FileNotFoundError(f"{remote_file_name}: checkpoints are on disk, not in W&B")

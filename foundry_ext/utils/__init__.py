@@ -1,0 +1,1 @@
+"""Helpers that every room may use. They need the standard library alone, and never import torch."""

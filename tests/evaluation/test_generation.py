@@ -1,0 +1,210 @@
+"""GSM8K by generation: extraction as the harness defines it, answers as unpadded generation's."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from foundry_ext.evaluation import generation
+from foundry_ext.evaluation.config import GenerationSettings
+from foundry_ext.evaluation.generation import (
+    flexible_extract,
+    generate,
+    normalise,
+    output_text,
+    strict_extract,
+)
+from foundry_ext.evaluation.measure import build_sets, measure
+from foundry_ext.evaluation.scoring import Share
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+
+ROWS = [
+    {"question": "one bird and two", "answer": "count one\n#### 1,234"},
+    {"question": "seven", "answer": "because 12\n#### 7"},
+    {"question": "the river of light slowly count 3.5 one two", "answer": "#### -3"},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=72,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=400,
+        initializer_range=0.4,
+        eos_token_id=5,
+        bos_token_id=0,
+    )
+    return SmolLM2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def build(path, tokenizer, max_length=400, **settings):
+    parsed = GenerationSettings(name="gsm8k", role="learning", path=path, **settings)
+    return build_sets([parsed], tokenizer, max_length)
+
+
+@pytest.mark.parametrize(
+    ("output", "strict", "flexible"),
+    [
+        (" 9 + 9 = 18\n#### 18", "18", "18"),
+        ("#### 1,234.50 and #### 7", "1,234.50", "7"),
+        ("it costs $1,234.", "[invalid]", "$1,234."),
+        ("#### -5 or 6", "-5", "6"),
+        ("####18", "[invalid]", "18"),
+        ("no number", "[invalid]", "[invalid]"),
+        ("so 3.", "[invalid]", "3."),
+        ("7 ...", "[invalid]", "..."),
+        ("", "[invalid]", "[invalid]"),
+    ],
+)
+def test_extraction(output, strict, flexible):
+    """Strict: the first number behind the mark; flexible: the last run of digits, dots, commas and
+    dollar signs, of two or more unless it is digits."""
+    assert strict_extract(output) == strict
+    assert flexible_extract(output) == flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "compared"),
+    [
+        ("$1,234.", "1234"),
+        ("reasoning\n#### 2\nmore\n#### 18", "18"),
+        ("3.50", "3.50"),
+        ("[INVALID]", "[invalid]"),
+    ],
+)
+def test_what_is_compared(text, compared):
+    assert normalise(text) == compared
+
+
+def test_stop_strings_cut_the_output():
+    assert output_text(" 18\n\nQuestion: What?<|im_end|>") == " 18\n\n"
+    assert output_text("x</s>Question:") == "x"
+
+
+def test_generation_is_that_of_single_prompts(model, tokenizer):
+    """Left padding changes nothing; nor do the model's own settings for sampling."""
+    prompts = [tokenizer(text)["input_ids"] for text in ("one", "the river of light", "12 bird")]
+    model.generation_config.do_sample, model.generation_config.temperature = True, 9.0
+    outputs = generate(model, tokenizer, prompts, 12)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12:
+            pack = {
+                "input_ids": torch.tensor([ids]),
+                "position_ids": torch.arange(len(ids))[None],
+                "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32),
+                "max_seqlen": 400,
+            }
+            with torch.no_grad():
+                ids.append(int(model(**pack).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+        assert output == output_text(text) != ""
+
+
+def test_generation_ends_at_a_stop_string(model, tokenizer, monkeypatch):
+    """Rows that have stopped wait for the others, and what they are padded with is not theirs."""
+    prompts = [tokenizer(text)["input_ids"] for text in ("one", "the river of light")]
+    free = generate(model, tokenizer, prompts, 20)
+    stop = free[0][3:5]
+    monkeypatch.setattr(generation, "STOP_STRINGS", (stop,))
+    steps = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: (steps.append(1), forward(*a, **k))[1])
+    assert generate(model, tokenizer, prompts[:1], 20) == [free[0].split(stop)[0]]
+    assert len(steps) < 20
+    both = generate(model, tokenizer, prompts, 20)
+    assert both == [text.split(stop)[0] for text in free]
+
+
+def test_items(model, tokenizer, path, monkeypatch):
+    """Right, wrong, and right by flexible match alone."""
+    answers = {"bird": " count\n#### 1,234\n", "seven": " 12 or $7.00 or 7.", "river": " 3"}
+
+    def answer(_model, tokenizer, prompts, _max_new_tokens):
+        last = [tokenizer.decode(prompt).rpartition("Question:")[2] for prompt in prompts]
+        return [next(a for word, a in answers.items() if word in text) for text in last]
+
+    monkeypatch.setattr(generation, "generate", answer)
+    metrics, items = measure(build(path, tokenizer, num_fewshot=1), model, None)
+    assert [item["gold"] for item in items] == ["1234", "7", "-3"]
+    assert [item["strict_match"] for item in items] == [1, 0, 0]
+    assert [item["flexible_extract"] for item in items] == [1, 1, 0]
+    assert metrics == {"gsm8k/strict_match": 1 / 3, "gsm8k/flexible_extract": 2 / 3}
+    assert items[1] == {
+        **{"set": "gsm8k", "item": "1", "gold": "7", "output": answers["seven"]},
+        **{"strict_match": 0, "flexible_extract": 1},
+    }
+
+
+def test_prompts(tokenizer, path):
+    """The harness's, few-shot; cut from the left where there is no room for the answer."""
+    (built,) = build(path, tokenizer, num_fewshot=1, max_items=1)
+    text = tokenizer.decode(built.prompts[0])
+    example, question = text.split("\n\n")
+    assert question == "Question: one bird and two\nAnswer:"
+    row = ROWS[1] if "seven" in example else ROWS[2]
+    assert example == f"Question: {row['question']}\nAnswer: {row['answer']}"
+    (cut,) = build(path, tokenizer, num_fewshot=1, max_new_tokens=390)
+    assert {len(prompt) for prompt in cut.prompts} == {10}
+    assert all(tokenizer.decode(prompt).endswith("Answer:") for prompt in cut.prompts)
+    assert cut.description["counts"] == {"kept": 0, "truncated": 3}
+
+
+def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):
+    """What `foundry-ext tasks` writes: reasoning apart from the answer."""
+    rows = []
+    for row in ROWS:
+        reasoning, _, answer = row["answer"].rpartition("#### ")
+        rows.append(
+            {
+                "context": f"Question: {row['question']}\nAnswer:",
+                "answer": answer,
+                "aliases": [answer],
+                "chain_of_thought": reasoning.strip(),
+            }
+        )
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (ours,), (theirs,) = (
+        build(str(file), tokenizer, num_fewshot=2, max_items=2) for file in (other, path)
+    )
+    assert [problem.golds for problem in ours.problems] == [("1234",), ("-3",)]
+    assert [p.golds for p in ours.problems] == [p.golds for p in theirs.problems]
+    # The third row has no reasoning, so no line break before its mark.
+    assert tokenizer.decode(ours.prompts[0]).count("#### 7") == 1
+    assert ours.prompts[1] == theirs.prompts[1]
+
+
+def test_batches_and_ranks_change_nothing(model, tokenizer, path, monkeypatch):
+    (built,) = build(path, tokenizer, num_fewshot=0, max_new_tokens=6)
+    whole = built.complete(built.measure(model, None, Share()))
+    monkeypatch.setattr(generation, "BATCH_SIZE", 1)
+    parts = [built.measure(model, None, Share(rank, 2)) for rank in range(2)]
+    assert [len(part) for part in parts] == [2, 1]
+    assert built.complete(parts[0] + parts[1]) == whole
+
+
+def test_other_rows_are_refused(tokenizer, tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"query": "x"}\n')
+    with pytest.raises(ValueError, match="row 0: keys query; a generation row has question"):
+        build(str(path), tokenizer)
+    path.write_text("{}\nno json\n")
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        build(str(path), tokenizer)

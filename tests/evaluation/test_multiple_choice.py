@@ -1,0 +1,273 @@
+"""Multiple choice: log-probabilities are those of whole logits, packed, padded or one by one."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import foundry_ext.models
+from foundry_ext.evaluation import multiple_choice
+from foundry_ext.evaluation.config import MultipleChoiceSettings
+from foundry_ext.evaluation.measure import build_sets, measure
+from foundry_ext.evaluation.metrics import changes
+from foundry_ext.evaluation.scoring import Share
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from tests.conftest import WORDS
+
+SHARED = Path(__file__).parents[3] / "shared/data/eval"
+CONFIGS = Path(foundry_ext.models.__file__).parent / "configs"
+MAX_LENGTH = 200
+
+
+@pytest.fixture(scope="module")
+def models():
+    """(ours, theirs): SmolLM2-135M's 9 query and 3 key/value heads, two layers, 320 ids."""
+    config = LlamaConfig.from_pretrained(CONFIGS / "smollm2-135m")
+    small = {"hidden_size": 72, "head_dim": 8, "intermediate_size": 96, "num_hidden_layers": 2}
+    for key, value in (small | {"vocab_size": 320, "initializer_range": 0.2}).items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(config).eval()
+    ours = SmolLM2ForCausalLM(config)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows):
+        path = tmp_path / "task.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def generated(count, seed=0):
+    """Rows of both forms; choices of unequal length and number, spaces at a context's end."""
+    rng = random.Random(seed)
+
+    def words(most):
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+    rows = []
+    for number in range(count):
+        if number % 3 == 2:
+            options = [f"{words(9)} {name}" for name in ("bird", "stone")]
+            rows.append({"context_options": options, "continuation": words(5), "gold": number % 2})
+        else:
+            choices = [words(6) for _ in range(rng.randint(2, 5))]
+            query = f"{words(12)}{' ' * (number % 2)}"
+            rows.append({"query": query, "choices": choices, "gold": len(choices) - 1})
+    return rows
+
+
+def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, share=None, **settings):
+    parsed = [MultipleChoiceSettings(name="task", role="forgetting", path=path, **settings)]
+    (built,) = sets = build_sets(parsed, tokenizer, max_length)
+    if share is not None:
+        return built.measure(model.eval(), None, share)
+    metrics, items = measure(sets, model, None)
+    return metrics, items, built
+
+
+@torch.no_grad()
+def directly(theirs, tokenizer, context, continuation):
+    """Summed log-probability of the continuation's tokens, from the logits of one sequence."""
+    kept = context.rstrip()
+    whole = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(kept, add_special_tokens=False)["input_ids"])
+    log_probs = theirs(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[place - 1, whole[place]].item() for place in range(start, len(whole)))
+
+
+def expected(theirs, tokenizer, row):
+    if "query" in row:
+        pairs = [(row["query"], f" {choice}") for choice in row["choices"]]
+        lengths = [len(choice) for choice in row["choices"]]
+    else:
+        pairs = [(context, f" {row['continuation']}") for context in row["context_options"]]
+        lengths = [len(row["continuation"])] * len(pairs)
+    return [directly(theirs, tokenizer, *pair) for pair in pairs], lengths
+
+
+def assert_as_from_logits(items, rows, theirs, tokenizer):
+    for item in items:
+        row = rows[int(item["item"])]
+        sums, lengths = expected(theirs, tokenizer, row)
+        assert item["logprobs"] == pytest.approx(sums, rel=2e-5, abs=2e-5)
+        normed = [value / length for value, length in zip(sums, lengths, strict=True)]
+        assert item["logprobs_norm"] == pytest.approx(normed, rel=2e-5)
+        assert item["gold"] == row["gold"]
+        assert item["acc"] == (np.argmax(sums) == row["gold"])
+        assert item["acc_norm"] == (np.argmax(normed) == row["gold"])
+
+
+def test_generated_items_are_those_of_the_logits(models, tokenizer, write):
+    ours, theirs = models
+    rows = generated(40)
+    metrics, items, _ = evaluate(ours, write(rows), tokenizer)
+    assert [item["item"] for item in items] == [str(number) for number in range(40)]
+    assert_as_from_logits(items, rows, theirs, tokenizer)
+    for name in ("acc", "acc_norm"):
+        assert metrics[f"task/{name}"] == sum(item[name] for item in items) / 40
+        assert 0 < metrics[f"task/{name}"] < 1
+    assert any(item["acc"] != item["acc_norm"] for item in items)
+
+
+@pytest.mark.parametrize("name", ["arc_challenge", "winogrande"])
+def test_shared_items_are_those_of_the_logits(models, tokenizer, name):
+    """Real questions, 60 of each file."""
+    path = SHARED / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} beside the project")
+    ours, theirs = models
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    _, items, built = evaluate(ours, str(path), tokenizer, max_length=1000, max_items=60)
+    assert len(items) == 60 and built.num_cut == 0
+    assert items[-1]["item"] == str(len(rows) - 1), "evenly spaced over the file"
+    assert_as_from_logits(items, rows, theirs, tokenizer)
+
+
+@pytest.mark.parametrize("pack_tokens", [1, 64, 8192])
+def test_any_batch_size_gives_the_same(models, tokenizer, write, monkeypatch, pack_tokens):
+    """A document a pack (1 is raised to the longest), a few, all at once."""
+    monkeypatch.setattr(multiple_choice, "PACK_TOKENS", pack_tokens)
+    ours, theirs = models
+    rows = generated(12, seed=4)
+    _, items, _ = evaluate(ours, write(rows), tokenizer)
+    assert_as_from_logits(items, rows, theirs, tokenizer)
+
+
+@torch.no_grad()
+def test_padded_batch_gives_the_same(models, tokenizer, write):
+    """Our own padded forward, whose logits in-context tasks of llm-foundry use."""
+    ours, _ = models
+    rows = [row for row in generated(9, seed=2) if "query" in row]
+    _, items, built = evaluate(ours, write(rows), tokenizer)
+    documents = built.documents
+    width = max(len(document.input_ids) for document in documents)
+    ids = torch.zeros(len(documents), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, document in enumerate(documents):
+        ids[number, : len(document.input_ids)] = torch.tensor(document.input_ids)
+        mask[number, : len(document.input_ids)] = 1
+    log_probs = ours.eval()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+    sums = []
+    for number, document in enumerate(documents):
+        places = document.has_loss.nonzero()[0]
+        sums.append(sum(log_probs[number, p - 1, ids[number, p]].item() for p in places))
+    assert [x for item in items for x in item["logprobs"]] == pytest.approx(sums, rel=2e-5)
+
+
+def test_ranks_share_the_choices(models, tokenizer, write, monkeypatch):
+    monkeypatch.setattr(multiple_choice, "PACK_TOKENS", 64)
+    ours, _ = models
+    path = write(generated(9))
+    whole = evaluate(ours, path, tokenizer, share=Share())
+    parts = [evaluate(ours, path, tokenizer, share=Share(rank, 3)) for rank in range(3)]
+    assert all(parts) and sum(map(len, parts)) == len(whole)
+    together = [str(item) for part in parts for item in part]
+    assert sorted(together) == sorted(map(str, whole))
+
+
+def test_few_shot_prompts(tokenizer, write):
+    """Solved examples before the question: others, chosen by the item alone, gold answers."""
+    rows = [
+        {"query": f"one {word}", "choices": [f"wrong {word}", f"right {word}"], "gold": 1}
+        for word in ("bird", "stone", "river")
+    ]
+    settings = MultipleChoiceSettings(
+        name="task", role="learning", path=write(rows), num_fewshot=2, max_items=2
+    )
+    (built,) = build_sets([settings], tokenizer, MAX_LENGTH)
+    texts = [tokenizer.decode(document.input_ids) for document in built.documents]
+    assert texts[2].endswith("\n\none river wrong river") and len(texts) == 4
+    examples = {"one bird right bird", "one stone right stone"}
+    assert set(texts[2].split("\n\n")[:2]) == examples
+    labels = [tokenizer.decode(d.input_ids[d.has_loss]) for d in built.documents]
+    assert labels == [" wrong bird", " right bird", " wrong river", " right river"]
+
+
+def test_spaces_at_the_end_of_the_context_are_scored(tokenizer):
+    """As the harness has it, for the space belongs to the next word's token."""
+    (document,), _ = multiple_choice.encode(tokenizer, [("one two \n", " bird")], max_length=50)
+    assert tokenizer.decode(document.input_ids[document.has_loss]) == " \n bird"
+
+
+def test_empty_context_is_the_start_token(models, tokenizer, write):
+    ours, theirs = models
+    rows = [{"query": "", "choices": ["one bird", "the"], "gold": 0}]
+    _, (item,), _ = evaluate(ours, write(rows), tokenizer)
+    sums = [directly_after(theirs, tokenizer, text) for text in (" one bird", " the")]
+    assert item["logprobs"] == pytest.approx(sums, rel=2e-5)
+
+
+@torch.no_grad()
+def directly_after(theirs, tokenizer, text):
+    ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+    log_probs = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(log_probs[place - 1, ids[place]].item() for place in range(1, len(ids)))
+
+
+@torch.no_grad()
+def test_overlong_contexts_are_cut_from_the_left(models, tokenizer, write, caplog):
+    """max_length tokens are read, the last one only predicted; counted and said."""
+    ours, theirs = models
+    rows = [
+        {"query": "bird " * 30, "choices": ["stone", "river of light"], "gold": 0},
+        {"query": "bird", "choices": ["stone"], "gold": 0},
+    ]
+    with caplog.at_level("WARNING"):
+        _, items, built = evaluate(ours, write(rows), tokenizer, max_length=12)
+    assert built.num_cut == 2 == built.description["counts"]["truncated"]
+    assert "2 of 3 choices exceed 12 tokens" in caplog.text
+    ids = tokenizer("bird " * 29 + "bird  stone")["input_ids"][-13:]
+    labels = len(tokenizer("  stone")["input_ids"])
+    log_probs = theirs(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    scored = range(len(ids) - labels, len(ids))
+    value = sum(log_probs[place - 1, ids[place]].item() for place in scored)
+    assert items[0]["logprobs"][0] == pytest.approx(value, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "x"}, "row 1: keys question; a multiple-choice row has"),
+        ({"query": "x", "choices": ["a"], "gold": 1}, "gold 1 is no index of its 1"),
+        ({"query": "x", "choices": ["a"], "gold": "A"}, "gold 'A' is no index"),
+        ({"query": "x", "choices": ["a", ""], "gold": 0}, "empty choice"),
+        ({"query": "x", "choices": ["bird " * 99], "gold": 0}, "between 1 and the model's 20"),
+    ],
+)
+def test_bad_rows_are_named(tokenizer, write, row, message):
+    good = {"query": "x", "choices": ["a"], "gold": 0}
+    settings = MultipleChoiceSettings(name="task", role="learning", path=write([good, row]))
+    with pytest.raises(ValueError, match=message):
+        build_sets([settings], tokenizer, 20)
+
+
+def test_changes_have_their_signs():
+    """Positive forgetting is accuracy lost, positive learning accuracy won; the mean takes each
+    set in its own metric."""
+    sets = [
+        MultipleChoiceSettings(name=name, role=role, path=__file__, metric=metric)
+        for name, role, metric in (
+            ("arc", "forgetting", "acc_norm"),
+            ("wino", "forgetting", "acc"),
+            ("math", "learning", "acc"),
+        )
+    ]
+    names = ("arc/acc", "arc/acc_norm", "wino/acc", "wino/acc_norm", "math/acc", "math/acc_norm")
+    start = dict(zip(names, (0.5, 0.75, 0.5, 0.5, 0.25, 0.25), strict=True))
+    now = dict(zip(names, (0.25, 0.25, 0.625, 0.5, 0.75, 0.25), strict=True))
+    found = changes(sets, start, now)
+    assert found["learning"] == {"math_acc": 0.5, "math_acc_norm": 0}
+    assert found["forgetting"] == {
+        **{"arc_acc": 0.25, "arc_acc_norm": 0.5, "wino_acc": -0.125, "wino_acc_norm": 0},
+        "mean_accuracy": 0.1875,
+    }

@@ -1,0 +1,291 @@
+"""A plan says what training then does: every count is compared with a run's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import llmfoundry.registry
+import pytest
+from composer.core import Callback
+from omegaconf import OmegaConf
+
+from foundry_ext.models.flops import PEAK_FLOPS, peak_flops
+from foundry_ext.models.memory import CARDS
+from foundry_ext.preflight.plan.plan import Plan, card_seconds, plan_config
+from foundry_ext.preflight.plan.rates import ASSUMED_MFU
+from foundry_ext.preflight.plan.text import render
+from foundry_ext.records.record import read_record
+from foundry_ext.utils.environment import device_name
+from tests.training import kit
+
+
+class EvalSpy(Callback):
+    """`eval_spy` in a YAML: at which steps Composer evaluated."""
+
+    def __init__(self):
+        self.steps: list[int] = []
+
+    def eval_start(self, state, logger):
+        self.steps.append(state.timestamp.batch.value)
+
+
+llmfoundry.registry.callbacks.register("eval_spy", func=EvalSpy)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer_folder, make_rows):
+    return kit.make_world(tmp_path_factory.mktemp("world"), tokenizer_folder, make_rows)
+
+
+def config_of(world: kit.World, folder: Path, method: str = "full", **overrides: Any):
+    return kit.run_config(
+        world,
+        folder,
+        method,
+        **{
+            "callbacks": {"spy": {}, "eval_spy": {}},
+            "eval_loader": kit.loader_config(world.eval_rows, eval_packs=1),
+            "save_interval": "1ep",
+            **overrides,
+        },
+    )
+
+
+def plan_of(config: Any, **settings: Any) -> Plan:
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    return plan_config(resolved, name="my.yaml", **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("duration", "interval", "fixed"),
+    [
+        ("2ep", "0.25dur", False),
+        ("3ep", "1ep", True),
+        ("7ba", "0.3dur", False),
+        ("900tok", "200tok", False),
+        ("900tok", "0.3dur", False),
+        ("23sp", "9sp", True),
+    ],
+)
+def test_the_course_is_the_runs(world, tmp_path, duration: str, interval: str, fixed: bool):
+    overrides = {
+        "max_duration": duration,
+        "eval_interval": interval,
+        "save_interval": interval,
+        "train_loader__dataset__fixed_shape": fixed,
+        "scheduler": {"name": "constant_with_warmup", "t_warmup": "0.2dur"},
+    }
+    config = config_of(world, tmp_path, **overrides)
+    course = plan_of(config).course
+    run = kit.run(config)
+    clock = run.trainer.state.timestamp
+    assert course.steps == clock.batch.value
+    assert course.totals.tokens == clock.token.value
+    assert course.totals.documents == clock.sample.value
+    packs = [pack for batch in run.spy.batches for pack in batch]
+    assert course.totals.loss_tokens == sum(pack["num_loss_tokens"] for pack in packs)
+    assert course.totals.slots == sum(pack["input_ids"].shape[1] for pack in packs)
+    assert course.totals.packs == sum(pack["num_tokens"] > 0 for pack in packs)
+    squares = sum(pack["sum_squared_lengths"] for pack in packs)
+    assert course.totals.sum_squared_lengths == squares
+    (spy,) = [one for one in run.trainer.state.callbacks if isinstance(one, EvalSpy)]
+    assert course.evaluated_at == spy.steps
+    assert course.saves == len(list((tmp_path / "checkpoints").glob("ep*-ba*.pt")))
+    # Composer sets a rate by the clock before the step, so the full one comes a step later.
+    assert course.warmup_steps is not None
+    if course.steps > course.warmup_steps + 1:
+        full = run.spy.rates.index(max(run.spy.rates))
+        assert full == course.warmup_steps + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", kit.METHODS)
+def test_parameters_and_method_are_the_models(world, tmp_path, method: str):
+    plan = plan_of(config_of(world, tmp_path, method))
+    ours = kit.build(world, method=method)
+    model: Any = ours.model
+    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    assert plan.parameters.trainable == sum(number for number, needed in numbers if needed)
+    assert plan.parameters.frozen == sum(number for number, needed in numbers if not needed)
+    assert plan.method.name == method
+    assert plan.training_flops > 0
+
+
+def finished_run(config: Any, folder: Path, **changes: Any) -> None:
+    """A record as a run of this configuration leaves it, beside the run to plan."""
+    from foundry_ext.records.record import new_record, write_record
+
+    record = new_record(
+        run_name="before",
+        experiment="e",
+        method="full",
+        seed=1,
+        learning_rate=0.01,
+        config=OmegaConf.to_container(config, resolve=True),  # pyright: ignore[reportArgumentType]
+        environment={
+            "python": "3",
+            "packages": {},
+            "commit": None,
+            "dirty": None,
+            "device": device_name("cpu"),
+            "device_kind": "cpu",
+            "world_size": 1,
+        },
+        data={
+            "train": {
+                **dict.fromkeys(("name", "revision", "fingerprint", "documents", "tokens")),
+                "counts": {},
+            },
+            "eval": {},
+        },
+        model={
+            "name": "m",
+            "parameters": 1,
+            "trainable_parameters": 1,
+            **dict.fromkeys(("rank", "alpha", "effective_scale", "target_modules", "init")),
+        },
+    )
+    point = {"step": 0, "real_tokens": 0, "metrics": {}, "learning": {}, "forgetting": {}}
+    record |= {
+        "status": "finished",
+        "tokens": {"slots": 1000, "real": 1000, "loss": 9},
+        "time": {"wall_seconds": 26.0, "train_seconds": 20.0},
+        "evaluations": [point, {**point, "step": 5}],
+        **changes,
+    }
+    write_record(folder / "before" / "record.json", record)
+
+
+def recorded(world: kit.World, tmp_path: Path) -> Any:
+    path = str(tmp_path / "{run_name}" / "record.json")
+    callbacks = {"run_record": {"path": path, "experiment": "e"}}
+    return config_of(world, tmp_path, callbacks=callbacks)
+
+
+def test_time_is_that_of_finished_runs(world, tmp_path):
+    config = recorded(world, tmp_path)
+    finished_run(config, tmp_path)
+    plan = plan_of(config)
+    assert plan.rates.speed is None and plan.rates.num_records == 1
+    assert plan.rates.training_seconds(plan.course) == plan.course.totals.tokens / 50
+    assert plan.rates.evaluation_seconds == 3.0
+    assert "by 1 finished run like this one" in render(plan)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"precision": "amp_bf16"}, {"train_loader.dataset.pack_tokens": 128}]
+)
+def test_runs_of_another_kind_say_nothing_of_its_time(world, tmp_path, changed):
+    config = recorded(world, tmp_path)
+    other = config.copy()
+    for key, value in changed.items():
+        OmegaConf.update(other, key, value)
+    finished_run(other, tmp_path)
+    rates = plan_of(config).rates
+    assert rates.num_records == 0 and rates.speed is not None
+    assert rates.speed.seconds_per_token > 0
+
+
+def test_a_cards_time_is_flops_over_its_peak(world, tmp_path):
+    plan = plan_of(config_of(world, tmp_path, precision="amp_bf16"))
+    assert plan.rates.training_seconds(plan.course) is None, "Composer refuses it on a CPU"
+    evaluated = plan.evaluations.flops * len(plan.evaluations.steps)
+    seconds = (plan.training_flops + evaluated) / (989.4e12 * ASSUMED_MFU)
+    assert card_seconds(plan, "H100 80 GB") == pytest.approx(seconds)
+    assert card_seconds(plan, "my own card") is None
+    again = plan_of(config_of(world, tmp_path, precision="amp_bf16"), num_ranks=4)
+    assert card_seconds(again, "H100 80 GB") == pytest.approx(seconds / 4)
+
+
+def test_named_cards_have_a_peak():
+    assert PEAK_FLOPS and all(peak_flops(card) for card in CARDS)
+
+
+def test_what_is_evaluated_is_counted(world, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    row = {"query": "One and two are", "choices": ["three", "a stone"], "gold": 0}
+    questions.write_text((json.dumps(row) + "\n") * 5)
+    held_out = {"type": "documents", "loader": kit.loader_config(world.eval_rows)}
+    sets = {
+        "kept": {**held_out, "role": "forgetting", "kl": True},
+        "target": {**held_out, "role": "learning"},
+        "choice": {"role": "forgetting", "type": "multiple_choice", "path": str(questions)},
+        "unset": None,
+    }
+    callbacks = {
+        "forgetting": {"sets": sets},
+        "text_samples": {"prompts": ["a", "b"], "max_new_tokens": 7},
+    }
+    config = config_of(
+        world, tmp_path, callbacks=callbacks, max_duration="4ba", eval_interval="2ba"
+    )
+    plan = plan_of(config)
+    found = plan.evaluations
+    assert found.steps == [0, 2, 4]
+    assert found.generated == 14
+    assert found.tokens["kept"] == 2 * found.tokens["target"] == 2 * found.tokens["eval"] > 0
+    assert found.tokens["choice"] > 0 and "unset" not in found.tokens
+    copies = plan.memory(64, checkpointing=False).frozen_copy
+    assert copies == 4 * plan.parameters.total, "KL is measured against a copy"
+
+
+def test_what_is_lost_is_said(world, tmp_path, write_jsonl, make_rows):
+    rows = make_rows(30, longest=6)
+    rows[3]["response"] = "~" * 300
+    rows[4]["prompt"] = ""
+    path = write_jsonl(rows)
+    config = config_of(world, tmp_path, train_loader__dataset__hf_name=str(path))
+    text = render(plan_of(config))
+    assert f"{path}: 1 truncated, 1 dropped empty," in text
+
+
+def test_an_80_gb_card_gets_larger_packs_of_the_same_batch(world, tmp_path):
+    overrides = {
+        "model__pretrained_model_name_or_path": "smollm2-1.7b",
+        "model__pretrained": False,
+        "precision": "amp_bf16",
+        "train_loader__dataset__pack_tokens": 1024,
+        "global_train_batch_size": 96,
+    }
+    text = render(plan_of(config_of(world, tmp_path, **overrides)), memory={"mine": 2**40})
+    (line,) = [line for line in text.splitlines() if "H100 80 GB: pack_tokens" in line]
+    words = line.replace(",", "").split()
+    pack, packs = (
+        int(words[words.index(key) + 1]) for key in ("pack_tokens", "global_train_batch_size")
+    )
+    assert pack * packs == 96 * 1024 and pack > 1024
+    assert "RTX 3090 24 GB: pack" not in text, "full fine-tuning of 1.7B does not fit it"
+    assert "  mine " in text
+
+
+def test_what_cannot_be_planned_is_named(world, tmp_path):
+    for key, value, message in [
+        ("max_duration", "9sec", "max_duration: '9sec' cannot be planned"),
+        ("precision", "amp_fp8", "precision: 'amp_fp8' cannot be planned"),
+        ("model__name", "hf_causal_lm", "model.name: 'hf_causal_lm' cannot be planned"),
+        ("model__peft_config", {**kit.LORA, "target_modules": ["q_porj"]}, "matches no module"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan_of(config_of(world, tmp_path, **{key: value}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_plan_of_a_run_is_its_record(world, tmp_path):
+    config = recorded(world, tmp_path)
+    config.callbacks.spy = {}
+    config.log_config = True
+    plan = plan_of(config)
+    kit.run(config)
+    record = read_record(tmp_path / "full" / "record.json")
+    totals = plan.course.totals
+    assert record["steps"] == plan.course.steps
+    assert record["documents"] == totals.documents
+    assert record["tokens"] == {
+        "slots": totals.slots,
+        "real": totals.tokens,
+        "loss": totals.loss_tokens,
+    }
+    assert record["throughput"]["fill"] == pytest.approx(plan.course.fill, rel=0.2)
+    after = plan_of(config)
+    assert after.rates.num_records == 1, "the next plan goes by this run"

@@ -1,0 +1,197 @@
+"""Sweeps of stand-in programs: they write records as runs do, in a tenth of a second."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from foundry_ext.config.run_name import SWEEP_VARIABLES
+from foundry_ext.sweeps.run import run_sweep
+
+ROOT = Path(__file__).parents[2]
+RUN_YAML = """
+variables:
+  folder: outputs/${run_name}
+  learning_rates: {low: 1.0e-4, high: 1.0e-3}
+  learning_rate: low
+  seconds: 0.1
+  behaviour: good
+run_name: NAME
+seed: 17
+max_seq_len: 32
+model: {name: smollm2_packed, pretrained_model_name_or_path: smollm2-135m}
+tokenizer: {name: tok}
+train_loader: {name: packed_finetuning, dataset: {pack_tokens: 64}}
+optimizer: {name: decoupled_adamw, lr: "${variables.learning_rates.${variables.learning_rate}}"}
+scheduler: {name: constant}
+max_duration: 10ba
+global_train_batch_size: 4
+device_train_microbatch_size: 1
+callbacks:
+  run_record: {path: "${variables.folder}/record.json", experiment: stand-in}
+  forgetting: {sets: {source: {role: forgetting}, target: {role: learning}}}
+"""
+# Says in `starts` that it runs and in `ends` that it finished; in `overlaps` if another one of its
+# run is there too. Behaviours: good, fail (until the file `mended` is there), silent (no record),
+# stubborn (deaf to Ctrl-C).
+PROGRAM = """
+import fcntl, json, os, signal, sys, time
+from pathlib import Path
+from omegaconf import OmegaConf
+from foundry_ext.config.loading import load_config, record_path, split_arguments
+
+files, overrides = split_arguments(sys.argv[1:])
+config = load_config(files[0], overrides)
+path = record_path(config)
+path.parent.mkdir(parents=True, exist_ok=True)
+
+def note(name, text=""):
+    with (path.parent / name).open("a") as stream:
+        print(os.getpid(), text, file=stream)
+
+def record(status, **more):
+    content = {"schema_version": 1, "status": status, "pid": os.getpid(),
+               "config": OmegaConf.to_container(config, resolve=True), **more}
+    path.with_suffix(".tmp").write_text(json.dumps(content))
+    path.with_suffix(".tmp").replace(path)
+
+alone = (path.parent / "alone").open("w")
+try:
+    fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    note("overlaps")
+note("starts", json.dumps({k: v for k, v in os.environ.items()
+                           if k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK")}))
+behaviour = config.variables.behaviour
+print("the log of", config.run_name)
+if behaviour == "stubborn":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if behaviour != "silent":
+    record("running")
+try:
+    time.sleep(config.variables.seconds)
+except KeyboardInterrupt:
+    record("failed", error="KeyboardInterrupt: ")
+    raise
+if behaviour == "fail" and not Path("mended").exists():
+    record("failed", error="ValueError: planted")
+    sys.exit(3)
+if behaviour != "silent":
+    note("ends")
+    record("finished", time={"wall_seconds": 2.0}, tokens={"real": 1000}, evaluations=[
+        {"metrics": {"target/loss": 1.25}}])
+"""
+
+
+def write_sweep(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
+    """A folder with a.yaml, b.yaml, train.py and the sweep over them; the sweep's path."""
+    for name in ("a", "b"):
+        (folder / f"{name}.yaml").write_text(RUN_YAML.replace("NAME", name))
+    (folder / "train.py").write_text(textwrap.dedent(PROGRAM))
+    content = {
+        "program": "train.py",
+        "method": "grid",
+        "name": "stand-in",
+        "command": ["${interpreter}", "${program}", "${args_no_hyphens}"],
+        "parameters": {"config": {"values": ["a.yaml", "b.yaml"]}, **parameters},
+        **more,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes `folder` the current one, outside of any sweep."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in SWEEP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def start_sweep(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """`foundry-ext sweep sweep.yaml ...` in `folder`, with its output as text."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "foundry_ext.cli.main", "sweep", "sweep.yaml", *options],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lines(folder: Path, run: str, name: str) -> list[str]:
+    """What the stand-in of a run noted in the file `name`."""
+    path = folder / "outputs" / run / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def run_and_kill(
+    folder: Path, start: Callable[[], subprocess.Popen[str]], victims: Callable[[int], list[int]]
+) -> None:
+    """Starts the sweep, kills it and its `victims` some time after its first word, five times; then
+    it is left to end, which it must do well.
+    """
+    state = folder / "outputs/sweeps/stand-in/state.json"
+    rng = random.Random(5)
+    out, kills = "", 0
+    while True:
+        before = changed_at(state)
+        sweep = start()
+        if kills < 5:
+            wait_for(lambda p=sweep, t=before: p.poll() is not None or changed_at(state) > t)
+        try:
+            out, _ = sweep.communicate(timeout=rng.uniform(0, 0.5) if kills < 5 else 60)
+            break
+        except subprocess.TimeoutExpired:
+            for pid in [sweep.pid, *victims(sweep.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            sweep.communicate()
+            kills += 1
+    assert sweep.returncode == 0, out
+    assert "6 of 6 runs finished" in out
+    assert kills >= 2
+
+
+def changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def names(folder: Path) -> list[str]:
+    """Of the runs that have a folder."""
+    found = (folder / "outputs").glob("*")
+    return sorted(path.name for path in found if path.name != "sweeps")
+
+
+class Said(list[str]):
+    """What a sweep printed."""
+
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+
+def run(path: Path, **settings: Any) -> tuple[dict[str, str], Said]:
+    """{run: status} and what was printed, of a sweep of subprocesses."""
+    said = Said()
+    outcomes = run_sweep(path, launcher="subprocess", say=said, **settings)
+    return {outcome.name: outcome.status for outcome in outcomes}, said

@@ -1,0 +1,219 @@
+"""Sweeps of stand-in programs: what is started, skipped, retried, refused and reported."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from foundry_ext.config.loading import UsageError
+from tests.sweeps.kit import enter, lines, names, run, start_sweep, write_sweep
+
+SEEDS = {"seed": {"values": [17, 18]}}
+RUNS = ["a-seed_17", "a-seed_18", "b-seed_17", "b-seed_18"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter(tmp_path, monkeypatch)
+
+
+def test_every_run_once_then_nothing_is_left_to_do(folder: Path):
+    path = write_sweep(folder, SEEDS)
+    statuses, said = run(path, parallel=2)
+    assert statuses == dict.fromkeys(RUNS, "finished")
+    assert said[0].startswith("sweep stand-in: 4 runs, 4 to start, 0 finished already; 2 at once")
+    assert said[1].startswith("tokens: at most 10,240; time: unknown")  # 4 x 10ba x 4 packs x 64
+    assert any(line.startswith("[4/4] ") and "target loss 1.25" in line for line in said)
+    assert any("to go, about" in line for line in said)
+    assert said[-1] == "compare: foundry-ext compare " + " ".join(
+        [*(f"outputs/{name}" for name in RUNS), "--out outputs/sweeps/stand-in/report"]
+    )
+    statuses, said = run(path, parallel=2)
+    assert statuses == dict.fromkeys(RUNS, "finished")
+    assert "0 to start, 4 finished already" in said[0]
+    assert [len(lines(folder, name, "starts")) for name in RUNS] == [1] * 4
+    log = (folder / "outputs/sweeps/stand-in/logs/a-seed_17.log").read_text()
+    assert "the log of a-seed_17" in log
+
+
+def test_the_state_may_be_lost_and_the_records_still_speak(folder: Path):
+    path = write_sweep(folder, SEEDS)
+    run(path, num_runs=2)
+    (folder / "outputs/sweeps/stand-in/state.json").unlink()
+    _, said = run(path)
+    assert "2 to start, 2 finished already" in said[0]
+    assert "time: about 4 s" in said[1]  # from the two records, which say 2 s
+    assert [len(lines(folder, name, "starts")) for name in RUNS] == [1] * 4
+
+
+def test_a_failed_run_is_reported_and_retried_on_demand_alone(folder: Path):
+    path = write_sweep(folder, {**SEEDS, "variables.behaviour": {"values": ["fail", "good"]}})
+    statuses, said = run(path, parallel=4)
+    failed = [name for name, status in statuses.items() if status == "failed"]
+    assert len(failed) == 4 and all("fail" in name for name in failed)
+    assert any("failed in" in line and "ValueError: planted; see" in line for line in said)
+    statuses, said = run(path)
+    assert "4 failed before (--retry-failed starts them again)" in said[0]
+    assert [len(lines(folder, name, "starts")) for name in failed] == [1] * 4
+    (folder / "mended").touch()
+    statuses, _ = run(path, retry_failed=True, parallel=4)
+    assert set(statuses.values()) == {"finished"}
+    assert [len(lines(folder, name, "starts")) for name in failed] == [2] * 4
+
+
+def test_exit_code_0_without_a_record_is_a_failure(folder: Path):
+    path = write_sweep(folder, {"variables.behaviour": {"value": "silent"}})
+    statuses, said = run(path)
+    assert set(statuses.values()) == {"failed"}
+    assert any("exit code 0, but its record is not finished" in line for line in said)
+
+
+def test_the_command_says_by_its_exit_code_whether_all_finished(folder: Path):
+    write_sweep(folder, {"variables.behaviour": {"values": ["fail", "good"]}})
+    sweep = start_sweep(folder, "--yes", "--parallel", "4", "--launcher", "subprocess")
+    out, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 1
+    assert "2 of 4 runs finished" in out
+
+
+def test_devices_and_threads_are_shared_out(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    path = write_sweep(folder, {**SEEDS, "variables.seconds": {"value": 0.5}})
+    run(path, gpus=["4,5", "6,7"])
+    seen = [
+        json.loads(lines(folder, name, "starts")[0].partition(" ")[2]) for name in names(folder)
+    ]
+    assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == ["4,5", "4,5", "6,7", "6,7"]
+    assert not any("RANK" in one for one in seen)
+    path = write_sweep(folder, {"seed": {"value": 19}})
+    run(path, parallel=2)
+    (one,) = lines(folder, "a-seed_19", "starts")
+    cores = len(os.sched_getaffinity(0))
+    assert json.loads(one.partition(" ")[2]) == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpus": ["0", "0"]}, "named twice"),
+        ({"gpus": ["0", "1"], "parallel": 3}, "leave parallel out"),
+        ({"parallel": 0}, "not above 0"),
+        (
+            {"yes": False},
+            "an unknown time, the limit is 1 h, and nobody is there to ask; add --yes",
+        ),
+        ({"yes": False, "tokens_per_second": 0.1}, "takes about 28 h"),
+    ],
+)
+def test_what_cannot_start_says_why(folder: Path, settings, message: str):
+    path = write_sweep(folder, SEEDS)
+    with pytest.raises(UsageError, match=message):
+        run(path, **settings)
+    assert names(folder) == []
+
+
+def test_an_estimate_below_the_limit_asks_nothing(folder: Path):
+    statuses, said = run(write_sweep(folder, {}), yes=False, tokens_per_second=1e6)
+    assert set(statuses.values()) == {"finished"}
+    assert "time: about 0 s" in said[1]
+
+
+def test_epochs_are_unknown_until_the_data_is_read(folder: Path):
+    path = write_sweep(folder, {"max_duration": {"values": ["1ep", "5_000tok", "2ba"]}})
+    _, said = run(path, dry_run=True, tokens_per_second=10.0)
+    assert said[1] == (
+        "tokens: unknown until the data is read, for 2 of 6 runs; "
+        "time: unknown until the first runs have finished"
+    )
+    path = write_sweep(folder, {"max_duration": {"values": ["5_000tok", "2ba"]}})
+    _, said = run(path, dry_run=True, tokens_per_second=10.0)
+    assert said[1] == "tokens: at most 11,024; time: about 18 min"  # 2 x (5,000 + 2 x 4 x 64) / 10
+
+
+def test_a_dry_run_prints_the_commands_and_starts_nothing(folder: Path):
+    _, said = run(
+        write_sweep(folder, SEEDS, command=["composer", "${program}", "${args_no_hyphens}"]),
+        dry_run=True,
+    )
+    assert said[2:] == [
+        f"composer train.py config={name}.yaml seed={seed}" for name in "ab" for seed in (17, 18)
+    ]
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "more", "message"),
+    [
+        ({"sed": {"value": 3}}, {}, "unknown top-level key, 'sed', did you mean 'seed'"),
+        ({"config": {"value": "c.yaml"}}, {}, "c.yaml: no such file"),
+        ({"config": {"value": "../a.yaml"}}, {}, "config, '../a.yaml', is outside this folder"),
+        (
+            {"variables.learning_rate": {"value": "hihg"}},
+            {},
+            "known: low, high, did you mean 'high'",
+        ),
+        (
+            {"callbacks": {"value": {"run_record": {"path": ""}}}},
+            {},
+            "no run_record under callbacks",
+        ),
+        ({"run_name": {"value": "x"}}, {}, "two runs are named x; do not sweep run_name"),
+        ({"variables.folder": {"value": "outputs/x"}}, {}, "share outputs/x"),
+        ({}, {"command": ["python", "${program}", "${args}"]}, "arguments with hyphens"),
+        ({}, {"program": "train2.py"}, "train2.py: no such file"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(folder: Path, parameters, more, message: str):
+    path = write_sweep(folder, parameters, **more)
+    with pytest.raises(ValueError) as raised:
+        run(path)
+    assert message in str(raised.value)
+    assert not (folder / "outputs").exists()
+
+
+def test_a_finished_record_of_other_settings_is_not_taken_for_this_run(folder: Path):
+    path = write_sweep(folder, {"seed": {"value": 17}})
+    run(path)
+    record = folder / "outputs/a-seed_17/record.json"
+    content = json.loads(record.read_text())
+    content["config"]["seed"] = 18
+    record.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="finished run with seed: 18, not 17; move it away"):
+        run(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("max_duration: 10ba", "max_duration: 20ba", "max_duration: '10ba', not '20ba'"),
+        ("low: 1.0e-4", "low: 2.0e-4", "optimizer.lr: 0.0001, not 0.0002"),
+        ("pack_tokens: 64", "pack_tokens: 32", "train_loader.dataset.pack_tokens: 64, not 32"),
+        ("seconds: 0.1", "seconds: 0.2", None),
+    ],
+)
+def test_a_yaml_edited_since_is_not_passed_over(folder: Path, before: str, after: str, named):
+    path = write_sweep(folder, {"seed": {"value": 17}})
+    run(path)
+    yaml_file = folder / "b.yaml"
+    text = yaml_file.read_text()
+    assert before in text
+    yaml_file.write_text(text.replace(before, after))
+    if named is None:  # no part of what a result depends on
+        assert "2 finished already" in run(path)[1][0]
+        return
+    with pytest.raises(UsageError, match=re.escape(named)):
+        run(path)
+
+
+def test_a_run_name_leads_to_no_other_folder(folder: Path):
+    path = write_sweep(folder, {})
+    for name in ("a", "b"):
+        text = (folder / f"{name}.yaml").read_text()
+        text = text.replace(f"run_name: {name}\n", f"run_name: ../../../../{name}\n")
+        (folder / f"{name}.yaml").write_text(text.replace("outputs/${run_name}", f"outputs/{name}"))
+    with pytest.raises(UsageError, match=r"run_name, '\.\./\.\./\.\./\.\./a', is no file's name"):
+        run(path)
+    assert not (folder / "outputs").exists()

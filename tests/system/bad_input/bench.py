@@ -1,0 +1,126 @@
+"""What a case of the table works on: a run that would do, in a folder of its own, to be spoilt."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from foundry_ext.cli import main as cli
+from foundry_ext.launch import train as launch
+from foundry_ext.records.record import read_record
+from tests.training import kit
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that a user is told as an error."""
+        return [line for line in self.err.splitlines() if ": error: " in line]
+
+
+@dataclass
+class Bench:
+    """A small fine-tuning run, its YAML yet to be written."""
+
+    folder: Path
+    world: kit.World
+    monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    """The YAML file itself, where a case writes it by hand."""
+
+    def __post_init__(self):
+        record = {"path": str(self.folder / "record.json"), "experiment": "e"}
+        settings = {
+            "callbacks": {"run_record": record},
+            "loggers": {},
+            "max_duration": "2ba",
+            "log_config": True,
+            "save_folder": str(self.folder / "checkpoints"),
+        }
+        config = kit.run_config(self.world, self.folder, "full", **settings)
+        self.config = OmegaConf.to_container(config)  # pyright: ignore
+
+    def change(self, **values: Any) -> None:
+        """`change(model__loss="x")`: a key of the YAML; None removes it."""
+        for key, value in values.items():
+            *parents, last = key.split("__")
+            node = self.config
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+            if value is None:
+                del node[last]
+
+    def data(self, **values: Any) -> None:
+        """Keys of the train loader's `dataset`."""
+        self.change(**{f"train_loader__dataset__{key}": value for key, value in values.items()})
+
+    def rows(self, content: bytes | str | Iterable[Any], name: str = "rows.jsonl") -> Path:
+        """The file trained on: its bytes, or rows to be written as JSON lines."""
+        path = self.folder / name
+        if isinstance(content, str):
+            content = content.encode()
+        elif not isinstance(content, bytes):
+            content = "".join(json.dumps(row) + "\n" for row in content).encode()
+        path.write_bytes(content)
+        self.data(hf_name=str(path))
+        return path
+
+    def train(self, *overrides: str) -> Ended:
+        """`python train.py run.yaml ...`, in this process."""
+        path = self.folder / "run.yaml"
+        path.write_text(yaml.safe_dump(self.config) if self.text is None else self.text)
+        return self.call(launch.main, "train.py", [str(path), *overrides])
+
+    def command(self, *arguments: str) -> Ended:
+        """`foundry-ext ...`, in this process."""
+        return self.call(cli.main, list(arguments))
+
+    def call(self, main: Any, *arguments: Any) -> Ended:
+        """Exceptions end a process with a traceback and exit code 1."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(*arguments)
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    def written(self) -> set[str]:
+        """Files below the folder, and unfinished ones in the cache of tokens."""
+        files = {str(path) for path in self.folder.rglob("*") if path.is_file()}
+        cache = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext")
+        return files | {str(path) for path in cache.glob("*.part")}
+
+    def record(self) -> dict[str, Any]:
+        return read_record(self.folder / "record.json")
+
+    def assert_nothing_half_written(self) -> None:
+        """What is there can be read: checkpoints, the record, no temporary file."""
+        for path in map(Path, self.written()):
+            assert not path.name.endswith((".partial", ".part", ".tmp")), path
+            if path.suffix == ".pt":
+                assert "state" in torch.load(path, weights_only=False, map_location="cpu")
+
+
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a lone process without a sweep, at the user's keyboard."""
+    for name in ("WANDB_SWEEP_ID", "FOUNDRY_EXT_SWEEP", "FOUNDRY_EXT_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)

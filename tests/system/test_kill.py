@@ -1,0 +1,196 @@
+"""A run that is killed with -9 over and over ends bit for bit like one that never was.
+
+In its middle, across the ends of its epochs, while it starts, while it writes a checkpoint; every
+document once an epoch, in every attempt in the same batch. (Traps 31, 40, 41.)
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from foundry_ext.records.record import read_items, read_record
+from tests.system.ranks import ROOT
+from tests.training import kit
+
+NUM_DOCUMENTS = 300
+
+
+@pytest.fixture(scope="session")
+def longer(world, tmp_path_factory, make_rows):
+    """A world with epochs of some 30 batches."""
+    path = tmp_path_factory.mktemp("longer") / "train.jsonl"
+    rows = make_rows(NUM_DOCUMENTS, seed=3, longest=12)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(world, rows=path)
+
+
+def settings(world, folder, method, workers):
+    """What the shipped YAMLs have, and a checkpoint after every batch."""
+    evaluated = kit.loader_config(world.eval_rows, eval_packs=1)
+    target = {"role": "learning", "type": "documents", "loader": evaluated}
+    return {
+        "method": method,
+        "run_name": "killed",
+        "train_loader": {
+            **kit.loader_config(world.rows, shuffle=True, shuffle_seed=3),
+            "num_workers": workers,
+        },
+        "eval_loader": evaluated,
+        "eval_interval": "7ba",
+        "scheduler": {"name": "linear_decay_with_warmup", "t_warmup": "2ba", "alpha_f": 0},
+        "callbacks": {
+            "spy": {},
+            "diary": {"path": str(folder / "diary.jsonl")},
+            "run_record": {"path": str(folder / "record.json"), "experiment": "killed"},
+            "forgetting": {"items": str(folder / "items.jsonl"), "sets": {"target": target}},
+            "guard": {},
+            "exact_resume": {},
+            "hf_export": {"folder": str(folder / "hf")},
+        },
+        "loggers": {"inmemory": {}, "metrics_file": {"path": str(folder / "metrics.jsonl")}},
+        "log_config": True,
+        "autoresume": True,
+        "save_num_checkpoints_to_keep": 2,
+    }
+
+
+def run(world, folder, method, workers, kills=(), seed=0):
+    """What kill_server.py met."""
+    folder.mkdir()
+    paths = {name: str(path) for name, path in asdict(world).items()}
+    job = {
+        "world": paths,
+        "settings": settings(world, folder, method, workers),
+        "kills": list(kills),
+        "seed": seed,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    server = str(Path(__file__).with_name("kill_server.py"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, server, str(folder)], check=True, cwd=ROOT, env=environment)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["code"] == 0, (folder / "log").read_text()[-5000:]
+    return result
+
+
+def read_lines(path):
+    """Also behind a line that was cut."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def documents_by_batch(folder):
+    """Of all attempts, which must agree."""
+    found: dict[int, list[str]] = {}
+    for line in read_lines(folder / "diary.jsonl"):
+        assert found.setdefault(line["batch"], line["documents"]) == line["documents"]
+    return found
+
+
+def losses_by_batch(folder):
+    """Of all attempts, which must agree to the last bit."""
+    found: dict[int, float] = {}
+    for line in read_lines(folder / "metrics.jsonl"):
+        if (loss := line.get("loss/train/total")) is not None:
+            assert found.setdefault(line["batch"], loss) == loss, line["batch"]
+    return found
+
+
+def assert_same_end(folder, reference):
+    assert documents_by_batch(folder) == documents_by_batch(reference)
+    assert losses_by_batch(folder) == losses_by_batch(reference)
+    weights, expected = (torch.load(one / "weights.pt") for one in (folder, reference))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+    (left, right) = (optimizer_state(one) for one in (folder, reference))
+    assert left.keys() == right.keys() and left
+    assert all(torch.equal(value, right[key]) for key, value in left.items())
+    exports = [
+        {path.name: path.read_bytes() for path in (one / "hf").iterdir()}
+        for one in (folder, reference)
+    ]
+    assert exports[0] == exports[1]
+    record, other = (read_record(one / "record.json") for one in (folder, reference))
+    assert record["status"] == other["status"] == "finished"
+    for key in ("evaluations", "steps", "tokens"):
+        assert without_seconds(record[key]) == without_seconds(other[key]), key
+    assert read_items(folder / "items.jsonl") == read_items(reference / "items.jsonl")
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == sorted(path.name for path in (reference / "checkpoints").iterdir())
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if "seconds" not in k}
+    return [without_seconds(one) for one in value] if isinstance(value, list) else value
+
+
+def optimizer_state(folder):
+    latest = folder / "checkpoints" / "latest-rank0.pt"
+    (optimizer,) = torch.load(latest, weights_only=False)["state"]["optimizers"].values()
+    return {
+        (name, key): value
+        for name, state in optimizer["state"].items()
+        for key, value in state.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(longer, tmp_path_factory):
+    """uninterrupted(method, workers): the folder of a run that was left alone."""
+    made = {}
+
+    def get(method, workers):
+        if (method, workers) not in made:
+            folder = tmp_path_factory.mktemp("kill") / "reference"
+            run(longer, folder, method, workers)
+            made[method, workers] = folder
+        return made[method, workers]
+
+    return get
+
+
+def test_each_document_once_an_epoch(uninterrupted):
+    """What the others are compared with."""
+    batches = list(documents_by_batch(uninterrupted("lora", 0)).values())
+    half = len(batches) // 2
+    first, second = (list(chain(*part)) for part in (batches[:half], batches[half:]))
+    assert len(first) == NUM_DOCUMENTS and sorted(first) == sorted(second) and first != second
+
+
+def test_killed_some_times(longer, uninterrupted, tmp_path):
+    kills = ["save", 0.3, "start", "save"]
+    met = run(longer, tmp_path / "run", "lora", 0, kills)
+    assert met["attempts"] == 5 and met["inside_a_save"] >= 1
+    assert_same_end(tmp_path / "run", uninterrupted("lora", 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("method", kit.METHODS)
+def test_killed_at_twenty_random_moments(longer, uninterrupted, tmp_path, method, workers):
+    seed = random.SystemRandom().randrange(2**32)
+    moments = random.Random(seed)
+    kills = [
+        *(moments.uniform(0, 0.4) for _ in range(10)),
+        *["save"] * 7,
+        *["start"] * 3,
+    ]
+    moments.shuffle(kills)
+    met = run(longer, tmp_path / "run", method, workers, kills, seed)
+    print(f"{method}, {workers} workers, seed {seed}: {met}")
+    assert met["attempts"] == 21
+    assert_same_end(tmp_path / "run", uninterrupted(method, workers))

@@ -1,0 +1,211 @@
+"""A W&B run offline: its file read back, and every promise found in it."""
+
+import json
+import subprocess
+import sys
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from composer.loggers import WandBLogger
+from omegaconf import OmegaConf
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal import datastore
+
+from foundry_ext.comparison.wandb_runs import is_local, local_record
+from foundry_ext.records.record import read_items, read_record
+from foundry_ext.training.loggers.wandb_metrics import (
+    AGAINST_TOKENS,
+    PROMISED_CONFIG,
+    PROMISED_KEYS,
+    RECORD_NAME,
+    TOKENS,
+    WandBMetrics,
+)
+from tests.training import kit
+from tests.training.callbacks.test_run_record import settings
+
+
+def read_back(folder: Path):
+    """All records of an offline run's file, which is whole a moment after the run has ended."""
+    (file,) = folder.glob("run-*.wandb")
+    for _ in range(300):
+        records = read_records(file)
+        if any(one.HasField("exit") for one in records):
+            return records
+        time.sleep(0.2)
+    raise AssertionError(f"{file} was not finished")
+
+
+def read_records(file: Path):
+    store = datastore.DataStore()
+    records = []
+    try:
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(data)
+    except AssertionError:  # the file ends inside a record
+        pass
+    return records
+
+
+def offline_in(folder: Path) -> dict:
+    """As WANDB_MODE and WANDB_DIR would have it, but W&B reads those once a process."""
+    return {"mode": "offline", "dir": str(folder)}
+
+
+def values(items) -> dict:
+    """key -> value of a record's items, nested keys joined."""
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture(scope="module")
+def offline(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("offline")
+    given = settings(world, folder, seed=23, save_folder=None, eval_first=True)
+    sets = given["callbacks"]["forgetting"]["sets"]
+    sets["source"] = {**sets["target"], "role": "forgetting", "kl": True}
+    given["callbacks"]["packed_throughput"] = {}
+    given["callbacks"] |= {"lr_monitor": {}, "guard": {}}
+    given["callbacks"]["text_samples"] = {"prompts": ["one bird"], "max_new_tokens": 4}
+    logger = {"project": "trials", "name": "one", "init_kwargs": offline_in(folder)}
+    given["loggers"] = {"inmemory": {}, "wandb_metrics": logger}
+    given["variables"] = {"hub_token": "planted"}
+    run = kit.run(kit.run_config(world, folder, "dora", **given))
+    (wandb_folder,) = (folder / "wandb").glob("offline-run-*")
+    return run, folder, wandb_folder, read_back(wandb_folder)
+
+
+def test_every_promised_key_is_in_the_file(offline):
+    *_, records = offline
+    logged = {key for one in records if one.HasField("history") for key in keys(one)}
+    logged |= {key.partition("/")[0] for key in logged if key.endswith("/_type")}  # a table
+    missing = [
+        promise for promise in PROMISED_KEYS if not any(fnmatch(key, promise) for key in logged)
+    ]
+    assert not missing, sorted(logged)
+
+
+def keys(record):
+    return values(record.history.item)
+
+
+def test_values_stand_beside_real_tokens(offline):
+    """In every row that has one of them; steps are those of the trainer."""
+    *_, records = offline
+    rows = [keys(one) for one in records if one.HasField("history")]
+    shown = [
+        row for row in rows if any(fnmatch(key, name) for key in row for name in AGAINST_TOKENS)
+    ]
+    assert len(shown) >= 8 and all(TOKENS in row for row in shown)
+    learning = {
+        row[TOKENS]: row["learning/target_loss"] for row in rows if "learning/target_loss" in row
+    }
+    record = read_record(offline[1] / "record.json")
+    expected = {one["real_tokens"]: one["learning"]["target_loss"] for one in record["evaluations"]}
+    assert learning == pytest.approx(expected) and len(learning) == 4
+    steps = [row["_step"] for row in shown if "learning/target_loss" in row]
+    assert steps == [0, 3, 6, 8]
+
+
+def test_tokens_are_in_every_call(monkeypatch):
+    """Not only in the row, which Composer completes with the next batch, if there is one."""
+    seen = []
+    monkeypatch.setattr(WandBLogger, "log_metrics", lambda *call: seen.append(call[1:]))
+    logger = WandBMetrics(project="p")
+    logger.state = SimpleNamespace(timestamp=SimpleNamespace(token=SimpleNamespace(value=7)))
+    logger.log_metrics({"loss/x": 1.0}, 3)
+    assert seen == [({TOKENS: 7, "loss/x": 1.0}, 3)]
+
+
+def test_metrics_are_defined_against_tokens(offline):
+    *_, records = offline
+    defined = [one.metric for one in records if one.HasField("metric")]
+    names = [metric.name for metric in defined if metric.name]
+    assert TOKENS in names
+    index = names.index(TOKENS) + 1  # W&B counts from 1 where a metric names its axis
+    axes = {one.glob_name: one.step_metric or one.step_metric_index for one in defined}
+    for name in AGAINST_TOKENS:
+        assert axes[name] in (TOKENS, index), axes
+
+
+def test_runs_are_grouped(offline):
+    *_, records = offline
+    (started,) = [one.run for one in records if one.HasField("run")]
+    assert (started.run_group, started.job_type) == ("trial", "dora")
+    assert (started.project, started.display_name) == ("trials", "one")
+    config = values(started.config.update)
+    for one in records:
+        if one.HasField("config"):
+            config |= values(one.config.update)
+    assert [config[key] for key in PROMISED_CONFIG] == ["trial", "dora", 23]
+    assert config["optimizer"]["lr"] == 0.01
+    assert config["variables"] == {"hub_token": "[redacted]"}
+
+
+def test_no_secret_is_in_the_file(offline):
+    """Nor in what is printed, where llm-foundry shows the whole configuration."""
+    assert not any("planted" in str(one) for one in offline[-1])
+
+
+def test_record_and_items_are_the_run_s_files(offline):
+    _, folder, wandb_folder, _ = offline
+    assert is_local(wandb_folder)
+    path = local_record(wandb_folder)
+    assert path == wandb_folder / "files" / RECORD_NAME and not path.is_symlink()
+    record = read_record(path)
+    assert record == read_record(folder / "record.json") and record["status"] == "finished"
+    assert read_items(path.parent / record["items"]) == read_items(folder / "items.jsonl")
+
+
+def test_what_the_yaml_says_of_group_and_job_type_wins(world, tmp_path):
+    init_kwargs = {"job_type": "my job", **offline_in(tmp_path)}
+    logger = {"project": "p", "group": "mine", "init_kwargs": init_kwargs}
+    given = {"loggers": {"inmemory": {}, "wandb_metrics": logger}, "save_folder": None}
+    kit.run(kit.run_config(world, tmp_path, max_duration="1ba", **given))
+    (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (started,) = [one.run for one in read_back(wandb_folder) if one.HasField("run")]
+    assert (started.run_group, started.job_type) == ("mine", "my job")
+    with pytest.raises(FileNotFoundError, match=r"has no record.json"):
+        local_record(wandb_folder)
+
+
+CRASHING = """
+import json, sys
+from foundry_ext.records.record import mark_failed
+from omegaconf import OmegaConf
+from tests.training import kit
+
+try:
+    kit.run(OmegaConf.load(sys.argv[1]))
+except kit.Crash as error:  # as launch.py does
+    mark_failed(sys.argv[2], error)
+    raise
+"""
+
+
+@pytest.mark.slow
+def test_a_crashed_run_s_record_is_among_its_files_too(world, tmp_path):
+    """W&B closes itself before Composer does."""
+    given = settings(world, tmp_path, save_folder=None)
+    given["callbacks"]["spy"] = {"crash_after": 4}
+    logger = {"project": "trials", "init_kwargs": offline_in(tmp_path)}
+    given["loggers"] = {"inmemory": {}, "wandb_metrics": logger}
+    OmegaConf.save(kit.run_config(world, tmp_path, **given), tmp_path / "run.yaml")
+    arguments = [str(tmp_path / "run.yaml"), str(tmp_path / "record.json")]
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHING, *arguments],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and "Crash" in done.stderr, done.stderr[-3000:]
+    (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    record = read_record(local_record(wandb_folder))
+    assert (record["status"], record["error"]) == ("failed", "Crash: ")
+    assert [one["step"] for one in record["evaluations"]] == [0, 3]
+    assert read_items(wandb_folder / "files" / "items.jsonl")

@@ -1,0 +1,92 @@
+"""Memory does not grow over steps: what a step made is gone when the next one is over."""
+
+import gc
+from collections import deque
+from typing import Any
+
+import llmfoundry.registry
+import pytest
+import torch
+from composer.core import Callback
+
+from tests.training import kit
+
+STEPS = 150
+LOOKED_AT = (75, 150)
+BETWEEN = LOOKED_AT[1] - LOOKED_AT[0]
+
+
+class Holdings(Callback):
+    """`holdings` in a YAML: what is alive after some steps, garbage collected before.
+
+    Tensors, the bytes of those that are no batch's (which differ in length), objects, and elements
+    of all containers: a list of numbers that grows has no more objects that the collector knows.
+    """
+
+    def __init__(self, leak: bool = False):
+        self.found: dict[int, tuple[int, int, int, int]] = {}
+        self.leaked: list[Any] | None = [] if leak else None
+
+    def batch_end(self, state, logger):
+        step = state.timestamp.batch.value
+        if self.leaked is not None:
+            self.leaked += [torch.zeros(3), step / 7]
+        if step in LOOKED_AT:
+            gc.collect()
+            objects = gc.get_objects()
+            tensors = [one for one in objects if type(one) in (torch.Tensor, torch.nn.Parameter)]
+            containers = [one for one in objects if type(one) in (list, dict, set, deque)]
+            containers = [one for one in containers if one is not objects]
+            self.found[step] = (
+                len(tensors),
+                sum(one.nbytes for one in tensors if one.is_floating_point()),
+                len(objects),
+                sum(map(len, containers)) - len(tensors),
+            )
+
+
+llmfoundry.registry.callbacks.register("holdings", func=Holdings)
+
+
+def holdings(world, folder, method: str, *, leak: bool = False) -> Holdings:
+    path = str(folder / "record.json")
+    config = kit.run_config(
+        world,
+        folder,
+        method,
+        callbacks={
+            # The spy of these tests keeps every batch, and so is no part of it.
+            "packed_throughput": {},
+            "run_record": {"path": path, "experiment": "growth"},
+            "holdings": {"leak": leak},
+        },
+        loggers={},
+        log_config=True,
+        max_duration=f"{STEPS}ba",
+        save_folder=None,
+        save_interval=None,
+        model__config_overrides={"num_hidden_layers": 1} if method == "full" else {},
+        model__pretrained=False,
+    )
+    trainer = kit.train(config)
+    trainer.close()
+    return next(one for one in trainer.state.callbacks if isinstance(one, Holdings))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["full", "dora"])
+def test_nothing_is_kept_from_step_to_step(world, tmp_path, method: str):
+    """The data has 5 batches or so, hence epochs by the dozen are in it."""
+    spy = holdings(world, tmp_path, method)
+    (tensors, size, objects, elements), later = (spy.found[step] for step in LOOKED_AT)
+    assert later[:2] == (tensors, size)
+    assert later[2] - objects < BETWEEN / 5
+    assert later[3] - elements < BETWEEN / 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_kept_from_step_to_step_is_seen(world, tmp_path):
+    spy = holdings(world, tmp_path, "full", leak=True)
+    (tensors, size, _, elements), later = (spy.found[step] for step in LOOKED_AT)
+    assert later[:2] == (tensors + BETWEEN, size + 12 * BETWEEN)
+    assert later[3] - elements > BETWEEN / 2
