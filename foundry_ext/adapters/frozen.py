@@ -16,6 +16,7 @@ from torch import nn
 
 from foundry_ext.adapters import pissa
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.errors import UserError
 
 FROZEN_DTYPES = ("fp32", "bf16")
 
@@ -23,16 +24,16 @@ FROZEN_DTYPES = ("fp32", "bf16")
 def check_frozen_dtype(frozen_dtype: str, *, adapted: bool, init_device: str) -> None:
     """Raises ValueError for what no model can have, before one is built."""
     if frozen_dtype not in FROZEN_DTYPES:
-        raise ValueError(f"frozen_dtype: {frozen_dtype!r}; choose {' or '.join(FROZEN_DTYPES)}")
+        raise UserError(f"frozen_dtype: {frozen_dtype!r}; choose {' or '.join(FROZEN_DTYPES)}")
     if frozen_dtype == "fp32":
         return
     if not adapted:
-        raise ValueError(
+        raise UserError(
             "frozen_dtype: bf16 is for adapters, and without one no weight is frozen; leave it out,"
             " or give a peft_config"
         )
     if init_device != "cpu":
-        raise ValueError(
+        raise UserError(
             f"frozen_dtype: bf16 with init_device: {init_device}: FSDP takes weights of one type"
             " only; set frozen_dtype: fp32, or init_device: cpu and no fsdp_config"
         )
@@ -43,10 +44,10 @@ def hold_frozen_in_bf16(model: PeftModel) -> None:
     """Casts the frozen linears of the decoder layers; in place.
 
     Raises:
-        ValueError: a PiSSA adapter; later, in a forward pass without autocast to bf16.
+        UserError: a PiSSA adapter; later, in a forward pass without autocast to bf16.
     """
     if pissa.is_pissa(model):
-        raise ValueError(
+        raise UserError(
             "frozen_dtype: bf16 would round away part of the residual that init_lora_weights:"
             " pissa leaves in the base; set frozen_dtype: fp32"
         )
@@ -66,7 +67,7 @@ def _check_autocast(module: nn.Module, _args: Any) -> None:
     device = next(module.parameters()).device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         return
-    raise ValueError(
+    raise UserError(
         "frozen_dtype: bf16 is for precision: amp_bf16, whose results it leaves as they are; set"
         " that, or frozen_dtype: fp32"
     )

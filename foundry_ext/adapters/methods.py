@@ -17,9 +17,9 @@ from foundry_ext.adapters.targets import (
     endings,
     in_order,
     matched_modules,
-    nearest,
     shown,
 )
+from foundry_ext.utils.errors import UserError, suggest
 
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # peft's
 _MOST_RANK = 2**13  # SmolLM2's largest matrix has that many rows
@@ -117,18 +117,18 @@ def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None
             e.g. model.layers.0.self_attn.q_proj.
 
     Raises:
-        ValueError: names the key, its value and the way out.
+        UserError: names the key, its value and the way out.
     """
     _check_keys(peft_config)
     check_numbers(peft_config)
     init = peft_config.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in _INITS:
-        raise ValueError(
+        raise UserError(
             f"peft_config.init_lora_weights: {init!r} is not supported, for it changes the base"
             " model in a way that no checkpoint holds; use true, gaussian, orthogonal or pissa"
         )
     if peft_config.get("bias", "none") != "none":
-        raise ValueError(
+        raise UserError(
             f"peft_config.bias: {peft_config['bias']!r}; SmolLM2 has no biases to train, leave"
             " it out"
         )
@@ -136,12 +136,12 @@ def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None
     embedding = any(ending(name) == "embed_tokens" for name in targets)
     if init == "pissa" and (embedding or peft_config.get("use_dora")):
         beside = "embed_tokens" if embedding else "use_dora"
-        raise ValueError(f"peft_config.init_lora_weights: 'pissa' does not go with {beside}")
+        raise UserError(f"peft_config.init_lora_weights: 'pissa' does not go with {beside}")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (peft_config.get(key) or {}).items():
             _check_positive(f"{key}.{pattern}", value, whole=key == "rank_pattern")
             if not any(_fits_pattern(pattern, name) for name in targets):
-                raise ValueError(
+                raise UserError(
                     f"peft_config.{key}: {pattern!r} matches none of the modules that"
                     f" target_modules names; they end in {', '.join(endings(targets))}"
                 )
@@ -151,16 +151,14 @@ def _check_keys(peft_config: Mapping[str, Any]) -> None:
     for key, value in peft_config.items():
         if key in _REFUSED:
             if value:
-                raise ValueError(f"peft_config.{key}: {shown(value)} {_REFUSED[key]}")
+                raise UserError(f"peft_config.{key}: {shown(value)} {_REFUSED[key]}")
         elif key not in _KEYS | _IDLE:
-            raise ValueError(
-                f"peft_config: {key!r} is no key of it{nearest(str(key), sorted(_KEYS))}"
-            )
+            raise UserError(f"peft_config: unknown key {key!r}{suggest(key, sorted(_KEYS))}")
     for key, only in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
         value = peft_config.get(key)
         value = getattr(value, "value", value)  # an enumeration in peft's own configurations
         if str(value).upper() != only:
-            raise ValueError(
+            raise UserError(
                 f"peft_config.{key}: Only {only} is supported, but got {value}; set it to {only}"
             )
 
@@ -172,12 +170,12 @@ def check_numbers(peft_config: Mapping[str, Any]) -> None:
     _check_positive("lora_alpha", alpha, whole=False)
     dropout = peft_config.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(
+        raise UserError(
             f"peft_config.lora_dropout: {dropout!r}; give a probability from 0 to below 1"
         )
     for key in ("use_dora", "use_rslora"):
         if not isinstance(peft_config.get(key, False), bool):
-            raise ValueError(f"peft_config.{key}: {peft_config[key]!r}; give true or false")
+            raise UserError(f"peft_config.{key}: {peft_config[key]!r}; give true or false")
 
 
 def _check_positive(key: str, value: Any, *, whole: bool) -> None:
@@ -185,7 +183,7 @@ def _check_positive(key: str, value: Any, *, whole: bool) -> None:
     below = _MOST_RANK + 1 if whole else math.inf
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < below:
         kind = f"whole number up to {_MOST_RANK}" if whole else "number"
-        raise ValueError(f"peft_config.{key}: {value!r}; give a positive {kind}")
+        raise UserError(f"peft_config.{key}: {value!r}; give a positive {kind}")
 
 
 def _rank_and_alpha(peft_config: Mapping[str, Any]) -> tuple[int, float]:

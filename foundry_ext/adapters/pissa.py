@@ -19,6 +19,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from foundry_ext.utils.errors import UserError
+
 ADAPTER = "default"
 _BUFFERS = "lora_initial"  # "lora_" and the adapter's name let Composer's filter keep them
 
@@ -46,15 +48,15 @@ def remember_initial_factors(model: PeftModel) -> None:
     """Keeps the factors of a freshly initialised PiSSA adapter as buffers beside it.
 
     Raises:
-        ValueError: a rank above what the decomposition can give, or weights on the meta device.
+        UserError: a rank above what the decomposition can give, or weights on the meta device.
     """
     for name, layer in _layers(model):
         A, B = _factors(layer)
         rank = layer.r[ADAPTER]
         if A.is_meta:
-            raise ValueError("init_lora_weights: 'pissa' needs the weights; set init_device: cpu")
+            raise UserError("init_lora_weights: 'pissa' needs the weights; set init_device: cpu")
         if A.shape[0] != rank:
-            raise ValueError(
+            raise UserError(
                 f"peft_config.r: {rank} is more than the {A.shape[0]} singular values of {name};"
                 " PiSSA needs a smaller rank"
             )
@@ -80,7 +82,7 @@ def correct_residuals(model: PeftModel, before: Mapping[str, tuple[Tensor, Tenso
     On the machine that trained they do not differ, bit for bit, and nothing is changed.
 
     Raises:
-        ValueError: they differ and the weights are sharded already.
+        UserError: they differ and the weights are sharded already.
     """
     for name, layer, kept in _remembered(model):
         A, B = before[name]
@@ -88,7 +90,7 @@ def correct_residuals(model: PeftModel, before: Mapping[str, tuple[Tensor, Tenso
             continue
         weight = layer.get_base_layer().weight
         if type(weight) is not nn.Parameter or weight.shape != (B.shape[0], A.shape[1]):
-            raise ValueError(
+            raise UserError(
                 "init_lora_weights: 'pissa' was decomposed differently on the machine that saved"
                 " this checkpoint; under FSDP go on there, or resume without FSDP"
             )

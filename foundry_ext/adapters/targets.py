@@ -3,10 +3,11 @@
 peft says nothing of an entry that matches no module as long as another one does.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+from foundry_ext.utils.errors import UserError, suggest
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
@@ -17,7 +18,7 @@ def matched_modules(peft_config: Mapping[str, Any], module_names: Collection[str
     expression for whole names, or "all-linear", which leaves out the head.
 
     Raises:
-        ValueError: something named matches nothing, or the head is matched.
+        UserError: something named matches nothing, or the head is matched.
     """
     targets = peft_config.get("target_modules")
     targets = LINEARS if targets is None else targets
@@ -30,12 +31,12 @@ def matched_modules(peft_config: Mapping[str, Any], module_names: Collection[str
     if layers is not None and layers != []:
         matched = _in_layers(peft_config, matched, {layers} if isinstance(layers, int) else layers)
     if any(ending(name) == "lm_head" for name in matched):
-        raise ValueError(
+        raise UserError(
             "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
             " through an adapter; leave it out"
         )
     if not matched:
-        raise ValueError(
+        raise UserError(
             f"peft_config.exclude_modules: {shown(excluded)} leaves nothing of target_modules"
         )
     return matched
@@ -50,17 +51,17 @@ def _select(key: str, wanted: Any, names: Collection[str]) -> list[str]:
         try:
             found = [name for name in names if re.fullmatch(wanted, name)]
         except re.error as error:
-            raise ValueError(
+            raise UserError(
                 f"peft_config.{key}: {wanted!r} is no regular expression: {error}"
             ) from error
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"peft_config.{key}: the regular expression {wanted!r} matches no whole module"
                 f" name, such as {next(iter(names), '')}; modules end in {known}"
             )
         return found
     if not isinstance(wanted, Iterable) or not wanted:
-        raise ValueError(
+        raise UserError(
             f"peft_config.{key}: {wanted!r}; give a list of module names, a regular expression or"
             f" {ALL_LINEAR}"
         )
@@ -68,8 +69,8 @@ def _select(key: str, wanted: Any, names: Collection[str]) -> list[str]:
     for entry in wanted:
         ends = [name for name in names if name == entry or name.endswith(f".{entry}")]
         if not ends:
-            hint = nearest(str(entry), endings(names))
-            raise ValueError(
+            hint = suggest(entry, endings(names))
+            raise UserError(
                 f"peft_config.{key}: {entry!r} matches no module{hint}; modules end in {known}"
             )
         found.update(ends)
@@ -89,7 +90,7 @@ def _in_layers(
             numbered.setdefault(int(index[1]), []).append(name)
     missing = [layer for layer in layers if layer not in numbered]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"peft_config.layers_to_transform: no target module in layer {missing[0]}; there are"
             f" layers {shown(sorted(numbered))}"
         )
@@ -109,11 +110,6 @@ def in_order(targets: Iterable[str]) -> list[str]:
     """As the layer computes them, then others by name: peft keeps a set, whose order varies."""
     order = {name: index for index, name in enumerate(LINEARS)}
     return sorted(targets, key=lambda name: (order.get(name, len(order)), name))
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def shown(value: Any) -> str:

@@ -39,6 +39,8 @@ from foundry_ext.checkpoints.loading import (
 from foundry_ext.checkpoints.merge import lora_layers, merge_weights, merged_weight
 from foundry_ext.evaluation.config import SetSettings
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.atomic import write_text
+from foundry_ext.utils.errors import UserError
 
 SCHEMA_VERSION = 1
 ENERGY = 0.9
@@ -84,7 +86,7 @@ def analyse(
             leaves the line out.
 
     Raises:
-        ValueError: nothing to analyse, no base model, or one of another shape.
+        UserError: nothing to analyse, no base model, or one of another shape.
     """
     with as_folder(path) as folder:
         name = base_name(folder, base if base or is_adapter(folder) else recorded_base(path))
@@ -115,11 +117,11 @@ def full_changes(base: SmolLM2ForCausalLM, tuned: SmolLM2ForCausalLM) -> Iterato
     """All linears of the layers.
 
     Raises:
-        ValueError: the two models differ in shape.
+        UserError: the two models differ in shape.
     """
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     if {n: x.shape for n, x in before.items()} != {n: x.shape for n, x in after.items()}:
-        raise ValueError("the base model has other weights or shapes; give the right one by --base")
+        raise UserError("the base model has other weights or shapes; give the right one by --base")
     for name, weight in before.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in LINEARS:
@@ -228,11 +230,8 @@ def default_output(path: Path) -> Path:
 
 
 def write_analysis(path: Path, analysis: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(analysis, indent=1) + "\n")
-    partial.replace(path)
+    """Write the analysis atomically, as JSON."""
+    write_text(path, json.dumps(analysis, indent=1) + "\n")
 
 
 def _merged(tuned: Any) -> SmolLM2ForCausalLM:

@@ -20,6 +20,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.adapters import methods, pissa
 from foundry_ext.checkpoints.safe_load import load_checkpoint
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.atomic import replaced_folder
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +38,13 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
     """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find.
 
     Raises:
-        ValueError: an adapter that is not there, a pickle, not supported, or does not fit the
+        UserError: an adapter that is not there, a pickle, not supported, or does not fit the
             model.
     """
     if not Path(path).is_dir():
         _name_the_hub(path)
     elif not Path(path, "adapter_model.safetensors").is_file():
-        raise ValueError(
+        raise UserError(
             f"adapter {path} holds no adapter_model.safetensors: a pickle (.bin) could run code"
             " when it is read; save it anew with safe_serialization=True, or name another folder"
         )
@@ -50,10 +52,10 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
     try:
         methods.check(config.to_dict(), adaptable_modules(model))
     except ValueError as error:
-        raise ValueError(f"adapter {path}: {error}") from error
+        raise UserError(f"adapter {path}: {error}") from error
     assert isinstance(config, LoraConfig)
     if config.init_lora_weights == "pissa":
-        raise ValueError(
+        raise UserError(
             f"adapter {path} needs the residual of its own base model, which a saved PiSSA adapter"
             " does not hold; export its checkpoint with foundry-ext, which writes a LoRA"
         )
@@ -70,12 +72,12 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
         report = adapted.load_adapter(path, "default", is_trainable=True)
     except RuntimeError as error:  # another shape
         problem = shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(
+        raise UserError(
             f"adapter {path} does not fit the model {base}; name the one that it was trained on,"
             f" {config.base_model_name_or_path or 'which it does not say'} ({problem})"
         ) from error
     if report.missing_keys or report.unexpected_keys:
-        raise ValueError(
+        raise UserError(
             f"adapter {path} does not fit the model: missing {report.missing_keys[:3]}, left over"
             f" {report.unexpected_keys[:3]}"
         )
@@ -88,7 +90,7 @@ def _name_the_hub(path: str) -> None:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             huggingface_hub.hf_hub_download(path, name)
     except (OSError, HFValidationError) as error:
-        raise ValueError(
+        raise UserError(
             f"adapter {path} is no folder here, and the hub does not give it; give a local folder"
             " with adapter_config.json and adapter_model.safetensors"
             f" ({type(error).__name__}: {shorten(str(error), 160, placeholder=' ...')})"
@@ -120,14 +122,12 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
         saved, weights = state["integrations"]["huggingface"], state["model"]
         config = saved["model"]["config"]["content"]
     except KeyError as error:
-        raise ValueError(
-            f"{checkpoint} holds no {error}: it is of no Hugging Face model"
-        ) from error
+        raise UserError(f"{checkpoint} holds no {error}: it is of no Hugging Face model") from error
     if config["model_type"] != "llama":
-        raise ValueError(f"{checkpoint} is of a {config['model_type']} model, not of SmolLM2")
+        raise UserError(f"{checkpoint} is of a {config['model_type']} model, not of SmolLM2")
     weights = {name.removeprefix("model."): value for name, value in weights.items()}
     model = _build(saved["model"], weights, checkpoint)
-    with Scratch(out) as scratch:
+    with replaced_folder(out) as scratch:
         write_folder(model, _saved_tokenizer(saved, scratch / "tokenizer"), scratch)
     return out
 
@@ -161,27 +161,7 @@ def _sort_targets(path: Path) -> None:
 def refuse_folder_in_use(out: Path) -> None:
     """Raises ValueError unless `out` is new or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name another folder or remove it")
-
-
-class Scratch:
-    """A folder beside `out` that takes its place, whole or not at all."""
-
-    def __init__(self, out: Path):
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        return self.folder
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        if self.out.exists():
-            self.out.rmdir()
-        self.folder.rename(self.out)
+        raise UserError(f"{out} exists and is not empty; name another folder or remove it")
 
 
 def _load_state(checkpoint: Path) -> dict[str, Any]:
@@ -193,7 +173,7 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
             way_out = "it is a Hugging Face folder already"
         else:
             way_out = "if it is a sharded checkpoint, save with state_dict_type: full"
-        raise ValueError(f"{checkpoint} is a folder, not a Composer .pt file; {way_out}")
+        raise UserError(f"{checkpoint} is a folder, not a Composer .pt file; {way_out}")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
     try:
@@ -202,9 +182,7 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(
-            f"{checkpoint} is not a readable Composer checkpoint: {problem}"
-        ) from error
+        raise UserError(f"{checkpoint} is not a readable Composer checkpoint: {problem}") from error
 
 
 def _build(
@@ -235,7 +213,7 @@ def _build(
         )
     wrong = sorted(expected.keys() ^ weights.keys())
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{source} does not hold the weights of its own configuration: missing or left over"
             f" {', '.join(wrong[:3])}"
         )
@@ -243,7 +221,7 @@ def _build(
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # another shape
         problem = " ".join(str(error).split())
-        raise ValueError(f"{source} does not fit its own configuration: {problem}") from error
+        raise UserError(f"{source} does not fit its own configuration: {problem}") from error
     return model
 
 
@@ -251,7 +229,7 @@ def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenize
     for name, content in (saved.get("tokenizer") or {}).items():
         # Composer writes them under these names, wherever those lead.
         if Path(name).name != name or content["file_extension"] not in _TOKENIZER_FILES:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's tokenizer has a file {name!r}{content['file_extension']}, which"
                 " is none that a tokenizer needs, and could be code or lie anywhere"
             )

@@ -5,17 +5,19 @@ removed. So a process that dies anywhere leaves the old state or the new one. Wh
 another program has spoilt is found by the CRC-32 that torch stores with every tensor.
 """
 
-import contextlib
 import errno
 import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from composer.utils import parse_uri
+
+from foundry_ext.utils.atomic import replaced_file, sync
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +26,9 @@ DAMAGED = "damaged-"
 ZIP_START = b"PK\x03\x04"
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written there is at `path` afterwards, or nothing is."""
-    partial = path.with_name(PARTIAL + path.name)
-    try:
-        yield partial
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def replaced_checkpoint(path: Path) -> AbstractContextManager[Path]:
+    """Return `replaced_file`, writing to a name whose suffix still tells Composer's compression."""
+    return replaced_file(path, partial=path.with_name(PARTIAL + path.name))
 
 
 def link_to(target: Path, link: Path) -> None:
@@ -44,7 +37,7 @@ def link_to(target: Path, link: Path) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(os.path.relpath(target, link.parent))
     os.replace(partial, link)
-    _sync(link.parent)
+    sync(link.parent)
 
 
 def damage(path: Path) -> str | None:
@@ -93,7 +86,7 @@ def keep_whole(paths: list[Path]) -> list[Path]:
     another name, so that training can write there again.
 
     Raises:
-        ValueError: there are some and none is whole; they keep their names.
+        UserError: there are some and none is whole; they keep their names.
     """
     problems: dict[Path, str] = {}
     kept = list(paths)
@@ -101,7 +94,7 @@ def keep_whole(paths: list[Path]) -> list[Path]:
         problems[kept.pop()] = problem
     if paths and not kept:
         found = ", ".join(f"{path.name} {problem}" for path, problem in problems.items())
-        raise ValueError(
+        raise UserError(
             f"{paths[0].parent}: no checkpoint in it is whole, so the run cannot go on where it"
             f" stopped ({found}); restore one, or move the folder away to begin anew"
         )
@@ -124,12 +117,12 @@ def remove_partial(folder: Path) -> None:
 
 def check_folder(folder: str | None) -> str:
     if folder is None:
-        raise ValueError(
+        raise UserError(
             "exact_resume: save_folder is missing; say where the checkpoints go, or leave out"
             " exact_resume"
         )
     if parse_uri(folder)[0]:
-        raise ValueError(
+        raise UserError(
             f"exact_resume: save_folder {folder} is not a folder on this machine's disks; name one,"
             " or leave out exact_resume for Composer's own way of saving"
         )
@@ -141,12 +134,3 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "file write failed" in str(error) or "unexpected pos" in str(error)
-
-
-def _sync(path: Path) -> None:
-    """To the disk itself; of a folder, its names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

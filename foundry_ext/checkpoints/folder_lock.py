@@ -5,6 +5,8 @@ import os
 import socket
 from pathlib import Path
 
+from foundry_ext.utils.errors import UserError
+
 
 class FolderLock:
     """Held until it is released or the process ends, however it ends.
@@ -27,7 +29,7 @@ class FolderLock:
         except (BlockingIOError, PermissionError):
             who = os.pread(file, 200, 0).decode(errors="replace").strip()
             os.close(file)
-            raise ValueError(
+            raise UserError(
                 f"{self.path.parent}: another run, {who or 'of unknown number'}, saves its"
                 " checkpoints there and goes on; wait for its end, or end it"
             ) from None

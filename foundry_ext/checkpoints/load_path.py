@@ -6,6 +6,7 @@ from composer.utils import parse_uri
 
 from foundry_ext.checkpoints.files import damage
 from foundry_ext.checkpoints.safe_load import load_checkpoint
+from foundry_ext.utils.errors import UserError
 
 
 def check_load_path(name: str, *, thoroughly: bool = True) -> None:
@@ -18,10 +19,10 @@ def check_load_path(name: str, *, thoroughly: bool = True) -> None:
         thoroughly: reads it to its end.
 
     Raises:
-        ValueError: it cannot be looked at here, is spoilt, or could run code.
+        UserError: it cannot be looked at here, is spoilt, or could run code.
     """
     if parse_uri(name)[0]:
-        raise ValueError(
+        raise UserError(
             f"load_path: {name} is unpickled as it comes, and could run code; download it, and name"
             " the file"
         )
@@ -29,14 +30,14 @@ def check_load_path(name: str, *, thoroughly: bool = True) -> None:
     if path.is_dir() or not path.exists():  # the latter is Composer's to say
         return
     if path.suffix != ".pt":
-        raise ValueError(
+        raise UserError(
             f"load_path: {path} is no .pt file, and others are not looked into before they are"
             " unpickled, which could run code; decompress it, or name it .pt if it is one"
         )
     problem = damage(path) if thoroughly else None
     if problem:
-        raise ValueError(f"load_path: {path} {problem}; name another checkpoint")
+        raise UserError(f"load_path: {path} {problem}; name another checkpoint")
     try:
         load_checkpoint(path, mmap=True)
     except ValueError as error:
-        raise ValueError(f"load_path: {error}") from error
+        raise UserError(f"load_path: {error}") from error

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.checkpoints.export import export_checkpoint, load_adapter
 from foundry_ext.models.pretrained import HUB_NAMES
 from foundry_ext.records.record import read_record
+from foundry_ext.utils.errors import UserError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -32,7 +33,7 @@ def as_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
-            raise ValueError(
+            raise UserError(
                 f"{path} holds neither adapter_config.json nor config.json; give a Hugging Face"
                 " model or adapter folder, or a Composer .pt file"
             )
@@ -54,15 +55,15 @@ def base_name(folder: Path, given: str | None) -> str:
     """The base model: as given, or as the adapter names it.
 
     Raises:
-        ValueError: a full model, which names none, or a name that stands for random weights.
+        UserError: a full model, which names none, or a name that stands for random weights.
     """
     name = given
     if name is None and is_adapter(folder):
         name = read_adapter_config(folder)["base_model_name_or_path"]
     if not name:
-        raise ValueError(f"{folder} does not say what it was tuned from; give --base")
+        raise UserError(f"{folder} does not say what it was tuned from; give --base")
     if name in HUB_NAMES:
-        raise ValueError(
+        raise UserError(
             f"{name} is a shape without weights, so the base model was random and is not kept; give"
             " the base model by --base"
         )
@@ -73,24 +74,24 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
     """A Llama-shaped model in fp32 and evaluation mode.
 
     Raises:
-        ValueError: not to be had, of another architecture, or with weights missing or left over.
+        UserError: not to be had, of another architecture, or with weights missing or left over.
     """
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "llama":
-            raise ValueError(f"{name} is a {config.model_type} model, not of SmolLM2")
+            raise UserError(f"{name} is a {config.model_type} model, not of SmolLM2")
         loaded: Any = kind.from_pretrained(
             name, torch_dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
         problem = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"model {name} cannot be loaded; name another by --base: {problem}"
         ) from error
     model, report = loaded
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:
-        raise ValueError(f"model {name} does not fit its configuration: {wrong}")
+        raise UserError(f"model {name} does not fit its configuration: {wrong}")
     return model.eval()
 
 
@@ -124,4 +125,4 @@ def load_tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(folder) if own else base)
     except OSError as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"no tokenizer in {folder} or {base}: {problem}") from error
+        raise UserError(f"no tokenizer in {folder} or {base}: {problem}") from error

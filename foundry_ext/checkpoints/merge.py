@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters import methods
 from foundry_ext.adapters.pissa import adapters_off
-from foundry_ext.checkpoints.export import Scratch, refuse_folder_in_use
+from foundry_ext.checkpoints.export import refuse_folder_in_use
 from foundry_ext.checkpoints.loading import (
     as_folder,
     base_name,
@@ -29,6 +29,8 @@ from foundry_ext.checkpoints.loading import (
     load_tokenizer,
     load_tuned,
 )
+from foundry_ext.utils.atomic import replaced_folder
+from foundry_ext.utils.errors import UserError
 
 CERTIFICATE = "merge_certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,11 +98,11 @@ def merge(
         The certificate.
 
     Raises:
-        ValueError: no adapter, one that cannot be merged, or a difference past the tolerance.
+        UserError: no adapter, one that cannot be merged, or a difference past the tolerance.
     """
     refuse_folder_in_use(out)
     if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")
+        raise UserError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")
     allowed = TOLERANCE[dtype] if tolerance is None else tolerance
     name, tokenizer, model = _load(adapter, base)
     windows = _windows(tokenizer, text)
@@ -119,11 +121,11 @@ def merge(
     merged: Any = cast(Any, model).unload()
     certificate["head_tied"] = merged.lm_head.weight is merged.model.embed_tokens.weight
     if merged.config.tie_word_embeddings and not certificate["head_tied"]:
-        raise ValueError(f"{adapter}: merging untied the head from the embedding")
+        raise UserError(f"{adapter}: merging untied the head from the embedding")
     found = compare_logits(_logits(merged, windows), unmerged)
     _check(found, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32")
     certificate["merged_in_float32"] = asdict(found)
-    with Scratch(out) as scratch:
+    with replaced_folder(out) as scratch:
         merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
         tokenizer.save_pretrained(scratch)
         found = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
@@ -138,7 +140,7 @@ def _load(adapter: Path, base: str | None) -> tuple[str, PreTrainedTokenizerBase
     """The base model's name, the tokenizer, and the model with its adapter, not merged."""
     with as_folder(adapter) as folder:
         if not is_adapter(folder):
-            raise ValueError(
+            raise UserError(
                 f"{adapter} is a full model, which has nothing to merge; use it as it is"
             )
         name = base_name(folder, base)
@@ -155,7 +157,7 @@ def merge_weights(model: PeftModel) -> dict[str, float]:
         The scale that was used, by module.
 
     Raises:
-        ValueError: an adapter on the embedding, which the tied head would change with.
+        UserError: an adapter on the embedding, which the tied head would change with.
     """
     config = model.peft_config["default"].to_dict()
     scales = {}
@@ -180,12 +182,12 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """The adapted linears by name.
 
     Raises:
-        ValueError: an adapted embedding.
+        UserError: an adapted embedding.
     """
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             if not isinstance(module.get_base_layer(), nn.Linear):
-                raise ValueError(
+                raise UserError(
                     f"{name} has an adapter, and the head tied to it would change with it; use the"
                     " adapter unmerged"
                 )
@@ -206,7 +208,7 @@ def compare_logits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitDif
 
 def _check(found: LogitDifference, tolerance: float, what: str) -> None:
     if not found.largest <= tolerance:  # NaN is past every tolerance
-        raise ValueError(
+        raise UserError(
             f"{what} moves a logit by {found.largest:.3g}, past the tolerance of {tolerance:g};"
             " nothing was written. Is the base model the one the adapter was trained on? A larger"
             " --tolerance takes the difference"
@@ -218,7 +220,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor]:
     encoded: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
     ids = encoded["input_ids"][:, : _WINDOW * _WINDOWS].long()
     if ids.numel() == 0:
-        raise ValueError("the text to compare on is empty")
+        raise UserError("the text to compare on is empty")
     return list(ids.split(_WINDOW, dim=1))
 
 

@@ -16,6 +16,8 @@ import torch
 from numpy._core.multiarray import _reconstruct  # pyright: ignore
 from torch.torch_version import TorchVersion
 
+from foundry_ext.utils.errors import UserError
+
 _HARMLESS: list[Any] = [
     timedelta,
     TorchVersion,
@@ -33,7 +35,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         mmap: leaves the tensors on the disk until they are looked at.
 
     Raises:
-        ValueError: it holds a class or function that is none of the harmless ones; names it.
+        UserError: it holds a class or function that is none of the harmless ones; names it.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -42,7 +44,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         foreign = _foreign(path)
         if not foreign:
             raise
-        raise ValueError(
+        raise UserError(
             f"{path} holds {', '.join(foreign)}, which could run code when it is read; a checkpoint"
             " of Composer holds none. If you trust it, allow the name in a module of code_paths,"
             " with torch.serialization.add_safe_globals"

@@ -2,12 +2,14 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from textwrap import shorten
 from types import ModuleType
 
 from foundry_ext import __version__
+from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
 COMMANDS = {
@@ -30,16 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, chosen = build_parser(argv[0])
     arguments = parser.parse_args(argv)
     assert chosen is not None, "argparse accepted no command"
+    if arguments.traceback:
+        os.environ[TRACEBACK_VARIABLE] = "1"
     try:
         return chosen.run(arguments)
-    except (OSError, ValueError) as error:
-        print(f"foundry-ext: error: {one_line(error)}", file=sys.stderr)
+    except (OSError, UserError) as error:
+        if wants_traceback():
+            raise
+        print(f"foundry-ext: error: {describe(error)}", file=sys.stderr)
         return 2
 
 
-def one_line(error: Exception) -> str:
-    """What went wrong; of a failed download, whose message holds its whole history, the host."""
-    text = " ".join(str(error).split())
+def describe(error: Exception) -> str:
+    """Return the error on one line; a failed download's is cut, as it tells its whole history."""
+    text = one_line(error)
     if isinstance(error, OSError) and "huggingface.co" in text:
         cause = shorten(text, 200, placeholder=" ...")
         return (
@@ -57,6 +63,7 @@ def build_parser(command: str) -> tuple[argparse.ArgumentParser, ModuleType | No
     chosen = None
     for name, summary in COMMANDS.items():
         subparser = subcommands.add_parser(name, help=summary, description=summary)
+        subparser.add_argument("--traceback", action="store_true", help="of every error")
         if name == command:
             chosen = importlib.import_module(f"foundry_ext.cli.commands.{name.replace('-', '_')}")
             chosen.add_arguments(subparser)

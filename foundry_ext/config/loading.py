@@ -1,17 +1,14 @@
 """YAML files and `key=value` overrides -> checked configurations, before the slow imports.
 
 Importing llm-foundry takes some 15 seconds, so everything a look at the text can settle is settled
-here, with omegaconf alone. Every complaint is a UsageError that reads
+here, with omegaconf alone. Every complaint is a UserError that reads
 `<file or override>: <what>, <value>; <way out>`.
 """
 
-import ast
 import difflib
-import importlib.util
 import os
 import re
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,67 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
+from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
+from foundry_ext.utils.errors import UserError, one_line, suggest
+from foundry_ext.utils.nested import get
 
 SUFFIXES = (".yaml", ".yml")
 FILE_KEY = "config="
-# llm-foundry computes these four from the batch sizes below, which it reads without a default.
-DERIVED_KEYS = {
-    "device_eval_batch_size",
-    "device_train_batch_size",
-    "device_train_grad_accum",
-    "n_gpus",
-}
-BATCH_KEYS = {"device_train_microbatch_size", "global_train_batch_size"}
-
-
-class UsageError(ValueError):
-    """A user's mistake, told in one line."""
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())
+UsageError = UserError
 
 
 def first_line(error: OmegaConfBaseException) -> str:
     """OmegaConf's message without the lines that repeat key and type."""
     return (error.msg or str(error)).strip().partition("\n")[0]
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean 'model'?` for `modle` or `mod`, or nothing where no known name is near."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    near = near or [one for one in known if len(name) > 2 and one.startswith(name)]
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
-@cache
-def train_config_keys() -> tuple[frozenset[str], frozenset[str]]:
-    """The top-level keys llm-foundry knows, and those among them a YAML has to set.
-
-    Read from the source of TrainConfig: importing it would cost 15 seconds for every typo.
-    """
-    spec = importlib.util.find_spec("llmfoundry")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError("llm-foundry is not installed; run `make install`")
-    source = Path(spec.submodule_search_locations[0], "utils", "config_utils.py").read_text()
-    config_class = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"
-    )
-    fields = {
-        node.target.id: node.value
-        for node in config_class.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-    without_default = {
-        name
-        for name, value in fields.items()
-        if isinstance(value, ast.Name) and value.id == "MISSING"
-    }
-    return frozenset(fields), frozenset(without_default - DERIVED_KEYS | BATCH_KEYS)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -97,12 +46,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif "=" in argument:
             overrides.append(argument)
         else:
-            raise UsageError(
+            raise UserError(
                 f"{argument}: neither a .yaml file nor key=value; "
                 "usage: train.py a.yaml [b.yaml ...] [key=value ...]"
             )
     if not files:
-        raise UsageError("no .yaml file given; usage: train.py a.yaml [b.yaml ...] [key=value ...]")
+        raise UserError("no .yaml file given; usage: train.py a.yaml [b.yaml ...] [key=value ...]")
     return files, overrides
 
 
@@ -139,12 +88,12 @@ def check_several(
     for override in overrides:
         key = override.partition("=")[0]
         if key in ("run_name", "save_folder"):
-            raise UsageError(
+            raise UserError(
                 f"override {override}: given to {len(files)} files, whose runs would overwrite one "
                 f"another; set {key} in each file"
             )
     if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
-        raise UsageError(f"{files[1]}: {len(files)} files on several nodes; start one at a time")
+        raise UserError(f"{files[1]}: {len(files)} files on several nodes; start one at a time")
     owners: dict[str, Path] = {}
     for path, config in zip(files, configs, strict=True):
         folder = config.get("save_folder")
@@ -155,7 +104,7 @@ def check_several(
                 continue  # Composer makes up a name
             folder = folder.replace("{run_name}", config.run_name)
         if folder in owners:
-            raise UsageError(
+            raise UserError(
                 f"{path}: save_folder, {folder!r}, is that of {owners[folder]} too and its "
                 "checkpoints would be overwritten; give each file its own"
             )
@@ -164,26 +113,26 @@ def check_several(
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.exists():
-        raise UsageError(f"{path}: no such file{_near_files(path)}")
+        raise UserError(f"{path}: no such file{_near_files(path)}")
     try:
         with path.open() as stream:
             config = OmegaConf.load(stream)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(f"{path}: not valid YAML{where}, {one_line(error.problem)}") from error
+        raise UserError(f"{path}: not valid YAML{where}, {one_line(error.problem)}") from error
     except OmegaConfBaseException as error:
         where = f"{error.full_key}, " if error.full_key else ""
-        raise UsageError(f"{path}: {where}{first_line(error)}") from error
+        raise UserError(f"{path}: {where}{first_line(error)}") from error
     # A ValueError for bytes that are no text, as for a date that is none.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid YAML, {one_line(error)}") from error
+        raise UserError(f"{path}: not valid YAML, {one_line(error)}") from error
     except (OSError, AssertionError) as error:  # OmegaConf raises these for a lone value, too
         reason = getattr(error, "strerror", None) or "a single value, not a mapping of key: value"
-        raise UsageError(f"{path}: {reason}") from error
+        raise UserError(f"{path}: {reason}") from error
     if not isinstance(config, DictConfig) or not config:
         kind = "a list" if config else "empty"
-        raise UsageError(f"{path}: {kind}, not a mapping; write key: value lines")
+        raise UserError(f"{path}: {kind}, not a mapping; write key: value lines")
     return config
 
 
@@ -205,14 +154,14 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     key, _, text = override.partition("=")
     parts = key.replace("[", ".").replace("]", "").split(".")
     if not all(parts):
-        raise UsageError(f"override {override}: no key before '=', write key=value")
+        raise UserError(f"override {override}: no key before '=', write key=value")
     if not text.strip():
-        raise UsageError(f"override {override}: no value after '=', write {key}=null to unset")
+        raise UserError(f"override {override}: no value after '=', write {key}=null to unset")
     try:
         update = OmegaConf.from_cli([override])
-        new = _at(OmegaConf.to_container(update, resolve=False), parts)
+        new = get(OmegaConf.to_container(update, resolve=False), ".".join(parts))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UsageError(
+        raise UserError(
             f"override {override}: value is not YAML, {one_line(error).split(' in ')[0]}; quote it"
         ) from error
 
@@ -221,7 +170,7 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
         is_reference = isinstance(node, str) and "${" in node
         if not (node is None or isinstance(node, dict) or is_reference):
             kind = "list" if isinstance(node, list) else "single value"
-            raise UsageError(
+            raise UserError(
                 f"override {override}: {'.'.join(parts[:depth])} is a {kind}, not a mapping; "
                 "override it as a whole, or edit the file"
             )
@@ -229,7 +178,7 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     for kind, example in ((dict, f"{key}.name=..."), (list, f"{key}=[...]")):
         if isinstance(node, kind) and new is not None and not isinstance(new, kind):
             name = "mapping" if kind is dict else "list"
-            raise UsageError(
+            raise UserError(
                 f"override {override}: {key} is a {name}, which {text!r} would replace; "
                 f"write {example}, or {key}=null to unset"
             )
@@ -245,34 +194,27 @@ def _check_variable(config: DictConfig, override: str, parts: Sequence[str]) -> 
     known = list(map(str, config.get("variables") or {}))
     whole = str(OmegaConf.to_container(config, resolve=False))
     if parts[1] not in known and not re.search(rf"variables\.{re.escape(parts[1])}\b", whole):
-        raise UsageError(
+        raise UserError(
             f"override {override}: no variable {parts[1]!r}{suggest(parts[1], known) or ';'}"
             f" the file has {', '.join(known) or 'none'}"
         )
 
 
-def _at(node: Any, parts: Sequence[str]) -> Any:
-    for part in parts:
-        node = node[part]
-    return node
-
-
 def _check_keys(path: Path, config: DictConfig) -> None:
-    known, required = train_config_keys()
     for key in map(str, config):
-        if key not in known:
-            raise UsageError(
+        if key not in TOP_LEVEL_KEYS:
+            raise UserError(
                 f"{path}: unknown top-level key, {key!r}"
-                f"{suggest(key, known) or '; put values of your own under variables:'}"
+                f"{suggest(key, TOP_LEVEL_KEYS) or '; put values of your own under variables:'}"
             )
-    missing = sorted(required - set(map(str, config)))
+    missing = sorted(REQUIRED_KEYS - set(map(str, config)))
     if missing == ["device_train_microbatch_size"] and _is_packed(config):
-        raise UsageError(
+        raise UserError(
             f"{path}: device_train_microbatch_size is missing; set it to 1, "
             "one pack being sized to fill the device"
         )
     if missing:
-        raise UsageError(f"{path}: missing top-level {_plural('key', missing)}, add with a value")
+        raise UserError(f"{path}: missing top-level {_plural('key', missing)}, add with a value")
 
 
 def _plural(noun: str, names: Sequence[str]) -> str:
@@ -286,13 +228,13 @@ def _check_references(path: Path, config: DictConfig) -> None:
         hint = _known_names(config, error) or "define it under variables: or correct the name"
         if "oc.env" in first_line(error):
             hint = "a run is what its YAML says, no environment variable is read: write the value"
-        raise UsageError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
+        raise UserError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
 
 
 def _check_values(path: Path, config: DictConfig) -> None:
     fault = find_fault(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
     if fault:
-        raise UsageError(f"{path}: {fault}")
+        raise UserError(f"{path}: {fault}")
 
 
 def _known_names(config: DictConfig, error: OmegaConfBaseException) -> str:
@@ -314,7 +256,7 @@ def _is_packed(config: DictConfig) -> bool:
 def _check_microbatch(path: Path, config: DictConfig) -> None:
     size = config.device_train_microbatch_size
     if _is_packed(config) and size == "auto":
-        raise UsageError(
+        raise UserError(
             f"{path}: device_train_microbatch_size, 'auto', does not go with train_loader "
             f"{config.train_loader.name}, whose packs are sized to fill the device; set it to 1"
         )
@@ -326,7 +268,7 @@ def _check_compile(path: Path, config: DictConfig) -> None:
     scope = OmegaConf.select(config, "model.compile", default="none")
     fixed = OmegaConf.select(config, "train_loader.dataset.fixed_shape", default=False)
     if _is_packed(config) and scope != "none" and not fixed:
-        raise UsageError(
+        raise UserError(
             f"{path}: model.compile, {scope!r}, needs packs of one shape; set "
             "train_loader.dataset.fixed_shape: true, or compile: none"
         )

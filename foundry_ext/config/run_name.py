@@ -8,8 +8,10 @@ with seed=17 variables.learning_rate=low becomes lora-seed_17-learning_rate_low.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from foundry_ext.utils.nested import leaves
 
 # Set by `wandb agent` and by `foundry-ext sweep`.
 SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "FOUNDRY_EXT_SWEEP")
@@ -27,7 +29,7 @@ def sweep_run_name(base: str, settings: Mapping[str, Any]) -> str:
     Two different settings have different names: where characters are replaced or cut, a hash of the
     whole is appended.
     """
-    flat = sorted(pair for key, value in settings.items() for pair in _flatten(key, value))
+    flat = sorted(pair for key, value in settings.items() for pair in leaves(value, key))
     if not flat:
         return base
     shown = _shortest([key for key, _ in flat])
@@ -38,14 +40,6 @@ def sweep_run_name(base: str, settings: Mapping[str, Any]) -> str:
     whole = repr([base, *((key, _text(value)) for key, value in flat)])
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return f"{safe[: LONGEST - len(digest) - 1]}-{digest}"
-
-
-def _flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, child in value.items():
-            yield from _flatten(f"{key}.{name}", child)
-    else:
-        yield key, value
 
 
 def _shortest(keys: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from foundry_ext.utils.nested import get
 from foundry_ext.utils.redaction import is_secret_name, redact
 
 # Beyond the largest ones something would run out of memory before it could say so.
@@ -39,17 +40,17 @@ def find_fault(config: dict[str, Any]) -> str | None:
 
 def _faults(config: dict[str, Any]) -> Iterator[str]:
     for key in _SECTIONS:
-        section = _at(config, key)
+        section = get(config, key)
         if section is not None and not isinstance(section, dict):
             yield f"{key}, {section!r}, is no mapping; write its settings below it, one a line"
             return  # others would be looked for in it
     for key, (least, most) in _WHOLE.items():
-        value = _at(config, key)
+        value = get(config, key)
         if value is None or (key == "device_train_microbatch_size" and value == "auto"):
             continue
         if type(value) is not int or not least <= value <= most:
             yield f"{key}, {value!r}, is no whole number from {least} to {most}; give one"
-    rate = _at(config, "optimizer.lr")
+    rate = get(config, "optimizer.lr")
     is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
     if rate is not None and not (is_number and math.isfinite(rate) and rate >= 0):
         yield f"optimizer.lr, {rate!r}, is no number from 0 on; give one, such as 1.0e-4"
@@ -57,7 +58,7 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     if precision is not None and precision not in _PRECISIONS:
         yield f"precision, {precision!r}, is none of {', '.join(_PRECISIONS)}; choose one"
     for key in _TIMES:
-        value = _at(config, key)
+        value = get(config, key)
         if value is not None and not _is_time(value):
             yield (
                 f"{key}, {value!r}, is no time; write a whole number and a unit, such as 3ep or"
@@ -65,7 +66,7 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
             )
         elif value is not None and _number(value) < 0:
             yield f"{key}, {value!r}, is below 0; give a time from 0 on"
-    saves, evaluates = (_at(config, key) for key in ("save_interval", "eval_interval"))
+    saves, evaluates = (get(config, key) for key in ("save_interval", "eval_interval"))
     if saves is not None and _number(saves) == 0 and config.get("save_folder") is not None:
         yield (
             f"save_interval, {saves!r}, saves nothing; give a time above 0, such as 1ep, or leave"
@@ -73,10 +74,10 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
         )
     if _in_parts(evaluates) and _number(evaluates) == 0:
         yield f"eval_interval, {evaluates!r}, is no interval; give one, or 0 to never evaluate"
-    duration = _at(config, "max_duration")
+    duration = get(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
-    kwargs = _at(config, "tokenizer.kwargs")
+    kwargs = get(config, "tokenizer.kwargs")
     for key, value in kwargs.items() if isinstance(kwargs, dict) else ():
         # Those of the hub are not written down; most tokens of a tokenizer are text.
         is_secret = not str(key).endswith("token") or (key not in _HUB and redact(value) != value)
@@ -86,12 +87,6 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
                 " it out, and give the hub's token by the variable HF_TOKEN"
             )
     yield from _rows(config)
-
-
-def _at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def _is_time(value: Any) -> bool:
@@ -119,15 +114,15 @@ def _number(value: Any) -> float:
 
 def _rows(config: dict[str, Any]) -> Iterator[str]:
     """None to train on; or evaluation on the same ones, which measures memory and no learning."""
-    train = _at(config, "train_loader.dataset")
+    train = get(config, "train_loader.dataset")
     loaders = config.get("eval_loader")
-    if not str(_at(config, "train_loader.name")).startswith("packed_"):
+    if not str(get(config, "train_loader.name")).startswith("packed_"):
         return
     if train is None:
         yield "train_loader.dataset is missing; name its rows there, hf_name: FILE, and its split"
         return
     for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-        dataset = _at(loader, "dataset")
+        dataset = get(loader, "dataset")
         if not isinstance(dataset, dict) or not any(dataset.get(key) for key in _SOURCE):
             continue
         if all(dataset.get(key) == train.get(key) for key in _SOURCE):

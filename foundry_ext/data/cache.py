@@ -11,7 +11,6 @@ import importlib.metadata
 import inspect
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -24,6 +23,8 @@ import pyarrow as pa
 import xxhash
 from datasets.fingerprint import Hasher
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from foundry_ext.utils.atomic import replaced_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,25 +80,10 @@ def _fill(folder: Path, write: Callable[[Path], None]) -> None:
     for left in (folder, *folder.parent.glob(f"{folder.name}.*.part")):
         shutil.rmtree(left, ignore_errors=True)
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    part.mkdir()
-    try:
+    with replaced_folder(folder, partial=part):
         write(part)
         sizes = {path.name: path.stat().st_size for path in part.iterdir()}
         (part / _WHOLE).write_text(json.dumps(sizes))
-        for path in (*part.iterdir(), part):
-            _to_disk(path)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """What the `dataset` section of a loader's YAML may say, checked before any row is read."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from llmfoundry.data.finetuning.tasks import dataset_constructor
 
 from foundry_ext.data.mixture import check_shares
 from foundry_ext.data.tokenize import TokenizeSettings
+from foundry_ext.utils.errors import UserError, suggest
 
 Preprocess = Callable[[dict[str, Any]], Any]
 
@@ -52,24 +52,24 @@ def get_sources(dataset: dict[str, Any], name: str) -> list[Source]:
         name: packed_finetuning or packed_text, whose rows are read as in their builders.
 
     Raises:
-        ValueError: unknown or contradictory keys, shares that make no mixture.
+        UserError: unknown or contradictory keys, shares that make no mixture.
     """
     entries = dataset.get("datasets")
     if entries is None:
         return [_source(dataset, name, "dataset", dataset["max_seq_len"])]
     own = [key for key in (*_SOURCE_KEYS, *_PROMPT_KEYS, "text_key") if dataset.get(key)]
     if own:
-        raise ValueError(
+        raise UserError(
             f"dataset.{min(own)} does not go with dataset.datasets: move it into the entries it"
             " is meant for"
         )
     if not isinstance(entries, list) or not entries:
-        raise ValueError("dataset.datasets: give a list of sources, each with its own hf_name")
+        raise UserError("dataset.datasets: give a list of sources, each with its own hf_name")
     sources = []
     for position, entry in enumerate(entries):
         where = f"dataset.datasets[{position}]"
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}: {entry!r} is no mapping of hf_name, split, share and so on")
+            raise UserError(f"{where}: {entry!r} is no mapping of hf_name, split, share and so on")
         special = _PROMPT_KEYS | {"text_key"} if name == "packed_finetuning" else {"text_key"}
         known = _SOURCE_KEYS | special | {"share"}
         _check_known(entry, known, f"{name}: unknown key {where}.")
@@ -80,11 +80,11 @@ def get_sources(dataset: dict[str, Any], name: str) -> list[Source]:
 
 def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) -> Source:
     if section.get("hf_name") is None:
-        raise ValueError(f"set {where}.hf_name: a hub dataset, a local file, or a folder")
+        raise UserError(f"set {where}.hf_name: a hub dataset, a local file, or a folder")
     text_key = section.get("text_key") or ("text" if name == "packed_text" else None)
     prompt_keys = [key for key in sorted(_PROMPT_KEYS) if section.get(key)]
     if text_key and prompt_keys:
-        raise ValueError(
+        raise UserError(
             f"{where}.{prompt_keys[0]} does not go with {where}.text_key, plain text of which all"
             " is learned: leave one out"
         )
@@ -110,7 +110,7 @@ def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
     given = section.get("preprocessing_fn")
     if isinstance(given, str) and given.partition(":")[0].endswith(".py"):
         # An import of rows.py runs rows before it finds no py in it.
-        raise ValueError(
+        raise UserError(
             f"preprocessing_fn: {given!r} is a file's name; write that of a module on Python's"
             " path, module:function"
         )
@@ -120,7 +120,7 @@ def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
         return dataset_constructor.get_preprocessing_fn_from_str(given, section.get("hf_name"))
     except ValueError as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise ValueError(
+        raise UserError(
             f"preprocessing_fn: {given!r} is no function that can be imported{cause}; write"
             " module:function, such as foundry_ext.data.prompts:gsm8k, of a module on Python's path"
         ) from error
@@ -135,13 +135,13 @@ def stream_key(dataset: dict[str, Any]) -> str | None:
     """What makes the source an MDS stream, if anything.
 
     Raises:
-        ValueError: a key that only rows of other sources heed; without it there might be no
+        UserError: a key that only rows of other sources heed; without it there might be no
             held-out part, for one.
     """
     key = next((key for key in ("streams", "remote") if dataset.get(key) is not None), None)
     ignored = [name for name in (*_NOT_FOR_STREAMS, "datasets") if dataset.get(name)]
     if key and ignored:
-        raise ValueError(f"dataset.{ignored[0]} does not go with dataset.{key}: leave one out")
+        raise UserError(f"dataset.{ignored[0]} does not go with dataset.{key}: leave one out")
     return key
 
 
@@ -150,17 +150,17 @@ def get_pack_tokens(dataset: dict[str, Any]) -> int:
     if pack_tokens is None:
         return max_seq_len
     if type(pack_tokens) is not int:
-        raise ValueError(
+        raise UserError(
             f"pack_tokens: {pack_tokens!r} is not a whole number of tokens; give one of at least"
             f" max_seq_len, {max_seq_len}"
         )
     if pack_tokens < max_seq_len:
-        raise ValueError(
+        raise UserError(
             f"pack_tokens: {pack_tokens} is below max_seq_len {max_seq_len}, so a document might"
             " not fit; raise pack_tokens"
         )
     if pack_tokens > _MOST_TOKENS:
-        raise ValueError(
+        raise UserError(
             f"pack_tokens: {pack_tokens} is more than any device computes at once; give at most"
             f" {_MOST_TOKENS}, and see what fits with `foundry-ext plan`"
         )
@@ -169,11 +169,9 @@ def get_pack_tokens(dataset: dict[str, Any]) -> int:
 
 def get_batch_packs(size: int | float) -> int:
     if size != int(size) or size < 1:
-        raise ValueError(
-            f"batch size {size} is not a whole number of packs; raise the global batch"
-        )
+        raise UserError(f"batch size {size} is not a whole number of packs; raise the global batch")
     if size > _MOST_PACKS:  # the last batch is completed with empty ones
-        raise ValueError(
+        raise UserError(
             f"batch size {size}: more packs than a step can have; give at most {_MOST_PACKS}"
         )
     return int(size)
@@ -181,32 +179,31 @@ def get_batch_packs(size: int | float) -> int:
 
 def check_keys(dataset: dict[str, Any], known: frozenset[str] | set[str], name: str) -> None:
     if dataset.get("packing_ratio") is not None:
-        raise ValueError(
+        raise UserError(
             f"{name}: replace dataset.packing_ratio by dataset.pack_tokens, the tokens a pack may"
             " hold"
         )
     _check_known(dataset, known | {"packing_ratio"}, f"{name}: unknown key dataset.")
     max_seq_len = dataset.get("max_seq_len")
     if type(max_seq_len) is not int:
-        raise ValueError(
+        raise UserError(
             f"{name}: set dataset.max_seq_len, the most tokens a document may have, to a whole"
             f" number, not {max_seq_len!r}"
         )
     for key in ("shuffle", "fixed_shape"):
         if not isinstance(dataset.get(key, False), bool):
-            raise ValueError(f"{name}: dataset.{key}: {dataset[key]!r} is neither true nor false")
+            raise UserError(f"{name}: dataset.{key}: {dataset[key]!r} is neither true nor false")
     eval_packs = dataset.get("eval_packs", 1)
     if eval_packs is not None and (type(eval_packs) is not int or eval_packs < 1):
-        raise ValueError(f"{name}: dataset.eval_packs: {eval_packs!r} is no whole number above 0")
+        raise UserError(f"{name}: dataset.eval_packs: {eval_packs!r} is no whole number above 0")
     seed = dataset.get("shuffle_seed", 0)
     if type(seed) is not int or seed < 0:
-        raise ValueError(f"{name}: dataset.shuffle_seed: {seed!r} is no whole number from 0 on")
+        raise UserError(f"{name}: dataset.shuffle_seed: {seed!r} is no whole number from 0 on")
 
 
 def _check_known(section: dict[str, Any], known: frozenset[str] | set[str], label: str) -> None:
     unknown = sorted(section.keys() - known, key=str)
     if unknown:
         names = sorted(known - {"packing_ratio"})
-        near = difflib.get_close_matches(str(unknown[0]), names, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"{label}{unknown[0]}{hint} the keys are {', '.join(names)}")
+        hint = suggest(unknown[0], names) or ";"
+        raise UserError(f"{label}{unknown[0]}{hint} the keys are {', '.join(names)}")

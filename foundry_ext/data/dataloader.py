@@ -38,6 +38,7 @@ from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
 from foundry_ext.packing.algorithm import most_documents
 from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ def build_packed_finetuning_dataloader(
     dataset: dict[str, Any],
     num_workers: int = 0,
     drop_last: bool = False,
-    **loader: Any,
+    pin_memory: bool = True,
+    prefetch_factor: int = 2,
+    persistent_workers: bool = True,
+    timeout: float = 0,
 ) -> DataSpec:
     """Prompt/response and chat rows, packed. The keys are those of llm-foundry's `finetuning`, and:
 
@@ -73,20 +77,31 @@ def build_packed_finetuning_dataloader(
             fetching them from a worker 1 ms or more, so it pays only where documents come from a
             slow disk: the table of tokens is larger than memory.
         drop_last: leave out a last incomplete global batch.
-        loader: pin_memory, prefetch_factor, persistent_workers, timeout.
+        pin_memory, prefetch_factor, persistent_workers, timeout: as in torch's DataLoader.
 
     Raises:
-        ValueError: unknown or contradictory keys; names the key and the way out.
+        UserError: unknown or contradictory keys; names the key and the way out.
     """
     check_keys(dataset, FINETUNING_KEYS, "packed_finetuning")
     if not dataset.get("decoder_only_format", True):
-        raise ValueError("packed_finetuning: decoder_only_format: false has no packed form")
+        raise UserError("packed_finetuning: decoder_only_format: false has no packed form")
     tokenizer = _require_tokenizer(tokenizer, "packed_finetuning")
     if stream_key(dataset) is None:
         load = _loading(get_sources(dataset, "packed_finetuning"), tokenizer)
     else:
         load = _streaming(dataset, tokenizer)
-    return _build(load, dataset, tokenizer, device_batch_size, num_workers, drop_last, **loader)
+    return _build(
+        load,
+        dataset,
+        tokenizer,
+        device_batch_size,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
+        persistent_workers=persistent_workers,
+        timeout=timeout,
+    )
 
 
 def build_packed_text_dataloader(
@@ -95,7 +110,10 @@ def build_packed_text_dataloader(
     dataset: dict[str, Any],
     num_workers: int = 0,
     drop_last: bool = False,
-    **loader: Any,
+    pin_memory: bool = True,
+    prefetch_factor: int = 2,
+    persistent_workers: bool = True,
+    timeout: float = 0,
 ) -> DataSpec:
     """Plain text for continued pretraining: a document a row, closed with end-of-text, packed.
 
@@ -105,7 +123,18 @@ def build_packed_text_dataloader(
     check_keys(dataset, TEXT_KEYS, "packed_text")
     tokenizer = _require_tokenizer(tokenizer, "packed_text")
     load = _loading(get_sources(dataset, "packed_text"), tokenizer)
-    return _build(load, dataset, tokenizer, device_batch_size, num_workers, drop_last, **loader)
+    return _build(
+        load,
+        dataset,
+        tokenizer,
+        device_batch_size,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
+        persistent_workers=persistent_workers,
+        timeout=timeout,
+    )
 
 
 def _loading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Load:
@@ -141,7 +170,7 @@ def _load_source(
         revision = find_revision(rows, source.options.get("hf_kwargs"))
         if text_key is not None:
             if text_key not in rows.column_names:
-                raise ValueError(
+                raise UserError(
                     f"no column {text_key!r} in {source.hf_name}; there are"
                     f" {', '.join(rows.column_names)}: set text_key"
                 )
@@ -165,7 +194,7 @@ def _naming(name: str) -> Iterator[None]:
         if isinstance(error, ValueError) and name in str(error):
             raise
         cause = error if isinstance(error, ValueError) else error.__cause__ or error
-        raise ValueError(f"{name}: {cause}") from error
+        raise UserError(f"{name}: {cause}") from error
 
 
 def _streaming(dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Load:
@@ -186,13 +215,13 @@ def _build(
     dataset: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     device_batch_size: int,
+    *,
     num_workers: int,
     drop_last: bool,
-    *,
-    pin_memory: bool = True,
-    prefetch_factor: int = 2,
-    persistent_workers: bool = True,
-    timeout: float = 0,
+    pin_memory: bool,
+    prefetch_factor: int,
+    persistent_workers: bool,
+    timeout: float,
 ) -> DataSpec:
     """Everything cheap is checked before `load`, which may take long."""
     pack_tokens = get_pack_tokens(dataset)
@@ -200,7 +229,7 @@ def _build(
     batch_packs = get_batch_packs(device_batch_size if eval_packs is None else eval_packs)
     documents, description = load()
     if not documents.lengths.any():
-        raise ValueError(_nothing_left(documents, description, dataset["max_seq_len"]))
+        raise UserError(_nothing_left(documents, description, dataset["max_seq_len"]))
     packed = PackedDataset(
         documents,
         PackCollator(
@@ -253,7 +282,7 @@ def _require_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, name: str
 ) -> PreTrainedTokenizerBase:
     if tokenizer is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"{name} needs a tokenizer with an end-of-text token (eos_token)")
+        raise UserError(f"{name} needs a tokenizer with an end-of-text token (eos_token)")
     return tokenizer
 
 

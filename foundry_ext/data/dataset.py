@@ -14,6 +14,7 @@ from foundry_ext.data.mixture import MixedDocuments
 from foundry_ext.packing.batch import Pack
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.packing.sampler import PackedBatchSampler
+from foundry_ext.utils.errors import UserError
 
 
 class PackedDataset(Dataset):
@@ -82,31 +83,31 @@ class PackedDataset(Dataset):
         """Goes on where `state` was saved, on any number of ranks that meets at a batch's end.
 
         Raises:
-            ValueError: saved with another loader, other data, other packs in the epoch at hand, or
+            UserError: saved with another loader, other data, other packs in the epoch at hand, or
                 between the batches of this global batch size.
         """
         if state is None:
             # Composer takes it that the place was found again, and skips no batches itself.
-            raise ValueError(
+            raise UserError(
                 "the checkpoint was made with another loader and does not say where in the data it"
                 " ends; restore that loader, or start anew with load_weights_only: true"
             )
         if state["fingerprint"] != self.fingerprint:
             changed = describe_change(state["fingerprint"], self.fingerprint)
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was made with other data or packing ({changed}); restore the YAML,"
                 " or start anew with load_weights_only: true"
             )
         packs = state["batch"] * state["global_batch_packs"]
         batch, rest = divmod(packs, self.sampler.batch_packs * self.sampler.num_replicas)
         if rest:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint ends after {packs} packs, which is inside a global batch of"
                 f" {self.sampler.batch_packs} x {self.sampler.num_replicas}; restore its batch size"
             )
         if state["plan"] not in (None, self.sampler.plan_digest(state["epoch"])):
             # The batch size decides whether an epoch has the first one's packs, see the sampler.
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint ends inside epoch {state['epoch']}, which has other packs under"
                 " this global batch size or numpy; restore those of the checkpoint"
             )

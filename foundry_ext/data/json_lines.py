@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.utils.errors import UserError
+
 _EXAMPLE = '{"prompt": "...", "response": "..."}'
 _KINDS = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
 
@@ -18,7 +20,7 @@ def check_lines(path: Path) -> None:
     process without a word (SIGSEGV) where one of its blocks begins with `null`.
 
     Raises:
-        ValueError: a line that is no UTF-8 or begins no object, or no rows at all.
+        UserError: a line that is no UTF-8 or begins no object, or no rows at all.
     """
     only_null = path.suffix != ".jsonl"  # the objects of a .json may go over many lines
     found = False
@@ -31,12 +33,12 @@ def check_lines(path: Path) -> None:
                     return
                 found = found or start != b""
                 continue
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: {line[:40]!r} begins no JSON object; give one row a line,"
                 f" in UTF-8, such as {_EXAMPLE}"
             )
     if not found:
-        raise ValueError(f"{path} is empty; give one row a line, such as {_EXAMPLE}")
+        raise UserError(f"{path} is empty; give one row a line, such as {_EXAMPLE}")
 
 
 def _decode(path: Path, line: bytes, number: int) -> None:
@@ -44,7 +46,7 @@ def _decode(path: Path, line: bytes, number: int) -> None:
         line.decode()
     except UnicodeDecodeError as error:
         place, byte = error.start + 1, line[error.start]
-        raise ValueError(
+        raise UserError(
             f"{path}, line {number}: byte {place}, {byte:#04x}, is not UTF-8; write the file in"
             " that encoding, or remove the line"
         ) from error
@@ -78,7 +80,7 @@ def find_fault(path: Path) -> str | None:
 def _parse(line: bytes) -> dict[str, Any]:
     row = json.loads(line.decode(), object_pairs_hook=_without_doubles)
     if not isinstance(row, dict):
-        raise ValueError(f"{_cut(str(row))} is no object, such as {_EXAMPLE}")
+        raise UserError(f"{_cut(str(row))} is no object, such as {_EXAMPLE}")
     return row
 
 
@@ -87,7 +89,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {double!r} is there twice")
+        raise UserError(f"key {double!r} is there twice")
     return row
 
 

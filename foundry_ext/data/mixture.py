@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from foundry_ext.data.documents import Documents, count_outcomes
 from foundry_ext.packing.collator import Document
+from foundry_ext.utils.errors import UserError
 
 # Which documents are drawn is part of the data, so no seed of a run changes it: runs of several
 # seeds differ in order alone, and a run is resumed with the documents it was started with.
@@ -49,7 +50,7 @@ def draw(sources: Sequence[Documents], shares: Sequence[float | None]) -> list[P
         shares: of the epoch's tokens, each in (0, 1); None for the source that is used whole.
 
     Raises:
-        ValueError: see `check_shares`; nothing to draw from.
+        UserError: see `check_shares`; nothing to draw from.
     """
     check_shares(shares)
     main = sources[shares.index(None)]
@@ -65,25 +66,25 @@ def draw(sources: Sequence[Documents], shares: Sequence[float | None]) -> list[P
 def check_shares(shares: Sequence[float | None]) -> None:
     """
     Raises:
-        ValueError: none or several without a share; a share outside (0, 1); a sum of 1 or more.
+        UserError: none or several without a share; a share outside (0, 1); a sum of 1 or more.
     """
     for position, share in enumerate(shares):
         if share is None:
             continue
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-            raise ValueError(
+            raise UserError(
                 f"dataset.datasets[{position}].share: {share!r} is no share of an epoch's tokens;"
                 " give a number between 0 and 1"
             )
     num_whole = list(shares).count(None)
     if num_whole != 1:
-        raise ValueError(
+        raise UserError(
             f"dataset.datasets: {num_whole} of {len(shares)} sources have no share; leave it out"
             " of one, the main one, which is used whole, and give all others theirs"
         )
     total = sum(share or 0 for share in shares)
     if total >= 1:
-        raise ValueError(
+        raise UserError(
             f"dataset.datasets: shares add up to {total:g}, which leaves nothing for the main"
             " source; their sum must be below 1"
         )
@@ -94,7 +95,7 @@ def _draw(lengths: NDArray[np.integer], wanted: float, position: int) -> NDArray
     reached, overshooting by less than the last document."""
     used = np.flatnonzero(lengths)
     if len(used) == 0:
-        raise ValueError(
+        raise UserError(
             f"dataset.datasets[{position}]: no document is left to draw from; look at its counts"
             " above"
         )

@@ -25,6 +25,7 @@ from llmfoundry.data.text_data import build_streams
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.json_lines import check_lines, find_fault
+from foundry_ext.utils.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -35,10 +36,10 @@ def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
     All ranks must call it at once: they wait for one another in it.
 
     Raises:
-        ValueError: no split.
+        UserError: no split.
     """
     if split is None:
-        raise ValueError(f"dataset {hf_name}: set split, e.g. split: train")
+        raise UserError(f"dataset {hf_name}: set split, e.g. split: train")
     if parse_uri(hf_name)[0] in ("", None):
         return hf_name, split
     return _download_remote_hf_dataset(hf_name, split), split.replace("-", "_")
@@ -86,7 +87,7 @@ def load_rows(
         holdout: {by: column, fraction: f, part: train or eval}, see `hold_out`.
 
     Raises:
-        ValueError: unknown holdout, rows that are no objects.
+        UserError: unknown holdout, rows that are no objects.
         FileNotFoundError: no such file, folder or dataset.
     """
     kwargs = dict(hf_kwargs or {})
@@ -95,7 +96,7 @@ def load_rows(
         if not path.is_file():
             raise FileNotFoundError(f"dataset file {hf_name} does not exist (in {Path.cwd()})")
         if path.stat().st_size == 0:
-            raise ValueError(f"dataset file {hf_name} is empty; write rows to it, or name another")
+            raise UserError(f"dataset file {hf_name} is empty; write rows to it, or name another")
         if _BUILDERS[path.suffix] == "json":
             check_lines(path)
         hf_name = _BUILDERS[path.suffix]
@@ -107,11 +108,11 @@ def load_rows(
         with _naming_the_hub(hf_name):
             rows = _load_named(hf_name, split, safe_load=safe_load, **kwargs)
     if not isinstance(rows, datasets.Dataset):
-        raise ValueError(f"dataset {hf_name}: streaming is not possible, a plan needs all lengths")
+        raise UserError(f"dataset {hf_name}: streaming is not possible, a plan needs all lengths")
     if holdout is None:
         return rows
     if set(holdout) != {"by", "fraction", "part"}:
-        raise ValueError(f"holdout: give by, fraction and part, not {', '.join(holdout) or 'none'}")
+        raise UserError(f"holdout: give by, fraction and part, not {', '.join(holdout) or 'none'}")
     return hold_out(rows, **holdout)
 
 
@@ -126,7 +127,7 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             token=kwargs.pop("token", None),
         )
     if hf_name == "pandas":
-        raise ValueError(
+        raise UserError(
             "dataset pandas reads pickles, which could run code; write the rows as .parquet or"
             " .jsonl"
         )
@@ -137,7 +138,7 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"dataset {hf_name} is loaded by a script of its own, which could run any code; if you"
             " trust it, say so by hf_kwargs: {trust_remote_code: true}"
         ) from error
@@ -155,7 +156,7 @@ def _by_line(path: Path) -> Iterator[None]:
         fault = find_fault(path) if path.suffix == ".jsonl" else None
         if fault is None:
             raise
-        raise ValueError(fault) from error
+        raise UserError(fault) from error
     finally:
         own.setLevel(level)
 
@@ -201,12 +202,12 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
         part: "train" for what is left, "eval" for what is held out.
 
     Raises:
-        ValueError: unknown column or part, impossible fraction.
+        UserError: unknown column or part, impossible fraction.
     """
     if by not in rows.column_names:
-        raise ValueError(f"holdout: no column {by!r}; there are {', '.join(rows.column_names)}")
+        raise UserError(f"holdout: no column {by!r}; there are {', '.join(rows.column_names)}")
     if part not in ("train", "eval") or not 0 < fraction < 1:
-        raise ValueError(
+        raise UserError(
             f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in"
             " (0, 1)"
         )
@@ -240,13 +241,13 @@ def load_streams(
     one another in it.
 
     Raises:
-        ValueError: streams with weights, which a plan over whole documents does not draw.
+        UserError: streams with weights, which a plan over whole documents does not draw.
     """
     streams = dataset.get("streams")
     for name, stream in (streams or {}).items():
         weighted = [key for key in _WEIGHTS if stream.get(key) is not None]
         if weighted:
-            raise ValueError(
+            raise UserError(
                 f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
                 " packed_finetuning; every document is used once an epoch"
             )

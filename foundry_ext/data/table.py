@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from foundry_ext.data.documents import FEATURES, Outcome
+from foundry_ext.utils.errors import UserError
 
 
 class Tokens(NamedTuple):
@@ -36,7 +37,7 @@ def to_records(index: int, tokens: Tokens, limit: int, overlong: str) -> Iterato
         overlong: as in TokenizeSettings.
 
     Raises:
-        ValueError: too long under `overlong: error`.
+        UserError: too long under `overlong: error`.
     """
     size = len(tokens.input_ids)
     if size == 0:
@@ -44,7 +45,7 @@ def to_records(index: int, tokens: Tokens, limit: int, overlong: str) -> Iterato
     elif size <= limit:
         yield _kept(tokens, Outcome.KEPT)
     elif overlong == "error":
-        raise ValueError(
+        raise UserError(
             f"row {index} has {size} tokens, more than max_seq_len {limit}; raise max_seq_len, or"
             " set overlong to truncate, split or drop"
         )

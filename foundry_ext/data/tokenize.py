@@ -28,6 +28,7 @@ from foundry_ext.data.cache import cached, table_key
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
 from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.errors import UserError, one_line
 
 Preprocess = Callable[[dict[str, Any]], Any]
 
@@ -57,12 +58,14 @@ class TokenizeSettings:
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:
-            raise ValueError(f"overlong: {self.overlong!r}; choose one of {', '.join(OVERLONG)}")
+            raise UserError(f"overlong: {self.overlong!r}; choose one of {', '.join(OVERLONG)}")
         if self.max_seq_len < 2:
-            raise ValueError(f"max_seq_len: {self.max_seq_len} leaves no token to predict")
-        validate_target_settings(
-            self.target_prompts.lower(), self.target_responses.lower(), decoder_only_format=True
-        )
+            raise UserError(f"max_seq_len: {self.max_seq_len} leaves no token to predict")
+        targets = self.target_prompts.lower(), self.target_responses.lower()
+        try:
+            validate_target_settings(*targets, decoder_only_format=True)
+        except ValueError as error:  # names the key, the value and the known ones
+            raise UserError(one_line(error)) from error
 
 
 def tokenize_rows(
@@ -82,11 +85,11 @@ def tokenize_rows(
         name: of the rows, on the progress bar.
 
     Raises:
-        ValueError: no rows; a row that cannot be read, or too long under `overlong: error`, which
+        UserError: no rows; a row that cannot be read, or too long under `overlong: error`, which
             is named.
     """
     if len(rows) == 0:
-        raise ValueError("the dataset has no rows: look at its split and holdout")
+        raise UserError("the dataset has no rows: look at its split and holdout")
     reader = _Reader(tokenizer, settings)
 
     def write(folder: Path) -> None:
@@ -168,7 +171,7 @@ def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
         lacks = [repr(key) for key, value in items if value is None]
         if lacks:  # a table has a column for each key of any row
             way_out = f"; it has no {' or '.join(lacks)}, which others have{way_out}"
-        raise ValueError(f"row {index}: {type(error).__name__}: {error}{way_out}") from error
+        raise UserError(f"row {index}: {type(error).__name__}: {error}{way_out}") from error
 
 
 class _Reader:
@@ -188,7 +191,7 @@ class _Reader:
             return self.stitch(tokenize_formatted_example(row, self.tokenizer)["turns"])
         text = row[text_key]
         if not isinstance(text, str):
-            raise ValueError(f"column {text_key!r} holds {type(text).__name__}, not text")
+            raise UserError(f"column {text_key!r} holds {type(text).__name__}, not text")
         # Not verbose: it warns of texts over the model's length, which `overlong` deals with.
         encoding = self.tokenizer(text, truncation=False, padding=False, verbose=False)
         return self._close(text, cast(list[int], encoding["input_ids"]))

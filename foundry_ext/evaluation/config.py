@@ -6,6 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from foundry_ext.utils.errors import UserError
+
 ROLES = ("learning", "forgetting")
 
 
@@ -19,18 +21,18 @@ class SetSettings:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"sets.{self.name}.role: {self.role!r}; choose {' or '.join(ROLES)}")
+            raise UserError(f"sets.{self.name}.role: {self.role!r}; choose {' or '.join(ROLES)}")
 
     def _check_count(self, key: str, least: int) -> None:
         value = getattr(self, key)
         if value is not None and (type(value) is not int or value < least):
-            raise ValueError(
+            raise UserError(
                 f"sets.{self.name}.{key}: {value!r} is not a whole number of at least {least}"
             )
 
     def _check_file(self, path: str) -> None:
         if not Path(path).is_file():
-            raise ValueError(
+            raise UserError(
                 f"sets.{self.name}.path: {path} does not exist; `foundry-ext tasks` writes"
                 " hellaswag, arc_challenge, winogrande and gsm8k"
             )
@@ -51,9 +53,9 @@ class DocumentsSettings(SetSettings):
         super().__post_init__()
         self._check_count("max_documents", 1)
         if type(self.kl) is not bool:
-            raise ValueError(f"sets.{self.name}.kl: {self.kl!r}; true or false")
+            raise UserError(f"sets.{self.name}.kl: {self.kl!r}; true or false")
         if not isinstance(self.loader, Mapping) or not self.loader.get("dataset"):
-            raise ValueError(
+            raise UserError(
                 f"sets.{self.name}.loader: {self.loader!r} is no loader; give name"
                 " (packed_finetuning or packed_text) and dataset, as in eval_loader"
             )
@@ -77,7 +79,7 @@ class MultipleChoiceSettings(SetSettings):
         self._check_count("num_fewshot", 0)
         self._check_count("max_items", 1)
         if self.metric not in ("acc", "acc_norm"):
-            raise ValueError(f"sets.{self.name}.metric: {self.metric!r}; choose acc or acc_norm")
+            raise UserError(f"sets.{self.name}.metric: {self.metric!r}; choose acc or acc_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,34 +110,34 @@ def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[SetSettings]:
     """`sets` of a YAML -> the settings of each; one that an override made null is left out.
 
     Raises:
-        ValueError: nothing to measure, or an unknown or missing key, role, type or file.
+        UserError: nothing to measure, or an unknown or missing key, role, type or file.
     """
     if isinstance(sets, Mapping):
         sets = {name: given for name, given in sets.items() if given is not None}
     if not isinstance(sets, Mapping) or not sets:
-        raise ValueError(f"sets: {sets!r} names nothing to measure; give a mapping of name to set")
+        raise UserError(f"sets: {sets!r} names nothing to measure; give a mapping of name to set")
     return [_parse(name, given) for name, given in sets.items()]
 
 
 def _parse(name: str, given: Mapping[str, Any]) -> SetSettings:
     # It becomes part of metric names, in which a slash separates.
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise ValueError(f"sets.{name}: a name has letters, digits, '_', '.' and '-' only")
+        raise UserError(f"sets.{name}: a name has letters, digits, '_', '.' and '-' only")
     if not isinstance(given, Mapping):
-        raise ValueError(f"sets.{name}: {given!r} is not a set; give role, type and its keys")
+        raise UserError(f"sets.{name}: {given!r} is not a set; give role, type and its keys")
     keys = dict(given)
     kind = keys.pop("type", None)
     if kind not in _TYPES:
-        raise ValueError(f"sets.{name}.type: {kind!r}; choose one of {', '.join(_TYPES)}")
+        raise UserError(f"sets.{name}.type: {kind!r}; choose one of {', '.join(_TYPES)}")
     settings = _TYPES[kind]
     known = {entry.name: entry for entry in fields(settings) if entry.name != "name"}
     unknown = sorted(map(str, keys.keys() - known.keys()))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"sets.{name}: unknown key {unknown[0]!r}; a {kind} set takes type, {', '.join(known)}"
         )
     for key, entry in known.items():
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and key not in keys:
-            raise ValueError(f"sets.{name}: {key} is missing")
+            raise UserError(f"sets.{name}: {key} is missing")
     return settings(name=name, **keys)

@@ -11,13 +11,14 @@ from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.scoring import Share, evenly_spaced, score_documents
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.errors import UserError
 
 
 class DocumentsSet:
     """The documents of a packed loader, which tokenises and labels them as training would.
 
     Raises:
-        ValueError: no packed loader, or what the loader itself refuses.
+        UserError: no packed loader, or what the loader itself refuses.
     """
 
     def __init__(self, settings: DocumentsSettings, tokenizer: PreTrainedTokenizerBase):
@@ -32,7 +33,7 @@ class DocumentsSet:
         loader: dict[str, Any] = dict(settings.loader)
         name = loader.pop("name", None)
         if name not in builders:
-            raise ValueError(
+            raise UserError(
                 f"sets.{settings.name}.loader.name: {name!r}; choose one of {', '.join(builders)}"
             )
         # Batches are not used, only documents and the collator.

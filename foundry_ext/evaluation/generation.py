@@ -23,6 +23,7 @@ from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
 from foundry_ext.evaluation.scoring import Share, evenly_spaced
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def parse_problem(row: dict[str, Any], place: str) -> Problem:
     chain_of_thought}, the last two optional.
 
     Raises:
-        ValueError: neither form; names the place.
+        UserError: neither form; names the place.
     """
     answer = row.get("answer")
     if isinstance(answer, str) and isinstance(row.get("question"), str):
@@ -82,7 +83,7 @@ def parse_problem(row: dict[str, Any], place: str) -> Problem:
         solution = f"{reasoning}\n{ANSWER_MARK}{answer}" if reasoning else answer
         golds = dict.fromkeys(map(normalise, [answer, *(row.get("aliases") or [])]))
         return Problem(row["context"], solution, tuple(golds))
-    raise ValueError(
+    raise UserError(
         f"{place}: keys {', '.join(sorted(row))}; a generation row has question and answer, or"
         " context, answer and aliases"
     )
@@ -165,7 +166,7 @@ class GenerationSet:
         ]
         room = max_length - settings.max_new_tokens
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"sets.{settings.name}.max_new_tokens: {settings.max_new_tokens} leaves no room for"
                 f" a prompt in the model's {max_length} positions"
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.records.record import read_record, write_record
+from foundry_ext.utils.errors import UserError
 
 PREFIX = "lm_eval."
 
@@ -31,12 +32,12 @@ def read_results(path: Path) -> dict[str, float]:
             if _is_figure(name, value)
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no results_*.json of lm_eval --output_path ({type(error).__name__}:"
             f" {error})"
         ) from error
     if not found:
-        raise ValueError(f"{path} holds no figure of any task")
+        raise UserError(f"{path} holds no figure of any task")
     return found
 
 
@@ -60,9 +61,9 @@ def enter_results(results: Path, record: Path) -> dict[str, float]:
     """
     found, content = read_results(results), read_record(record)
     if content["status"] == "running":
-        raise ValueError(f"{record}: the run is still running and would write over the figures")
+        raise UserError(f"{record}: the run is still running and would write over the figures")
     if not content["evaluations"]:
-        raise ValueError(f"{record} holds no evaluation to put the figures into")
+        raise UserError(f"{record} holds no evaluation to put the figures into")
     content["evaluations"][-1]["metrics"] |= found
     write_record(record, content)
     return found

@@ -20,6 +20,7 @@ from foundry_ext.evaluation.scoring import Share, evenly_spaced, score_documents
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +59,22 @@ def parse_question(row: dict[str, Any], place: str) -> Question:
     """A row of either form: {query, choices, gold} or {context_options, continuation, gold}.
 
     Raises:
-        ValueError: neither form, or a gold that is no index of a choice; names the place.
+        UserError: neither form, or a gold that is no index of a choice; names the place.
     """
     if "choices" in row and "query" in row:
         choices = tuple(Choice(row["query"], text) for text in row["choices"])
     elif "context_options" in row and "continuation" in row:
         choices = tuple(Choice(context, row["continuation"]) for context in row["context_options"])
     else:
-        raise ValueError(
+        raise UserError(
             f"{place}: keys {', '.join(sorted(row))}; a multiple-choice row has query, choices and"
             " gold, or context_options, continuation and gold"
         )
     gold = row.get("gold")
     if type(gold) is not int or not 0 <= gold < len(choices):
-        raise ValueError(f"{place}: gold {gold!r} is no index of its {len(choices)} choices")
+        raise UserError(f"{place}: gold {gold!r} is no index of its {len(choices)} choices")
     if not all(choice.text for choice in choices):
-        raise ValueError(f"{place}: an empty choice or continuation cannot be scored")
+        raise UserError(f"{place}: an empty choice or continuation cannot be scored")
     return Question(choices, gold)
 
 
@@ -95,7 +96,7 @@ def encode(
         (documents, how many were cut).
 
     Raises:
-        ValueError: a continuation without a token, or longer than `max_length`.
+        UserError: a continuation without a token, or longer than `max_length`.
     """
     moved = []
     for context, continuation in pairs:
@@ -110,7 +111,7 @@ def encode(
         ids, num_context = (ids, len(context_ids)) if context_ids else ([start, *ids], 1)
         num_scored = len(ids) - num_context
         if not 0 < num_scored <= max_length:
-            raise ValueError(
+            raise UserError(
                 f"the continuation {text[:60]!r} has {num_scored} tokens; between 1 and the"
                 f" model's {max_length} can be scored"
             )

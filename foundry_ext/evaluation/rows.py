@@ -4,8 +4,10 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.json_lines import read_lines
 
 # The same examples stand before an item in every run, on every rank and for every method.
 FEW_SHOT_SEED = 1234
@@ -15,22 +17,15 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file.
 
     Raises:
-        ValueError: no rows, or a line that is no JSON object; names the line.
+        UserError: no rows, or a line that is no JSON object; names the line.
     """
     rows = []
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: {row!r} is not an object")
-            rows.append(row)
+    for number, row in read_lines(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: {row!r} is not an object")
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows")
     return rows
 
 
@@ -46,10 +41,10 @@ def few_shot_prompt(examples: Sequence[str], index: int, num_fewshot: int) -> st
     Example: examples "q a", "r b", index 1, one shot gives "q a\\n\\n".
 
     Raises:
-        ValueError: fewer examples than that.
+        UserError: fewer examples than that.
     """
     if num_fewshot >= len(examples):
-        raise ValueError(
+        raise UserError(
             f"num_fewshot: {num_fewshot} examples beside the question itself need more than"
             f" {len(examples)} rows"
         )

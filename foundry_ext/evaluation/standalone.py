@@ -27,6 +27,7 @@ from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.errors import UserError
 
 
 class Afterwards(NamedTuple):
@@ -62,9 +63,9 @@ def read_sets(path: Path) -> list[SetSettings]:
         *(OmegaConfBaseException, YAMLError, AssertionError),
         *(OSError, ValueError, RecursionError),
     ) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or 'not a mapping'}") from error
+        raise UserError(f"{path}: {' '.join(str(error).split()) or 'not a mapping'}") from error
     if not isinstance(sets, Mapping):
-        raise ValueError(f"{path} has neither `sets` nor `callbacks.forgetting.sets`")
+        raise UserError(f"{path} has neither `sets` nor `callbacks.forgetting.sets`")
     return parse_sets(sets)
 
 

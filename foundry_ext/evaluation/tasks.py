@@ -6,7 +6,6 @@ lm-evaluation-harness words them.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.evaluation.rows import read_rows
+from foundry_ext.utils.atomic import write_text
+from foundry_ext.utils.errors import UserError
 
 Row = dict[str, Any]
 
@@ -64,7 +65,7 @@ def convert_winogrande(row: Row) -> Row:
     """
     before, gap, after = row["sentence"].partition("_")
     if not gap:
-        raise ValueError("no gap '_' in the sentence")
+        raise UserError("no gap '_' in the sentence")
     return {
         "context_options": [before + row["option1"], before + row["option2"]],
         "continuation": after.strip(),
@@ -77,7 +78,7 @@ def convert_gsm8k(row: Row) -> Row:
     answer are joined again by llm-foundry's `cot_delimiter`, which is "\\n#### " here."""
     reasoning, mark, answer = row["answer"].rpartition("#### ")
     if not mark:
-        raise ValueError("no '#### ' in the answer")
+        raise UserError("no '#### ' in the answer")
     number = answer.strip()
     return {
         "context": f"Question: {row['question']}\nAnswer:",
@@ -142,7 +143,7 @@ def write_task(
         ValueError: unknown task, a row of another schema, or one without a label.
     """
     if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
+        raise UserError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
     task = TASKS[name]
     split = split or task.split
     if source is not None:
@@ -156,9 +157,9 @@ def write_task(
     # llm-foundry takes the first question's number of choices for everyone's and dies on one with
     # more, as a few of ARC's have; with the most choices first it never finds more.
     converted = sorted(_convert(task, rows), key=lambda row: -len(row.get("choices", ())))
-    _write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in converted))
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in converted))
     described = {"task": name, **origin, "rows": len(converted)}
-    _write(source_file(out), json.dumps(described, indent=1) + "\n")
+    write_text(source_file(out), json.dumps(described, indent=1) + "\n")
     return len(converted)
 
 
@@ -185,20 +186,12 @@ def _convert(task: Task, rows: Iterable[Row]) -> Iterator[Row]:
         try:
             yield task.convert(row)
         except KeyError as error:
-            raise ValueError(
+            raise UserError(
                 f"row {number} has no column {error}; there are {', '.join(row)}: the source needs"
                 f" the schema of {task.hub}"
             ) from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"row {number} is not labelled as {task.hub}'s {task.split} split is ({error});"
                 " its test split may come without labels"
             ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -8,6 +8,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from foundry_ext.utils.nested import get
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,7 +44,7 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 f" ({said})"
             )
         if "FlashAttention only supports" in text:
-            backend = _get(config, "model", "attention_backend") or "auto"
+            backend = get(config, "model.attention_backend") or "auto"
             return (
                 f"model.attention_backend, {backend!r}, does not run on this GPU; set it to flex,"
                 f" or to sdpa, which runs anywhere ({said})"
@@ -59,8 +61,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _memory(config: dict[str, Any]) -> str:
     """A pack's tokens decide what a step needs; a larger microbatch is several packs at once."""
     place = "train_loader.dataset.pack_tokens"
-    longest = _get(config, "train_loader", "dataset", "max_seq_len") or config["max_seq_len"]
-    tokens = _get(config, "train_loader", "dataset", "pack_tokens") or longest
+    longest = get(config, "train_loader.dataset.max_seq_len") or config["max_seq_len"]
+    tokens = get(config, "train_loader.dataset.pack_tokens") or longest
     packs = config.get("device_train_microbatch_size")
     if isinstance(packs, int) and packs > 1:
         return (
@@ -87,21 +89,15 @@ def _less(tokens: int, longest: int) -> int:
     return max(longest, tokens // 2 // 128 * 128 or tokens // 2)
 
 
-def _get(config: Any, *keys: str) -> Any:
-    for key in keys:
-        config = config.get(key) if isinstance(config, dict) else None
-    return config
-
-
 def unwritable(config: dict[str, Any]) -> str | None:
     """The first place that the run would write to later and cannot; it is tried in the nearest
     folder that exists, where nothing stays."""
     places = {
         "save_folder": config.get("save_folder"),
-        "callbacks.run_record.path": _get(config, "callbacks", "run_record", "path"),
-        "callbacks.hf_export.folder": _get(config, "callbacks", "hf_export", "folder"),
-        "callbacks.forgetting.items": _get(config, "callbacks", "forgetting", "items"),
-        "loggers.metrics_file.path": _get(config, "loggers", "metrics_file", "path"),
+        "callbacks.run_record.path": get(config, "callbacks.run_record.path"),
+        "callbacks.hf_export.folder": get(config, "callbacks.hf_export.folder"),
+        "callbacks.forgetting.items": get(config, "callbacks.forgetting.items"),
+        "loggers.metrics_file.path": get(config, "loggers.metrics_file.path"),
     }
     for key, place in places.items():
         if not isinstance(place, str) or "://" in place:

@@ -3,44 +3,35 @@
 One file trains in this process; sequence.py takes several in turn. With --dry-run nothing is
 trained: each file is planned, as `foundry-ext plan` does. Whatever goes wrong before
 training starts ends in one line `train.py: error: <file>: <what>, <value>; <way out>` and exit
-code 2; what failures.py knows of what goes wrong later, in such a line and exit code 1. Other
-errors raised while training keep their traceback.
+code 2. What failures.py knows of what goes wrong later ends in such a line and exit code 1. All
+other errors keep their traceback; --traceback shows that of the former too.
 """
 
 import importlib
-import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from foundry_ext.config.loading import (
-    UsageError,
-    check_several,
-    first_line,
-    load_config,
-    one_line,
-    record_path,
-    split_arguments,
-    suggest,
-)
+from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
+from foundry_ext.launch.components import check_components, errors_name_their_section
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.records.record import mark_failed
+from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.redaction import redact
 
-USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run]
+USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
 
   a.yaml      a run; several are trained one after another, each in a fresh process
   key=value   an override for every file, such as optimizer.lr=1e-4
-  --dry-run   train nothing; say what each run would do, its memory and its time
+  --dry-run   train nothing; print what each run would do, its memory and its time
+  --traceback show the traceback of every error
 """
-DRY_RUN = "--dry-run"
+DRY_RUN, TRACEBACK = "--dry-run", "--traceback"
 # What a launcher would set for a process without others.
 ALONE = {
     "RANK": "0",
@@ -50,20 +41,7 @@ ALONE = {
     "LOCAL_WORLD_SIZE": "1",
 }
 USAGE_EXIT, FAILURE_EXIT = 2, 1
-TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
-TRACEBACK_HINT = f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
-# llm-foundry's builders, and the part of the YAML that each one reads.
-SECTIONS = {
-    "build_tokenizer": "tokenizer",
-    "build_scheduler": "scheduler",
-    "build_logger": "loggers",
-    "build_callback": "callbacks",
-    "build_algorithm": "algorithms",
-    "build_dataloader": "train_loader",
-    "build_evaluators": "eval_loader",
-    "build_composer_model": "model",
-    "build_optimizer": "optimizer",
-}
+TRACEBACK_HINT = f"({TRACEBACK} shows the traceback)"
 
 
 def main(script: str, arguments: Sequence[str]) -> int:
@@ -72,11 +50,13 @@ def main(script: str, arguments: Sequence[str]) -> int:
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_EXIT
     OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: a run is what its YAML says
-    dry_run = DRY_RUN in arguments
+    if TRACEBACK in arguments:
+        os.environ[TRACEBACK_VARIABLE] = "1"  # which the runs of several files inherit
+    dry_run, options = DRY_RUN in arguments, (DRY_RUN, TRACEBACK)
     try:
-        files, overrides = split_arguments([one for one in arguments if one != DRY_RUN])
+        files, overrides = split_arguments([word for word in arguments if word not in options])
         configs, complaints = check_all(files, overrides)
-    except UsageError as error:
+    except UserError as error:
         configs, complaints = [], [str(error)]
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same
         for line in complaints:
@@ -112,7 +92,7 @@ def check_all(
     for path in files:
         try:
             configs.append((path, load_config(path, overrides)))
-        except UsageError as error:
+        except UserError as error:
             complaints.append(str(error))
     if len(configs) > 1:
         paths, loaded = zip(*configs, strict=True)
@@ -134,17 +114,17 @@ def train_here(path: Path, config: DictConfig) -> int:
 
     _log_without_secrets()
     try:
+        check_components(resolved)
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
-        trainer = train_recorded(train, config)
+        with errors_name_their_section():
+            trainer = train_recorded(train, config)
     except Exception as error:
-        if os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
-            raise
         known = explain(error, resolved)
-        if known is None and started_training(error):
+        if wants_traceback() or not (known or isinstance(error, UserError | OSError)):
             raise
-        complain(path, f"{known or describe(error, config)} {TRACEBACK_HINT}")
-        return USAGE_EXIT if known is None else FAILURE_EXIT
+        complain(path, f"{known or one_line(error)} {TRACEBACK_HINT}")
+        return USAGE_EXIT if known is None and isinstance(error, UserError) else FAILURE_EXIT
     trainer.close()  # loggers write out what they still hold
     return 0
 
@@ -180,11 +160,12 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     for number, (path, config) in enumerate(configs):
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         try:
+            check_components(resolved)
             plan = plan_config(resolved, name=str(path), num_ranks=num_ranks)
-        except Exception as error:
-            if os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
+        except (UserError, OSError) as error:
+            if wants_traceback():
                 raise
-            complain(path, f"{describe(error, config)} {TRACEBACK_HINT}")
+            complain(path, f"{one_line(error)} {TRACEBACK_HINT}")
             code = USAGE_EXIT
             continue
         print("\n" * bool(number) + render(plan), flush=True)
@@ -200,102 +181,3 @@ def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> An
         if path is not None:
             mark_failed(path, error)
         raise
-
-
-def started_training(error: BaseException) -> bool:
-    """Whether Composer's fit or eval was on the stack: then the traceback is worth its length.
-
-    Not so where a callback of ours refuses, as it begins, what the YAML says.
-    """
-    code = [frame.f_code for frame in _frames(error)]
-    refused = isinstance(error, ValueError) and any(
-        one.co_name == "fit_start" and "foundry_ext" in Path(one.co_filename).parts for one in code
-    )
-    return not refused and any(
-        one.co_name in ("fit", "eval")
-        and Path(one.co_filename).parts[-3:] == ("composer", "trainer", "trainer.py")
-        for one in code
-    )
-
-
-def describe(error: BaseException, config: DictConfig) -> str:
-    """`optimizer (decoupled_adamw): unknown key, optimizer.lrr; remove or correct it`."""
-    section, name = _section(error)
-    where = f"{section} ({name}): " if name else f"{section}: " if section else ""
-    text = one_line(error)
-    if isinstance(error, KeyError):
-        return f"{where}missing key, {text}; add it"
-    if isinstance(error, OmegaConfBaseException):
-        return f"{error.full_key or 'configuration'}: {first_line(error)}"
-    _, unregistered, names = text.partition(" Available names: ")
-    if unregistered:
-        hint = suggest(name, names.split(", "))
-        return f"{where}unknown name, {name!r}{hint or ';'} known: {names}"
-    _, unexpected, rest = text.partition("unexpected keyword argument ")
-    if unexpected:
-        key = rest.split("'")[1]
-        sections = OmegaConf.to_container(config, resolve=True)
-        path = find_key(sections, key, below=section)
-        if path:
-            hint = suggest(key, _parameters(error)) or "; remove or correct it"
-            return f"{where}unknown key, {path}{hint}"
-    text = text.removesuffix(".")
-    if section == "tokenizer":
-        from huggingface_hub.errors import HFValidationError
-
-        text += _TOKENIZER
-        if isinstance(error, OSError | HFValidationError) and not Path(name).is_dir():
-            text = f"no folder here, and the hub does not give it: {text}"
-    return f"{where}{text} [{type(error).__name__}]"
-
-
-_TOKENIZER = (
-    "; tokenizer.name is to be a local folder with tokenizer.json and tokenizer_config.json, or a"
-    " name on the hub where that can be reached"
-)
-
-
-def _parameters(error: BaseException) -> list[str]:
-    """The keys that would have been taken where an unknown one was refused."""
-    for frame in reversed(list(_frames(error))):
-        constructor = frame.f_locals.get("registered_constructor")
-        if callable(constructor):
-            return list(inspect.signature(constructor).parameters)
-    return []
-
-
-def find_key(node: Any, key: str, *, below: str = "") -> str:
-    """The dotted path of the first `key` in nested mappings and lists, or ''.
-
-    `below` narrows the search to that top-level section.
-    """
-    if below:
-        path = find_key(node.get(below), key)
-        return f"{below}.{path}" if path else ""
-    items = node.items() if isinstance(node, dict) else ()
-    for name, child in enumerate(node) if isinstance(node, list) else items:
-        if name == key:
-            return str(name)
-        path = find_key(child, key)
-        if path:
-            return f"{name}.{path}"
-    return ""
-
-
-def _section(error: BaseException) -> tuple[str, str]:
-    """The part of the YAML being built when error was raised, and the name registered there."""
-    section, name = "", ""
-    for frame in _frames(error):
-        found = SECTIONS.get(frame.f_code.co_name)
-        if found:
-            # Loaders for evaluation come from build_dataloader too.
-            section = section if section == "eval_loader" else found
-            name = frame.f_locals.get("name") or frame.f_locals.get("tokenizer_name") or ""
-    return section, str(name)
-
-
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    traceback = error.__traceback__
-    while traceback:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foundry_ext.models.blockwise import blockwise_attention
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def varlen_attention(
         [T, H, N] in the dtype of `v_TKN`.
 
     Raises:
-        ValueError: unknown or unusable backend.
+        UserError: unknown or unusable backend.
     """
     device, dtype = q_THN.device.type, v_TKN.dtype
     dropout = bool(dropout_p > 0)  # torch 2.13's compiler keeps the comparison as a symbol
@@ -64,18 +65,18 @@ def resolve_backend(backend: str, *, device: str, dtype: torch.dtype, dropout: b
     """Turns "auto" into the best backend for this device and dtype and checks a named one.
 
     Raises:
-        ValueError: unknown, not installed, or not for this device, dtype or dropout; says what
+        UserError: unknown, not installed, or not for this device, dtype or dropout; says what
             to do.
     """
     if backend == "auto":
         return _best_backend(device, dtype, dropout)
     if backend not in BACKENDS:
-        raise ValueError(
+        raise UserError(
             f"attention_backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
         )
     problem = _why_not(backend, device, dtype, dropout)
     if problem:
-        raise ValueError(f"attention_backend: {backend!r} {problem}")
+        raise UserError(f"attention_backend: {backend!r} {problem}")
     return backend
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM, decoder_layer, run_layers
+from foundry_ext.utils.errors import UserError
 
 SCOPES = ("none", "layers", "model")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -20,7 +21,7 @@ def check_compile(scope: str, mode: str) -> None:
     """Raises ValueError for an unknown `compile` or `compile_mode`."""
     for key, value, known in (("compile", scope, SCOPES), ("compile_mode", mode, MODES)):
         if value not in known:
-            raise ValueError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")
+            raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def compile_model(
@@ -39,7 +40,7 @@ def compile_model(
             every pack of another shape would compile anew.
 
     Raises:
-        ValueError: unknown scope or mode.
+        UserError: unknown scope or mode.
     """
     check_compile(scope, mode)
     # Not fullgraph: flex and sdpa, which the compiler does not enter, cut a layer in two.

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foundry_ext.utils.errors import UserError
+
 IGNORE_INDEX = -100
 
 # Elements of one chunk's fp32 logits: 2**24 is 64 MiB, small beside a model, large beside a kernel.
@@ -177,14 +179,14 @@ def evaluate_linear_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Loss
 def check_loss(name: str) -> str:
     """Returns `name` if it can be used here, else raises ValueError saying how to get it."""
     if name not in LOSSES:
-        raise ValueError(f"loss: {name!r} is unknown; choose one of {', '.join(LOSSES)}")
+        raise UserError(f"loss: {name!r} is unknown; choose one of {', '.join(LOSSES)}")
     if name == "liger":
         if not torch.cuda.is_available():
-            raise ValueError("loss: 'liger' needs a GPU; use 'chunked', which runs anywhere")
+            raise UserError("loss: 'liger' needs a GPU; use 'chunked', which runs anywhere")
         try:
             import liger_kernel  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "loss: 'liger' needs liger-kernel; pip install 'foundry-ext[gpu]' or use 'chunked'"
             ) from error
     return name

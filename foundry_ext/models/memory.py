@@ -21,6 +21,7 @@ from torch import nn
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.loss import CHUNK_ELEMENTS
+from foundry_ext.utils.errors import UserError
 
 GIB = 2**30
 # Largest memory of a card that torch sees, GiB.
@@ -121,11 +122,11 @@ def optimizer_states(name: str) -> int:
     """How many tensors of the trained parameters' size an optimizer keeps, by its name.
 
     Raises:
-        ValueError: not known.
+        UserError: not known.
     """
     found = next((count for part, count in OPTIMIZER_STATES.items() if part in name.lower()), None)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"optimizer.name: {name!r} has an unknown state; memory can be estimated for names with"
             f" {', '.join(OPTIMIZER_STATES)}"
         )

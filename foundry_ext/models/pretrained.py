@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def naming_the_hub(path: str) -> Iterator[None]:
     """Configuration or weights that are not there, or cannot be read: which, and what would do.
 
     Raises:
-        ValueError: in place of what transformers, the hub's client and safetensors raise.
+        UserError: in place of what transformers, the hub's client and safetensors raise.
     """
     try:
         yield
@@ -43,7 +44,7 @@ def naming_the_hub(path: str) -> Iterator[None]:
         if problem is None:
             raise
         cause = shorten(str(error), 160, placeholder=" ...")
-        raise ValueError(
+        raise UserError(
             f"pretrained_model_name_or_path: {path} {problem} ({type(error).__name__}: {cause})"
         ) from error
 
@@ -97,7 +98,7 @@ def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolL
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:
         shown = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} does not fit its configuration: {shown}. config_overrides may not"
             " change the shape of a pretrained model"
         )

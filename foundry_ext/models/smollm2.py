@@ -29,6 +29,7 @@ from foundry_ext.models.loss import (
 )
 from foundry_ext.models.padding import Padded
 from foundry_ext.models.rope import apply_rotary, rotary_cos_sin
+from foundry_ext.utils.errors import UserError
 
 # (q [..., H, N], k [..., K, N], v [..., K, N]) -> [..., H, N]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -215,12 +216,12 @@ def _check_config(config: LlamaConfig) -> None:
     }
     for key, wrong in unsupported.items():
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"config: {key}={getattr(config, key)!r} is not supported by smollm2_packed;"
                 " use hf_causal_lm for it"
             )
     if not 0 <= config.attention_dropout < 1:
-        raise ValueError(
+        raise UserError(
             f"config: attention_dropout={config.attention_dropout!r}; give a probability from 0 to"
             " below 1"
         )
@@ -298,7 +299,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         device synchronisation. `inputs_embeds` takes the place of `input_ids`.
 
         Raises:
-            ValueError: contradictory or unsupported arguments.
+            UserError: contradictory or unsupported arguments.
         """
         if output_attentions or output_hidden_states:
             raise ValueError(
@@ -473,7 +474,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     def head_weight(self) -> Tensor:
         """[V, D], for the loss, which does not call the module: a plain one, then."""
         if type(self.lm_head) is not nn.Linear:
-            raise ValueError(
+            raise UserError(
                 f"lm_head is wrapped in {type(self.lm_head).__name__}, whose change the loss would"
                 " not see; take lm_head out of peft_config's target_modules"
             )

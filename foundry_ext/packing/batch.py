@@ -24,6 +24,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from foundry_ext.utils.errors import UserError
+
 IGNORE_INDEX = -100
 
 
@@ -74,23 +76,23 @@ def split_batch(batch: Batch, microbatch_size: int | float | None) -> list[Pack]
         microbatch_size: packs per microbatch (`device_train_microbatch_size`).
 
     Raises:
-        ValueError: not a whole number of packs, or None, which is what "auto" begins with on a
+        UserError: not a whole number of packs, or None, which is what "auto" begins with on a
             loader of packs.
     """
     if microbatch_size is None:
-        raise ValueError(
+        raise UserError(
             "device_train_microbatch_size: auto cannot work with packs: it would halve a number of"
             " packs, not of tokens. Set it (for an Evaluator of your own, its"
             " device_eval_microbatch_size) to 1, and size pack_tokens to fill the device"
         )
     if isinstance(microbatch_size, bool) or microbatch_size != int(microbatch_size):
-        raise ValueError(
+        raise UserError(
             f"microbatch size {microbatch_size!r} is not a whole number of packs; a pack is sized"
             " by pack_tokens to fill the device, so use 1"
         )
     packs, size = _packs(batch), int(microbatch_size)
     if size < 1:
-        raise ValueError(f"microbatch size {size} is below one pack; use 1")
+        raise UserError(f"microbatch size {size} is below one pack; use 1")
     return [join_packs(packs[start : start + size]) for start in range(0, len(packs), size)]
 
 

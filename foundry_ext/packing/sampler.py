@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from foundry_ext.packing.algorithm import Packs, pack
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class PackedBatchSampler(DistributedSampler):
             drop_last: leave out a last incomplete global batch, which is logged.
 
         Raises:
-            ValueError: no documents, or too few for one whole batch with `drop_last`.
+            UserError: no documents, or too few for one whole batch with `drop_last`.
         """
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.total_size = len(dataset)  # pyright: ignore[reportArgumentType]
@@ -67,9 +68,9 @@ class PackedBatchSampler(DistributedSampler):
         self._plan: tuple[int, Packs] | None = None
         self._num_batches: int | None = None
         if len(self.used) == 0:
-            raise ValueError("no document is left to train on: see the counts of the data above")
+            raise UserError("no document is left to train on: see the counts of the data above")
         if len(self) == 0:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.plan(0))} packs do not fill one global batch of"
                 f" {batch_packs} x {world_size}; lower the batch size, or set drop_last: false"
             )

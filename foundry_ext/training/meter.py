@@ -15,6 +15,7 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.models.flops import adapter_parameters, peak_flops, training_flops
 from foundry_ext.packing.batch import Pack
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.utils.errors import UserError
 
 
 @dataclass
@@ -110,11 +111,11 @@ def packed_dataset(state: State, callback: str) -> PackedDataset:
     """What is trained on.
 
     Raises:
-        ValueError: the train loader is not of packs.
+        UserError: the train loader is not of packs.
     """
     dataset = getattr(state.train_dataloader, "dataset", None)
     if not isinstance(dataset, PackedDataset):
-        raise ValueError(f"{callback} counts packs: use it with a packed_* train loader")
+        raise UserError(f"{callback} counts packs: use it with a packed_* train loader")
     return dataset
 
 

@@ -41,6 +41,7 @@ from foundry_ext.models.smollm2 import (
     SmolLM2DecoderLayer,
     SmolLM2ForCausalLM,
 )
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         should_save_peft_only: as in `hf_causal_lm`, with trust_remote_code off.
 
     Raises:
-        ValueError: an impossible setting; names the key, the value and the way out.
+        UserError: an impossible setting; names the key, the value and the way out.
     """
 
     default_eval_metrics = ComposerHFCausalLM.default_eval_metrics
@@ -113,15 +114,16 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         adapters = [name for name in (pretrained_lora_id_or_path, peft_config) if name is not None]
         check_frozen_dtype(frozen_dtype, adapted=bool(adapters), init_device=init_device)
         if len(adapters) == 2:
-            raise ValueError(
+            raise UserError(
                 f"pretrained_lora_id_or_path: {pretrained_lora_id_or_path} brings its own"
                 " configuration; leave out peft_config"
             )
         if adapters and allow_embedding_resizing:
-            raise ValueError(
+            raise UserError(
                 "allow_embedding_resizing: true would add random rows, frozen and in no checkpoint"
                 " of an adapter; leave it out, or train without peft_config"
             )
+        self._num_tokens_needed = 0 if allow_embedding_resizing else len(tokenizer)
         super().__init__(
             pretrained_model_name_or_path,
             tokenizer=tokenizer,
@@ -189,7 +191,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                 torch_dtype=torch.float32,
             )
         if not isinstance(config, LlamaConfig):
-            raise ValueError(
+            raise UserError(
                 f"smollm2_packed: {pretrained_model_name_or_path} is a {config.model_type} model;"
                 " only Llama-shaped ones run packed, use hf_causal_lm for others"
             )
@@ -220,9 +222,9 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         """Builds the decoder; with `pretrained`, no weight may be missing or left over."""
         device = hf_get_init_device(init_device)
         if pretrained and device == "meta" and init_device != "mixed":
-            raise ValueError("init_device: meta holds no weights; use cpu or mixed with pretrained")
+            raise UserError("init_device: meta holds no weights; use cpu or mixed with pretrained")
         if pretrained and shipped_config(pretrained_model_name_or_path):
-            raise ValueError(
+            raise UserError(
                 f"pretrained_model_name_or_path: {pretrained_model_name_or_path} is a shape without"
                 " weights; set pretrained: false, or name the hub's checkpoint"
                 f" {HUB_NAMES[pretrained_model_name_or_path]}"
@@ -241,7 +243,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
                 # The weights can fit all the same.
                 if pretrained and getattr(config, key) != getattr(stored, key):
-                    raise ValueError(
+                    raise UserError(
                         f"config_overrides.{key}: {getattr(config, key)} for a model pretrained"
                         f" with {getattr(stored, key)}; leave it out"
                     )
@@ -258,7 +260,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
                     tied = cast(nn.Parameter, model.model.embed_tokens.weight)
                     model.lm_head._parameters["weight"] = tied
             else:
-                raise ValueError(f"init_device: {init_device!r}; choose cpu, meta or mixed")
+                raise UserError(f"init_device: {init_device!r}; choose cpu, meta or mixed")
         if pretrained:
             load_generation_config(model, pretrained_model_name_or_path)
         if pretrained_lora_id_or_path is None:
@@ -266,10 +268,21 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         try:
             return load_adapter(model, pretrained_lora_id_or_path)
         except ValueError as error:
-            raise ValueError(f"pretrained_lora_id_or_path: {error}") from error
+            raise UserError(f"pretrained_lora_id_or_path: {error}") from error
 
     def transform_model(self, model: Any) -> Any:
-        """Leaves the model as it is, and keeps its names for `get_peft_config`, called next."""
+        """Leave the model as it is, and keep its names for `get_peft_config`, called next.
+
+        Raises:
+            UserError: the tokenizer has ids that the model has no embedding for.
+        """
+        vocabulary = model.config.vocab_size
+        if self._num_tokens_needed > vocabulary:
+            raise UserError(
+                f"tokenizer: its {self._num_tokens_needed} tokens are more than the model's"
+                f" {vocabulary}; name the model's own tokenizer, or set"
+                " allow_embedding_resizing: true for new rows that training has to fill"
+            )
         self._adaptable_modules = adaptable_modules(model)
         return super().transform_model(model)
 
@@ -313,14 +326,14 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         refuses the checkpoint of an adapter, which holds no base weights.
 
         Raises:
-            ValueError: a weight is missing or left over.
+            UserError: a weight is missing or left over.
         """
         adapted = self.model if pissa.is_pissa(self.model) else None
         initial = pissa.copy_initial_factors(adapted) if adapted else {}
         report = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [name for name in report.missing_keys if not self.using_peft or "lora_" in name]
         if missing or report.unexpected_keys:
-            raise ValueError(
+            raise UserError(
                 "the checkpoint is of another model or peft_config: missing"
                 f" {missing[:3]}, left over {report.unexpected_keys[:3]}; restore the model's part"
                 " of the YAML it was trained with"
@@ -350,7 +363,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             metric.correct_tokens += outputs.num_correct.to(device)
             metric.total_tokens += count.to(device)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{type(metric).__name__} needs logits, which a packed evaluation does not compute;"
                 " take it out of additional_eval_metrics, or evaluate with the finetuning loader"
             )
@@ -371,12 +384,12 @@ def _check_settings(
     trust_remote_code: bool,
 ) -> None:
     if use_train_metrics:
-        raise ValueError(
+        raise UserError(
             "use_train_metrics: true needs logits, which training does not compute; set it to false"
             " (the training loss is logged anyway)"
         )
     if load_in_8bit:
-        raise ValueError("load_in_8bit: true is for inference only; leave it out")
+        raise UserError("load_in_8bit: true is for inference only; leave it out")
     if trust_remote_code:
         log.warning(
             "trust_remote_code: true has no effect here: the model's code is this package's, and"

@@ -8,6 +8,7 @@ from composer.core import State
 from foundry_ext.adapters.methods import Method, describe
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.training.meter import unwrapped
+from foundry_ext.utils.errors import UserError
 
 
 def find(state: State, kind: type) -> Any:
@@ -18,14 +19,14 @@ def find(state: State, kind: type) -> Any:
 def check_data(state: State, dataset: PackedDataset) -> None:
     """
     Raises:
-        ValueError: documents may be longer than the model has positions, or an evaluation is of
+        UserError: documents may be longer than the model has positions, or an evaluation is of
             the documents that are trained on.
     """
     longest = dataset.collator.max_seq_len
     config = getattr(getattr(unwrapped(state), "model", None), "config", None)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
-        raise ValueError(
+        raise UserError(
             f"train_loader.dataset.max_seq_len: {longest} is more than the model's {positions}"
             " positions; lower it, or raise model.config_overrides.max_position_embeddings, whose"
             " positions are then learned anew"
@@ -35,7 +36,7 @@ def check_data(state: State, dataset: PackedDataset) -> None:
         if not isinstance(own, PackedDataset):
             continue
         if own.documents.fingerprint == dataset.documents.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"eval_loader {evaluator.label}: these are the very documents of train_loader;"
                 " evaluate on held-out ones (`holdout`, or another file)"
             )

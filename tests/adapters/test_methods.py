@@ -122,8 +122,8 @@ def test_peft_adapts_the_modules_that_are_said_to_match(case, names):
 # --- refused -------------------------------------------------------------------------------------
 
 REFUSED = {
-    "unknown key": ({"lora_apha": 8}, "'lora_apha' is no key of it; did you mean lora_alpha"),
-    "far from any key": ({"banana": 8}, "'banana' is no key of it$"),
+    "unknown key": ({"lora_apha": 8}, "unknown key 'lora_apha', did you mean 'lora_alpha'"),
+    "far from any key": ({"banana": 8}, "unknown key 'banana'$"),
     "lost": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save: embed_tokens would be"),
     "lost tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices: 3 would be"),
     "task": ({"task_type": "SEQ_CLS"}, "task_type: Only CAUSAL_LM"),
@@ -144,7 +144,7 @@ REFUSED = {
     # peft trains the others and says nothing.
     "one of many": (
         {"target_modules": ["q_proj", "gate_porj"]},
-        "'gate_porj' matches no module; did you mean gate_proj",
+        "'gate_porj' matches no module, did you mean 'gate_proj'",
     ),
     "block": ({"target_modules": ["mlp"]}, "'mlp' matches no module"),
     "no target": ({"target_modules": []}, r"target_modules: \[\]; give a list"),

@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(whole):
 
 def test_what_is_not_finished_is_not_there(whole):
     before = whole.read_bytes()
-    with pytest.raises(OSError), checkpoint_files.written_whole(whole) as partial:
+    with pytest.raises(OSError), checkpoint_files.replaced_checkpoint(whole) as partial:
         partial.write_bytes(before[:100])
         raise OSError(28, "No space left on device")
     assert whole.read_bytes() == before

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from foundry_ext.cli import main as cli
+from foundry_ext.utils.errors import UserError
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -26,7 +27,7 @@ def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ValueError("a: 3 is\nwrong; use 4"), "a: 3 is wrong; use 4"),
+        (UserError("a: 3 is\nwrong; use 4"), "a: 3 is wrong; use 4"),
         (
             ConnectionError("https://huggingface.co/x: no\nroute " + "y" * 900),
             "hub cannot be reach",
@@ -43,3 +44,16 @@ def test_mistakes_are_one_line(error: Exception, message: str, monkeypatch, caps
     assert cli.main(["inspect"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and len(said) < 500
+    monkeypatch.setenv("FOUNDRY_EXT_TRACEBACK", "0")
+    with pytest.raises(type(error)):
+        cli.main(["inspect", "--traceback"])
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def run(_):
+        raise ValueError("a bug")
+
+    command = SimpleNamespace(add_arguments=lambda _: None, run=run)
+    monkeypatch.setattr(importlib, "import_module", lambda _: command)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["inspect"])

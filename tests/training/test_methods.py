@@ -81,7 +81,7 @@ def test_a_misspelt_target_among_others_is_refused(world):
     get_peft_model(
         kit.make_llama(), LoraConfig(**peft(target_modules=["q_proj", "vproj"])["peft_config"])
     )
-    with pytest.raises(ValueError, match="'vproj' matches no module; did you mean v_proj"):
+    with pytest.raises(ValueError, match="'vproj' matches no module, did you mean 'v_proj'"):
         kit.build(world, **peft(target_modules=["q_proj", "vproj"]))
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from foundry_ext.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -23,11 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
     from foundry_ext.comparison.fairness import by_design, differences
-    from foundry_ext.config.loading import UsageError, load_config, split_arguments
+    from foundry_ext.config.loading import load_config, split_arguments
 
     files, overrides = split_arguments(arguments.arguments)
     if len(set(files)) < 2:
-        raise UsageError(f"{files[0]}: one file; check-fair compares two or more")
+        raise UserError(f"{files[0]}: one file; check-fair compares two or more")
     names_differ = len({path.name for path in files}) == len(files)
     configs = {}
     for path in files:

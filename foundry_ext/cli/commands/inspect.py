@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from foundry_ext.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -25,17 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
-    from foundry_ext.config.loading import UsageError, load_config, split_arguments
+    from foundry_ext.config.loading import load_config, split_arguments
 
     files, overrides = split_arguments(arguments.arguments)
     if len(files) > 1:
-        raise UsageError(f"{files[1]}: a second file; inspect looks at one")
+        raise UserError(f"{files[1]}: a second file; inspect looks at one")
     config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
     assert isinstance(config, dict)
 
+    from foundry_ext.launch.components import check_components
     from foundry_ext.preflight.inspect.packs import inspect_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.inspect.page import render
 
+    check_components(config)  # pyright: ignore[reportArgumentType]
     inspection = inspect_config(
         config,  # pyright: ignore[reportArgumentType]
         name=str(files[0]),

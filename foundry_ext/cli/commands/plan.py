@@ -44,12 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     files, overrides = split_arguments(arguments.arguments)
     configs = [(path, load_config(path, overrides)) for path in files]
 
+    from foundry_ext.launch.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.plan.text import render
 
     for number, (path, config) in enumerate(configs):
         resolved = OmegaConf.to_container(config, resolve=True)
         assert isinstance(resolved, dict)
+        check_components(resolved)  # pyright: ignore[reportArgumentType]
         plan = plan_config(
             resolved,  # pyright: ignore[reportArgumentType]
             name=str(path),

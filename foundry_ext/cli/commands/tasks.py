@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from foundry_ext.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.evaluation.tasks import source_file, write_task
 
     if arguments.source is not None and (arguments.split or arguments.revision):
-        raise ValueError("--split and --revision are the hub's; leave them out with --source")
+        raise UserError("--split and --revision are the hub's; leave them out with --source")
     count = write_task(
         arguments.name,
         arguments.out,

@@ -2,6 +2,8 @@
 
 import argparse
 
+from foundry_ext.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -20,19 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
-    from foundry_ext.config.loading import UsageError, load_config, split_arguments
+    from foundry_ext.config.loading import load_config, split_arguments
 
     files, overrides = split_arguments(arguments.arguments)
     if len(files) > 1:
-        raise UsageError(f"{files[1]}: a second file; verify looks at one")
+        raise UserError(f"{files[1]}: a second file; verify looks at one")
     config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
     assert isinstance(config, dict)
 
+    from foundry_ext.launch.components import check_components
     from foundry_ext.preflight.verify.verify import (  # torch and llm-foundry: some 20 seconds
         render,
         verify_config,
     )
 
+    check_components(config)  # pyright: ignore[reportArgumentType]
     found = verify_config(
         config,  # pyright: ignore[reportArgumentType]
         name=str(files[0]),

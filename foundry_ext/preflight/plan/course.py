@@ -15,6 +15,7 @@ from composer.utils import create_interval_scheduler
 from numpy.typing import NDArray
 
 from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.utils.errors import UserError
 
 _UNITS = {TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE}
 
@@ -63,11 +64,11 @@ def follow(dataset: PackedDataset, config: dict[str, Any]) -> Course:
         config: resolved; max_duration, eval_interval, save_interval and the scheduler are read.
 
     Raises:
-        ValueError: a duration that no one knows beforehand, such as seconds.
+        UserError: a duration that no one knows beforehand, such as seconds.
     """
     duration = Time.from_input(config["max_duration"], TimeUnit.EPOCH)
     if duration.unit not in _UNITS:
-        raise ValueError(
+        raise UserError(
             f"max_duration: {config['max_duration']!r} cannot be planned; give ep, ba, tok or sp"
         )
     length = len(dataset.sampler)

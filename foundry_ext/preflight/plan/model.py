@@ -22,6 +22,7 @@ from foundry_ext.models.flops import adapter_parameters, forward_flops, training
 from foundry_ext.models.memory import Parameters, autocast, optimizer_states
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.utils.errors import UserError
 
 # What the timing below may take of this device, in operations of a forward and backward pass.
 _TIMING_FLOPS = 1.5e11
@@ -43,10 +44,10 @@ class PlannedModel:
         """Reads the shape, from the hub if need be, and checks the adapter.
 
         Raises:
-            ValueError: another model than smollm2_packed, or an adapter that does not fit.
+            UserError: another model than smollm2_packed, or an adapter that does not fit.
         """
         if model.get("name") != "smollm2_packed":
-            raise ValueError(
+            raise UserError(
                 f"model.name: {model.get('name')!r} cannot be planned; plan knows smollm2_packed"
             )
         name = model["pretrained_model_name_or_path"]

@@ -30,6 +30,7 @@ from foundry_ext.preflight.plan.course import Course, follow
 from foundry_ext.preflight.plan.model import PlannedModel
 from foundry_ext.preflight.plan.rates import ASSUMED_MFU, Rates, find_rates
 from foundry_ext.utils.environment import peak_memory
+from foundry_ext.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +107,12 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
         num_ranks: processes it is to be trained by.
 
     Raises:
-        ValueError: what cannot be planned, and what training itself would refuse.
+        UserError: what cannot be planned, and what training itself would refuse.
     """
     config = dict(config)
     precision = str(config.get("precision"))
     if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} cannot be planned; {', '.join(PRECISIONS)} can")
+        raise UserError(f"precision: {precision!r} cannot be planned; {', '.join(PRECISIONS)} can")
     model = PlannedModel.of(config["model"])
     tokenizer = open_tokenizer(config)
     _, train = open_loader(config, "train", tokenizer)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from foundry_ext.preflight.verify.checks import Check
+from foundry_ext.utils.errors import UserError
 
 DEFAULT_STEPS = 4
 DEFAULT_PACKS = 2
@@ -46,17 +47,17 @@ def verify_config(
         tokens: of a pack that are looked at.
 
     Raises:
-        ValueError: an argument too small; what cannot be verified, or training itself refuses.
+        UserError: an argument too small; what cannot be verified, or training itself refuses.
     """
     from foundry_ext.preflight.verify.packing import check_packing
     from foundry_ext.preflight.verify.resume import check_resume
 
     for key, value, least in (("steps", steps, 2), ("packs", packs, 1), ("tokens", tokens, 8)):
         if value < least:
-            raise ValueError(f"{key}: {value} is below {least}")
+            raise UserError(f"{key}: {value} is below {least}")
     model = config.get("model") or {}
     if model.get("name") != "smollm2_packed":
-        raise ValueError(
+        raise UserError(
             f"model.name: {model.get('name')!r} cannot be verified; verify knows smollm2_packed"
         )
     found = Verification(name)

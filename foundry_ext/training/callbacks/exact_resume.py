@@ -29,6 +29,7 @@ from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.run_description import find
 from foundry_ext.training.signals import StopSignals
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class ExactResume(CheckpointSaver):
         train_config: the whole YAML, from llm-foundry.
 
     Raises:
-        ValueError: no save_folder, one that is not local, or too little kept to resume from.
+        UserError: no save_folder, one that is not local, or too little kept to resume from.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -80,13 +81,13 @@ class ExactResume(CheckpointSaver):
             ignore_keys=key("save_ignore_keys"),
         )
         if self.num_checkpoints_to_keep == 0:
-            raise ValueError(
+            raise UserError(
                 "save_num_checkpoints_to_keep: 0 leaves nothing to go on from; keep 2, so that"
                 " there is one before the newest"
             )
         for name in ("save_weights_only", "save_ignore_keys"):
             if key(name):
-                raise ValueError(
+                raise UserError(
                     f"{name}: {key(name)} leaves too little to go on from exactly; leave it out, or"
                     " leave out exact_resume and autoresume"
                 )
@@ -112,7 +113,7 @@ class ExactResume(CheckpointSaver):
         """Where Composer is about to follow the `latest` link, makes it one to a whole checkpoint.
 
         Raises:
-            ValueError: no checkpoint is whole, another run goes on there, or what load_path names
+            UserError: no checkpoint is whole, another run goes on there, or what load_path names
                 is spoilt or could run code.
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
@@ -147,7 +148,7 @@ class ExactResume(CheckpointSaver):
             paths = paths[: names.index(latest.resolve()) + 1]
         given = Path(self.load_path) if self.load_path else None
         if not (paths or self.overwrite) and checkpoint_files.has_any(folder, besides=given):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: there are checkpoints, and none is called like save_filename,"
                 f" {self.filename.filename}, so the run would begin anew beside them; restore them,"
                 " or give the new run another folder"
@@ -160,7 +161,7 @@ class ExactResume(CheckpointSaver):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises:
-        ValueError: the checkpoint is of a run with other settings; names each.
+        UserError: the checkpoint is of a run with other settings; names each.
         """
         changed = decisive.changes(state["settings"], self.settings)
         if self.found and state["run_name"] != self.run_name:
@@ -170,7 +171,7 @@ class ExactResume(CheckpointSaver):
         if changed:
             # Sharded ones are Composer's to find.
             name = self.found or self.load_path or f"in {self.folder}"
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint {name} is of a run with another"
                 f" {'; another '.join(changed)}. Restore the YAML; give the run another name and"
                 " save_folder; or begin anew from the checkpoint's weights with load_path,"
@@ -194,7 +195,7 @@ class ExactResume(CheckpointSaver):
         """Says where the run goes on. Were its batches all done, Composer's fit() would complain.
 
         Raises:
-            ValueError: it is done because max_duration was shortened.
+            UserError: it is done because max_duration was shortened.
         """
         end, before = state.max_duration, self.saved_duration
         if end is None:
@@ -206,7 +207,7 @@ class ExactResume(CheckpointSaver):
         if before is not None and repr(before) != repr(end):
             texts = before.to_timestring(), end.to_timestring()
             if reached > end or (reached == end and before.unit == end.unit):
-                raise ValueError(
+                raise UserError(
                     f"max_duration: {texts[0]}, now {texts[1]}, which the checkpoint has left"
                     " behind; restore it, or give the run another name and save_folder"
                 )
@@ -261,7 +262,7 @@ class ExactResume(CheckpointSaver):
             if dist.get_global_rank() != 0:
                 self._write(state, path)
                 return
-            with checkpoint_files.written_whole(path) as partial:
+            with checkpoint_files.replaced_checkpoint(path) as partial:
                 self._write(state, partial)
             checkpoint_files.link_to(path, self._latest(state))
         except (OSError, RuntimeError) as error:

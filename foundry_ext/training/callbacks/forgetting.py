@@ -22,7 +22,8 @@ from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.evaluation.scoring import Share
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.training.model import ComposerSmolLM2
-from foundry_ext.utils.line_files import open_lines
+from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.json_lines import open_lines
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Forgetting(Callback):
         items: a file that gets a line of JSON for every item and step; `{run_name}` is replaced.
 
     Raises:
-        ValueError: before the first step, for a set that cannot be measured or is the training set.
+        UserError: before the first step, for a set that cannot be measured or is the training set.
     """
 
     def __init__(self, sets: Mapping[str, Mapping[str, Any]], items: str | None = None):
@@ -65,7 +66,7 @@ class Forgetting(Callback):
     def init(self, state: State, logger: Logger) -> None:
         """Reads the sets, and copies the base model while no checkpoint has been loaded yet."""
         if state.fsdp_config is not None:
-            raise ValueError(
+            raise UserError(
                 "forgetting cannot measure a model that FSDP shards: leave fsdp_config out, which"
                 " trains with DDP, or leave the callback out and run `foundry-ext eval` on the"
                 " checkpoints afterwards"
@@ -83,7 +84,7 @@ class Forgetting(Callback):
         self._refuse_training_data(state)
         resumed = state.timestamp.batch > 0
         if resumed and not self.evaluations:
-            raise ValueError(
+            raise UserError(
                 "forgetting: the checkpoint holds no measurement of step 0 to compare with; start"
                 " anew, or leave the callback out and run `foundry-ext eval` afterwards"
             )
@@ -99,7 +100,7 @@ class Forgetting(Callback):
             if not isinstance(one, DocumentsSet):
                 continue
             if one.dataset.documents.fingerprint == train.documents.fingerprint:
-                raise ValueError(
+                raise UserError(
                     f"sets.{one.settings.name}.loader: these are the very documents of"
                     " train_loader; measure on held-out ones (`holdout`, or another file)"
                 )
@@ -112,7 +113,7 @@ class Forgetting(Callback):
             if isinstance(self.base, BaseCopy):
                 self.base.retake(inner)
         elif self.loaded_fingerprint not in (None, self.base_fingerprint):
-            raise ValueError(
+            raise UserError(
                 "forgetting: the run began from another base model than the YAML names now; restore"
                 " model.pretrained_model_name_or_path, or start anew"
             )
@@ -126,7 +127,7 @@ class Forgetting(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if not state.evaluators:
-            raise ValueError(
+            raise UserError(
                 "forgetting measures whenever Composer evaluates: give an eval_loader and an"
                 " eval_interval"
             )
@@ -195,7 +196,7 @@ class Forgetting(Callback):
 def _composer_model(state: State) -> ComposerSmolLM2:
     model = state.model.module if state.is_model_ddp else state.model
     if not isinstance(model, ComposerSmolLM2):
-        raise ValueError(
+        raise UserError(
             f"forgetting measures smollm2_packed models, not {type(model).__name__}; set"
             " model.name: smollm2_packed"
         )

@@ -19,6 +19,7 @@ from foundry_ext.models.checks import IdsOutside, check_ids
 from foundry_ext.packing.batch import Pack
 from foundry_ext.training.meter import packed_dataset, unwrapped
 from foundry_ext.training.suspects import describe_suspects, find_suspects, spoilt_weights
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ class Guard(Callback):
 
     def __init__(self, action: str = "stop", spike_factor: float = 20.0):
         if action not in ACTIONS:
-            raise ValueError(f"guard.action: {action!r}; choose one of {', '.join(ACTIONS)}")
+            raise UserError(f"guard.action: {action!r}; choose one of {', '.join(ACTIONS)}")
         if isinstance(spike_factor, bool) or not spike_factor > 1:
-            raise ValueError(f"guard.spike_factor: {spike_factor!r}; give a number above 1")
+            raise UserError(f"guard.spike_factor: {spike_factor!r}; give a number above 1")
         self.action, self.spike_factor = action, spike_factor
         self.losses: list[Tensor] = []  # of a step's microbatches on this rank
         self.norms: deque[float] = deque(maxlen=WINDOW)  # of steps taken
@@ -187,7 +188,7 @@ def _check_on_the_host(state: State, dataset: PackedDataset, vocabulary: int) ->
     the process without a word on which document it was.
 
     Raises:
-        ValueError: an id or label outside the vocabulary; names its document.
+        UserError: an id or label outside the vocabulary; names its document.
     """
     packs = cast(Sequence[Pack], state.batch)
     for number, pack in enumerate(packs):
@@ -197,7 +198,7 @@ def _check_on_the_host(state: State, dataset: PackedDataset, vocabulary: int) ->
             documents = dataset.sampler.batch(dataset.next_batch - 1)[number]
             place = torch.searchsorted(pack["cu_seqlens"], error.place, right=True) - 1
             name = dataset.name_document(int(documents[int(place)]))
-            raise ValueError(f"guard: {name}: {error}") from error
+            raise UserError(f"guard: {name}: {error}") from error
 
 
 def _is_sharded(state: State) -> bool:

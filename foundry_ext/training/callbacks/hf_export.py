@@ -1,7 +1,6 @@
 """At the end of training: the model as a Hugging Face folder, ready to be loaded or uploaded."""
 
 import logging
-import shutil
 from pathlib import Path
 
 from composer.core import Callback, State
@@ -11,6 +10,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from foundry_ext.checkpoints.export import write_folder
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.utils.atomic import replaced_folder
+from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ class HFExport(Callback):
         """Refuses a folder in use before the training, not after it.
 
         Raises:
-            ValueError: there is something in it that this callback did not write.
+            UserError: there is something in it that this callback did not write.
         """
         folder = self._folder(state)
         if dist.get_global_rank() != 0 or not folder.exists():
             return
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / _MARK).exists()):
-            raise ValueError(
+            raise UserError(
                 f"hf_export.folder: {folder} exists and is no earlier export; name another folder"
                 " or remove it"
             )
@@ -53,22 +54,11 @@ class HFExport(Callback):
             weights.pop("lm_head.weight", None)  # gathered from shards, it is a second copy
         if dist.get_global_rank() == 0:
             partial = folder.with_name(f".{folder.name}.partial")  # names that nobody gives
-            shutil.rmtree(partial, ignore_errors=True)
-            write_folder(model.model, model.tokenizer, partial, weights)
-            (partial / _MARK).touch()
-            _replace(folder, partial)
+            with replaced_folder(folder, partial=partial):
+                write_folder(model.model, model.tokenizer, partial, weights)
+                (partial / _MARK).touch()
             log.info("exported to %s", folder)
         dist.barrier()
 
     def _folder(self, state: State) -> Path:
         return Path(self.folder.format(run_name=state.run_name))
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Where this is cut off, no half of the old export is left that would be taken for foreign."""
-    old = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -31,6 +31,7 @@ from foundry_ext.training.run_description import (
     method_of,
 )
 from foundry_ext.utils.environment import describe_environment, peak_memory
+from foundry_ext.utils.errors import UserError
 
 # llm-foundry adds its counts of parameters to the configuration it logs, and a slip of its own.
 _NOT_IN_THE_YAML = ("n_params", "n_active_params", "n_trainable_params", "merge")
@@ -81,7 +82,7 @@ class RunRecord(Callback):
         check_data(state, dataset)
         config = self.logged.config
         if config is None:
-            raise ValueError(
+            raise UserError(
                 "run_record: log_config: false keeps the run's configuration from its record; leave"
                 " that key out"
             )
@@ -119,7 +120,7 @@ class RunRecord(Callback):
         items = Path(forgetting.items_path.format(run_name=state.run_name)).absolute()
         folder = Path(self.path).absolute().parent
         if not items.is_relative_to(folder):
-            raise ValueError(
+            raise UserError(
                 f"forgetting.items: {forgetting.items_path} does not lie beside the run's record;"
                 f" give a path in {Path(self.path).parent}"
             )

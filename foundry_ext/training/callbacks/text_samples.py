@@ -11,6 +11,7 @@ from composer.models import HuggingFaceModel
 from composer.utils import dist, model_eval_mode
 
 from foundry_ext.training.meter import unwrapped
+from foundry_ext.utils.errors import UserError
 
 COLUMNS = ["step", "real_tokens", "prompt", "continuation"]
 
@@ -32,20 +33,20 @@ class TextSamples(Callback):
     def __init__(self, prompts: list[str], max_new_tokens: int = 48):
         wrong = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt]
         if not prompts or isinstance(prompts, str) or wrong:
-            raise ValueError(f"text_samples.prompts: {prompts!r}; give a list of texts, none empty")
+            raise UserError(f"text_samples.prompts: {prompts!r}; give a list of texts, none empty")
         if max_new_tokens < 1:
-            raise ValueError(f"text_samples.max_new_tokens: {max_new_tokens} is below 1")
+            raise UserError(f"text_samples.max_new_tokens: {max_new_tokens} is below 1")
         self.prompts, self.max_new_tokens = list(prompts), max_new_tokens
 
     def init(self, state: State, logger: Logger) -> None:
         if state.fsdp_config is not None:
-            raise ValueError(
+            raise UserError(
                 "text_samples: one rank alone cannot generate with a model that FSDP shards; leave"
                 " fsdp_config out, which trains with DDP, or leave the callback out"
             )
         model = unwrapped(state)
         if not isinstance(model, HuggingFaceModel) or model.tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 f"text_samples: {type(model).__name__} is no Hugging Face model with a tokenizer;"
                 " leave the callback out"
             )

@@ -15,6 +15,7 @@ from foundry_ext.training.meter import (
     packed_dataset,
     total,
 )
+from foundry_ext.utils.errors import UserError
 
 
 class PackedThroughput(Callback):
@@ -36,7 +37,7 @@ class PackedThroughput(Callback):
 
     def __init__(self, window_size: int = 20):
         if window_size < 1:
-            raise ValueError(f"packed_throughput.window_size: {window_size} is below 1")
+            raise UserError(f"packed_throughput.window_size: {window_size} is below 1")
         self.history: deque[Counts] = deque(maxlen=window_size)  # of this rank
         self.meter = Meter()
         self.logged: dict[str, float] = {}

@@ -8,7 +8,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from foundry_ext.utils.line_files import open_lines
+from foundry_ext.utils.json_lines import open_lines, read_lines
 
 
 class MetricsFile(LoggerDestination):
@@ -56,12 +56,8 @@ def read_metrics(path: Path) -> dict[str, dict[int, float]]:
     Example: {"loss/train/total": {0: 8.3, 1: 8.1}}.
     """
     metrics: dict[str, dict[int, float]] = {}
-    with path.open() as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                break
-            values = json.loads(line)
-            batch = values.pop("batch")
-            for name, value in values.items():
-                metrics.setdefault(name, {})[batch] = value
+    for _, values in read_lines(path, growing=True):
+        batch = values.pop("batch")
+        for name, value in values.items():
+            metrics.setdefault(name, {})[batch] = value
     return metrics

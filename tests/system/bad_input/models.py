@@ -18,7 +18,7 @@ from tests.training import kit
 _MODEL = "pretrained_model_name_or_path: "
 _NEEDED = ("give a local folder with config.json and model.safetensors", "hub")
 _ADAPTER = "pretrained_lora_id_or_path: adapter "
-_TOKENIZER = "tokenizer.name is to be a local folder with tokenizer.json"
+_TOKENIZER = "tokenizer.name must be a local folder with tokenizer.json"
 
 
 def model(spoil: Callable[[Path], Any]) -> Callable[[Bench], None]:
@@ -155,7 +155,7 @@ ADAPTERS = [
     Case("adapter of a shallower base", adapter(num_hidden_layers=1),
          (_ADAPTER, "does not fit the model", "missing ['base_model.model.model.layers.1")),
     Case("adapter's unknown key", change(model__peft_config={**kit.LORA, "lora_alpa": 3}),
-         ("peft_config: 'lora_alpa' is no key of it", "did you mean lora_alpha")),
+         ("peft_config: unknown key 'lora_alpa'", "did you mean 'lora_alpha'")),
 ]  # fmt: skip
 
 TOKENIZERS = [
@@ -165,7 +165,7 @@ TOKENIZERS = [
     Case("no end of text", tokenizer(lambda t: setattr(t, "eos_token", None)),
          ("must have an eos_token", _TOKENIZER)),
     Case("more tokens than the model", tokenizer(_larger),
-         ("412 from 320", "allow_embedding_resizing=True")),
+         ("412 tokens", "model's 320", "allow_embedding_resizing: true")),
 ]  # fmt: skip
 
 HUB = [

@@ -50,7 +50,7 @@ def _full_disk(bench: Bench) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "part.arrow")
 
     bench.rows([{"prompt": "of these", "response": "no tokens are cached"}] * 9)
-    bench.monkeypatch.setattr("foundry_ext.data.cache._to_disk", full)
+    bench.monkeypatch.setattr("foundry_ext.utils.atomic.sync", full)
 
 
 def _no_key(bench: Bench) -> None:

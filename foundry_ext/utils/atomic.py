@@ -1,0 +1,75 @@
+"""Files and folders that appear as a whole or not at all.
+
+Each is written beside its place, synced to the disk and renamed. A process that dies at any moment
+leaves the old state or the new one, also after a power cut.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Write a file's content, or a folder's names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write to; afterwards its content is at `path`, or `path` is untouched.
+
+    Args:
+        path: the file to create or replace. Its folder is created if needed.
+        partial: where to write, in the same folder; `<name>.partial` by default.
+    """
+    partial = partial or path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` atomically, as UTF-8."""
+    with replaced_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a folder to fill; afterwards it is at `path`, or `path` is untouched.
+
+    Args:
+        path: the folder to create or replace. A folder cannot replace another in one step: a kill
+            in between leaves the old one as `.<name>.replaced`.
+        partial: the folder to fill, beside `path`; `<name>.partial` by default. What an earlier
+            process left there is removed.
+    """
+    partial = partial or path.with_name(path.name + ".partial")
+    old = path.with_name(f".{path.name}.replaced")
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            sync(written)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
