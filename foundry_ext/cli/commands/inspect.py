@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
     assert isinstance(config, dict)
 
-    from foundry_ext.launch.components import check_components
+    from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.inspect.packs import inspect_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.inspect.page import render
 

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     files, overrides = split_arguments(arguments.arguments)
     configs = [(path, load_config(path, overrides)) for path in files]
 
-    from foundry_ext.launch.components import check_components
+    from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.plan.text import render
 

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
     assert isinstance(config, dict)
 
-    from foundry_ext.launch.components import check_components
+    from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.verify.verify import (  # torch and llm-foundry: some 20 seconds
         render,
         verify_config,
