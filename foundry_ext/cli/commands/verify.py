@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         packs=arguments.packs,
         tokens=arguments.tokens,
     )
-    from foundry_ext.preflight.verify.verify import render  # slow, so after the check
+    from foundry_ext.preflight.verify.verify import format_verification  # slow, so after the check
 
-    print(render(result))
+    print(format_verification(result))
     return 0 if result.passed else 1
