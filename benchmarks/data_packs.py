@@ -90,7 +90,7 @@ def naive_collate(documents: Sequence[Document]) -> dict[str, Any]:
     input_ids, labels, positions, ends = [], [], [], [0]
     for document in documents:
         for position, (token, wanted) in enumerate(
-            zip(document.input_ids.tolist(), document.has_loss.tolist(), strict=True)
+            zip(document.input_ids.tolist(), document.loss_mask.tolist(), strict=True)
         ):
             input_ids.append(token)
             positions.append(position)

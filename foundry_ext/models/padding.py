@@ -18,7 +18,7 @@ class Padded:
     """
 
     batch: int
-    slots: int
+    seq_len: int
     """S, padding included."""
     slot_index: Tensor
     """[T] int64, each token's place in the flattened [B * S]."""
@@ -29,7 +29,7 @@ class Padded:
 
     @classmethod
     def from_mask(
-        cls, mask: Tensor | None, *, batch: int, slots: int, device: torch.device
+        cls, mask: Tensor | None, *, batch: int, seq_len: int, device: torch.device
     ) -> "Padded":
         """`mask` [B, S] of ones and zeros, the ones of a row in one run; None for no padding.
 
@@ -37,11 +37,11 @@ class Padded:
             ValueError: another shape (a 4-D mask, say), or a hole in a row.
         """
         if mask is None:
-            mask = torch.ones(batch, slots, dtype=torch.bool, device=device)
-        if mask.shape != (batch, slots):
+            mask = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
+        if mask.shape != (batch, seq_len):
             raise ValueError(
-                f"attention_mask is {list(mask.shape)}, needs [{batch}, {slots}] of ones and zeros;"
-                " packed documents go in cu_seqlens"
+                f"attention_mask is {list(mask.shape)}, but must be [{batch}, {seq_len}], ones and"
+                " zeros; mark packed documents by cu_seqlens"
             )
         mask = mask.to(device, torch.bool)
         starts = mask & ~F.pad(mask, (1, 0))[:, :-1]
@@ -52,7 +52,7 @@ class Padded:
         lengths = mask.sum(1)
         return cls(
             batch=batch,
-            slots=slots,
+            seq_len=seq_len,
             slot_index=mask.flatten().nonzero().squeeze(-1),
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
             position_ids=(mask.long().cumsum(1) - 1)[mask],
@@ -73,6 +73,6 @@ class Padded:
 
     def repad(self, x: Tensor) -> Tensor:
         """[T, ...] -> [B, S, ...], zeros where there is padding."""
-        full = x.new_zeros(self.batch * self.slots, *x.shape[1:])
+        full = x.new_zeros(self.batch * self.seq_len, *x.shape[1:])
         full = full.index_copy(0, self.slot_index, x)
-        return full.unflatten(0, (self.batch, self.slots))
+        return full.unflatten(0, (self.batch, self.seq_len))

@@ -409,13 +409,15 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         labels: Tensor | None,
         logits_to_keep: int,
     ) -> PackedCausalLMOutput:
-        batch, slots = hidden.shape[:2]
-        padded = Padded.from_mask(attention_mask, batch=batch, slots=slots, device=hidden.device)
+        batch, seq_len = hidden.shape[:2]
+        padded = Padded.from_mask(
+            attention_mask, batch=batch, seq_len=seq_len, device=hidden.device
+        )
         packed = self._run_packed(
             padded.unpad(hidden),
             padded.position_ids if position_ids is None else padded.unpad(position_ids),
             padded.cu_seqlens,
-            padded.slots,
+            padded.seq_len,
         )
         output = PackedCausalLMOutput()
         if labels is not None:
@@ -441,18 +443,20 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         training speed hangs on, so this path is the plain one.
         """
         cache = DynamicCache() if cache is None else cache
-        batch, slots = hidden.shape[:2]
+        batch, seq_len = hidden.shape[:2]
         past = cache.get_seq_length() if cache_position is None else int(cache_position[0])
         if attention_mask is None:
-            attention_mask = torch.ones(batch, past + slots, dtype=torch.long, device=hidden.device)
+            attention_mask = torch.ones(
+                batch, past + seq_len, dtype=torch.long, device=hidden.device
+            )
         is_token = attention_mask.bool()
         if position_ids is None:
             position_ids = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        query = torch.arange(past, past + slots, device=hidden.device)[:, None]
-        causal = query >= torch.arange(past + slots, device=hidden.device)
+        query = torch.arange(past, past + seq_len, device=hidden.device)[:, None]
+        causal = query >= torch.arange(past + seq_len, device=hidden.device)
         mask = (causal & is_token[:, None])[:, None]  # [B, 1, S, past + S]
         # A row of padding sees nothing; let it see itself, for a softmax over nothing is NaN.
-        mask = mask | (query == torch.arange(past + slots, device=hidden.device))
+        mask = mask | (query == torch.arange(past + seq_len, device=hidden.device))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)

@@ -62,7 +62,7 @@ class Packs:
         return self.documents[self.offsets[i] : self.offsets[i + 1]]
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         """Tokens over slots, 0 to 1; 1 where there are no packs, as nothing is wasted."""
         return self.num_tokens / (len(self) * self.capacity) if len(self) else 1.0
 

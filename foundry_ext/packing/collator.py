@@ -15,7 +15,7 @@ class Document:
     """Token ids [L] and, for each, whether it is to be predicted [L] bool."""
 
     input_ids: NDArray[np.integer]
-    has_loss: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,18 @@ class PackCollator:
         """Joins documents; none at all gives the empty pack, one pad token without weight."""
         lengths = np.array([len(document.input_ids) for document in documents], dtype=np.int64)
         num_tokens = int(lengths.sum())
-        num_slots = self._num_slots(num_tokens)
-        input_ids = np.full(num_slots, self.pad_token_id, dtype=np.int64)
-        labels = np.full(num_slots, IGNORE_INDEX, dtype=np.int64)
-        cu_seqlens = self._offsets(lengths, num_slots)
+        num_computed_tokens = self._num_slots(num_tokens)
+        input_ids = np.full(num_computed_tokens, self.pad_token_id, dtype=np.int64)
+        labels = np.full(num_computed_tokens, IGNORE_INDEX, dtype=np.int64)
+        cu_seqlens = self._offsets(lengths, num_computed_tokens)
         if documents:
             np.concatenate([one.input_ids for one in documents], out=input_ids[:num_tokens])
-            has_loss = np.concatenate([one.has_loss for one in documents])
-            has_loss[cu_seqlens[: len(documents)]] = False
-            np.copyto(labels[:num_tokens], input_ids[:num_tokens], where=has_loss)
-        position_ids = np.arange(num_slots) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+            loss_mask = np.concatenate([one.loss_mask for one in documents])
+            loss_mask[cu_seqlens[: len(documents)]] = False
+            np.copyto(labels[:num_tokens], input_ids[:num_tokens], where=loss_mask)
+        position_ids = np.arange(num_computed_tokens) - np.repeat(
+            cu_seqlens[:-1], np.diff(cu_seqlens)
+        )
         return Pack(
             input_ids=torch.from_numpy(input_ids)[None],
             position_ids=torch.from_numpy(position_ids)[None],
@@ -68,15 +70,17 @@ class PackCollator:
         # A kernel wants at least one token, hence the pad token of an empty pack.
         return self.pack_tokens if self.fixed_shape else max(num_tokens, 1)
 
-    def _offsets(self, lengths: NDArray[np.int64], num_slots: int) -> NDArray[np.int64]:
+    def _offsets(self, lengths: NDArray[np.int64], num_computed_tokens: int) -> NDArray[np.int64]:
         """0 and the ends, those of filling documents included.
 
         The filled tail is cut into documents of at most `max_seq_len`, as the kernel was promised.
         """
-        ends = np.full(self._num_offsets(len(lengths)), num_slots, dtype=np.int64)
+        ends = np.full(self._num_offsets(len(lengths)), num_computed_tokens, dtype=np.int64)
         ends[0] = 0
         np.cumsum(lengths, out=ends[1 : len(lengths) + 1])
-        filled = np.arange(ends[len(lengths)] + self.max_seq_len, num_slots, self.max_seq_len)
+        filled = np.arange(
+            ends[len(lengths)] + self.max_seq_len, num_computed_tokens, self.max_seq_len
+        )
         ends[len(lengths) + 1 : len(lengths) + 1 + len(filled)] = filled
         return ends  # repeated ends are empty documents
 

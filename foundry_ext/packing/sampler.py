@@ -88,7 +88,9 @@ class PackedBatchSampler(DistributedSampler):
         first = self._plan[1] if self._plan is not None and self._plan[0] == 0 else None
         self._plan = None
         packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
-        log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), 100 * packs.fill)
+        log.info(
+            "epoch %d: %d packs, %.2f %% full", epoch, len(packs), 100 * packs.packing_efficiency
+        )
         if self._num_batches is not None and self._batches_of(packs) != self._num_batches:
             del packs
             if first is None:

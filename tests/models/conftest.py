@@ -81,10 +81,10 @@ def _make_pack(documents, *, prompt=0, max_seqlen=None):
 
 def _make_padded(documents, *, side="right", prompt=0):
     """[B, S] with pad id 0, which is a real id too."""
-    slots = max(len(document) for document in documents)
+    seq_len = max(len(document) for document in documents)
 
     def pad(x, value):
-        width = slots - len(x)
+        width = seq_len - len(x)
         return F.pad(x, (width, 0) if side == "left" else (0, width), value=value)
 
     labels = [document.clone() for document in documents]

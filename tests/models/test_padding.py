@@ -17,7 +17,7 @@ MASKS = {
 
 def padded(mask):
     mask = torch.tensor(mask)
-    return Padded.from_mask(mask, batch=mask.shape[0], slots=mask.shape[1], device=CPU)
+    return Padded.from_mask(mask, batch=mask.shape[0], seq_len=mask.shape[1], device=CPU)
 
 
 def test_the_docstrings_example():
@@ -56,7 +56,7 @@ def test_round_trip_gradient():
 
 
 def test_no_mask_is_no_padding():
-    ours = Padded.from_mask(None, batch=2, slots=3, device=CPU)
+    ours = Padded.from_mask(None, batch=2, seq_len=3, device=CPU)
     assert ours.cu_seqlens.tolist() == [0, 3, 6]
     assert ours.slot_index.tolist() == list(range(6))
     assert ours.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
@@ -90,13 +90,13 @@ def test_a_hole_is_refused(row):
 def test_another_shape_is_refused(shape):
     """A 4-D mask is how some packers say which tokens see each other; here cu_seqlens does."""
     with pytest.raises(ValueError, match="cu_seqlens"):
-        Padded.from_mask(torch.ones(shape), batch=2, slots=3, device=CPU)
+        Padded.from_mask(torch.ones(shape), batch=2, seq_len=3, device=CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_everything_is_on_the_device():
     for mask in (None, torch.ones(2, 3, device="cuda")):
-        ours = Padded.from_mask(mask, batch=2, slots=3, device=torch.device("cuda"))
+        ours = Padded.from_mask(mask, batch=2, seq_len=3, device=torch.device("cuda"))
         for x in (ours.slot_index, ours.cu_seqlens, ours.position_ids):
             assert x.is_cuda

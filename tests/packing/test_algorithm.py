@@ -93,7 +93,7 @@ def check_partition(packs, lengths, capacity):
     tokens = np.bincount(steps(packs), lengths[packs.documents])
     assert tokens.max(initial=0) <= capacity
     assert packs.num_tokens == tokens.sum() == lengths.sum()
-    assert packs.fill == pytest.approx(packs.num_tokens / (len(packs) * capacity))
+    assert packs.packing_efficiency == pytest.approx(packs.num_tokens / (len(packs) * capacity))
 
 
 @pytest.mark.parametrize("capacity", [2048, 8192])
@@ -165,7 +165,7 @@ def test_packs_index_like_an_immutable_sequence():
     packs = pack([3, 5, 2, 6, 3], 8, seed=0, epoch=0)
     assert len(packs) == 3 and [p.tolist() for p in packs] == [[4], [0, 1], [2, 3]]
     assert packs[-1].tolist() == packs[2].tolist() and packs[0].dtype == np.int64
-    assert packs.num_tokens == 19 and packs.fill == 19 / 24
+    assert packs.num_tokens == 19 and packs.packing_efficiency == 19 / 24
     for index in (3, -4):
         with pytest.raises(IndexError, match=str(index)):
             packs[index]
@@ -194,7 +194,7 @@ def test_edge_cases(lengths, capacity, num_packs, window):
         check_partition(packs, lengths, capacity)
     if window > 3 or len(set(lengths)) <= 1:
         assert len(packs) == num_packs
-    assert 0 < packs.fill <= 1
+    assert 0 < packs.packing_efficiency <= 1
 
 
 @pytest.mark.parametrize("bad", [0, -3, 2049])

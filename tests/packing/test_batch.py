@@ -41,11 +41,11 @@ def test_a_microbatch_is_whole_packs(size, fixed_shape: bool):
     assert len(microbatches) == -(-len(packs) // step)
     for i, microbatch in enumerate(microbatches):
         members = packs[i * step : (i + 1) * step]
-        num_slots = microbatch["input_ids"].shape[1]
-        assert num_slots == sum(pack["input_ids"].shape[1] for pack in members)
+        num_computed_tokens = microbatch["input_ids"].shape[1]
+        assert num_computed_tokens == sum(pack["input_ids"].shape[1] for pack in members)
         # What reads documents by their offsets reads those that went in, in order.
         offsets = microbatch["cu_seqlens"]
-        assert (offsets[0], offsets[-1]) == (0, num_slots)
+        assert (offsets[0], offsets[-1]) == (0, num_computed_tokens)
         lengths = [torch.diff(pack["cu_seqlens"]) for pack in members]
         torch.testing.assert_close(torch.diff(offsets), torch.cat(lengths), rtol=0, atol=0)
         for key in TENSORS:

@@ -41,9 +41,9 @@ def test_worked_example():
 def test_types(seed: int, fixed_shape: bool):
     pack = collate(random_documents(seed, seed), fixed_shape=fixed_shape)
     assert {key: pack[key].dtype for key in DTYPES} == DTYPES
-    num_slots = pack["input_ids"].shape[1]
+    num_computed_tokens = pack["input_ids"].shape[1]
     for key in ("input_ids", "position_ids", "labels"):
-        assert pack[key].shape == (1, num_slots)
+        assert pack[key].shape == (1, num_computed_tokens)
     assert pack["cu_seqlens"].ndim == 1
     # Python ints: a tensor would be waited for, and a changing one recompiled for.
     keys = ("max_seqlen", "num_documents", "num_tokens", "num_loss_tokens", "sum_squared_lengths")
@@ -61,7 +61,7 @@ def test_documents_come_back_out(seed: int):
     assert split_documents(pack) == [document.input_ids.tolist() for document in documents]
     labels = split_documents(pack, "labels")
     for one, got in zip(documents, labels, strict=True):
-        want = np.where(one.has_loss, one.input_ids, IGNORE_INDEX)
+        want = np.where(one.loss_mask, one.input_ids, IGNORE_INDEX)
         want[0] = IGNORE_INDEX  # nothing of the same document comes before it
         assert got == want.tolist()
     assert split_documents(pack, "position_ids") == [

@@ -135,7 +135,7 @@ def make_documents(lengths: Sequence[int], *, prompt: int = 2, seed: int = 0) ->
         ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
         ids[-1] = 0
         documents.append(
-            Document(input_ids=ids.numpy(), has_loss=(torch.arange(length) >= prompt).numpy())
+            Document(input_ids=ids.numpy(), loss_mask=(torch.arange(length) >= prompt).numpy())
         )
     return documents
 

@@ -101,12 +101,12 @@ def _first_documents(
 
 
 def _stretch(document: Document, most: int) -> Document:
-    labelled = np.flatnonzero(document.has_loss)
+    labelled = np.flatnonzero(document.loss_mask)
     start = max(int(labelled[0]) - most // 2, 0) if len(labelled) else 0
     start = max(min(start, len(document.input_ids) - most), 0)
     return Document(
         input_ids=document.input_ids[start : start + most],
-        has_loss=np.array(document.has_loss[start : start + most]),
+        loss_mask=np.array(document.loss_mask[start : start + most]),
     )
 
 
@@ -146,12 +146,12 @@ def _stock(ours: Any) -> Any:
 
 
 def _labels(document: Document) -> Tensor:
-    labels = np.where(document.has_loss, document.input_ids, IGNORE_INDEX)
+    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
     return torch.from_numpy(labels[1:].astype(np.int64))
 
 
 def _refer(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Reference:
-    total = max(sum(int(one.has_loss[1:].sum()) for pack in chosen for one in pack), 1)
+    total = max(sum(int(one.loss_mask[1:].sum()) for pack in chosen for one in pack), 1)
     device = next(theirs.parameters()).device
     loss, every = 0.0, []
     for pack in chosen:
