@@ -205,7 +205,7 @@ def test_length_outside_capacity(bad):
 
 @pytest.mark.parametrize("lengths", [[1.5, 2.0], [[1, 2], [3, 4]], 5, ["a"]])
 def test_lengths_that_are_not_integers(lengths):
-    with pytest.raises(ValueError, match="integer number of tokens per document"):
+    with pytest.raises(ValueError, match=r"lengths are .* of shape .* integer"):
         pack(lengths, 8, seed=0, epoch=0)
 
 

@@ -101,13 +101,13 @@ def test_counts_of_a_batch():
     ("size", "message"),
     [
         (None, r"device_train_microbatch_size: auto .* Set it .*to 1, and size pack_tokens"),
-        (0.5, "microbatch size 0.5 is not a whole number of packs"),
-        (1.5, "microbatch size 1.5 is not a whole number of packs"),
-        (True, "microbatch size True is not a whole number of packs"),
-        (0, "microbatch size 0 is below one pack; use 1"),
-        (-1, "microbatch size -1 is below one pack; use 1"),
+        (0.5, "microbatch size 0.5 must be an integer"),
+        (1.5, "microbatch size 1.5 must be an integer"),
+        (True, "microbatch size True must be an integer"),
+        (0, "microbatch size 0 must be at least one pack; use 1"),
+        (-1, "microbatch size -1 must be at least one pack; use 1"),
     ],
 )
-def test_what_is_no_number_of_packs_is_refused(size, message: str):
+def test_a_size_that_is_not_a_number_of_packs_is_refused(size, message: str):
     with pytest.raises(ValueError, match=message):
         split_batch(random_packs(3), size)

@@ -209,7 +209,7 @@ def test_nothing_is_taken_for_padding():
 
 
 def test_no_documents_are_an_error():
-    with pytest.raises(ValueError, match="no document is left to train on"):
+    with pytest.raises(ValueError, match="no documents left"):
         make(np.zeros(5, dtype=np.int64))
 
 
