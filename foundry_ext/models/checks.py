@@ -10,7 +10,7 @@ T tokens, D documents.
 import torch
 from torch import Tensor
 
-from foundry_ext.models.loss import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 
 class IdsOutside(ValueError):

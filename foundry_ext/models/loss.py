@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
-
-IGNORE_INDEX = -100
 
 # Elements of one chunk's fp32 logits: 2**24 is 64 MiB, small beside a model, large beside a kernel.
 CHUNK_ELEMENTS = 2**24

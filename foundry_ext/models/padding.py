@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foundry_ext.models.loss import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

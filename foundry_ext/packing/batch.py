@@ -26,8 +26,6 @@ from torch import Tensor
 
 from foundry_ext.utils.errors import UserError
 
-IGNORE_INDEX = -100
-
 
 class Pack(TypedDict):
     """Documents laid end to end, with their counts; the keys are described above."""

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack
+from foundry_ext.packing.batch import Pack
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ pytest.importorskip("hypothesis", reason="run `make install`")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry_ext.models.loss import IGNORE_INDEX, labelled_positions
+from foundry_ext.models.loss import labelled_positions
 from foundry_ext.models.padding import Padded
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.properties import examples
 
 

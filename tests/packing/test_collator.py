@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from foundry_ext.packing.algorithm import most_documents
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack
+from foundry_ext.packing.batch import Pack
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import MAX_SEQ_LEN, document, random_documents, split_documents
 
 PACK_TOKENS = 100

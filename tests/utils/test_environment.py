@@ -1,4 +1,4 @@
-"""Where a run took place, as its record says it."""
+"""The environment of a run, as its record describes it."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ def test_an_installed_copy_claims_no_commit(repository):
     assert git_state(root / "foundry_ext") == (None, None)
 
 
-def test_what_is_described():
+def test_the_description():
     found = describe_environment(device_kind="cpu", world_size=2)
     assert found["packages"]["torch"] == version("torch") and found["world_size"] == 2
     assert set(found["packages"]) == set(package_versions())
