@@ -9,7 +9,8 @@ from torch import nn
 
 from foundry_ext.models import attention, loss
 from foundry_ext.models.compiled import compile_model, graphs_compiled
-from foundry_ext.models.smollm2 import SmolLM2ForCausalLM, decoder_layer
+from foundry_ext.models.decoder import decoder_layer
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
 
 PACK_TOKENS, MAX_SEQ_LEN = 64, 24

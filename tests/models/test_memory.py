@@ -228,7 +228,7 @@ def test_states_of_optimizers(name: str, states: int):
 
 
 def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match=r"optimizer.name: 'shampoo' has an unknown state"):
+    with pytest.raises(ValueError, match=r"optimizer.name: 'shampoo' .* adam"):
         optimizer_states("shampoo")
 
 

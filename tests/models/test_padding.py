@@ -82,7 +82,7 @@ def test_labels_lose_each_rows_first(name):
 
 @pytest.mark.parametrize("row", [[1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1, 1], [1, 0, 1, 0]])
 def test_a_hole_is_refused(row):
-    with pytest.raises(ValueError, match="hole"):
+    with pytest.raises(ValueError, match="attention_mask has zeros between"):
         padded([[1] * len(row), row])
 
 

@@ -148,7 +148,7 @@ CONTRADICTIONS = {
     "no max_seqlen": ({"max_seqlen": None}, "needs position_ids and max_seqlen"),
     "flat positions": ({"position_ids": torch.arange(25)}, r"position_ids is \[25\]"),
     "short positions": ({"position_ids": torch.zeros(1, 1).long()}, r"position_ids is \[1, 1\]"),
-    "batch": ({"input_ids": torch.zeros(5, 5).long()}, r"is \[1, T\], not \[5, 5\]"),
+    "batch": ({"input_ids": torch.zeros(5, 5).long()}, r"\[1, T\], not \[5, 5\]"),
     "no input": ({"input_ids": None}, "either input_ids or inputs_embeds"),
     "two inputs": ({"inputs_embeds": torch.zeros(1, 25, 72)}, "either input_ids or inputs_embeds"),
     "attentions": ({"output_attentions": True}, "AutoModelForCausalLM"),

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from foundry_ext.models.smollm2 import RMSNorm, SmolLM2ForCausalLM
+from foundry_ext.models.decoder import RMSNorm
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 # The model cards' numbers, not the files'.
 SHIPPED = {

@@ -92,7 +92,7 @@ def test_attention_dropout_from_the_yaml(world):
     plain = kit.build(world)
     assert model.eval()(pack).loss == plain.eval()(pack).loss
     assert model.train()(pack).loss != plain.train()(pack).loss
-    with pytest.raises(ValueError, match="'flex' has no attention_dropout"):
+    with pytest.raises(ValueError, match=r"'flex' .* attention_dropout"):
         kit.build(world, **settings, attention_backend="flex")
 
 
