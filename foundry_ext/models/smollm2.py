@@ -20,11 +20,7 @@ from transformers.models.llama import LlamaConfig
 from foundry_ext.models.attention import varlen_attention
 from foundry_ext.models.checks import check_ids, check_packed
 from foundry_ext.models.decoder import SmolLM2Model, SmolLM2PreTrainedModel
-from foundry_ext.models.loss import (
-    evaluate_linear_head,
-    labelled_positions,
-    linear_cross_entropy,
-)
+from foundry_ext.models.loss import evaluate_linear_head, labelled_positions, linear_cross_entropy
 from foundry_ext.models.padding import Padded
 from foundry_ext.utils.errors import UserError
 
@@ -74,13 +70,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         return self.model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Save as LlamaForCausalLM, so that any tool can load the checkpoint.
-
-        Args:
-            save_directory: the folder to write.
-            args: passed on to transformers.
-            kwargs: passed on to transformers.
-        """
+        """Save as LlamaForCausalLM, so that any tool can load the checkpoint."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             self.config.architectures = ["LlamaForCausalLM"]

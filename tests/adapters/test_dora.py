@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from foundry_ext.adapters.dora import FastDoraLinear, row_norms, use_fast_dora
-from foundry_ext.models.rope import rotary_cos_sin
 from foundry_ext.models.decoder import SmolLM2DecoderLayer
+from foundry_ext.models.rope import rotary_cos_sin
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 I, H, O, R, T = 24, 40, 16, 4, 21  # noqa: E741 - as in foundry_ext/adapters/dora.py

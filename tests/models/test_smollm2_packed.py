@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from foundry_ext.models import loss as loss_module
 from foundry_ext.models import decoder, smollm2
+from foundry_ext.models import loss as loss_module
 
 MAX_SEQ_LEN = 16
 LENGTHS = [5, 1, MAX_SEQ_LEN, 3]
@@ -353,5 +353,5 @@ def test_wrapped_head_is_refused(make_pair, pack):
     """The loss takes the head's weight, and would not see an adapter around it."""
     ours, _ = make_pair()
     adapted = get_peft_model(ours, LoraConfig(**LORA | {"target_modules": ["lm_head"]}))
-    with pytest.raises(ValueError, match="lm_head .* target_modules"):
+    with pytest.raises(ValueError, match=r"lm_head .* target_modules"):
         adapted(**pack)

@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from foundry_ext.models.attention import varlen_attention
-from foundry_ext.models.rope import rotary_cos_sin
 from foundry_ext.models.decoder import MLP, RMSNorm, SmolLM2DecoderLayer
+from foundry_ext.models.rope import rotary_cos_sin
 
 SHAPES = ["smollm2-135m", "smollm2-360m", "smollm2-1.7b"]  # heads 9/3, 15/5, 32/32
 every_shape = pytest.mark.parametrize("shape", SHAPES)
