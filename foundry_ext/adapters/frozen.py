@@ -24,13 +24,8 @@ FROZEN_DTYPES = ("fp32", "bf16")
 def check_frozen_dtype(frozen_dtype: str, *, adapted: bool, init_device: str) -> None:
     """Check `frozen_dtype` before a model is built.
 
-    Args:
-        frozen_dtype: as in the YAML.
-        adapted: whether the model has an adapter.
-        init_device: as in the YAML.
-
     Raises:
-        UserError: the value is unknown, or does not fit the other two.
+        UserError: the value is unknown, or does not fit the model or `init_device`.
     """
     if frozen_dtype not in FROZEN_DTYPES:
         raise UserError(f"frozen_dtype: {frozen_dtype!r} must be one of {', '.join(FROZEN_DTYPES)}")

@@ -19,15 +19,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 def check_compile(scope: str, mode: str) -> None:
-    """Check the values of `compile` and `compile_mode`.
-
-    Args:
-        scope: the value of `compile`.
-        mode: the value of `compile_mode`.
-
-    Raises:
-        UserError: one is unknown.
-    """
+    """Raise UserError for an unknown value of `compile` (scope) or `compile_mode` (mode)."""
     for key, value, known in (("compile", scope, SCOPES), ("compile_mode", mode, MODES)):
         if value not in known:
             raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")

@@ -97,16 +97,10 @@ def training_flops(
     Each product of the forward pass takes two in the backward pass: one for the gradient of the
     input, and one for the gradient of the weight, which frozen weights do not need.
 
-    Args:
-        config: shape of the model.
-        num_tokens: real tokens, without padding.
-        num_loss_tokens: positions at which the head runs.
-        sum_squared_lengths: sum over documents of length squared.
-        frozen_base: whether only an adapter is trained.
-        adapter_parameters: result of the function of this name. Each takes part in one product per
-            token of the forward pass. On all seven linears of SmolLM2-135M, rank 64 adds 22 % to
-            the other products of a frozen base, rank 256 87 %. DoRA's norms of W + BA, one product
-            per step, are not counted.
+    The first arguments are those of `forward_flops`. `frozen_base` means that only an adapter is
+    trained. Each of the `adapter_parameters` takes part in one product per token of the forward
+    pass: on all seven linears of SmolLM2-135M, rank 64 adds 22 % to the other products of a frozen
+    base, rank 256 87 %. DoRA's norms of W + BA, one product per step, are not counted.
     """
     parts = forward_flops(
         config,

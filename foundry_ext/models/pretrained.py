@@ -30,10 +30,7 @@ def shipped_config(name: str) -> str | None:
 
 @contextlib.contextmanager
 def naming_the_hub(path: str) -> Iterator[None]:
-    """Explain errors of loading a configuration or weights.
-
-    Args:
-        path: what is loaded, a folder or a name on the hub.
+    """Explain errors of loading a configuration or weights from a folder or the hub.
 
     Raises:
         UserError: instead of an error of transformers, the hub's client or safetensors.
@@ -87,12 +84,7 @@ def _problem(path: str, error: Exception) -> str | None:
 def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolLM2ForCausalLM:
     """Load a model, and fail if a weight is missing, unexpected or of another shape.
 
-    transformers would warn and initialise the missing weights randomly.
-
-    Args:
-        path: a folder, or a name on the hub.
-        config: configuration of the model.
-        use_auth_token: whether to send the hub's token.
+    transformers would only warn, and initialise missing weights randomly.
 
     Raises:
         UserError: the weights cannot be loaded, or do not fit the configuration.
