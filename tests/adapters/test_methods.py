@@ -1,4 +1,4 @@
-"""What a peft_config means, checked against what peft makes of it."""
+"""The meaning of a peft_config, checked against the adapters that peft makes."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def names():
 
 
 def adapted(**settings):
-    """{module: the adapter that peft puts there}."""
+    """Return {module: the adapter that peft puts there}."""
     model = get_peft_model(make_model(), LoraConfig(**with_defaults(LORA | settings)))
     modules = model.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
@@ -72,7 +72,7 @@ def test_what_is_left_out_is_described_as_peft_fills_it():
     method, config = method_of_config({}), LoraConfig()
     assert (method.rank, method.alpha) == (config.r, config.lora_alpha)
     assert (method.init, method.dropout) == (config.init_lora_weights, config.lora_dropout)
-    assert method.target_modules == LINEARS  # ours: peft would take q_proj and v_proj
+    assert method.target_modules == LINEARS  # ours; peft's default is q_proj and v_proj
 
 
 def test_a_set_of_targets_has_one_order():
@@ -146,7 +146,7 @@ REFUSED = {
     "bias of B": ({"lora_bias": True}, "lora_bias: True adds a bias"),
     "init": ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' .* use true, gaussian"),
     "random init": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4'"),
-    # peft trains the others and says nothing.
+    # peft trains the others without a warning.
     "one of many": (
         {"target_modules": ["q_proj", "gate_porj"]},
         "'gate_porj' matches no module, did you mean 'gate_proj'",
@@ -185,7 +185,7 @@ def test_refuses(case, names):
 
 
 def test_every_key_of_peft_is_accepted_or_refused_for_a_reason(names):
-    """A key of a newer peft has to be decided on here. And what peft saves passes."""
+    """Keys of a newer peft need a decision here. A configuration saved by peft passes."""
     known = methods._KEYS | methods._IDLE | methods._REFUSED.keys()
     assert known == {field.name for field in dataclasses.fields(LoraConfig)}
     check(LoraConfig(**with_defaults(LORA)).to_dict(), names)

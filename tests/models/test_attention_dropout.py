@@ -1,4 +1,4 @@
-"""attention_dropout: right in expectation, in training alone, repeatable, refused where not had."""
+"""attention_dropout: right in expectation, only in training, repeatable, refused if unsupported."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def need(backend):
 
 @with_dropout
 def test_a_lone_token_keeps_its_value_scaled_or_nothing(backend, device):
-    """Its attention weight is 1, so the output is v/(1 - p) or 0, and 0 in a share p of cases."""
+    """Its attention weight is 1, so the output is 0 with probability p, otherwise v/(1 - p)."""
     need(backend)
     q, k, v, cu_seqlens = make_inputs([1] * 100, device, heads=(32, 32))
     torch.manual_seed(1)
