@@ -8,7 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import DocumentsSettings
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.scoring import Share, evenly_spaced, score_documents
+from foundry_ext.evaluation.scoring import Shard, evenly_spaced, score_documents
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
@@ -58,7 +58,7 @@ class DocumentsSet:
         }
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, share: Share
+        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
         """A line a document of this rank's share; `kl` where the set asks for it and a base is
         given."""
@@ -70,7 +70,7 @@ class DocumentsSet:
             lambda chosen: dataset[np.asarray(chosen)],
             capacity=dataset.sampler.capacity,
             base=base if wants_kl else None,
-            share=share,
+            shard=shard,
         )
         return [
             {

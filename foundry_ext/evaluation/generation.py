@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.evaluation.config import GenerationSettings
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
-from foundry_ext.evaluation.scoring import Share, evenly_spaced
+from foundry_ext.evaluation.scoring import Shard, evenly_spaced
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
@@ -172,14 +172,14 @@ class GenerationSet:
             )
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         prompts = cast(list[list[int]], encoded)
-        self.num_cut = sum(len(prompt) > room for prompt in prompts)
+        self.num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.prompts = [prompt[-room:] for prompt in prompts]
         self.fingerprint = fingerprint([rows[item] for item in self.items])
-        if self.num_cut:
+        if self.num_truncated:
             log.warning(
                 "%s: %d of %d prompts exceed %d tokens and were cut from the left",
                 settings.name,
-                self.num_cut,
+                self.num_truncated,
                 len(self.prompts),
                 room,
             )
@@ -193,18 +193,21 @@ class GenerationSet:
             "fingerprint": self.fingerprint,
             "documents": len(self.problems),
             "tokens": sum(map(len, self.prompts)),
-            "counts": {"kept": len(self.prompts) - self.num_cut, "truncated": self.num_cut},
+            "counts": {
+                "kept": len(self.prompts) - self.num_truncated,
+                "truncated": self.num_truncated,
+            },
         }
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, share: Share
+        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
-        """A line a problem of this rank's share."""
+        """A line a problem of this rank's shard."""
         # Alike in length, so that little is padding; the same batches on any number of ranks.
         order = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
         batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
         items = []
-        for number in share.of(len(batches)):
+        for number in shard.of(len(batches)):
             prompts = [self.prompts[place] for place in batches[number]]
             outputs = generate(model, self.tokenizer, prompts, self.settings.max_new_tokens)
             for place, output in zip(batches[number], outputs, strict=True):

@@ -20,7 +20,7 @@ from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.metrics import Item, set_metrics
 from foundry_ext.evaluation.multiple_choice import MultipleChoiceSet
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
@@ -40,7 +40,7 @@ class EvaluationSet(Protocol):
         ...
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, share: Share
+        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
         """This rank's share, in any order."""
         ...
@@ -80,7 +80,7 @@ def measure(
     model: SmolLM2ForCausalLM,
     base: BaseModel | None,
     *,
-    share: Share = Share(),  # noqa: B008 - immutable
+    shard: Shard = Shard(),  # noqa: B008 - immutable
     gather: Gather = list,
 ) -> tuple[dict[str, float], list[Item]]:
     """Figures by `<set>/<metric>`, and items, which say of which "set" they are.
@@ -89,7 +89,7 @@ def measure(
 
     Args:
         base: where to measure KL from; without it there is none.
-        share, gather: this process's part, and how it gets the others'; `gather` is called once a
+        shard, gather: this process's part, and how it gets the others'; `gather` is called once a
             set, by every rank.
     """
     metrics: dict[str, float] = {}
@@ -97,7 +97,7 @@ def measure(
     with undisturbed(model):
         for one in sets:
             name = one.settings.name
-            found = one.complete(gather(one.measure(model, base, share)))
+            found = one.complete(gather(one.measure(model, base, shard)))
             metrics |= {f"{name}/{key}": value for key, value in set_metrics(found).items()}
             items += [{"set": name, **item} for item in found]
     return metrics, items

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.evaluation.config import MultipleChoiceSettings
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
-from foundry_ext.evaluation.scoring import Share, evenly_spaced, score_documents
+from foundry_ext.evaluation.scoring import Shard, evenly_spaced, score_documents
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
@@ -106,7 +106,7 @@ def encode(
         _token_ids(tokenizer, texts) for texts in ([a + b for a, b in moved], [a for a, _ in moved])
     )
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    documents, num_cut = [], 0
+    documents, num_truncated = [], 0
     for (_, text), ids, context_ids in zip(moved, whole, alone, strict=True):
         ids, num_context = (ids, len(context_ids)) if context_ids else ([start, *ids], 1)
         num_scored = len(ids) - num_context
@@ -115,11 +115,11 @@ def encode(
                 f"the continuation {text[:60]!r} has {num_scored} tokens; between 1 and the"
                 f" model's {max_length} can be scored"
             )
-        has_loss = np.arange(len(ids)) >= num_context
-        num_cut += len(ids) > max_length + 1
+        loss_mask = np.arange(len(ids)) >= num_context
+        num_truncated += len(ids) > max_length + 1
         kept = slice(-(max_length + 1), None)
-        documents.append(Document(input_ids=np.asarray(ids)[kept], has_loss=has_loss[kept]))
-    return documents, num_cut
+        documents.append(Document(input_ids=np.asarray(ids)[kept], loss_mask=loss_mask[kept]))
+    return documents, num_truncated
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -149,16 +149,16 @@ class MultipleChoiceSet:
         for item, question in zip(self.items, self.questions, strict=True):
             prompt = few_shot_prompt(examples, item, settings.num_fewshot)
             pairs += [(prompt + one.context, one.continuation) for one in question.choices]
-        self.documents, self.num_cut = encode(tokenizer, pairs, max_length=max_length)
+        self.documents, self.num_truncated = encode(tokenizer, pairs, max_length=max_length)
         self.lengths = np.asarray([len(document.input_ids) for document in self.documents])
         self.capacity = max(PACK_TOKENS, int(self.lengths.max()))
         self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
         self.fingerprint = fingerprint([rows[item] for item in self.items])
-        if self.num_cut:
+        if self.num_truncated:
             log.warning(
                 "%s: %d of %d choices exceed %d tokens and were cut from the left",
                 settings.name,
-                self.num_cut,
+                self.num_truncated,
                 len(self.documents),
                 max_length,
             )
@@ -166,20 +166,20 @@ class MultipleChoiceSet:
     @property
     def description(self) -> dict[str, Any]:
         """For the run record: which data this was."""
-        kept = len(self.documents) - self.num_cut
+        kept = len(self.documents) - self.num_truncated
         return {
             "name": self.settings.path,
             "revision": None,
             "fingerprint": self.fingerprint,
             "documents": len(self.questions),
             "tokens": int(self.lengths.sum()),
-            "counts": {"kept": kept, "truncated": self.num_cut},
+            "counts": {"kept": kept, "truncated": self.num_truncated},
         }
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, share: Share
+        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
-        """A line a choice of this rank's share: choices of a question may be on several ranks, so
+        """A line a choice of this rank's shard: choices of a question may be on several ranks, so
         that `complete` makes questions of them."""
         scores = score_documents(
             model,
@@ -188,7 +188,7 @@ class MultipleChoiceSet:
             lambda chosen: self.collator([self.documents[index] for index in chosen]),
             capacity=self.capacity,
             base=None,
-            share=share,
+            shard=shard,
         )
         return [{"item": str(score.index), "logprob": score.log_prob} for score in scores]
 

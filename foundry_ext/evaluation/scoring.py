@@ -12,7 +12,7 @@ from foundry_ext.packing.algorithm import pack
 from foundry_ext.packing.batch import Pack
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which part of a measurement is this process's: ranks take packs, or batches, in turn."""
 
     rank: int = 0
@@ -40,7 +40,7 @@ def score_documents(
     *,
     capacity: int,
     base: BaseModel | None,
-    share: Share,
+    shard: Shard,
 ) -> Iterator[DocumentScore]:
     """Scores this rank's share of documents, which `make_pack` lays end to end.
 
@@ -53,7 +53,7 @@ def score_documents(
     """
     device = model.device
     plan = pack(lengths, capacity, seed=0, epoch=0)
-    for number in share.of(len(plan)):
+    for number in shard.of(len(plan)):
         chosen = [int(index) for index in indices[plan[number]]]
         made = make_pack(chosen)
         scores = score_pack(

@@ -28,6 +28,7 @@ from foundry_ext.adapters.frozen import check_frozen_dtype, hold_frozen_in_bf16
 from foundry_ext.checkpoints.export import adaptable_modules, load_adapter
 from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.compiled import check_compile, compile_model
+from foundry_ext.models.decoder import SmolLM2DecoderLayer
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import (
     HUB_NAMES,
@@ -36,11 +37,7 @@ from foundry_ext.models.pretrained import (
     naming_the_hub,
     shipped_config,
 )
-from foundry_ext.models.smollm2 import (
-    PackedCausalLMOutput,
-    SmolLM2DecoderLayer,
-    SmolLM2ForCausalLM,
-)
+from foundry_ext.models.smollm2 import PackedCausalLMOutput, SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)

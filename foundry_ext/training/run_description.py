@@ -5,7 +5,7 @@ from typing import Any
 
 from composer.core import State
 
-from foundry_ext.adapters.methods import Method, describe
+from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.utils.errors import UserError
@@ -46,7 +46,7 @@ def method_of(state: State) -> Method:
     """What the run trains, by the adapter on its model."""
     adapted = getattr(unwrapped(state), "model", None)
     adapters = getattr(adapted, "peft_config", None)
-    return describe(None if adapters is None else next(iter(adapters.values())).to_dict())
+    return method_of_config(None if adapters is None else next(iter(adapters.values())).to_dict())
 
 
 def describe_loader(dataset: PackedDataset) -> dict[str, Any]:

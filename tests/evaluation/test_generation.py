@@ -16,7 +16,7 @@ from foundry_ext.evaluation.generation import (
     strict_extract,
 )
 from foundry_ext.evaluation.measure import build_sets, measure
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 ROWS = [
@@ -193,9 +193,9 @@ def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):
 
 def test_batches_and_ranks_change_nothing(model, tokenizer, path, monkeypatch):
     (built,) = build(path, tokenizer, num_fewshot=0, max_new_tokens=6)
-    whole = built.complete(built.measure(model, None, Share()))
+    whole = built.complete(built.measure(model, None, Shard()))
     monkeypatch.setattr(generation, "BATCH_SIZE", 1)
-    parts = [built.measure(model, None, Share(rank, 2)) for rank in range(2)]
+    parts = [built.measure(model, None, Shard(rank, 2)) for rank in range(2)]
     assert [len(part) for part in parts] == [2, 1]
     assert built.complete(parts[0] + parts[1]) == whole
 

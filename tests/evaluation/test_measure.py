@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
 from foundry_ext.evaluation.measure import undisturbed
 from foundry_ext.evaluation.rows import few_shot_prompt
-from foundry_ext.evaluation.scoring import Share, evenly_spaced
+from foundry_ext.evaluation.scoring import Shard, evenly_spaced
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 
@@ -102,7 +102,7 @@ def test_fingerprint_is_of_what_no_adapter_is_on():
 
 
 def test_shares_and_spacing():
-    assert [list(Share(rank, 3).of(5)) for rank in range(3)] == [[0, 3], [1, 4], [2]]
+    assert [list(Shard(rank, 3).of(5)) for rank in range(3)] == [[0, 3], [1, 4], [2]]
     assert evenly_spaced(5, 3).tolist() == [0, 2, 4]
     for at_most in (None, 5, 9):
         assert evenly_spaced(5, at_most).tolist() == [0, 1, 2, 3, 4]

@@ -14,7 +14,7 @@ from foundry_ext.evaluation import multiple_choice
 from foundry_ext.evaluation.config import MultipleChoiceSettings
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import changes
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from tests.conftest import WORDS
 
@@ -66,11 +66,11 @@ def generated(count, seed=0):
     return rows
 
 
-def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, share=None, **settings):
+def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, shard=None, **settings):
     parsed = [MultipleChoiceSettings(name="task", role="forgetting", path=path, **settings)]
     (built,) = sets = build_sets(parsed, tokenizer, max_length)
-    if share is not None:
-        return built.measure(model.eval(), None, share)
+    if shard is not None:
+        return built.measure(model.eval(), None, shard)
     metrics, items = measure(sets, model, None)
     return metrics, items, built
 
@@ -128,7 +128,7 @@ def test_shared_items_are_those_of_the_logits(models, tokenizer, name):
     ours, theirs = models
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     _, items, built = evaluate(ours, str(path), tokenizer, max_length=1000, max_items=60)
-    assert len(items) == 60 and built.num_cut == 0
+    assert len(items) == 60 and built.num_truncated == 0
     assert items[-1]["item"] == str(len(rows) - 1), "evenly spaced over the file"
     assert_as_from_logits(items, rows, theirs, tokenizer)
 
@@ -159,7 +159,7 @@ def test_padded_batch_gives_the_same(models, tokenizer, write):
     log_probs = ours.eval()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     sums = []
     for number, document in enumerate(documents):
-        places = document.has_loss.nonzero()[0]
+        places = document.loss_mask.nonzero()[0]
         sums.append(sum(log_probs[number, p - 1, ids[number, p]].item() for p in places))
     assert [x for item in items for x in item["logprobs"]] == pytest.approx(sums, rel=2e-5)
 
@@ -168,8 +168,8 @@ def test_ranks_share_the_choices(models, tokenizer, write, monkeypatch):
     monkeypatch.setattr(multiple_choice, "PACK_TOKENS", 64)
     ours, _ = models
     path = write(generated(9))
-    whole = evaluate(ours, path, tokenizer, share=Share())
-    parts = [evaluate(ours, path, tokenizer, share=Share(rank, 3)) for rank in range(3)]
+    whole = evaluate(ours, path, tokenizer, shard=Shard())
+    parts = [evaluate(ours, path, tokenizer, shard=Shard(rank, 3)) for rank in range(3)]
     assert all(parts) and sum(map(len, parts)) == len(whole)
     together = [str(item) for part in parts for item in part]
     assert sorted(together) == sorted(map(str, whole))
@@ -189,14 +189,14 @@ def test_few_shot_prompts(tokenizer, write):
     assert texts[2].endswith("\n\none river wrong river") and len(texts) == 4
     examples = {"one bird right bird", "one stone right stone"}
     assert set(texts[2].split("\n\n")[:2]) == examples
-    labels = [tokenizer.decode(d.input_ids[d.has_loss]) for d in built.documents]
+    labels = [tokenizer.decode(d.input_ids[d.loss_mask]) for d in built.documents]
     assert labels == [" wrong bird", " right bird", " wrong river", " right river"]
 
 
 def test_spaces_at_the_end_of_the_context_are_scored(tokenizer):
     """As the harness has it, for the space belongs to the next word's token."""
     (document,), _ = multiple_choice.encode(tokenizer, [("one two \n", " bird")], max_length=50)
-    assert tokenizer.decode(document.input_ids[document.has_loss]) == " \n bird"
+    assert tokenizer.decode(document.input_ids[document.loss_mask]) == " \n bird"
 
 
 def test_empty_context_is_the_start_token(models, tokenizer, write):
@@ -224,7 +224,7 @@ def test_overlong_contexts_are_cut_from_the_left(models, tokenizer, write, caplo
     ]
     with caplog.at_level("WARNING"):
         _, items, built = evaluate(ours, write(rows), tokenizer, max_length=12)
-    assert built.num_cut == 2 == built.description["counts"]["truncated"]
+    assert built.num_truncated == 2 == built.description["counts"]["truncated"]
     assert "2 of 3 choices exceed 12 tokens" in caplog.text
     ids = tokenizer("bird " * 29 + "bird  stone")["input_ids"][-13:]
     labels = len(tokenizer("  stone")["input_ids"])

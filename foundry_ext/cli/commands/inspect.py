@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"{arguments.out}: {len(inspection.packs)} of {epoch.num_packs:,} packs;"
         f" {epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens,"
-        f" {100 * epoch.fill:.2f} % full,"
+        f" {100 * epoch.packing_efficiency:.2f} % full,"
         f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of tokens carry loss"
     )
     return 0

@@ -16,7 +16,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.documents import Outcome
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack
+from foundry_ext.packing.batch import Pack
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 LOADERS = ("train", "eval")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -37,7 +38,7 @@ class DocumentView:
     """Which document of the data."""
     source: str
     outcome: str
-    num_cut: int
+    num_truncated_tokens: int
     """Tokens of its row that are not here, under `overlong: truncate`."""
     tokens: list[TokenView]
 
@@ -52,14 +53,14 @@ class PackView:
     place: int
     """In its batch, from 0."""
     documents: list[DocumentView]
-    num_slots: int
+    num_computed_tokens: int
     """Tokens the model computes, those that fill a fixed shape or an empty pack included."""
     capacity: int
     num_tokens: int
     num_loss_tokens: int
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         return self.num_tokens / self.capacity
 
 
@@ -80,7 +81,7 @@ class Epoch:
     """Tokens of the longest document."""
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         return self.num_tokens / (self.num_packs * self.capacity)
 
     @property
@@ -198,15 +199,16 @@ def _view(
             )
             for at in range(ends[number], ends[number + 1])
         ]
-        outcome, num_cut = (
-            int(values[index]) for values in (dataset.documents.outcomes, dataset.documents.num_cut)
+        outcome, num_truncated_tokens = (
+            int(values[index])
+            for values in (dataset.documents.outcomes, dataset.documents.num_truncated_tokens)
         )
         documents.append(
             DocumentView(
                 index=index,
                 source=_source_of(dataset, index),
                 outcome=Outcome(outcome).name.lower(),
-                num_cut=num_cut,
+                num_truncated_tokens=num_truncated_tokens,
                 tokens=tokens,
             )
         )
@@ -214,7 +216,7 @@ def _view(
         batch=batch,
         place=place,
         documents=documents,
-        num_slots=len(ids),
+        num_computed_tokens=len(ids),
         capacity=dataset.sampler.capacity,
         num_tokens=pack["num_tokens"],
         num_loss_tokens=pack["num_loss_tokens"],
@@ -241,7 +243,7 @@ def totals_of(dataset: PackedDataset) -> Epoch:
     documents, sampler = dataset.documents, dataset.sampler
     used = np.flatnonzero(documents.lengths)
     # Nothing comes before a document's first token to predict it.
-    num_loss = sum(int(documents[int(index)].has_loss[1:].sum()) for index in used)
+    num_loss = sum(int(documents[int(index)].loss_mask[1:].sum()) for index in used)
     return Epoch(
         num_documents=len(used),
         num_tokens=int(documents.lengths.sum()),

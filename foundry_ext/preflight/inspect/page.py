@@ -98,7 +98,7 @@ def _totals(epoch: Epoch) -> str:
         (f"{epoch.num_tokens:,}", "tokens"),
         (f"{100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} %", "of tokens carry loss"),
         (f"{epoch.num_packs:,}", f"packs of at most {epoch.capacity:,} tokens"),
-        (f"{100 * epoch.fill:.2f} %", "of the packs is filled"),
+        (f"{100 * epoch.packing_efficiency:.2f} %", "of the packs is filled"),
         (f"{epoch.num_batches:,}", batches),
         (f"{epoch.num_documents / epoch.num_packs:.1f}", "documents a pack"),
         (f"{epoch.longest:,}", f"tokens in the longest document, of {epoch.max_seq_len:,} allowed"),
@@ -160,11 +160,12 @@ def _legend() -> str:
 
 def _pack(pack: PackView, number: int) -> str:
     loss = pack.num_loss_tokens / max(pack.num_tokens, 1)
-    filling = pack.num_slots - pack.num_tokens
+    filling = pack.num_computed_tokens - pack.num_tokens
     facts = [
         f"batch {pack.batch}, place {pack.place}",
         f"{len(pack.documents)} documents",
-        f"{pack.num_tokens:,} of {pack.capacity:,} tokens, {100 * pack.fill:.1f} % full",
+        f"{pack.num_tokens:,} of {pack.capacity:,} tokens,"
+        f" {100 * pack.packing_efficiency:.1f} % full",
         f"{pack.num_loss_tokens:,} carry loss, {100 * loss:.1f} %",
         *([f"{filling:,} filled slots, in no count"] if filling else []),
     ]
@@ -203,8 +204,8 @@ def _document(document: DocumentView, anchor: str, place: int) -> str:
     if document.outcome == "split":
         facts.append("a piece of a longer row")
     lost = (
-        f' · <span class="lost">{document.num_cut:,} tokens cut from its end</span>'
-        if document.num_cut
+        f' · <span class="lost">{document.num_truncated_tokens:,} tokens cut from its end</span>'
+        if document.num_truncated_tokens
         else ""
     )
     return (

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers.models.llama import LlamaForCausalLM
 
 from foundry_ext.models.attention import BACKENDS, resolve_backend
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack, split_batch
+from foundry_ext.packing.batch import Pack, split_batch
 from foundry_ext.packing.collator import Document
 from foundry_ext.preflight.inspect.packs import open_loader, open_tokenizer
 from foundry_ext.preflight.verify.checks import Check
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
 # Tolerances in fp32, a hundred times the rounding that was measured. A leak between documents
@@ -114,12 +115,12 @@ def _first_documents(
 
 
 def _window(document: Document, most: int) -> Document:
-    labelled = np.flatnonzero(document.has_loss)
+    labelled = np.flatnonzero(document.loss_mask)
     start = max(int(labelled[0]) - most // 2, 0) if len(labelled) else 0
     start = max(min(start, len(document.input_ids) - most), 0)
     return Document(
         input_ids=document.input_ids[start : start + most],
-        has_loss=np.array(document.has_loss[start : start + most]),
+        loss_mask=np.array(document.loss_mask[start : start + most]),
     )
 
 
@@ -159,12 +160,12 @@ def _build_reference_model(ours: Any) -> Any:
 
 
 def _labels(document: Document) -> Tensor:
-    labels = np.where(document.has_loss, document.input_ids, IGNORE_INDEX)
+    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
     return torch.from_numpy(labels[1:].astype(np.int64))
 
 
 def _reference_outputs(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Reference:
-    total = max(sum(int(doc.has_loss[1:].sum()) for pack in chosen for doc in pack), 1)
+    total = max(sum(int(doc.loss_mask[1:].sum()) for pack in chosen for doc in pack), 1)
     device = next(theirs.parameters()).device
     loss, every = 0.0, []
     for pack in chosen:

@@ -19,7 +19,7 @@ from foundry_ext.evaluation.config import DocumentsSettings, parse_sets
 from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.measure import EvaluationSet, build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.training.model import ComposerSmolLM2
 from foundry_ext.utils.errors import UserError
@@ -153,7 +153,7 @@ class Forgetting(Callback):
                 self.sets,
                 _composer_model(state).inner_model,
                 self.base,
-                share=Share(dist.get_global_rank(), dist.get_world_size()),
+                shard=Shard(dist.get_global_rank(), dist.get_world_size()),
                 gather=_gather,
             )
         start = self.evaluations[0]["metrics"] if self.evaluations else metrics

@@ -196,7 +196,7 @@ def _check_on_the_host(state: State, dataset: PackedDataset, vocabulary: int) ->
             check_ids(pack["input_ids"], pack["labels"], vocabulary)
         except IdsOutside as error:
             documents = dataset.sampler.batch(dataset.next_batch - 1)[number]
-            place = torch.searchsorted(pack["cu_seqlens"], error.place, right=True) - 1
+            place = torch.searchsorted(pack["cu_seqlens"], error.index, right=True) - 1
             name = dataset.name_document(int(documents[int(place)]))
             raise UserError(f"guard: {name}: {error}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.browser import dom, foreign_references, needs_browser, screenshot
 from tests.data.kit import build, walk
 
@@ -70,7 +70,7 @@ def test_the_packs_are_those_of_training(inspection, config, tokenizer):
         labels = pack["labels"][0, :real].tolist()
         assert [token.has_loss for token in tokens] == [x != IGNORE_INDEX for x in labels]
         assert all(d.tokens[0].position == 0 and not d.tokens[0].has_loss for d in view.documents)
-        assert view.num_slots == 512 and view.num_tokens == real == len(tokens)
+        assert view.num_computed_tokens == 512 and view.num_tokens == real == len(tokens)
         assert view.num_loss_tokens == pack["num_loss_tokens"]
 
 
@@ -84,7 +84,9 @@ def test_the_totals_are_the_sums_of_the_packs(inspection):
         len(whole),
         len(inspection.packs) - len(whole),
     )
-    assert epoch.fill == pytest.approx(sum(pack.fill for pack in whole) / len(whole))
+    assert epoch.packing_efficiency == pytest.approx(
+        sum(pack.packing_efficiency for pack in whole) / len(whole)
+    )
     assert epoch.longest == max(len(d.tokens) for d in documents) == 160
 
 
@@ -97,7 +99,7 @@ def test_sources_and_outcomes(inspection):
     text = "".join(token.text for token in by_source[0].tokens)
     assert text.startswith("replayed page")
     (cut,) = [d for d in documents if d.outcome == "truncated"]
-    assert cut.num_cut == main["counts"]["tokens_cut"] > 100
+    assert cut.num_truncated_tokens == main["counts"]["tokens_cut"] > 100
     assert not cut.source.endswith("texts.jsonl")
 
 
@@ -115,7 +117,7 @@ def test_the_eval_loader(config):
 
     inspection = inspect_config(config, name="a.yaml", loader="eval", num_packs=1)
     assert len(inspection.packs) == 1 and len(inspection.sources) == 1
-    assert inspection.packs[0].num_slots == inspection.packs[0].num_tokens
+    assert inspection.packs[0].num_computed_tokens == inspection.packs[0].num_tokens
     assert inspection.epoch.batch_packs == 2
 
 

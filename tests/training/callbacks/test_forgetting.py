@@ -69,7 +69,7 @@ def _check_kl(world, run, documents):
     for item in documents:
         document = dataset.documents[int(item["item"])]
         ids = torch.tensor(document.input_ids, dtype=torch.long)
-        scored = torch.tensor(document.has_loss)[1:]
+        scored = torch.tensor(document.loss_mask)[1:]
         now, before = (
             model(ids[None]).logits[0, :-1][scored].log_softmax(-1) for model in (theirs, base)
         )
