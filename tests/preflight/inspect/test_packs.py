@@ -196,8 +196,8 @@ def test_the_command(config, tmp_path, capsys):
     whole = {
         **config,
         "model": {"name": "smollm2_packed"},
-        "optimizer": {"name": "x"},
-        "scheduler": {"name": "x"},
+        "optimizer": {"name": "decoupled_adamw"},
+        "scheduler": {"name": "constant_with_warmup"},
         "max_duration": "1ep",
         "max_seq_len": 160,
         "eval_interval": 1,
