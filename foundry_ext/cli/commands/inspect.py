@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     assert isinstance(config, dict)
 
     from foundry_ext.preflight.inspect.packs import inspect_config  # llm-foundry: some 20 seconds
-    from foundry_ext.preflight.inspect.page import render
+    from foundry_ext.preflight.inspect.page import format_inspection
 
     inspection = inspect_config(
         config,  # pyright: ignore[reportArgumentType]
@@ -43,12 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
         num_packs=arguments.packs,
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(render(inspection), encoding="utf-8")
+    arguments.out.write_text(format_inspection(inspection), encoding="utf-8")
     epoch = inspection.epoch
     print(
         f"{arguments.out}: {len(inspection.packs)} of {epoch.num_packs:,} packs;"
         f" {epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens,"
-        f" {100 * epoch.fill:.2f} % full,"
+        f" {100 * epoch.packing_efficiency:.2f} % full,"
         f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of tokens carry loss"
     )
     return 0

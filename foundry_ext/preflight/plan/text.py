@@ -61,7 +61,8 @@ def _data(plan: Plan) -> list[str]:
     ]
     lines += [lost(source) for source in plan.sources]
     lines.append(
-        f"{epoch.num_packs:,} packs of {epoch.capacity:,} tokens, {100 * epoch.fill:.2f} % full;"
+        f"{epoch.num_packs:,} packs of {epoch.capacity:,} tokens,"
+        f" {100 * epoch.packing_efficiency:.2f} % full;"
         f" {epoch.num_batches:,} batches of {epoch.batch_packs:,}"
         + (f", the last one with {epoch.num_empty_packs} empty" if epoch.num_empty_packs else "")
     )
