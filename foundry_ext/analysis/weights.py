@@ -71,7 +71,7 @@ class Change:
     values: Tensor | None = None
 
 
-def analyse(
+def analyse_weights(
     path: Path,
     *,
     base: str | None = None,

@@ -74,7 +74,7 @@ class LogitDifference:
     argmax_agreement: float
 
 
-def merge(
+def merge_adapter(
     adapter: Path,
     out: Path,
     *,

@@ -17,7 +17,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
-from foundry_ext.launch.components import check_components, errors_name_their_section
+from foundry_ext.launch.building import errors_name_their_section
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.records.record import mark_failed
@@ -111,6 +111,7 @@ def train_here(path: Path, config: DictConfig) -> int:
     from llmfoundry.command_utils import train
 
     from foundry_ext.checkpoints.load_path import check_load_path
+    from foundry_ext.preflight.components import check_components
 
     _log_without_secrets()
     try:
@@ -153,6 +154,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     os.environ.update(ALONE if num_ranks > 1 else {})
+    from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.plan.text import render
 

@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, merge
+    from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, merge_adapter
 
-    certificate = merge(
+    certificate = merge_adapter(
         arguments.adapter,
         arguments.out,
         base=arguments.base,

@@ -37,25 +37,15 @@ def card_memory(text: str) -> tuple[str, float]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
     from foundry_ext.config.loading import load_config, split_arguments
+    from foundry_ext.preflight.runs import plan_run
 
     files, overrides = split_arguments(arguments.arguments)
-    configs = [(path, load_config(path, overrides)) for path in files]
+    for path in files:  # a mistake in the last file is found before the first one is planned
+        load_config(path, overrides)
+    for index, path in enumerate(files):
+        plan = plan_run(path, overrides, num_ranks=arguments.ranks)
+        from foundry_ext.preflight.plan.text import render  # slow, so after the check
 
-    from foundry_ext.launch.components import check_components
-    from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
-    from foundry_ext.preflight.plan.text import render
-
-    for number, (path, config) in enumerate(configs):
-        resolved = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(resolved, dict)
-        check_components(resolved)  # pyright: ignore[reportArgumentType]
-        plan = plan_config(
-            resolved,  # pyright: ignore[reportArgumentType]
-            name=str(path),
-            num_ranks=arguments.ranks,
-        )
-        print("\n" * bool(number) + render(plan, memory=dict(arguments.memory)))
+        print("\n" * bool(index) + render(plan, memory=dict(arguments.memory)))
     return 0

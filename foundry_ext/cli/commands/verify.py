@@ -20,29 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
-    from foundry_ext.config.loading import load_config, split_arguments
+    from foundry_ext.config.loading import split_arguments
+    from foundry_ext.preflight.runs import verify_run
 
     files, overrides = split_arguments(arguments.arguments)
     if len(files) > 1:
         raise UserError(f"{files[1]}: a second file; verify looks at one")
-    config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
-    assert isinstance(config, dict)
-
-    from foundry_ext.launch.components import check_components
-    from foundry_ext.preflight.verify.verify import (  # torch and llm-foundry: some 20 seconds
-        render,
-        verify_config,
-    )
-
-    check_components(config)  # pyright: ignore[reportArgumentType]
-    found = verify_config(
-        config,  # pyright: ignore[reportArgumentType]
-        name=str(files[0]),
+    result = verify_run(
+        files[0],
+        overrides,
         steps=arguments.steps,
         packs=arguments.packs,
         tokens=arguments.tokens,
     )
-    print(render(found))
-    return 0 if found.passed else 1
+    from foundry_ext.preflight.verify.verify import render  # slow, so after the check
+
+    print(render(result))
+    return 0 if result.passed else 1
