@@ -15,9 +15,9 @@ from peft import PeftModel
 
 from foundry_ext.data.dataloader import PackedDataset
 from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
-from foundry_ext.evaluation.config import DocumentsSettings, parse_sets
+from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.documents import DocumentsSet
-from foundry_ext.evaluation.measure import EvaluationSet, build_sets, measure
+from foundry_ext.evaluation.measure import EvalSet, build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.scores import BaseModel
@@ -56,7 +56,7 @@ class Forgetting(Callback):
         self.settings = parse_sets(sets)
         self.items_path = items
         self.evaluations: list[dict[str, Any]] = []
-        self.sets: list[EvaluationSet] = []
+        self.sets: list[EvalSet] = []
         self.base: BaseModel | None = None
         self.base_fingerprint: str | None = None
         self.loaded_fingerprint: str | None = None
@@ -75,7 +75,7 @@ class Forgetting(Callback):
         inner, tokenizer = model.inner_model, model.tokenizer
         assert tokenizer is not None
         self.sets = build_sets(self.settings, tokenizer, inner.config.max_position_embeddings)
-        if any(isinstance(one, DocumentsSettings) and one.kl for one in self.settings):
+        if any(isinstance(one, DocumentsSetConfig) and one.kl for one in self.settings):
             self.base_fingerprint = weights_fingerprint(inner)
             adapted = model.model
             self.base = adapters_off(adapted) if isinstance(adapted, PeftModel) else BaseCopy(inner)
