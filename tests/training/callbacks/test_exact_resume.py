@@ -313,7 +313,7 @@ def test_a_signal_saves_and_ends(world, finished, tmp_path, capfd, number, batch
     record = read_record(tmp_path / "record.json")
     assert (record["status"], record["steps"]) == ("stopped", batch)
     assert record["error"].startswith(f"stopped by {number.name} after batch {batch}; saved")
-    assert f"{number.name}: saving at this batch's end" in capfd.readouterr().err
+    assert f"{number.name}: saving" in capfd.readouterr().err
     ended.value.__traceback__ = None
     run = kit.run(config(world, reference, tmp_path, "lora", **with_record(tmp_path)))
     assert_ends_like(run, reference.run, after=batch)
