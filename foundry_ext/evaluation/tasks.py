@@ -82,11 +82,11 @@ def convert_gsm8k(row: Row) -> Row:
     reasoning, mark, answer = row["answer"].rpartition("#### ")
     if not mark:
         raise UserError("the answer has no '#### '")
-    number = answer.strip()
+    answer = answer.strip()
     return {
         "context": f"Question: {row['question']}\nAnswer:",
-        "answer": number,
-        "aliases": list(dict.fromkeys([number, number.replace(",", "")])),
+        "answer": answer,
+        "aliases": list(dict.fromkeys([answer, answer.replace(",", "")])),
         "chain_of_thought": reasoning.strip(),
     }
 

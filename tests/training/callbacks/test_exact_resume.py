@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_error(world, finished, tmp_path, monkeypatch):
         return save(state, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    message = r"no space left .* for ep0-ba3-rank0.pt \(.* free\); .*ep0-ba2-rank0.pt is whole"
+    message = r"no space left .* for ep0-ba3-rank0.pt \(.* free\); .*ep0-ba2-rank0.pt is intact"
     with pytest.raises(OSError, match=message) as caught:
         kit.run(config(world, reference, tmp_path))
     assert caught.value.errno == errno.ENOSPC
@@ -140,15 +140,15 @@ def test_the_newest_spoilt_is_passed_over(world, finished, tmp_path, caplog, cap
     else:
         content = content[: {"truncated": len(content) // 2, "empty": 0}[spoil]]
     newest.write_bytes(content)
-    assert "going on from" not in capsys.readouterr().err
+    assert "continuing from" not in capsys.readouterr().err
     run = kit.run(config(world, reference, tmp_path, "lora"))
     assert_ends_like(run, reference.run, after=5 if spoil == "link gone" else 4)
-    said = [r.getMessage() for r in caplog.records if "damaged-ep1-ba5-rank0.pt" in r.getMessage()]
-    assert len(said) == (spoil != "link gone")
+    lines = [r.getMessage() for r in caplog.records if "damaged-ep1-ba5-rank0.pt" in r.getMessage()]
+    assert len(lines) == (spoil != "link gone")
     batch = 5 if spoil == "link gone" else 4
-    whole = folder / f"ep{batch // 5}-ba{batch}-rank0.pt"
-    assert f"going on from {whole}, after batch {batch}\n" in capsys.readouterr().err
-    assert all(str(newest) in one and "going on from ep0-ba4-rank0.pt" in one for one in said)
+    intact = folder / f"ep{batch // 5}-ba{batch}-rank0.pt"
+    assert f"continuing from {intact}, after batch {batch}\n" in capsys.readouterr().err
+    assert all(str(newest) in line and line.endswith("ep0-ba4-rank0.pt") for line in lines)
 
 
 def test_none_whole_does_not_begin_anew(world, finished, tmp_path):
@@ -184,10 +184,10 @@ def test_a_spoilt_load_path_is_named(world, finished, tmp_path):
         ({"model__pretrained_model_name_or_path": "other"}, "another model.pretrained_model_name"),
         (
             {"max_duration": "1ba"},
-            "max_duration: 2ep, now 1ba, which the checkpoint has left",
+            "max_duration: 2ep, now 1ba, which the checkpoint is already past",
         ),
         ({"run_name": "b"}, "another run_name: lora, now b"),
-        ({"save_filename": "b{batch}.pt"}, "and none is called like save_filename, b{batch}.pt"),
+        ({"save_filename": "b{batch}.pt"}, "none is named like save_filename, b{batch}.pt"),
         ({"train_loader__dataset__pack_tokens": 96}, "pack_tokens: 64, now 96"),
         ({"train_loader__dataset__shuffle_seed": 3}, "shuffle_seed: .*, now 3"),
         ({"train_loader__dataset__shuffle": False}, "shuffle: 1, now 0"),
@@ -224,7 +224,7 @@ def test_a_longer_duration_goes_on_and_says_so(world, finished, tmp_path, caplog
     run = kit.run(config(world, reference, tmp_path, max_duration="5ba", **given))
     whole = kit.run(config(world, reference, tmp_path / "whole", max_duration="5ba", **given))
     assert run.losses == whole.losses[3:]
-    assert "max_duration: 3ba, now 5ba. A schedule that ends with it is another" in caplog.text
+    assert "max_duration: 3ba, now 5ba. A schedule" in caplog.text
 
 
 def test_an_adapter_on_other_weights_of_the_same_name_is_refused(world, finished, tmp_path):
@@ -235,7 +235,7 @@ def test_an_adapter_on_other_weights_of_the_same_name_is_refused(world, finished
     weights = load_file(tmp_path / "base/model.safetensors")
     changed = {name: 1.5 * weight for name, weight in weights.items()}
     save_file(changed, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"another base model: of weights .*, now "):
+    with pytest.raises(ValueError, match=r"another base model: weights .*, now "):
         kit.run(config(world, reference, tmp_path, "lora", **base))
 
 
@@ -269,7 +269,7 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(world, finished, tmp_path)
     crash(world, reference, tmp_path, after=3)
     for path in (tmp_path / "checkpoints").glob("ep*"):
         path.unlink()
-    with pytest.raises(ValueError, match="there are checkpoints, and none is called like save_fi"):
+    with pytest.raises(ValueError, match="there are checkpoints, but none is named like save_fil"):
         kit.run(config(world, reference, tmp_path))
 
 
@@ -369,7 +369,7 @@ def test_killed_after_the_last_batch(world, finished, tmp_path, duration):
         ({"save_folder": None}, "exact_resume: save_folder is missing"),
         ({"save_folder": "s3://bucket/x"}, "save_folder s3://bucket/x is not a folder"),
         ({"save_num_checkpoints_to_keep": 0}, "save_num_checkpoints_to_keep: 0 leaves nothing"),
-        ({"save_weights_only": True}, "save_weights_only: True leaves too little to go on"),
+        ({"save_weights_only": True}, "save_weights_only: True leaves too little"),
         ({"save_ignore_keys": ["state/optimizers"]}, "save_ignore_keys: .* leaves too little"),
     ],
 )

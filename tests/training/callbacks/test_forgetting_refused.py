@@ -39,7 +39,7 @@ def test_training_data_are_refused(world, sets, tmp_path):
     copy = tmp_path / "held_out.jsonl"
     copy.write_text(world.rows.read_text())
     bad = {**sets["target"], "loader": kit.loader_config(copy)}
-    with pytest.raises(ValueError, match="very documents of train_loader"):
+    with pytest.raises(ValueError, match=r"sets\.target\.loader: .* are those of train_loader"):
         kit.run(config(world, tmp_path, "full", {"target": bad}))
 
 

@@ -102,8 +102,8 @@ def test_it_stops_before_the_step_and_names_the_document(
     what = "gradient" if change is only_the_gradient else "loss"
     with pytest.raises(
         FloatingPointError,
-        match=rf"batch {AT} \(epoch 0\): the {what} is not finite; by document {number} of "
-        rf"{re.escape(str(world.rows))} \(loss [^)]*\)\. No weight",
+        match=rf"batch {AT} \(epoch 0\): the {what} is not finite; caused by document {number} of "
+        rf"{re.escape(str(world.rows))} \(loss [^)]*\)\. This batch changed no weight",
     ) as error:
         run(world, tmp_path, method)
     # What the run holds is what its last checkpoint holds.
@@ -170,7 +170,7 @@ def test_a_spike_of_the_gradient(world, first, tmp_path, spoil, monkeypatch, cap
         float, re.search(r"norm, (\S+), is (\d+) times the .* 2 steps, (\S+);", text).groups()
     )
     assert norm == pytest.approx(times * usual, rel=0.02) and times > 20
-    alone = re.search(r"the largest alone document (\d+) of .*? gradient norm (\S+)\)", text)
+    alone = re.search(r"measured alone: document (\d+) of .*? gradient norm (\S+)\)", text)
     assert int(alone[1]) == number
     assert float(alone[2]) <= norm
 
@@ -209,7 +209,7 @@ def test_it_does_not_skip_for_ever(world, tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(SmolLM2ForCausalLM, "forward", spoilt)
-    with pytest.raises(FloatingPointError, match=r"batch 5 .* nor by the 5 before it"):
+    with pytest.raises(FloatingPointError, match=r"batch 5 .* nor did the 5 before it"):
         run(world, tmp_path, guard={"action": "skip"})
 
 
@@ -251,8 +251,8 @@ def test_ids_outside_the_vocabulary(world, first, tmp_path, monkeypatch, key, va
     ("settings", "message"),
     [
         ({"action": "warn"}, "guard.action: 'warn'; choose one of stop, skip"),
-        ({"spike_factor": 1}, "guard.spike_factor: 1; give a number above 1"),
-        ({"spike_factor": float("nan")}, "guard.spike_factor: nan; give a number above 1"),
+        ({"spike_factor": 1}, "guard.spike_factor: 1; must be a number above 1"),
+        ({"spike_factor": float("nan")}, "guard.spike_factor: nan; must be a number above 1"),
     ],
 )
 def test_settings(settings, message):

@@ -109,7 +109,7 @@ def test_at_every_evaluation_and_without_a_trace(world, tmp_path, capsys):
 
 def test_fsdp_is_refused():
     state: Any = SimpleNamespace(fsdp_config=object())
-    with pytest.raises(ValueError, match="text_samples: one rank alone cannot generate"):
+    with pytest.raises(ValueError, match="text_samples: rank 0 cannot generate alone"):
         TextSamples(PROMPTS).init(state, None)  # pyright: ignore
 
 
@@ -118,7 +118,7 @@ def test_fsdp_is_refused():
     [
         ({"prompts": []}, "prompts: []"),
         ({"prompts": "one"}, "prompts: 'one'"),
-        ({"prompts": ["a", ""]}, "none empty"),
+        ({"prompts": ["a", ""]}, "prompts: ['a', '']"),
         ({"prompts": ["a"], "max_new_tokens": 0}, "max_new_tokens: 0"),
     ],
 )

@@ -12,7 +12,7 @@ import foundry_ext.training.meter
 from foundry_ext.checkpoints.export import export_checkpoint
 from foundry_ext.training.callbacks.throughput import PackedThroughput, as_text
 from foundry_ext.training.loggers.metrics_file import read_metrics
-from foundry_ext.training.meter import Counts, over_ranks
+from foundry_ext.training.meter import StepCounts, over_ranks
 from tests.training import kit
 
 # --- packed_throughput ---------------------------------------------------------------------------
@@ -59,8 +59,8 @@ def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
 
 def test_counts_over_ranks(monkeypatch):
     """Sums, but for time, which is the slowest rank's; counts stay whole numbers."""
-    here = Counts(2.0, 0.5, 100, 60, 7, 2, 128, 10**15 + 1)
-    there = Counts(1.5, 0.75, 90, 50, 5, 2, 128, 10**15 + 2)
+    here = StepCounts(2.0, 0.5, 100, 60, 7, 2, 128, 10**15 + 1)
+    there = StepCounts(1.5, 0.75, 90, 50, 5, 2, 128, 10**15 + 2)
 
     def all_gather(mine):
         assert mine.tolist() == [float(value) for value in vars(here).values()]
@@ -71,7 +71,7 @@ def test_counts_over_ranks(monkeypatch):
     monkeypatch.setattr(dist, "all_gather", all_gather)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
     together = over_ranks(here)
-    assert together == Counts(2.0, 0.75, 190, 110, 12, 4, 256, 2 * 10**15 + 3)
+    assert together == StepCounts(2.0, 0.75, 190, 110, 12, 4, 256, 2 * 10**15 + 3)
     assert type(together.real_tokens) is int
 
 
@@ -248,7 +248,7 @@ def test_an_export_is_replaced_and_nothing_else(world, tmp_path):
     assert "adapter_config.json" in written and "config.json" not in written
     (tmp_path / "mine-hf").mkdir()
     (tmp_path / "mine-hf" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="mine-hf exists and is no earlier export"):
+    with pytest.raises(ValueError, match="mine-hf exists and is not an earlier export"):
         kit.run(kit.run_config(world, tmp_path, **settings, run_name="mine"))
     assert (tmp_path / "mine-hf" / "thesis.tex").exists()
 
