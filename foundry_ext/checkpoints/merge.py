@@ -109,7 +109,7 @@ def merge_adapter(
     certificate: dict[str, Any] = {
         "schema_version": 1,
         "base": name,
-        "method": methods.describe(model.peft_config["default"].to_dict()).name,
+        "method": methods.method_of_config(model.peft_config["default"].to_dict()).name,
         "dtype": dtype,
         "tolerance": allowed,
         "text": {"tokens": sum(len(ids[0]) for ids in windows), "built_in": text == TEXT},

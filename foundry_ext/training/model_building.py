@@ -15,8 +15,9 @@ from foundry_ext.adapters import pissa
 from foundry_ext.adapters.casts import leave_casts_to_autocast
 from foundry_ext.adapters.dora import use_fast_dora
 from foundry_ext.adapters.frozen import hold_frozen_in_bf16
+from foundry_ext.models.decoder import SmolLM2DecoderLayer
 from foundry_ext.models.pretrained import load_strictly, naming_the_hub, shipped_config
-from foundry_ext.models.smollm2 import SmolLM2DecoderLayer, SmolLM2ForCausalLM
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
 

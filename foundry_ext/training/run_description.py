@@ -5,7 +5,7 @@ from typing import Any
 
 from composer.core import State
 
-from foundry_ext.adapters.methods import Method, describe
+from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.measure import EvalSet
 from foundry_ext.training.meter import unwrapped
@@ -62,7 +62,7 @@ def method_of(state: State) -> Method:
     """Return the run's method, read from the adapter on its model."""
     adapted = getattr(unwrapped(state), "model", None)
     adapters = getattr(adapted, "peft_config", None)
-    return describe(None if adapters is None else next(iter(adapters.values())).to_dict())
+    return method_of_config(None if adapters is None else next(iter(adapters.values())).to_dict())
 
 
 def describe_loader(dataset: PackedDataset) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from foundry_ext.data.dataloader import (
     build_packed_text_dataloader,
 )
 from foundry_ext.packing.algorithm import most_documents
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import assert_batches_equal, build, split_documents, walk
 
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"

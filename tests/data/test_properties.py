@@ -20,13 +20,13 @@ from foundry_ext.data.mixture import MixedDocuments, draw
 from foundry_ext.data.table import Record, Tokens, to_records, to_table
 from foundry_ext.packing.algorithm import most_documents, pack
 from foundry_ext.packing.batch import (
-    IGNORE_INDEX,
     join_packs,
     num_documents,
     num_tokens,
     split_batch,
 )
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import document, split_documents
 from tests.properties import examples
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.tokenize import TokenizeSettings, _Reader, tokenize_rows
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 LONG = 2048
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"

@@ -70,7 +70,7 @@ def test_one_row_serves_the_whole_batch():
 
 @pytest.mark.parametrize("name", MASKS)
 def test_labels_lose_each_rows_first(name):
-    """The state before it belongs to another row; ids 0 are labels like any other."""
+    """The previous state belongs to another row; the id 0 is a label like any other."""
     mask = torch.tensor(MASKS[name])
     labels = torch.zeros(mask.shape, dtype=torch.long)
     ours = padded(MASKS[name])
@@ -82,13 +82,13 @@ def test_labels_lose_each_rows_first(name):
 
 @pytest.mark.parametrize("row", [[1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1, 1], [1, 0, 1, 0]])
 def test_a_hole_is_refused(row):
-    with pytest.raises(ValueError, match="hole"):
+    with pytest.raises(ValueError, match="attention_mask has zeros between"):
         padded([[1] * len(row), row])
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 4), (1, 3), (3,)])
 def test_another_shape_is_refused(shape):
-    """A 4-D mask is how some packers say which tokens see each other; here cu_seqlens does."""
+    """Some packers describe which tokens see each other by a 4-D mask; here cu_seqlens does."""
     with pytest.raises(ValueError, match="cu_seqlens"):
         Padded.from_mask(torch.ones(shape), batch=2, seq_len=3, device=CPU)
 

@@ -1,4 +1,4 @@
-"""Whatever the labels and masks: the right states predict them, and padding comes and goes."""
+"""Properties of labels and masks: the right states predict labels, and padding round-trips."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ pytest.importorskip("hypothesis", reason="run `make install`")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry_ext.models.loss import IGNORE_INDEX, labelled_positions
+from foundry_ext.models.loss import labelled_positions
 from foundry_ext.models.padding import Padded
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.properties import examples
 
 
@@ -25,7 +26,7 @@ def test_every_label_is_predicted_from_the_token_before_it(labels):
 
 @st.composite
 def masks(draw):
-    """Rows of one length, the ones of each in one run, anywhere; rows of padding alone too."""
+    """Draw masks whose ones are contiguous in each row, anywhere; rows may be all padding."""
     seq_len = draw(st.integers(1, 8))
     rows = []
     for _ in range(draw(st.integers(1, 5))):
@@ -47,7 +48,7 @@ def test_padding_comes_off_and_on_again(mask):
     lengths = mask.sum(1).tolist()
     assert padded.cu_seqlens.diff().tolist() == lengths
     assert padded.position_ids.tolist() == [at for length in lengths for at in range(length)]
-    # Labels: what the model would have from each row by itself.
+    # Labels: those the model would see for each row alone.
     first = {
         row.nonzero()[0].item() + number * seq_len for number, row in enumerate(mask) if row.any()
     }

@@ -22,10 +22,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from foundry_ext.packing.batch import IGNORE_INDEX
 from foundry_ext.packing.collator import Document, PackCollator
 from foundry_ext.training.callbacks.exact_resume import ExactResume
 from foundry_ext.training.callbacks.guard import Guard
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 VOCABULARY = 320
 SHAPE = {

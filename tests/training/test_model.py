@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from foundry_ext.models.smollm2 import SmolLM2DecoderLayer
-from foundry_ext.packing.batch import IGNORE_INDEX, join_packs
+from foundry_ext.models.decoder import SmolLM2DecoderLayer
+from foundry_ext.packing.batch import join_packs
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.training import kit
 
 LENGTHS = (7, 1, 12, 3, 9)

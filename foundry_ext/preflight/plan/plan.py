@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.adapters.methods import Method, describe
+from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.generation import GenerationSet
@@ -128,7 +128,7 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
         evaluations=_evaluations(config, course, model, tokenizer),
         model=model,
         parameters=model.parameters,
-        method=describe(model.peft_config),
+        method=method_of_config(model.peft_config),
         layer=count_layer(model.build, precision=precision),
         training_flops=model.training_flops(
             totals.tokens, totals.loss_tokens, totals.sum_squared_lengths

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers.models.llama import LlamaForCausalLM
 
 from foundry_ext.models.attention import BACKENDS, resolve_backend
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack, split_batch
+from foundry_ext.packing.batch import Pack, split_batch
 from foundry_ext.packing.collator import Document
 from foundry_ext.preflight.inspect.packs import open_loader, open_tokenizer
 from foundry_ext.preflight.verify.checks import Check
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 # fp32: rounding in another order, a hundred times what was seen of it. A leak is 1e-1 and more.
 LOGITS = 1e-3  # largest difference, of the logits' standard deviation

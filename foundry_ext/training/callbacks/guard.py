@@ -41,9 +41,9 @@ class Guard(Callback):
     """Callback that checks every step's losses and gradient norm before the optimizer uses them.
 
     A step is *wrong* if a loss or the norm is not finite on any rank, or the norm is more than
-    `spike_factor` times the median of the last 64 steps. The documents of a wrong step are measured one by one and the
-    outliers named. Then the run stops, or skips the step and continues. It always stops if weights
-    are not finite, and at the sixth skipped step in a row.
+    `spike_factor` times the median of the last 64 steps. The documents of a wrong step are measured
+    one by one and the outliers named. Then the run stops, or skips the step and continues. It
+    always stops if weights are not finite, and at the sixth wrong step in a row.
 
     A skipped step changes no weight and no optimizer state. Its tokens and batch number count, and
     the schedule continues. Logged are `guard/gradient_norm`, before clipping, and `guard/skipped`,
@@ -180,7 +180,7 @@ class Guard(Callback):
 
 
 class _BeforeClipping(Algorithm):
-    """Algorithm that calls the guard when a step's gradients are complete and unscaled, but not clipped yet."""
+    """Algorithm that calls the guard once gradients are complete and unscaled, before clipping."""
 
     def __init__(self, guard: Guard):
         self.guard = guard
@@ -207,7 +207,7 @@ def _check_on_the_host(state: State, dataset: PackedDataset, vocabulary: int) ->
             check_ids(pack["input_ids"], pack["labels"], vocabulary)
         except IdsOutside as error:
             documents = dataset.sampler.batch(dataset.next_batch - 1)[index]
-            row = torch.searchsorted(pack["cu_seqlens"], error.place, right=True) - 1
+            row = torch.searchsorted(pack["cu_seqlens"], error.index, right=True) - 1
             name = dataset.name_document(int(documents[int(row)]))
             raise UserError(f"guard: {name}: {error}") from error
 

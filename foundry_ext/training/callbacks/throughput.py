@@ -21,8 +21,6 @@ from foundry_ext.utils.errors import UserError
 class PackedThroughput(StepTimer):
     """Callback that logs throughput, averaged over a window of batches and summed over all ranks.
 
-    It logs
-
     - `throughput/real_tokens_per_sec`, `throughput/loss_tokens_per_sec`,
       `throughput/documents_per_sec` and `throughput/device/real_tokens_per_sec`;
     - `throughput/waiting_for_data`: share of the time, 0 to 1;

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.browser import dom, foreign_references, needs_browser, screenshot
 from tests.data.kit import build, walk
 

@@ -72,7 +72,7 @@ VALUES = [
          ("device_eval_batch_size, 0, is no whole", _GIVE)),
     Case("documents of -1", change(max_seq_len=-1), ("max_seq_len, -1, is no whole", _GIVE)),
     Case("rank huge", change(model__peft_config={**kit.LORA, "r": 10**9}),
-         ("peft_config.r: 1000000000; give a positive whole number up to 8192",)),
+         ("peft_config.r: 1000000000", "1 to 8192")),
     Case("seed huge", change(seed=2**32), ("seed, 4294967296, is no whole", "4294967295", _GIVE)),
     Case("seed -1", change(seed=-1), ("seed, -1, is no whole number from 0", _GIVE)),
     Case("seed as text", change(seed="x"), ("seed, 'x', is no whole number from 0", _GIVE)),
