@@ -1,4 +1,4 @@
-"""smollm2_packed from a YAML: what it takes, what it refuses, what it builds."""
+"""smollm2_packed from a YAML: accepted and refused settings, and the models built."""
 
 import inspect
 import pickle
@@ -44,7 +44,7 @@ def test_the_registry_knows_it_and_loads_the_weights(world):
 
 
 def test_takes_every_key_of_hf_causal_lm(world):
-    """Less the two that choose an attention kernel, for which attention_backend stands."""
+    """All but the two that choose an attention kernel, which attention_backend replaces."""
     keys = {
         name: parameter.default
         for name, parameter in inspect.signature(ComposerHFCausalLM).parameters.items()
