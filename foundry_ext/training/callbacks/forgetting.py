@@ -146,7 +146,7 @@ class Forgetting(Callback):
     def _measure(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
         if self.evaluations and self.evaluations[-1]["step"] == step:
-            return  # both `fit_start` and `eval_first` lead here
+            return  # several evaluations may end at one step
         started = time.perf_counter()
         with get_precision_context(state.precision, state.precision_config, False):
             metrics, items = measure(
