@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # name -> the module that defines it
 _PUBLIC = {
     "pack": "packing.algorithm",
+    "Document": "packing.collator",
     "PackCollator": "packing.collator",
     "SmolLM2ForCausalLM": "models.smollm2",
     "load_config": "config.loading",
@@ -30,6 +31,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Document",
     "PackCollator",
     "SmolLM2ForCausalLM",
     "analyse_weights",
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from foundry_ext.evaluation.standalone import evaluate_checkpoint
     from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
     from foundry_ext.packing.algorithm import pack
-    from foundry_ext.packing.collator import PackCollator
+    from foundry_ext.packing.collator import Document, PackCollator
     from foundry_ext.preflight.runs import inspect_run, plan_run, verify_run
     from foundry_ext.records.record import read_record
     from foundry_ext.sweeps.run import run_sweep

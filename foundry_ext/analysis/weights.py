@@ -72,7 +72,7 @@ class Change:
 
 
 def analyse_weights(
-    path: Path,
+    path: Path | str,
     *,
     base: str | None = None,
     sets: Sequence[EvalSetConfig] | None = None,
@@ -88,6 +88,7 @@ def analyse_weights(
     Raises:
         UserError: nothing to analyse, no base model, or one of another shape.
     """
+    path = Path(path)
     with as_folder(path) as folder:
         name = base_name(folder, base if base or is_adapter(folder) else recorded_base(path))
         tuned = load_tuned(folder, name, SmolLM2ForCausalLM)

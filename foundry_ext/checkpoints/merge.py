@@ -75,8 +75,8 @@ class LogitDifference:
 
 
 def merge_adapter(
-    adapter: Path,
-    out: Path,
+    adapter: Path | str,
+    out: Path | str,
     *,
     base: str | None = None,
     dtype: str = "float32",
@@ -100,6 +100,7 @@ def merge_adapter(
     Raises:
         UserError: no adapter, one that cannot be merged, or a difference past the tolerance.
     """
+    adapter, out = Path(adapter), Path(out)
     refuse_folder_in_use(out)
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")

@@ -21,9 +21,9 @@ _TOKENIZER = (
 def errors_name_their_section() -> Iterator[None]:
     """Make errors of llm-foundry's builders say which section of the YAML they are about.
 
-    An error becomes a UserError where the values of the YAML are its likely reason: UserError and
-    OSError of any component, and whatever a component of a library raises. Everything else that
-    our own components raise is a fault of ours, and passes with its traceback.
+    An error becomes a UserError if values of the YAML are its likely cause: UserError and OSError
+    of any component, and any error of a library's component. Other errors of our own components
+    are bugs and keep their traceback.
     """
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     builders = {section.builder: key for key, section in SECTIONS.items()}

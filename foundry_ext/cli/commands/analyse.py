@@ -1,4 +1,4 @@
-"""`foundry-ext analyse MODEL`: what training did to the weights, as analysis.json."""
+"""`foundry-ext analyse MODEL`: measures what training did to the weights."""
 
 import argparse
 from pathlib import Path

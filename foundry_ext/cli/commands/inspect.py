@@ -1,4 +1,4 @@
-"""`foundry-ext inspect YAML [key=value ...]`: the first packs as the model gets them, as a page."""
+"""`foundry-ext inspect YAML [key=value ...]`: a page of the first packs as the model sees them."""
 
 import argparse
 from pathlib import Path

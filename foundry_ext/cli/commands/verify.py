@@ -1,4 +1,4 @@
-"""`foundry-ext verify YAML [key=value ...]`: packed is unpacked, resumed is uninterrupted."""
+"""`foundry-ext verify YAML [key=value ...]`: checks packing and resumption of a run."""
 
 import argparse
 
@@ -12,10 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.yaml | key=value",
         help="a run's YAML file, and overrides",
     )
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="trained (default 4)")
-    parser.add_argument("--packs", type=int, default=2, metavar="N", help="compared (default 2)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps to train (4)")
+    parser.add_argument("--packs", type=int, default=2, metavar="N", help="packs to compare (2)")
     parser.add_argument(
-        "--tokens", type=int, default=512, metavar="N", help="of a pack, at most (default 512)"
+        "--tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens per pack, at most (512)",
     )
 
 
@@ -33,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         packs=arguments.packs,
         tokens=arguments.tokens,
     )
-    from foundry_ext.preflight.verify.verify import render  # slow, so after the check
+    from foundry_ext.preflight.verify.verify import format_verification  # slow, so after the check
 
-    print(render(result))
+    print(format_verification(result))
     return 0 if result.passed else 1
