@@ -1,7 +1,7 @@
 """Learning and forgetting of a finished model: a YAML's sets, measured on it and on its base."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,13 +73,13 @@ def read_sets(path: Path) -> list[EvalSetConfig]:
 
 
 def evaluate_checkpoint(
-    path: Path, sets: Sequence[EvalSetConfig], *, base: str | None = None
+    path: Path | str, sets: Path | str, *, base: str | None = None
 ) -> CheckpointEvaluation:
     """Measure a model, and with a base model also its learning, forgetting and KL.
 
     Args:
         path: a Hugging Face folder, an adapter folder or a Composer checkpoint.
-        sets: as returned by `read_sets`.
+        sets: a YAML with `sets`, or a run's own YAML.
         base: the base model, a folder or a hub name. By default the one that the adapter names, or
             that the record beside the checkpoint names.
 
@@ -87,6 +87,7 @@ def evaluate_checkpoint(
         FileNotFoundError: the model, or a set's file, does not exist.
         UserError: a model or a set cannot be loaded.
     """
+    path, configs = Path(path), read_sets(Path(sets))
     with as_folder(path) as folder:
         adapted = is_adapter(folder)
         known = base if base or adapted else recorded_base(path)
@@ -96,7 +97,7 @@ def evaluate_checkpoint(
         base_model = None if before is None else _load(before)
         shape = tuned or base_model
         assert shape is not None
-        built = build_sets(sets, tokenizer, shape.config.max_position_embeddings)
+        built = build_sets(configs, tokenizer, shape.config.max_position_embeddings)
         start: dict[str, float] | None = None
         base_items: list[Item] = []
         reference: BaseModel | None = None
@@ -116,7 +117,7 @@ def evaluate_checkpoint(
         "device": tuned.device.type,
         "precision": "amp_bf16" if tuned.device.type == "cuda" else "fp32",
         "metrics": {"base": start, "model": now},
-        **({} if start is None else changes(sets, start, now)),
+        **({} if start is None else changes(configs, start, now)),
         "data": {eval_set.config.name: eval_set.description for eval_set in built},
     }
     steps = enumerate((base_items, tuned_items))

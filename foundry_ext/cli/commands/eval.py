@@ -41,12 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.evaluation.standalone import (
         evaluate_checkpoint,
         format_evaluation,
-        read_sets,
         write_evaluation,
     )
 
-    sets = read_sets(arguments.sets)
-    evaluation = evaluate_checkpoint(arguments.model, sets, base=arguments.base)
+    evaluation = evaluate_checkpoint(arguments.model, arguments.sets, base=arguments.base)
     print(format_evaluation(evaluation.report))
     if arguments.out is not None:
         write_evaluation(evaluation, arguments.out)
