@@ -11,7 +11,7 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger, WandBLogger
 
-from foundry_ext.records.record import items_path, read_record
+from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.run_description import find_callback, method_of
 from foundry_ext.utils.redaction import redact
@@ -35,7 +35,6 @@ PROMISED_KEYS = (
 )
 # Keys of the run's configuration besides the YAML; the first two are also its group and job type.
 PROMISED_CONFIG = ("experiment", "method", "seed")
-RECORD_NAME = "record.json"  # among the run's files, next to the per-item file that it names
 
 
 class WandBMetrics(WandBLogger):

@@ -15,12 +15,11 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal import datastore
 
 from foundry_ext.comparison.wandb_runs import is_local, local_record
-from foundry_ext.records.record import read_items, read_record
+from foundry_ext.records.record import RECORD_NAME, read_items, read_record
 from foundry_ext.training.loggers.wandb_metrics import (
     AGAINST_TOKENS,
     PROMISED_CONFIG,
     PROMISED_KEYS,
-    RECORD_NAME,
     TOKENS,
     WandBMetrics,
 )
