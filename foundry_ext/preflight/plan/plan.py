@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
-from foundry_ext.evaluation.config import DocumentsSettings, parse_sets
+from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.measure import build_sets
 from foundry_ext.models.flops import peak_flops
@@ -170,11 +170,11 @@ def _evaluations(
         else []
     )
     for one in sets:
-        times = 1 + (isinstance(one.settings, DocumentsSettings) and one.settings.kl)
+        times = 1 + (isinstance(one.config, DocumentsSetConfig) and one.config.kl)
         number = int(one.description["tokens"]) * times
-        tokens[one.settings.name] = number
+        tokens[one.config.name] = number
         if isinstance(one, GenerationSet):
-            generated += int(one.description["documents"]) * one.settings.max_new_tokens
+            generated += int(one.description["documents"]) * one.config.max_new_tokens
         # Squares of lengths are some per cent here, and not known of all kinds of sets.
         flops += model.forward_flops(number, number, 0)
     starts = bool(config.get("eval_first")) or bool(given)

@@ -114,7 +114,7 @@ FILES = [
     Case(
         "evaluation on the training rows",
         _same_documents,
-        ("eval_loader eval: these are the very documents of train_loader", "holdout"),
+        ("eval_loader eval: its documents are those of train_loader", "holdout"),
     ),
 ]
 
