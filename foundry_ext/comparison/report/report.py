@@ -27,8 +27,9 @@ from foundry_ext.comparison.report.wording import (
 from foundry_ext.comparison.statistics import MIN_SEEDS
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
+def write_report(comparison: Comparison, folder: Path | str) -> None:
     """Write comparison.md, index.html, comparison.json and each plot as PNG and SVG."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plots.plot_tradeoff(comparison, folder)
     plots.plot_curves(comparison, folder)

@@ -17,7 +17,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.documents import Outcome
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack
+from foundry_ext.packing.batch import Pack
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
 LOADERS = ("train", "eval")
