@@ -1,4 +1,4 @@
-"""A sweep file in W&B's own format -> the runs it stands for, as `wandb agent` would start them.
+"""Sweep files in W&B's format, expanded into the runs that `wandb agent` would start.
 
     program: train.py
     method: grid
@@ -7,9 +7,9 @@
       config: {values: [a.yaml, b.yaml]}
       seed: {values: [17, 18]}
 
-is `composer train.py config=a.yaml seed=17`, then seed=18, then b.yaml with both. Parameters go in
-the order of their names and the last one varies fastest, as in W&B's grid search. Every mistake is
-a ValueError that names the file, the key and the way out.
+starts `composer train.py config=a.yaml seed=17`, then seed=18, then b.yaml with both seeds.
+Parameters are sorted by name and the last one varies fastest, as in W&B's grid search. Every
+mistake is a ValueError that names the file, the key and the way out.
 """
 
 import itertools
@@ -48,16 +48,18 @@ MACROS = (
     "args_no_boolean_flags",
     "args_json",
 )
-NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # W&B's, for a parameter
+NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # of a parameter, from W&B
 DEFAULT_SEED = 17
-_TRIES_A_RUN = 200
+_TRIES_PER_RUN = 200
 
 
 @dataclass(frozen=True)
 class Sweep:
+    """A checked sweep file."""
+
     path: Path
     name: str
-    """Safe as a folder's name: `name`, or the folder of a file called sweep.yaml."""
+    """A valid folder name: the key `name`, else the file's stem, or its folder for sweep.yaml."""
     method: str
     program: str
     command: tuple[str, ...]
@@ -66,12 +68,12 @@ class Sweep:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The checked file."""
+    """Read and check a sweep file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
         content = yaml.safe_load(path.read_text())  # as `wandb sweep` reads it
-    # A ValueError for a date that is none, as for bytes that are no text.
+    # An impossible date or undecodable bytes are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
@@ -123,7 +125,7 @@ def _name(path: Path, given: Any) -> str:
 
 
 def inside(path: str, what: str) -> str:
-    """`path` if it names something in the current folder, symbolic links not followed."""
+    """Return `path` if it is inside the current folder, without following symbolic links."""
     relative = os.path.relpath(os.path.normpath(path), os.getcwd())
     if relative.split(os.sep)[0] == os.pardir:
         raise ValueError(f"{what}, {path!r}, is outside this folder; start in the folder above it")
@@ -146,7 +148,7 @@ def _command(given: Any) -> tuple[str, ...]:
 
 
 def _parameters(entries: Any, above: tuple[str, ...] = ()) -> Iterator[Parameter]:
-    """In the order of names, level by level, as W&B flattens nested parameters."""
+    """Yield parameters sorted by name at each level, as W&B flattens nested ones."""
     where = f"parameter {'.'.join(above)}: parameters" if above else "parameters"
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{where} is empty or not a mapping; write name: {{values: [...]}}")
@@ -172,10 +174,10 @@ def _parameters(entries: Any, above: tuple[str, ...] = ()) -> Iterator[Parameter
 def expand(
     sweep: Sweep, *, num_runs: int | None = None, seed: int = DEFAULT_SEED
 ) -> list[dict[str, Any]]:
-    """The parameters of every run, {name: value}; nested ones are a mapping under their first name.
+    """Return the parameters of every run as {name: value}; nested ones are nested mappings.
 
-    `num_runs` and run_cap bound the number; random needs one of them. A combination that a random
-    sweep draws twice counts once.
+    `num_runs` and run_cap limit the number of runs; method random needs at least one of them.
+    A random sweep draws every combination at most once.
     """
     caps = [cap for cap in (num_runs, sweep.run_cap) if cap is not None]
     if num_runs is not None and num_runs < 1:
@@ -193,7 +195,7 @@ def expand(
 def _random_combinations(sweep: Sweep, count: int, seed: int) -> list[tuple[Any, ...]]:
     rng = random.Random(seed)
     chosen: list[tuple[Any, ...]] = []
-    for _ in range(count * _TRIES_A_RUN):
+    for _ in range(count * _TRIES_PER_RUN):
         values = tuple(entry.draw(rng) for entry in sweep.parameters)
         if values not in chosen:
             chosen.append(values)
@@ -216,9 +218,9 @@ def _nested(parameters: Sequence[Parameter], values: Sequence[Any]) -> dict[str,
 
 
 def command_line(sweep: Sweep, run: Mapping[str, Any], *, interpreter: str = "python") -> list[str]:
-    """The arguments to start, each an item: no shell reads them.
+    """Return the command of a run as a list of arguments, to be started without a shell.
 
-    Values are written as W&B's agent does, by Python's str: `seed=17`, `optimizer={'lr': 0.1}`.
+    Values are formatted with str, as W&B's agent does: `seed=17`, `optimizer={'lr': 0.1}`.
     """
     plain = [f"{name}={value}" for name, value in run.items()]
     macros = {

@@ -1,7 +1,7 @@
-"""One parameter of a W&B sweep file: what it may be, in a grid and drawn at random.
+"""Parameters of a W&B sweep file: their distributions, grid values and random draws.
 
-Names, defaults and meaning of the distributions are W&B's
-(https://docs.wandb.ai/guides/sweeps/sweep-config-keys); numbers drawn are ours.
+The distributions have the names, defaults and meaning that W&B gives them
+(https://docs.wandb.ai/guides/sweeps/sweep-config-keys). The numbers drawn are not those of W&B.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# distribution -> (keys it needs, keys it may have with their defaults)
+# distribution -> (required keys, optional keys with their defaults)
 DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "constant": (("value",), {}),
     "categorical": (("values",), {}),
@@ -30,15 +30,16 @@ REFUSED = ("q_log_uniform", "inv_log_uniform", "inv_log_uniform_values", "q_log_
 KEYS = {
     "distribution",
     "parameters",
-    *(key for needed, optional in DISTRIBUTIONS.values() for key in (*needed, *optional)),
+    *(key for required, optional in DISTRIBUTIONS.values() for key in (*required, *optional)),
 }
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """`path` is one name, or several where `parameters:` are nested."""
+    """A checked parameter of a sweep."""
 
     path: tuple[str, ...]
+    """One name, or several if `parameters:` are nested."""
     distribution: str
     settings: Mapping[str, Any]
 
@@ -47,7 +48,7 @@ class Parameter:
         return ".".join(self.path)
 
     def grid_values(self) -> list[Any]:
-        """Every value, each once, in the order written; ValueError where they are not countable."""
+        """Return the distinct values in the order written, or raise ValueError if uncountable."""
         settings = self.settings
         if self.distribution == "constant":
             return [settings["value"]]
@@ -55,7 +56,7 @@ class Parameter:
             return list({str(value): value for value in settings["values"]}.values())
         if self.distribution == "int_uniform":
             return list(range(settings["min"], settings["max"] + 1))
-        if self.distribution == "q_uniform":  # as numpy.arange: without the end
+        if self.distribution == "q_uniform":  # like numpy.arange: excludes the end
             count = math.ceil((settings["max"] - settings["min"]) / settings["q"])
             return [settings["min"] + i * settings["q"] for i in range(count)]
         raise ValueError(
@@ -68,7 +69,7 @@ class Parameter:
 
 
 def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
-    """The checked parameter of `entry`; every ValueError names it and says what to write."""
+    """Check `entry` and return its parameter; a ValueError names it and says what to write."""
     name = ".".join(path)
     unknown = sorted(set(map(str, entry)) - KEYS)
     if unknown:
@@ -76,12 +77,12 @@ def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
             f"parameter {name}: unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}"
         )
     distribution = _distribution(name, entry)
-    needed, optional = DISTRIBUTIONS[distribution]
+    required, optional = DISTRIBUTIONS[distribution]
     given = set(entry) - {"distribution"}
-    for key in needed:
+    for key in required:
         if key not in given:
             raise ValueError(f"parameter {name}: {distribution} needs {key}; add it")
-    for key in sorted(given - set(needed) - set(optional)):
+    for key in sorted(given - set(required) - set(optional)):
         raise ValueError(f"parameter {name}: {distribution} does not take {key}; remove it")
     settings = {**optional, **{key: entry[key] for key in given}}
     _check_settings(name, distribution, settings)
@@ -109,8 +110,8 @@ def _distribution(name: str, entry: Mapping[str, Any]) -> str:
     if "values" in entry:
         return "categorical_w_probabilities" if "probabilities" in entry else "categorical"
     if "min" in entry or "max" in entry:
-        whole = all(type(entry.get(key)) is int for key in ("min", "max"))
-        return "int_uniform" if whole else "uniform"
+        is_integral = all(type(entry.get(key)) is int for key in ("min", "max"))
+        return "int_uniform" if is_integral else "uniform"
     raise ValueError(f"parameter {name}: no value; give value:, values: [...], or min: and max:")
 
 
@@ -162,7 +163,7 @@ def _holds_none(value: Any) -> bool:
 
 
 def _quantised(number: float, q: float) -> float:
-    """The multiple of q nearest to number; an int where q is one."""
+    """Return the multiple of q nearest to number; it is an int if q is one."""
     return round(number / q) * q
 
 

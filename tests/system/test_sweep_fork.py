@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer_folder: Path, make_rows, monkeypatch) -> Path:
     """A real train.py and two YAMLs of runs of 20,000 parameters, LoRA with dropout one of them."""
-    from tests.composer import kit
+    from tests.training import kit
 
     world = kit.make_world(tmp_path, tokenizer_folder, make_rows)
     write_sweep(
