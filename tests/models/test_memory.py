@@ -26,6 +26,7 @@ from foundry_ext.models.memory import (
 from foundry_ext.models.memory import count_layer as count
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.preflight.plan.model import PlannedModel
+from tests.tiers import one_of
 
 ROOT = Path(__file__).parents[2]
 # Small, and of parts that differ, so that one taken for another shows.
@@ -129,7 +130,7 @@ def check(model: PlannedModel, precision: str, tokens: int, checkpointing: bool)
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of(METHODS, "dora"))
 def test_the_peak_is_the_allocators(method: str, precision: str, checkpointing: bool, monkeypatch):
     import foundry_ext.models.loss as loss
     import foundry_ext.models.memory as memory
@@ -191,6 +192,7 @@ print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's counts")
 def test_the_process_grows_by_it():
     """A second witness: the operating system's count of a process of its own."""
@@ -260,7 +262,7 @@ def _largest(size: str, method: str, rank: int, card: float, checkpointing: bool
     return largest_pack(peak, card * GIB)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of(METHODS, "dora"))
 @pytest.mark.parametrize("size", ["smollm2-135m", "smollm2-360m", "smollm2-1.7b"])
 def test_shipped_packs_fit_the_cards_they_are_for(size: str, method: str, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "yamls"))
