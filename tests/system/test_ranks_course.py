@@ -158,7 +158,15 @@ def odd_alone(world, odd, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("num_ranks", "way"), [(2, "ddp"), (3, "ddp"), (4, "ddp"), (4, "fsdp2")])
+@pytest.mark.parametrize(
+    ("num_ranks", "way"),
+    [
+        (2, "ddp"),
+        pytest.param(3, "ddp", marks=SLOW),
+        pytest.param(4, "ddp", marks=SLOW),
+        (4, "fsdp2"),
+    ],
+)
 def test_odd_amounts(world, odd, odd_alone, tmp_path, num_ranks, way):
     runs = odd_runs(world, odd, num_ranks)
     runs = {name: {**one, **sharded(num_ranks, way)} for name, one in runs.items()}
