@@ -51,7 +51,7 @@ test-all: install browser ## these and whole processes, all methods, every bad i
 	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: install ## soaks, fuzzing, dozens of kills, large models: an hour or more
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) --dist loadgroup -m "slow and not gpu"
 
 coverage: install browser ## the lines that `make test-all` runs, those of subprocesses not counted
 	$(PYTEST) -m "not gpu and not slow" --cov=foundry_ext --cov-report=term:skip-covered

@@ -32,7 +32,7 @@ def test_every_test_is_in_a_tier():
     """For each combination of marks one of pytest's and make's expressions holds."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     makefile = (ROOT / "Makefile").read_text()
-    tiers = re.findall(r'^test-\w+:.*\n\t\$\(PYTEST\) -m "(.*)"$', makefile, re.MULTILINE)
+    tiers = re.findall(r'^test-\w+:.*\n\t\$\(PYTEST\).* -m "(.*)"$', makefile, re.MULTILINE)
     assert len(tiers) == 2
     expressions = [options["addopts"][options["addopts"].index("-m") + 1], *tiers, "gpu"]
     for marks in ((), ("more",), ("slow",), ("more", "slow"), ("gpu",), ("gpu", "slow")):
