@@ -140,8 +140,8 @@ def _rates(
     num_tokens, time = workload.num_tokens, spread(samples)
     rates: dict[str, Any] = {
         "microbatches": len(step.batches),
-        "slots": step.num_slots,
-        "fill": num_tokens / step.num_slots,
+        "slots": step.num_computed_tokens,
+        "fill": num_tokens / step.num_computed_tokens,
         "seconds": list(samples),
         "tokens_per_second": num_tokens / time["median"],
         "tokens_per_second_least": num_tokens / time["most"],

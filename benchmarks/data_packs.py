@@ -17,9 +17,9 @@ from benchmarks.packing import make_lengths
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import FEATURES, Documents
 from foundry_ext.packing.algorithm import pack
-from foundry_ext.packing.batch import IGNORE_INDEX
 from foundry_ext.packing.collator import Document, PackCollator
 from foundry_ext.packing.sampler import PackedBatchSampler
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 TOKENS_PER_SECOND = 400_000  # of a GPU step: the aim for 135M on an H200
 
@@ -90,7 +90,7 @@ def naive_collate(documents: Sequence[Document]) -> dict[str, Any]:
     input_ids, labels, positions, ends = [], [], [], [0]
     for document in documents:
         for position, (token, wanted) in enumerate(
-            zip(document.input_ids.tolist(), document.has_loss.tolist(), strict=True)
+            zip(document.input_ids.tolist(), document.loss_mask.tolist(), strict=True)
         ):
             input_ids.append(token)
             positions.append(position)

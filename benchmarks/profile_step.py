@@ -165,7 +165,7 @@ def _row(name: str, step: Step, workload: Any, vocabulary: int) -> dict[str, Any
         "variant": name,
         "title": VARIANTS[name].title,
         "tokens": workload.num_tokens,
-        "slots": step.num_slots,
+        "slots": step.num_computed_tokens,
         "seconds": time,
         "profiled_seconds": profiled,
         "groups": groups,

@@ -18,7 +18,7 @@ from benchmarks.workloads import (
     Batch,
     Workload,
     flattened_batches,
-    num_slots,
+    num_computed_tokens,
     packed_batches,
     padded_batches,
 )
@@ -117,7 +117,7 @@ class Step:
         setup: Setup,
     ):
         self.model, self.optimizer, self.setup = model, optimizer, setup
-        self.num_slots = num_slots(batches)
+        self.num_computed_tokens = num_computed_tokens(batches)
         self.weights = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]  # pyright: ignore
         self.num_loss_tokens = sum(self.weights)
         self.load(batches)

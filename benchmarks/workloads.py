@@ -51,7 +51,7 @@ class Workload:
 
     @property
     def num_loss_tokens(self) -> int:
-        return sum(int(document.has_loss[1:].sum()) for document in self.documents)
+        return sum(int(document.loss_mask[1:].sum()) for document in self.documents)
 
     @property
     def sum_squared_lengths(self) -> int:
@@ -148,7 +148,7 @@ def padded_batches(workload: Workload, rows: int) -> list[Batch]:
 
 def _padded_row(document: Document, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.from_numpy(np.asarray(document.input_ids, dtype=np.int64))
-    labels = ids.where(torch.from_numpy(document.has_loss), -100)
+    labels = ids.where(torch.from_numpy(document.loss_mask), -100)
     labels[0] = -100
     padding = (0, slots - len(ids))
     return F.pad(ids, padding), F.pad(labels, padding, value=-100), F.pad(ids * 0 + 1, padding)
@@ -184,6 +184,6 @@ def flattened_batches(workload: Workload) -> list[Batch]:
     ]
 
 
-def num_slots(batches: Sequence[Batch]) -> int:
+def num_computed_tokens(batches: Sequence[Batch]) -> int:
     """Places for tokens in all batches, filled or not."""
     return sum(batch["input_ids"].numel() for batch in batches)  # pyright: ignore

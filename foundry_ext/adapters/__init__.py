@@ -1,1 +1,1 @@
-"""Fine-tuning methods on peft: LoRA, DoRA, rsLoRA, PiSSA."""
+"""Fine-tuning methods on peft: LoRA, DoRA, rsLoRA and PiSSA."""

@@ -4,17 +4,17 @@ T tokens, I inputs, O outputs, R ranks; W [O, I] frozen, A [R, I], B [O, R], m [
 
     y = g * (W x + s B A x),  g = m / n,  n = row norms of W + s B A, a constant in the gradient
 
-peft 0.16 multiplies A and B with an I x I unit matrix to have B A, adds it to W for the norm, and
-passes five times over [T, O]. Here
+peft 0.16 gets B A by multiplying A and B with an I x I identity, adds it to W for the norm, and
+makes five passes over [T, O]. The expansion used here needs no [O, I] product:
 
     n_i^2 = |W_i|^2 + 2 s <B_i, (W A^T)_i> + s^2 B_i (A A^T) B_i^T
 
-needs no [O, I] product, and g goes into the weights, which autocast has to pass over anyway:
+g is folded into the weights, over which autocast makes a pass anyway:
 
     y = x (g W)^T + (x A^T) (s g B)^T,  dm_i = sum_t dy_ti y_ti / m_i
 
-Nothing is kept between calls. |W_i|^2 could be, but is 0.3 % of the pass, and would be stale after
-a merge. Only the forward pass is replaced: merging, saving and names stay peft's.
+Nothing is cached between calls. |W_i|^2 could be, but it is 0.3 % of the pass, and a merge would
+make it stale. Only the forward pass is replaced: merging, saving and names stay peft's.
 """
 
 from typing import Any
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 
 def use_fast_dora(model: nn.Module) -> None:
-    """Gives every linear with a DoRA adapter the forward pass of this file; in place.
+    """Give every linear with a DoRA adapter the forward pass of this module, in place.
 
-    LoRA layers and adapted embeddings stay as they are. Call it again after adding an adapter.
+    LoRA layers and adapted embeddings do not change. Call it again after adding an adapter.
     """
     for module in model.modules():
         if type(module) is peft_layer.Linear and any(
@@ -38,11 +38,11 @@ def use_fast_dora(model: nn.Module) -> None:
 
 
 class FastDoraLinear(peft_layer.Linear):
-    """peft's linear, whose own forward pass serves whatever `_is_plain` does not know."""
+    """peft's linear with a faster DoRA; cases that `_is_plain` excludes run peft's own forward."""
 
-    # peft's place for this, `lora_variant`, comes after W x: too late for g to go into W.
+    # peft's hook for variants, `lora_variant`, runs after W x, too late to fold g into W.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., I] -> [..., O], in autocast's type where that is on."""
+        """Return [..., O] for x [..., I], in autocast's dtype if autocast is on."""
         if args or kwargs or not _is_plain(self, x):
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
@@ -58,10 +58,10 @@ class FastDoraLinear(peft_layer.Linear):
 
 @torch.no_grad()
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """|W_i + s B_i A| of every row: [O, I], [R, I], [O, R] -> [O], at least in fp32.
+    """Return |W_i + s B_i A| of every row, at least in fp32: [O, I], [R, I], [O, R] -> [O].
 
-    Its error, relative to |W_i|^2 / n_i^2, is fp32's rounding (or TF32's, of the second term, where
-    that is allowed): large only where the adapter nearly cancels a row.
+    The error relative to |W_i|^2 / n_i^2 is fp32's rounding, or TF32's in the second term if TF32
+    is allowed. It is large only if the adapter nearly cancels a row.
     """
     with torch.autocast(weight.device.type, enabled=False):
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -73,9 +73,9 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
 
 
 class _DoraProduct(torch.autograd.Function):
-    """y of the module's docstring, without a gradient of W.
+    """The formula for y in the module's docstring, without a gradient of W.
 
-    The backward pass scales W again rather than keep a copy of it in x's type for every layer.
+    The backward pass scales W again, because saving g W would keep a copy of W in every layer.
     """
 
     @staticmethod
@@ -107,7 +107,7 @@ class _DoraProduct(torch.autograd.Function):
         d_lora_A = (dh_TR.T @ x_TI).to(lora_A.dtype)
         d_lora_B = (scale * gain * (dy_TO.T @ h_TR)).to(lora_B.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        # A magnitude of exactly 0 has no y to tell its gradient from, and gets 0.
+        # With a magnitude of exactly 0, y is 0 and does not determine the gradient; use 0.
         d_magnitude = (dy_TO * y_TO).sum(0, dtype=wide) / magnitude
         d_magnitude = d_magnitude.masked_fill(magnitude == 0, 0).to(magnitude.dtype)
         dx = None
@@ -123,11 +123,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _is_plain(module: peft_layer.Linear, x: Tensor) -> bool:
-    """One trained DoRA adapter on a frozen linear whose parameters are whole tensors of this rank.
+    """Return whether the module is a frozen linear with one DoRA adapter, all of it on this rank.
 
-    Not so: adapters off, merged or mixed; dropout, which peft applies to W x too; sharded weights,
-    which FSDP gathers in the forward pass of the module that holds them; fp16, in which dy * y
-    may underflow.
+    Excluded are adapters that are off, merged or mixed; dropout, which peft applies to W x too;
+    sharded weights, which FSDP gathers in the forward pass of the module that holds them; and fp16,
+    in which dy * y may underflow.
     """
     adapters = module.active_adapters
     if module.disable_adapters or module.merged or len(adapters) != 1:

@@ -1,8 +1,9 @@
-"""The fine-tuning methods compared here: what a `peft_config` means, and what is wrong with it.
+"""The fine-tuning methods that a `peft_config` can name, and checks of its values.
 
-A method is a name, a rank and a scale: LoRA (arXiv 2106.09685) adds `scale * B @ A` to a frozen
-weight, DoRA (arXiv 2402.09353) trains the magnitude of each row besides, rsLoRA (arXiv 2312.03732)
-scales by alpha/sqrt(r) instead of alpha/r. Plain Python over the mapping of a YAML: no torch here.
+A method is a name, a rank and a scale. LoRA (arXiv 2106.09685) adds `scale * B @ A` to a frozen
+weight. DoRA (arXiv 2402.09353) also trains the magnitude of each row. rsLoRA (arXiv 2312.03732)
+scales by alpha/sqrt(r) instead of alpha/r. This module is plain Python over a YAML's mapping and
+needs no torch.
 """
 
 import math
@@ -22,7 +23,7 @@ from foundry_ext.adapters.targets import (
 from foundry_ext.utils.errors import UserError, suggest
 
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # peft's
-_MOST_RANK = 2**13  # SmolLM2's largest matrix has that many rows
+_MAX_RANK = 2**13  # rows of SmolLM2's largest matrix
 _KEYS = frozenset(
     {
         *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
@@ -32,30 +33,30 @@ _KEYS = frozenset(
         *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     }
 )
-_LOST = "would be trained and then missing from Composer's checkpoints; leave it out"
+_LOST = "would be trained but not saved in Composer's checkpoints; leave it out"
 _REFUSED = {
     "modules_to_save": _LOST,
     "trainable_token_indices": _LOST,
-    "lora_bias": "adds a bias that SmolLM2's layers have no place for once merged; leave it out",
-    "fan_in_fan_out": "is for weights stored transposed, which SmolLM2's are not; leave it out",
-    "layer_replication": "would change the model compared; leave it out",
+    "lora_bias": "adds a bias that cannot be merged, because SmolLM2 has no biases; leave it out",
+    "fan_in_fan_out": "is for transposed weights, which SmolLM2 does not have; leave it out",
+    "layer_replication": "changes the model, which makes comparisons unfair; leave it out",
     "use_qalora": "is for GPTQ-quantised models; leave it out",
     **dict.fromkeys(
         ("loftq_config", "eva_config", "corda_config", "megatron_config"),
-        "belongs to an initialisation or a parallelism that is not supported; leave it out",
+        "configures an initialisation or parallelism that is not supported; leave it out",
     ),
 }
-# Known, and without effect unless a refused key is set.
+# Known keys without effect unless a refused key is set.
 _IDLE = frozenset({"bias", "megatron_core", "qalora_group_size", "runtime_config"})
 _INITS = (True, False, "gaussian", "orthogonal", "pissa")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a run trains, as its record, its plots and its YAML's comment name it.
+    """A fine-tuning method, as a run's record and plots show it.
 
-    `rank`, `alpha`, `effective_scale` are those of modules that no pattern changes; `init` is
-    peft's `init_lora_weights`. All but `name` are None for full fine-tuning.
+    `rank`, `alpha` and `effective_scale` hold for modules that no pattern changes. `init` is peft's
+    `init_lora_weights`. All but `name` are None for full fine-tuning.
     """
 
     name: str
@@ -67,10 +68,10 @@ class Method:
     dropout: float | None = None
 
 
-def describe(peft_config: Mapping[str, Any] | None) -> Method:
-    """Names the method of a `peft_config`; None is full fine-tuning.
+def method_of_config(peft_config: Mapping[str, Any] | None) -> Method:
+    """Return the method of a `peft_config`; None is full fine-tuning.
 
-    The name is full, lora, dora, rslora, or dora_rslora where both switches are on.
+    Its name is full, lora, dora, rslora, or dora_rslora if both switches are on.
     """
     if peft_config is None:
         return Method(name="full")
@@ -90,18 +91,18 @@ def describe(peft_config: Mapping[str, Any] | None) -> Method:
 
 
 def with_defaults(peft_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as it is trained: all seven linears where no target is named.
+    """Return the configuration with all seven linears as targets if it names none.
 
     peft's own default for Llama, q_proj and v_proj, learns less at the same rank.
     """
-    filled = dict(peft_config)
-    if filled.get("target_modules") is None:
-        filled["target_modules"] = list(LINEARS)
-    return filled
+    completed = dict(peft_config)
+    if completed.get("target_modules") is None:
+        completed["target_modules"] = list(LINEARS)
+    return completed
 
 
 def scale_of(peft_config: Mapping[str, Any], module: str) -> float:
-    """The factor before `B @ A` in one module, its patterns for rank and alpha included."""
+    """Return the factor before `B @ A` in a module, after rank_pattern and alpha_pattern."""
     rank, alpha = _rank_and_alpha(peft_config)
     rank = _by_pattern(peft_config.get("rank_pattern"), module, rank)
     alpha = _by_pattern(peft_config.get("alpha_pattern"), module, alpha)
@@ -109,41 +110,46 @@ def scale_of(peft_config: Mapping[str, Any], module: str) -> float:
 
 
 def check(peft_config: Mapping[str, Any], module_names: Collection[str]) -> None:
-    """Refuses what would fail late, or never: a misspelt target is silently not trained.
+    """Check a `peft_config` before training.
+
+    Most of these mistakes would fail late, or never: peft does not train a misspelt target and says
+    nothing about it.
 
     Args:
         peft_config: as in the YAML, or as peft saved it.
-        module_names: the model's linear and embedding modules by full name,
-            e.g. model.layers.0.self_attn.q_proj.
+        module_names: full names of the model's linear and embedding modules, such as
+            model.layers.0.self_attn.q_proj.
 
     Raises:
-        UserError: names the key, its value and the way out.
+        UserError: a key or value is not supported.
     """
     _check_keys(peft_config)
     check_numbers(peft_config)
     init = peft_config.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in _INITS:
         raise UserError(
-            f"peft_config.init_lora_weights: {init!r} is not supported, for it changes the base"
-            " model in a way that no checkpoint holds; use true, gaussian, orthogonal or pissa"
+            f"peft_config.init_lora_weights: {init!r} is not supported, because it changes the base"
+            " model and checkpoints do not store that; use true, gaussian, orthogonal or pissa"
         )
     if peft_config.get("bias", "none") != "none":
         raise UserError(
-            f"peft_config.bias: {peft_config['bias']!r}; SmolLM2 has no biases to train, leave"
-            " it out"
+            f"peft_config.bias: {peft_config['bias']!r} is not possible, because SmolLM2 has no"
+            " biases; leave it out"
         )
     targets = matched_modules(peft_config, module_names)
     embedding = any(ending(name) == "embed_tokens" for name in targets)
     if init == "pissa" and (embedding or peft_config.get("use_dora")):
-        beside = "embed_tokens" if embedding else "use_dora"
-        raise UserError(f"peft_config.init_lora_weights: 'pissa' does not go with {beside}")
+        other = "target_modules: embed_tokens" if embedding else "use_dora: true"
+        raise UserError(
+            f"peft_config.init_lora_weights: 'pissa' does not work with {other}; choose one of them"
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (peft_config.get(key) or {}).items():
-            _check_positive(f"{key}.{pattern}", value, whole=key == "rank_pattern")
+            _check_positive(f"{key}.{pattern}", value, integer=key == "rank_pattern")
             if not any(_fits_pattern(pattern, name) for name in targets):
                 raise UserError(
-                    f"peft_config.{key}: {pattern!r} matches none of the modules that"
-                    f" target_modules names; they end in {', '.join(endings(targets))}"
+                    f"peft_config.{key}: {pattern!r} matches none of the target modules, whose"
+                    f" names end in {', '.join(endings(targets))}"
                 )
 
 
@@ -158,32 +164,34 @@ def _check_keys(peft_config: Mapping[str, Any]) -> None:
         value = peft_config.get(key)
         value = getattr(value, "value", value)  # an enumeration in peft's own configurations
         if str(value).upper() != only:
-            raise UserError(
-                f"peft_config.{key}: Only {only} is supported, but got {value}; set it to {only}"
-            )
+            raise UserError(f"peft_config.{key}: {value} is not supported; set it to {only}")
 
 
 def check_numbers(peft_config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a rank, alpha, dropout or switch that cannot be, by its key."""
+    """Check the rank, alpha, dropout and switches of a `peft_config`.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range.
+    """
     rank, alpha = _rank_and_alpha(peft_config)
-    _check_positive("r", rank, whole=True)
-    _check_positive("lora_alpha", alpha, whole=False)
+    _check_positive("r", rank, integer=True)
+    _check_positive("lora_alpha", alpha, integer=False)
     dropout = peft_config.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(
-            f"peft_config.lora_dropout: {dropout!r}; give a probability from 0 to below 1"
+            f"peft_config.lora_dropout: {dropout!r} must be a probability, from 0 to below 1"
         )
     for key in ("use_dora", "use_rslora"):
         if not isinstance(peft_config.get(key, False), bool):
-            raise UserError(f"peft_config.{key}: {peft_config[key]!r}; give true or false")
+            raise UserError(f"peft_config.{key}: {peft_config[key]!r} must be true or false")
 
 
-def _check_positive(key: str, value: Any, *, whole: bool) -> None:
-    kinds = int if whole else int | float
-    below = _MOST_RANK + 1 if whole else math.inf
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < below:
-        kind = f"whole number up to {_MOST_RANK}" if whole else "number"
-        raise UserError(f"peft_config.{key}: {value!r}; give a positive {kind}")
+def _check_positive(key: str, value: Any, *, integer: bool) -> None:
+    types = int if integer else int | float
+    limit = _MAX_RANK + 1 if integer else math.inf
+    if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < limit:
+        wanted = f"an integer from 1 to {_MAX_RANK}" if integer else "a positive number"
+        raise UserError(f"peft_config.{key}: {value!r} must be {wanted}")
 
 
 def _rank_and_alpha(peft_config: Mapping[str, Any]) -> tuple[int, float]:
@@ -195,10 +203,10 @@ def _scale(rank: int, alpha: float, peft_config: Mapping[str, Any]) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    found = (value for pattern, value in (patterns or {}).items() if _fits_pattern(pattern, module))
-    return next(found, default)
+    matches = (value for key, value in (patterns or {}).items() if _fits_pattern(key, module))
+    return next(matches, default)
 
 
 def _fits_pattern(pattern: str, module: str) -> bool:
-    """As peft matches the keys of rank_pattern and alpha_pattern."""
+    """Match a key of rank_pattern or alpha_pattern as peft does."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -1,13 +1,13 @@
-"""PiSSA (arXiv 2404.02948): the adapter starts as a weight's r largest singular directions.
+"""PiSSA (arXiv 2404.02948): an adapter that starts as a weight's r largest singular directions.
 
-The base weight W becomes the residual W - scale * B0 @ A0, which is in no checkpoint of an adapter
-and which a user of the trained adapter does not have. So the initial factors A0 [r, in] and
-B0 [out, r] stay with the model as buffers and go into its checkpoints. From them follow, exactly:
+The base weight W becomes the residual W - scale * B0 @ A0. No adapter checkpoint holds it, and a
+user of the trained adapter does not have it. The initial factors A0 [r, in] and B0 [out, r]
+therefore stay with the model as buffers and go into its checkpoints. They give exactly:
 
-- the residual, whatever the machine that resumes: another one's SVD may turn its vectors;
-- an ordinary LoRA of rank 2r on W itself, for scale * (B @ A - B0 @ A0) is the change of W:
-  A' = [A; A0], B' = [B, -B0];
-- the base model, by putting A0 and B0 in the places of A and B.
+- the residual, even on another machine, whose SVD may rotate the vectors;
+- an ordinary LoRA of rank 2r on W, A' = [A; A0] and B' = [B, -B0], because the change of W is
+  scale * (B @ A - B0 @ A0);
+- the base model, by using A0 and B0 in place of A and B.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _BUFFERS = "lora_initial"  # "lora_" and the adapter's name let Composer's filte
 
 
 class InitialFactors(nn.Module):
-    """A0 [r, in] and B0 [out, r] of one linear."""
+    """Initial factors of one linear: A [r, in] and B [out, r]."""
 
     A: Tensor
     B: Tensor
@@ -38,6 +38,7 @@ class InitialFactors(nn.Module):
 
 
 def is_pissa(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Return whether the model has an adapter initialised by PiSSA."""
     if not isinstance(model, PeftModel):
         return False
     config = model.peft_config[ADAPTER]
@@ -45,10 +46,11 @@ def is_pissa(model: nn.Module) -> TypeGuard[PeftModel]:
 
 
 def remember_initial_factors(model: PeftModel) -> None:
-    """Keeps the factors of a freshly initialised PiSSA adapter as buffers beside it.
+    """Keep the factors of a freshly initialised PiSSA adapter as buffers beside it.
 
     Raises:
-        UserError: a rank above what the decomposition can give, or weights on the meta device.
+        UserError: the rank exceeds the number of singular values, or the weights are on the meta
+            device.
     """
     for name, layer in _layers(model):
         A, B = _factors(layer)
@@ -57,57 +59,59 @@ def remember_initial_factors(model: PeftModel) -> None:
             raise UserError("init_lora_weights: 'pissa' needs the weights; set init_device: cpu")
         if A.shape[0] != rank:
             raise UserError(
-                f"peft_config.r: {rank} is more than the {A.shape[0]} singular values of {name};"
-                " PiSSA needs a smaller rank"
+                f"peft_config.r: {rank} exceeds the {A.shape[0]} singular values of {name}; PiSSA"
+                " needs a smaller rank"
             )
         _keep(layer, A, B)
 
 
 def empty_initial_factors(model: PeftModel) -> None:
-    """Places for the factors that a checkpoint holds, for a model built without decomposing."""
+    """Create buffers to load a checkpoint's factors into, without decomposing the weights."""
     for _, layer in _layers(model):
         A, B = (torch.zeros_like(x) for x in _factors(layer))
         _keep(layer, A, B)
 
 
 def copy_initial_factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A0, B0) of every adapted module, before a checkpoint is loaded over them."""
-    return {name: (kept.A.clone(), kept.B.clone()) for name, _, kept in _remembered(model)}
+    """Return (A0, B0) of every adapted module, before a checkpoint is loaded over them."""
+    return {name: (initial.A.clone(), initial.B.clone()) for name, _, initial in _remembered(model)}
 
 
 @torch.no_grad()
 def correct_residuals(model: PeftModel, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """The residuals that belong to the factors just loaded, where those differ from `before`.
+    """Correct the residuals of modules whose loaded factors differ from those `before` loading.
 
-    On the machine that trained they do not differ, bit for bit, and nothing is changed.
+    On the machine that trained they are equal, bit for bit, and nothing changes.
 
     Raises:
-        UserError: they differ and the weights are sharded already.
+        UserError: they differ, and the weights are sharded already.
     """
-    for name, layer, kept in _remembered(model):
+    for name, layer, initial in _remembered(model):
         A, B = before[name]
-        if torch.equal(A, kept.A) and torch.equal(B, kept.B):
+        if torch.equal(A, initial.A) and torch.equal(B, initial.B):
             continue
         weight = layer.get_base_layer().weight
         if type(weight) is not nn.Parameter or weight.shape != (B.shape[0], A.shape[1]):
             raise UserError(
                 "init_lora_weights: 'pissa' was decomposed differently on the machine that saved"
-                " this checkpoint; under FSDP go on there, or resume without FSDP"
+                " this checkpoint; resume there, or resume without FSDP"
             )
-        weight += layer.scaling[ADAPTER] * (B @ A - kept.B @ kept.A)
+        weight += layer.scaling[ADAPTER] * (B @ A - initial.B @ initial.A)
 
 
 @contextmanager
 def as_plain_lora(model: nn.Module, weights: dict[str, Any] | None) -> Iterator[dict | None]:
-    """While this lasts, a PiSSA adapter's configuration is that of the LoRA it amounts to: doubled
-    ranks on the original base model, alphas that leave the scale as it was.
+    """Present a PiSSA adapter as the equivalent LoRA within the context.
+
+    Its configuration then has doubled ranks on the original base model, and alphas that keep the
+    scale.
 
     Args:
-        model: any; without PiSSA nothing happens.
-        weights: a state dict of it, None for its own.
+        model: any model; without PiSSA nothing happens.
+        weights: its state dict, or None to use the model's own.
 
     Yields:
-        The weights to be saved with that configuration.
+        The weights to save with that configuration.
     """
     if not is_pissa(model):
         yield weights
@@ -134,14 +138,14 @@ def _plain_config(config: LoraConfig) -> LoraConfig:
 
 
 def _joined_factors(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A' = [A; A0], B' = [B, -B0] in the places of A and B."""
+    """Return the weights with A' = [A; A0] and B' = [B, -B0] in place of A and B."""
     joined = {}
     for name, weight in weights.items():
         if f".{_BUFFERS}.{ADAPTER}." in name:
             continue
         for side, dim, sign in (("A", 0, 1), ("B", 1, -1)):
-            module, found, _ = name.partition(f".lora_{side}.{ADAPTER}.weight")
-            if found:
+            module, is_factor, _ = name.partition(f".lora_{side}.{ADAPTER}.weight")
+            if is_factor:
                 initial = weights[f"{module}.{_BUFFERS}.{ADAPTER}.{side}"]
                 weight = torch.cat([weight, sign * initial], dim=dim)
         joined[name] = weight
@@ -150,7 +154,7 @@ def _joined_factors(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
-    """The base model as it was before training, for as long as this lasts.
+    """Turn the model into its base model within the context.
 
     With PiSSA, `disable_adapter` alone would leave the residual.
     """
@@ -158,19 +162,19 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
-    places = [
-        (x, x.data, y)
-        for _, layer, kept in _remembered(model)
-        for x, y in zip(_factors(layer), (kept.A, kept.B), strict=True)
+    factors = [
+        (parameter, parameter.data, start)
+        for _, layer, initial in _remembered(model)
+        for parameter, start in zip(_factors(layer), (initial.A, initial.B), strict=True)
     ]
     try:
-        for parameter, _, initial in places:
-            parameter.data = initial
-        # Autocast keeps a parameter's cast by its identity, and would go on with the other factors.
+        for parameter, _, start in factors:
+            parameter.data = start
+        # Autocast caches casts by a parameter's identity, and would keep using the other factors.
         torch.clear_autocast_cache()
         yield
     finally:
-        for parameter, trained, _ in places:
+        for parameter, trained, _ in factors:
             parameter.data = trained
         torch.clear_autocast_cache()
 

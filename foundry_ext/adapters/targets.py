@@ -1,6 +1,6 @@
-"""Which modules `target_modules` means, by peft's rules, and what it should not mean.
+"""The modules that `target_modules` selects, by peft's rules, and checks of the selection.
 
-peft says nothing of an entry that matches no module as long as another one does.
+peft reports an entry that matches no module only if no other entry matches either.
 """
 
 import re
@@ -14,67 +14,76 @@ ALL_LINEAR = "all-linear"
 
 
 def matched_modules(peft_config: Mapping[str, Any], module_names: Collection[str]) -> list[str]:
-    """The modules that get an adapter, by peft's rules: a list of names or endings, a regular
-    expression for whole names, or "all-linear", which leaves out the head.
+    """Return the modules that get an adapter.
+
+    Args:
+        peft_config: its `target_modules` is a list of names or endings, a regular expression that
+            must match a full name, or "all-linear", which leaves out the head.
+        module_names: full names of the model's linear and embedding modules.
 
     Raises:
-        UserError: something named matches nothing, or the head is matched.
+        UserError: an entry matches nothing, or the head is matched.
     """
     targets = peft_config.get("target_modules")
     targets = LINEARS if targets is None else targets
     matched = _select("target_modules", targets, module_names)
     excluded = peft_config.get("exclude_modules")
     if excluded:
-        left_out = set(_select("exclude_modules", excluded, module_names))
-        matched = [name for name in matched if name not in left_out]
+        unwanted = set(_select("exclude_modules", excluded, module_names))
+        matched = [name for name in matched if name not in unwanted]
     layers = peft_config.get("layers_to_transform")
     if layers is not None and layers != []:
         matched = _in_layers(peft_config, matched, {layers} if isinstance(layers, int) else layers)
     if any(ending(name) == "lm_head" for name in matched):
         raise UserError(
-            "peft_config.target_modules: lm_head is tied to the embedding and its loss does not run"
-            " through an adapter; leave it out"
+            "peft_config.target_modules: lm_head cannot have an adapter, because the loss uses its"
+            " weight directly and it is tied to the embedding; leave it out"
         )
     if not matched:
         raise UserError(
-            f"peft_config.exclude_modules: {shown(excluded)} leaves nothing of target_modules"
+            f"peft_config.exclude_modules: {shown(excluded)} excludes all target modules; exclude"
+            " fewer"
         )
     return matched
 
 
 def _select(key: str, wanted: Any, names: Collection[str]) -> list[str]:
-    """The names that a list of endings or a regular expression means; nothing in it idle."""
+    """Return the names that a list of endings or a regular expression selects.
+
+    Raises:
+        UserError: the expression, or an entry of the list, selects nothing.
+    """
     known = ", ".join(endings(names))
     if isinstance(wanted, str):
         if key == "target_modules" and wanted.lower() == ALL_LINEAR:
             return [name for name in names if ending(name) not in ("lm_head", "embed_tokens")]
         try:
-            found = [name for name in names if re.fullmatch(wanted, name)]
+            matched = [name for name in names if re.fullmatch(wanted, name)]
         except re.error as error:
             raise UserError(
-                f"peft_config.{key}: {wanted!r} is no regular expression: {error}"
+                f"peft_config.{key}: {wanted!r} is not a valid regular expression: {error}"
             ) from error
-        if not found:
+        if not matched:
             raise UserError(
-                f"peft_config.{key}: the regular expression {wanted!r} matches no whole module"
-                f" name, such as {next(iter(names), '')}; modules end in {known}"
+                f"peft_config.{key}: the regular expression {wanted!r} matches no full module name,"
+                f" such as {next(iter(names), '')}; module names end in {known}"
             )
-        return found
+        return matched
     if not isinstance(wanted, Iterable) or not wanted:
         raise UserError(
-            f"peft_config.{key}: {wanted!r}; give a list of module names, a regular expression or"
+            f"peft_config.{key}: {wanted!r} must be a list of module names, a regular expression or"
             f" {ALL_LINEAR}"
         )
-    found = set()
+    selected = set()
     for entry in wanted:
-        ends = [name for name in names if name == entry or name.endswith(f".{entry}")]
-        if not ends:
+        matched = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        if not matched:
             hint = suggest(entry, endings(names))
             raise UserError(
-                f"peft_config.{key}: {entry!r} matches no module{hint}; modules end in {known}"
+                f"peft_config.{key}: {entry!r} matches no module{hint}; module names end in {known}"
             )
-        found.update(ends)
-    return [name for name in names if name in found]
+        selected.update(matched)
+    return [name for name in names if name in selected]
 
 
 def _in_layers(
@@ -82,35 +91,39 @@ def _in_layers(
 ) -> list[str]:
     patterns = peft_config.get("layers_pattern") or r"[^.]*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    numbered = {}
+    by_layer = {}
     for name in matched:
-        found = (re.match(rf".*\.{pattern}\.(\d+)\.", name) for pattern in patterns)
-        index = next((match for match in found if match), None)
-        if index:
-            numbered.setdefault(int(index[1]), []).append(name)
-    missing = [layer for layer in layers if layer not in numbered]
+        matches = (re.match(rf".*\.{pattern}\.(\d+)\.", name) for pattern in patterns)
+        match = next(filter(None, matches), None)
+        if match:
+            by_layer.setdefault(int(match[1]), []).append(name)
+    missing = [layer for layer in layers if layer not in by_layer]
     if missing:
         raise UserError(
-            f"peft_config.layers_to_transform: no target module in layer {missing[0]}; there are"
-            f" layers {shown(sorted(numbered))}"
+            f"peft_config.layers_to_transform: no target module in layer {missing[0]}; layers with"
+            f" target modules are {shown(sorted(by_layer))}"
         )
-    kept = {name for layer in layers for name in numbered[layer]}
-    return [name for name in matched if name in kept]
+    selected = {name for layer in layers for name in by_layer[layer]}
+    return [name for name in matched if name in selected]
 
 
 def ending(name: str) -> str:
+    """Return the last part of a dotted name: q_proj of model.layers.0.self_attn.q_proj."""
     return name.rpartition(".")[2]
 
 
 def endings(names: Iterable[str]) -> list[str]:
+    """Return the distinct endings of module names, in order."""
     return in_order({ending(name) for name in names})
 
 
 def in_order(targets: Iterable[str]) -> list[str]:
-    """As the layer computes them, then others by name: peft keeps a set, whose order varies."""
+    """Return targets in the order a layer computes them, then others by name."""
+    # peft keeps a set, whose order varies between processes.
     order = {name: index for index, name in enumerate(LINEARS)}
     return sorted(targets, key=lambda name: (order.get(name, len(order)), name))
 
 
 def shown(value: Any) -> str:
+    """Return a value as an error shows it: lists without brackets."""
     return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)

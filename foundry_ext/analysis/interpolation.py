@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from foundry_ext.checkpoints.loading import load_tokenizer
-from foundry_ext.evaluation.config import SetSettings
+from foundry_ext.evaluation.config import EvalSetConfig
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import changes
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
@@ -24,7 +24,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def measure_line(
     base: SmolLM2ForCausalLM,
     tuned: SmolLM2ForCausalLM,
-    settings: Sequence[SetSettings],
+    settings: Sequence[EvalSetConfig],
     folder: Path,
     base_name: str,
     alphas: Sequence[float] = ALPHAS,

@@ -37,7 +37,7 @@ from foundry_ext.checkpoints.loading import (
     recorded_base,
 )
 from foundry_ext.checkpoints.merge import lora_layers, merge_weights, merged_weight
-from foundry_ext.evaluation.config import SetSettings
+from foundry_ext.evaluation.config import EvalSetConfig
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import write_text
 from foundry_ext.utils.errors import UserError
@@ -71,11 +71,11 @@ class Change:
     values: Tensor | None = None
 
 
-def analyse(
-    path: Path,
+def analyse_weights(
+    path: Path | str,
     *,
     base: str | None = None,
-    sets: Sequence[SetSettings] | None = None,
+    sets: Sequence[EvalSetConfig] | None = None,
 ) -> dict[str, Any]:
     """Everything that `foundry-ext analyse` writes.
 
@@ -88,6 +88,7 @@ def analyse(
     Raises:
         UserError: nothing to analyse, no base model, or one of another shape.
     """
+    path = Path(path)
     with as_folder(path) as folder:
         name = base_name(folder, base if base or is_adapter(folder) else recorded_base(path))
         tuned = load_tuned(folder, name, SmolLM2ForCausalLM)

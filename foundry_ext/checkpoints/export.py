@@ -97,7 +97,7 @@ def _name_the_hub(path: str) -> None:
         ) from error
 
 
-def export_checkpoint(checkpoint: Path, out: Path) -> Path:
+def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
     """Writes a Composer checkpoint as a folder that stock transformers, or peft, loads.
 
     A full model becomes config.json and model.safetensors in fp32 (config says LlamaForCausalLM);
@@ -116,6 +116,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
         ValueError: not a whole checkpoint of a smollm2_packed model, `out` in use, or weights that
             do not fit the saved configuration.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
     refuse_folder_in_use(out)
     state = _load_state(checkpoint)
     try:

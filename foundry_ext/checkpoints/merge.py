@@ -74,9 +74,9 @@ class LogitDifference:
     argmax_agreement: float
 
 
-def merge(
-    adapter: Path,
-    out: Path,
+def merge_adapter(
+    adapter: Path | str,
+    out: Path | str,
     *,
     base: str | None = None,
     dtype: str = "float32",
@@ -100,6 +100,7 @@ def merge(
     Raises:
         UserError: no adapter, one that cannot be merged, or a difference past the tolerance.
     """
+    adapter, out = Path(adapter), Path(out)
     refuse_folder_in_use(out)
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")
@@ -109,7 +110,7 @@ def merge(
     certificate: dict[str, Any] = {
         "schema_version": 1,
         "base": name,
-        "method": methods.describe(model.peft_config["default"].to_dict()).name,
+        "method": methods.method_of_config(model.peft_config["default"].to_dict()).name,
         "dtype": dtype,
         "tolerance": allowed,
         "text": {"tokens": sum(len(ids[0]) for ids in windows), "built_in": text == TEXT},

@@ -13,21 +13,22 @@ from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wa
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
 COMMANDS = {
-    "inspect": "one HTML page of the first packs, exactly as the model gets them",
-    "plan": "what a run would do: steps, tokens, memory, time; nothing is trained",
-    "verify": "a few steps: packed is unpacked, resumed is uninterrupted, or where it parts",
-    "check-fair": "name every difference between runs that are meant to differ by method alone",
-    "sweep": "run a W&B sweep file here, without a server",
-    "compare": "learning, forgetting and cost of runs: comparison.md, one HTML page, plots",
-    "eval": "learning and forgetting of a checkpoint, a model or an adapter",
+    "inspect": "write an HTML page of the first packs as the model sees them",
+    "plan": "estimate steps, tokens, memory and time of a run; nothing is trained",
+    "verify": "train a few steps and check that packing and resumption change nothing",
+    "check-fair": "name every difference between runs that should differ by method only",
+    "sweep": "run a W&B sweep file on this machine, without a server",
+    "compare": "compare runs: learning, forgetting and cost as comparison.md, an HTML page, plots",
+    "eval": "measure learning and forgetting of a checkpoint, a model or an adapter",
     "tasks": "write evaluation tasks as JSONL, from the hub or a local file",
-    "analyse": "rank of the weight change, intruder dimensions, the line from base to tuned",
-    "merge": "an adapter merged into its base model, with a certificate",
+    "analyse": "measure rank and intruder dimensions of the weight change",
+    "merge": "merge an adapter into its base model, with a certificate",
     "export": "write a Composer checkpoint as a Hugging Face model or peft adapter",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit code; 2 for a mistake of the user."""
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     parser, chosen = build_parser(argv[0])
     arguments = parser.parse_args(argv)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(error: Exception) -> str:
-    """Return the error on one line; a failed download's is cut, as it tells its whole history."""
+    """Return the error on one line, with the long history of a failed download cut."""
     text = one_line(error)
     if isinstance(error, OSError) and "huggingface.co" in text:
         cause = shorten(text, 200, placeholder=" ...")
@@ -56,14 +57,16 @@ def describe(error: Exception) -> str:
 
 
 def build_parser(command: str) -> tuple[argparse.ArgumentParser, ModuleType | None]:
-    """The parser with the arguments of `command` alone, and that command's module."""
+    """Return a parser with the arguments of `command` only, and the module of that command."""
     parser = argparse.ArgumentParser(prog="foundry-ext")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = None
     for name, summary in COMMANDS.items():
         subparser = subcommands.add_parser(name, help=summary, description=summary)
-        subparser.add_argument("--traceback", action="store_true", help="of every error")
+        subparser.add_argument(
+            "--traceback", action="store_true", help="show the traceback of an error"
+        )
         if name == command:
             chosen = importlib.import_module(f"foundry_ext.cli.commands.{name.replace('-', '_')}")
             chosen.add_arguments(subparser)

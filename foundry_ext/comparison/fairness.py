@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foundry_ext.adapters.methods import check_numbers, describe
+from foundry_ext.adapters.methods import check_numbers, method_of_config
 
 ABSENT = "(absent)"
 _METHOD_KEYS = {"peft_type", "task_type", "use_dora", "use_rslora", "init_lora_weights"}
@@ -76,7 +76,9 @@ def differences(
             found.append(Difference(key, values))
     found += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
     adapted = {name: config for name, config in configs.items() if name in adapters}
-    found += _unequal_sets(adapted, f"{_ADAPTER}.r", lambda config: describe(_adapter(config)).rank)
+    found += _unequal_sets(
+        adapted, f"{_ADAPTER}.r", lambda config: method_of_config(_adapter(config)).rank
+    )
     found += _unequal_grids(configs)
     return [one for one in found if not any(_is_below(one.key, key) for key in allow)]
 
@@ -105,7 +107,7 @@ def check_sections(name: str, config: Mapping[str, Any]) -> None:
 
 def method(config: Mapping[str, Any]) -> str:
     """full, lora, dora or rslora, and what else is its own: "lora pissa", "lora lora+"."""
-    described = describe(_adapter(config))
+    described = method_of_config(_adapter(config))
     marks = [] if described.init in (True, None) else [str(described.init).lower()]
     if any("lora_" in str(group.get("param_str_match")) for group in _groups(config)):
         marks.append("lora+")
@@ -116,7 +118,7 @@ def by_design(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """One line: the methods, their learning rates and effective scales."""
     methods: dict[str, list[str]] = {}
     for config in configs.values():
-        described = describe(_adapter(config))
+        described = method_of_config(_adapter(config))
         setting = f"lr {_text((config.get('optimizer') or {}).get('lr'))}"
         if described.effective_scale is not None:
             setting += f", r {described.rank}, scale {described.effective_scale:g}"

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.comparison import fairness, wandb_runs
-from foundry_ext.records.record import items_path, read_items, read_record
+from foundry_ext.records.record import RECORD_NAME, items_path, read_items, read_record
 
-RECORD_NAME = "record.json"
 ANALYSIS_NAME = "analysis.json"
 _DIVERGED = "diverged: a loss that is not a number"
 _NAMES = {"full": "full", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}

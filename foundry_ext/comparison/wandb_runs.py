@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.records.record import items_path, read_record
+from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 
-RECORD_NAME = "record.json"
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 
 

@@ -1,7 +1,7 @@
-"""YAML files and `key=value` overrides -> checked configurations, before the slow imports.
+"""YAML files and `key=value` overrides to checked configurations, before the slow imports.
 
-Importing llm-foundry takes some 15 seconds, so everything a look at the text can settle is settled
-here, with omegaconf alone. Every complaint is a UserError that reads
+Importing llm-foundry takes some 15 seconds, so everything that can be checked from the text is
+checked here, with omegaconf alone. Every error is a UserError that reads
 `<file or override>: <what>, <value>; <way out>`.
 """
 
@@ -28,12 +28,12 @@ UsageError = UserError
 
 
 def first_line(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message without the lines that repeat key and type."""
+    """Return OmegaConf's message without the lines that repeat key and type."""
     return (error.msg or str(error)).strip().partition("\n")[0]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """`a.yaml config=b.yaml seed=1` -> ([a.yaml, b.yaml], ['seed=1'])."""
+    """Split `a.yaml config=b.yaml seed=1` into ([a.yaml, b.yaml], ['seed=1'])."""
     files: list[Path] = []
     overrides: list[str] = []
     for argument in arguments:
@@ -56,9 +56,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
-    """The file with its overrides merged in, each key and reference checked.
+    """Return the file with its overrides merged in and every key and reference checked.
 
-    Under a sweep, and unless run_name is overridden, run_name says the overrides too.
+    Under a sweep the overrides become part of run_name, unless run_name is overridden itself.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` texts, applied in order.
+
+    Raises:
+        UserError: the file or an override is wrong; names it and the way out.
     """
     config = _read_yaml(path)
     given: dict[str, Any] = {}
@@ -76,7 +83,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def record_path(config: DictConfig) -> Path | None:
-    """Where the run's record goes; None where the YAML has no run_record callback."""
+    """Return the path of the run's record, or None if the YAML has no run_record callback."""
     path = OmegaConf.select(config, "callbacks.run_record.path", default=None)
     return Path(str(path).replace("{run_name}", str(config.get("run_name")))) if path else None
 
@@ -84,7 +91,7 @@ def record_path(config: DictConfig) -> Path | None:
 def check_several(
     files: Sequence[Path], configs: Sequence[DictConfig], overrides: Sequence[str]
 ) -> None:
-    """Refuse runs that would write over, or resume from, one another."""
+    """Refuse runs that would overwrite, or resume from, one another."""
     for override in overrides:
         key = override.partition("=")[0]
         if key in ("run_name", "save_folder"):
@@ -137,7 +144,7 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _near_files(path: Path) -> str:
-    """Files of a similar name beside the missing one, or under yamls/."""
+    """Return files with a similar name, beside the missing one or under yamls/, as a hint."""
     beside = path.parent.iterdir() if path.parent.is_dir() else []
     found = sorted({*beside, *Path("yamls").rglob("*")})
     found = [file for file in found if file.suffix in SUFFIXES]
@@ -147,9 +154,10 @@ def _near_files(path: Path) -> str:
 
 
 def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
-    """`optimizer.lr=1e-4` set in config, with the dotted key and the value it set.
+    """Set `optimizer.lr=1e-4` in the configuration; return its dotted key and value.
 
-    Where the path or the kind does not fit, complain.
+    Raises:
+        UserError: the path or the kind of the value does not fit.
     """
     key, _, text = override.partition("=")
     parts = key.replace("[", ".").replace("]", "").split(".")
@@ -188,7 +196,7 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
 
 
 def _check_variable(config: DictConfig, override: str, parts: Sequence[str]) -> None:
-    """Refuses a variable that nothing reads: the run would be one with the values of the file."""
+    """Refuse a variable that nothing reads, because the run would silently ignore it."""
     if parts[0] != "variables" or len(parts) < 2:
         return
     known = list(map(str, config.get("variables") or {}))
@@ -238,7 +246,7 @@ def _check_values(path: Path, config: DictConfig) -> None:
 
 
 def _known_names(config: DictConfig, error: OmegaConfBaseException) -> str:
-    """`known: low, middle, high` for a name that a mapping such as a grid does not have."""
+    """Return `known: low, middle, high` for a name that a mapping, such as a grid, lacks."""
     _, found, rest = first_line(error).partition("Interpolation key '")
     above, _, name = rest.partition("'")[0].rpartition(".")
     siblings = OmegaConf.select(config, above, throw_on_missing=False) if found and above else None
@@ -263,8 +271,10 @@ def _check_microbatch(path: Path, config: DictConfig) -> None:
 
 
 def _check_compile(path: Path, config: DictConfig) -> None:
-    """Compiled code is for one shape: packs that differ would be compiled for, one after another,
-    until torch gives up."""
+    """Refuse compilation without packs of one shape.
+
+    Packs of different shapes would be compiled one after another until torch gives up.
+    """
     scope = OmegaConf.select(config, "model.compile", default="none")
     fixed = OmegaConf.select(config, "train_loader.dataset.fixed_shape", default=False)
     if _is_packed(config) and scope != "none" and not fixed:

@@ -1,8 +1,9 @@
-"""The name of one run of a sweep: its YAML's run_name and what the sweep varies.
+"""Names of a sweep's runs: the YAML's run_name and the settings that the sweep varies.
 
-`wandb agent` starts every run of a sweep with the same YAML and other overrides; with the YAML's
-own run_name they would share a folder. Under a sweep the name says the overrides too: run_name lora
-with seed=17 variables.learning_rate=low becomes lora-seed_17-learning_rate_low.
+`wandb agent` starts every run of a sweep with the same YAML and different overrides. With the
+YAML's own run_name all of them would share a folder. Under a sweep the name therefore contains the
+overrides: run_name lora with seed=17 variables.learning_rate=low becomes
+lora-seed_17-learning_rate_low.
 """
 
 import hashlib
@@ -20,14 +21,15 @@ LONGEST = 100
 
 
 def under_sweep() -> bool:
+    """Return whether `wandb agent` or `foundry-ext sweep` started this process."""
     return any(os.environ.get(name) for name in SWEEP_VARIABLES)
 
 
 def sweep_run_name(base: str, settings: Mapping[str, Any]) -> str:
-    """`base` and the settings {dotted key: value}, in the order of their keys; safe as a file name.
+    """Return `base` and the settings {dotted key: value}, sorted by key; safe as a file name.
 
-    Two different settings have different names: where characters are replaced or cut, a hash of the
-    whole is appended.
+    Different settings give different names: if characters were replaced or cut, a hash of the full
+    name is appended.
     """
     flat = sorted(pair for key, value in settings.items() for pair in leaves(value, key))
     if not flat:
@@ -43,7 +45,7 @@ def sweep_run_name(base: str, settings: Mapping[str, Any]) -> str:
 
 
 def _shortest(keys: Sequence[str]) -> list[str]:
-    """Each dotted key cut to its last names, as many as tell it from the others."""
+    """Cut each dotted key to its last parts, as many as distinguish it from the others."""
     found = []
     for key in keys:
         parts = key.split(".")
@@ -57,7 +59,7 @@ def _shortest(keys: Sequence[str]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """One spelling of a number, whoever wrote it: 3.0 and 3, 1e-4 and 0.0001."""
+    """Return one spelling of a number: 3 for 3.0, 0.0001 for 1e-4."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     return str(value)

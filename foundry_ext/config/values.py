@@ -1,5 +1,4 @@
-"""Values of a run's YAML that cannot be: found at once, not after 20 seconds of imports, and not by
-an exception of whoever computes with them first."""
+"""Validates YAML values before the slow imports."""
 
 import math
 import re
@@ -9,7 +8,7 @@ from typing import Any
 from foundry_ext.utils.nested import get
 from foundry_ext.utils.redaction import is_secret_name, redact
 
-# Beyond the largest ones something would run out of memory before it could say so.
+# Beyond the upper bounds memory runs out before an error can be shown.
 _WHOLE = {
     "max_seq_len": (2, 2**24),
     "global_train_batch_size": (1, 2**20),
@@ -25,15 +24,15 @@ _TIMES = ("max_duration", "eval_interval", "save_interval", "scheduler.t_warmup"
 _HUB = ("token", "use_auth_token")
 _UNITS = ("ep", "ba", "sp", "tok", "dur", "iter", "sec")
 _TIME = re.compile(rf"(.+?)({'|'.join(_UNITS)})", re.IGNORECASE)
-# What documents a loader reads; two loaders with the same ones read the same.
+# Keys that decide which documents a loader reads.
 _SOURCE = ("hf_name", "split", "hf_kwargs", "holdout", "datasets", "remote", "local", "streams")
 
 
 def find_fault(config: dict[str, Any]) -> str | None:
-    """`key, value, is no ...; way out` of the first value that cannot be, or None.
+    """Return `key, value, must be ...; way out` for the first invalid value, or None.
 
     Args:
-        config: resolved.
+        config: the resolved configuration.
     """
     return next(_faults(config), None)
 
@@ -42,27 +41,27 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     for key in _SECTIONS:
         section = get(config, key)
         if section is not None and not isinstance(section, dict):
-            yield f"{key}, {section!r}, is no mapping; write its settings below it, one a line"
-            return  # others would be looked for in it
+            yield f"{key}, {section!r}, must be a mapping; write its settings below it"
+            return  # the other checks look for keys in it
     for key, (least, most) in _WHOLE.items():
         value = get(config, key)
         if value is None or (key == "device_train_microbatch_size" and value == "auto"):
             continue
         if type(value) is not int or not least <= value <= most:
-            yield f"{key}, {value!r}, is no whole number from {least} to {most}; give one"
+            yield f"{key}, {value!r}, must be a whole number from {least} to {most}"
     rate = get(config, "optimizer.lr")
     is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
     if rate is not None and not (is_number and math.isfinite(rate) and rate >= 0):
-        yield f"optimizer.lr, {rate!r}, is no number from 0 on; give one, such as 1.0e-4"
+        yield f"optimizer.lr, {rate!r}, must be a number from 0 on, such as 1.0e-4"
     precision = config.get("precision")
     if precision is not None and precision not in _PRECISIONS:
-        yield f"precision, {precision!r}, is none of {', '.join(_PRECISIONS)}; choose one"
+        yield f"precision, {precision!r}, must be one of {', '.join(_PRECISIONS)}"
     for key in _TIMES:
         value = get(config, key)
         if value is not None and not _is_time(value):
             yield (
-                f"{key}, {value!r}, is no time; write a whole number and a unit, such as 3ep or"
-                f" 100ba, or a part of the whole, such as 0.1dur (units: {', '.join(_UNITS)})"
+                f"{key}, {value!r}, must be a time: a whole number and a unit, such as 3ep or"
+                f" 100ba, or a part of the duration, such as 0.1dur (units: {', '.join(_UNITS)})"
             )
         elif value is not None and _number(value) < 0:
             yield f"{key}, {value!r}, is below 0; give a time from 0 on"
@@ -73,13 +72,13 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
             " out save_folder to train without checkpoints"
         )
     if _in_parts(evaluates) and _number(evaluates) == 0:
-        yield f"eval_interval, {evaluates!r}, is no interval; give one, or 0 to never evaluate"
+        yield f"eval_interval, {evaluates!r}, must be an interval above 0, or 0 to never evaluate"
     duration = get(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
     kwargs = get(config, "tokenizer.kwargs")
     for key, value in kwargs.items() if isinstance(kwargs, dict) else ():
-        # Those of the hub are not written down; most tokens of a tokenizer are text.
+        # Keys of the hub are not saved; most tokens of a tokenizer are text, not secrets.
         is_secret = not str(key).endswith("token") or (key not in _HUB and redact(value) != value)
         if is_secret_name(str(key)) and is_secret and value:
             yield (
@@ -90,19 +89,20 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_time(value: Any) -> bool:
-    """Composer counts whole batches or epochs; of the duration alone there are parts."""
+    """Return whether Composer accepts the time: whole units, or a fraction of the duration."""
     number = _number(value)
     return not isinstance(value, bool) and (number.is_integer() or _in_parts(value))
 
 
 def _in_parts(value: Any) -> bool:
+    """Return whether the time is a fraction of the duration, such as 0.1dur."""
     return (
         isinstance(value, str) and value.lower().endswith("dur") and math.isfinite(_number(value))
     )
 
 
 def _number(value: Any) -> float:
-    """Of a time, in whichever unit; not a number where it is none."""
+    """Return the number of a time, in whatever unit; NaN if it is not a time."""
     if isinstance(value, int | float):
         return float(value)
     found = _TIME.fullmatch(value) if isinstance(value, str) else None
@@ -113,7 +113,7 @@ def _number(value: Any) -> float:
 
 
 def _rows(config: dict[str, Any]) -> Iterator[str]:
-    """None to train on; or evaluation on the same ones, which measures memory and no learning."""
+    """Yield faults of the data: none to train on, or evaluation on the training data."""
     train = get(config, "train_loader.dataset")
     loaders = config.get("eval_loader")
     if not str(get(config, "train_loader.name")).startswith("packed_"):

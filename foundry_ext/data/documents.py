@@ -22,6 +22,8 @@ class Outcome(IntEnum):
     DROPPED_EMPTY = 5
 
 
+# Caches on disk hold these column names: has_loss is a document's loss_mask, num_cut its
+# num_truncated_tokens.
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -32,19 +34,21 @@ FEATURES = datasets.Features(
 )
 
 
-def count_outcomes(outcomes: NDArray[np.integer], num_cut: NDArray[np.integer]) -> dict[str, int]:
+def count_outcomes(
+    outcomes: NDArray[np.integer], num_truncated_tokens: NDArray[np.integer]
+) -> dict[str, int]:
     """{"kept": 3, "truncated": 1, ..., "tokens_cut": 9}."""
     counts = np.bincount(outcomes, minlength=len(Outcome)).tolist()
     named = {kind.name.lower(): counts[kind] for kind in Outcome}
-    return {**named, "tokens_cut": int(num_cut.sum())}
+    return {**named, "tokens_cut": int(num_truncated_tokens.sum())}
 
 
 class Documents:
     """Random access to token ids and loss flags, straight from the Arrow files' pages.
 
-    `lengths` [n] int32, 0 for a dropped one; `outcomes` [n] int8, of `Outcome`; `num_cut` [n]
-    int32, tokens that are left out of the document or with it; `counts` maps each `Outcome`'s name
-    in lower case, and `tokens_cut`, to how many there are.
+    `lengths` [n] int32, 0 for a dropped one; `outcomes` [n] int8, of `Outcome`;
+    `num_truncated_tokens` [n] int32, tokens that are left out of the document or with it; `counts`
+    maps each `Outcome`'s name in lower case, and `tokens_cut`, to how many there are.
     """
 
     def __init__(self, table: datasets.Dataset, *, fingerprint: str | None = None):
@@ -71,8 +75,10 @@ class Documents:
                 offsets[1:], offsets[:-1], out=self.lengths[start : start + len(offsets) - 1]
             )
         self.outcomes = np.asarray(table.data.column("outcome").to_numpy(), dtype=np.int8)
-        self.num_cut = np.asarray(table.data.column("num_cut").to_numpy(), dtype=np.int32)
-        self.counts = count_outcomes(self.outcomes, self.num_cut)
+        self.num_truncated_tokens = np.asarray(
+            table.data.column("num_cut").to_numpy(), dtype=np.int32
+        )
+        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens)
         if fingerprint is not None:
             self.fingerprint = fingerprint
 
@@ -96,7 +102,7 @@ class Documents:
             documents.append(
                 Document(
                     input_ids=ids[ids_at[row] : ids_at[row + 1]],
-                    has_loss=flags[flags_at[row] : flags_at[row + 1]],
+                    loss_mask=flags[flags_at[row] : flags_at[row + 1]],
                 )
             )
         return documents

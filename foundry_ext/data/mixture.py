@@ -39,7 +39,9 @@ class Part:
         return {
             "documents": int(np.count_nonzero(documents.lengths[chosen])),
             "tokens": int(documents.lengths[chosen].sum()),
-            "counts": count_outcomes(documents.outcomes[chosen], documents.num_cut[chosen]),
+            "counts": count_outcomes(
+                documents.outcomes[chosen], documents.num_truncated_tokens[chosen]
+            ),
         }
 
 
@@ -119,8 +121,8 @@ class MixedDocuments:
         self._row = np.concatenate([part.chosen for part in parts])
         self.lengths = self._gathered("lengths")
         self.outcomes = self._gathered("outcomes")
-        self.num_cut = self._gathered("num_cut")
-        self.counts = count_outcomes(self.outcomes, self.num_cut)
+        self.num_truncated_tokens = self._gathered("num_truncated_tokens")
+        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens)
 
     def _gathered(self, name: str) -> NDArray[np.integer]:
         return np.concatenate([getattr(part.documents, name)[part.chosen] for part in self.parts])

@@ -15,7 +15,7 @@ class Tokens(NamedTuple):
     """Of a row, before any cut: ids [L] int32, and which of them are to be predicted [L] bool."""
 
     input_ids: NDArray[np.int32]
-    has_loss: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
 
 
 class Record(NamedTuple):
@@ -23,7 +23,7 @@ class Record(NamedTuple):
 
     tokens: Tokens
     outcome: Outcome
-    num_cut: int = 0
+    num_truncated_tokens: int = 0
     """Tokens that are left out of the document or with it."""
 
 
@@ -59,31 +59,33 @@ def to_records(index: int, tokens: Tokens, limit: int, overlong: str) -> Iterato
 
 
 def _piece(tokens: Tokens, start: int, end: int) -> Tokens:
-    return Tokens(tokens.input_ids[start:end], tokens.has_loss[start:end])
+    return Tokens(tokens.input_ids[start:end], tokens.loss_mask[start:end])
 
 
-def _kept(tokens: Tokens, outcome: Outcome, num_cut: int = 0) -> Record:
+def _kept(tokens: Tokens, outcome: Outcome, num_truncated_tokens: int = 0) -> Record:
     """A document, or its absence where no token of it could be learned.
 
     The first token is predicted by nothing, so its label does not count.
     """
-    if not tokens.has_loss[1:].any():
-        return Record(NO_TOKENS, Outcome.DROPPED_NO_LOSS, num_cut + len(tokens.input_ids))
-    return Record(tokens, outcome, num_cut)
+    if not tokens.loss_mask[1:].any():
+        return Record(
+            NO_TOKENS, Outcome.DROPPED_NO_LOSS, num_truncated_tokens + len(tokens.input_ids)
+        )
+    return Record(tokens, outcome, num_truncated_tokens)
 
 
 def to_table(records: Iterable[Record]) -> pa.Table:
     """Columns of `FEATURES`, straight from arrays: no Python object a token."""
-    tokens, outcomes, num_cut = zip(*records, strict=True)
+    tokens, outcomes, num_truncated_tokens = zip(*records, strict=True)
     offsets = np.cumsum([0, *(len(one.input_ids) for one in tokens)], dtype=np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(
             offsets, np.concatenate([one.input_ids for one in tokens])
         ),
         "has_loss": pa.ListArray.from_arrays(
-            offsets, np.concatenate([one.has_loss for one in tokens]).view(np.uint8)
+            offsets, np.concatenate([one.loss_mask for one in tokens]).view(np.uint8)
         ),
         "outcome": np.array(outcomes, dtype=np.int8),
-        "num_cut": np.array(num_cut, dtype=np.int32),
+        "num_cut": np.array(num_truncated_tokens, dtype=np.int32),
     }
     return pa.table(columns, schema=FEATURES.arrow_schema)

@@ -27,7 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.data.cache import cached, table_key
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, one_line
 
 Preprocess = Callable[[dict[str, Any]], Any]

@@ -14,7 +14,7 @@ from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 
 def adapters_off(model: PeftModel) -> BaseModel:
-    """The base model under an adapter, whose memory it shares."""
+    """Return the base model under an adapter; it shares the adapted model's memory."""
 
     @contextmanager
     def base() -> Iterator[SmolLM2ForCausalLM]:
@@ -26,17 +26,17 @@ def adapters_off(model: PeftModel) -> BaseModel:
                 assert isinstance(inner, SmolLM2ForCausalLM)
                 yield inner
         finally:
-            # peft sets it anew, by rules of its own.
-            for parameter, needed in zip(parameters, trainable, strict=True):
-                parameter.requires_grad_(needed)
+            # peft sets requires_grad again, by its own rules.
+            for parameter, is_trained in zip(parameters, trainable, strict=True):
+                parameter.requires_grad_(is_trained)
 
     return base
 
 
 class BaseCopy:
-    """A frozen copy, for full fine-tuning: as much memory again as the weights take.
+    """A frozen copy of the model, for full fine-tuning; doubles the memory of the weights.
 
-    Calling it makes the copy usable for the length of a `with`, like every base model.
+    Like every base model it is called to be used: `with base() as model`.
     """
 
     def __init__(self, model: SmolLM2ForCausalLM):
@@ -46,23 +46,23 @@ class BaseCopy:
         return nullcontext(self.model)
 
     def retake(self, model: SmolLM2ForCausalLM) -> None:
-        """The weights of `model` as they are now."""
+        """Copy the weights that `model` has now."""
         self.model.load_state_dict(model.state_dict(), strict=True)
 
 
 @torch.no_grad()
 def weights_fingerprint(model: SmolLM2ForCausalLM) -> str:
-    """Of some elements of every weight that no adapter is on: enough to tell base models apart.
+    """Return a digest that tells base models apart: 16 hex digits.
 
-    Those under an adapter are left out, for PiSSA changes them, to the last bit only on one
-    machine.
+    It covers about 64 elements of every weight without an adapter. Weights under an adapter are
+    left out because PiSSA changes them, with rounding that differs between machines.
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if "lora_" in name or ".base_layer." in name:
             continue
         elements = weight.flatten()
-        chosen = elements[:: max(1, len(elements) // 64)].float().cpu()
+        sample = elements[:: max(1, len(elements) // 64)].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(chosen.numpy().tobytes())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The YAML's `sets`, checked: a misspelt key is an error before the first step."""
+"""Checked settings of the evaluation sets in a YAML's `sets`."""
 
 import re
 from collections.abc import Mapping
@@ -6,14 +6,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, suggest
 
 ROLES = ("learning", "forgetting")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetSettings:
-    """What every set has. Raises ValueError naming set, key and value."""
+class EvalSetConfig:
+    """Settings that every set has.
+
+    Raises:
+        UserError: an impossible value; names set, key and value.
+    """
 
     name: str
     role: str
@@ -27,7 +31,7 @@ class SetSettings:
         value = getattr(self, key)
         if value is not None and (type(value) is not int or value < least):
             raise UserError(
-                f"sets.{self.name}.{key}: {value!r} is not a whole number of at least {least}"
+                f"sets.{self.name}.{key}: {value!r}; must be an integer of at least {least}"
             )
 
     def _check_file(self, path: str) -> None:
@@ -39,39 +43,39 @@ class SetSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentsSettings(SetSettings):
-    """Held-out documents: loss, and KL to the base model where asked for."""
+class DocumentsSetConfig(EvalSetConfig):
+    """Settings of held-out documents, measured by loss and optionally by KL to the base model."""
 
     type: ClassVar[str] = "documents"
     loader: dict[str, Any] = field(default_factory=dict)
     """A packed loader, as in `eval_loader`."""
     kl: bool = False
     max_documents: int | None = None
-    """Evenly spaced over the set; all where not given."""
+    """Documents to measure, evenly spaced over the set; None for all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_count("max_documents", 1)
         if type(self.kl) is not bool:
-            raise UserError(f"sets.{self.name}.kl: {self.kl!r}; true or false")
+            raise UserError(f"sets.{self.name}.kl: {self.kl!r}; choose true or false")
         if not isinstance(self.loader, Mapping) or not self.loader.get("dataset"):
             raise UserError(
-                f"sets.{self.name}.loader: {self.loader!r} is no loader; give name"
-                " (packed_finetuning or packed_text) and dataset, as in eval_loader"
+                f"sets.{self.name}.loader: {self.loader!r}; must have name (packed_finetuning or"
+                " packed_text) and dataset, as in eval_loader"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoiceSettings(SetSettings):
-    """A choice is right if its log-probability is the highest, summed or by character."""
+class MultipleChoiceSetConfig(EvalSetConfig):
+    """Settings of multiple-choice questions, answered by the choice of highest log-probability."""
 
     type: ClassVar[str] = "multiple_choice"
     path: str
     num_fewshot: int = 0
     max_items: int | None = None
-    """Evenly spaced over the file; all where not given."""
+    """Questions to measure, evenly spaced over the file; None for all."""
     metric: str = "acc_norm"
-    """Which of acc and acc_norm stands for the set in forgetting/mean_accuracy."""
+    """The metric, acc or acc_norm, that counts in forgetting/mean_accuracy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,14 +87,15 @@ class MultipleChoiceSettings(SetSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings(SetSettings):
-    """GSM8K: greedy answers, matched strictly and flexibly."""
+class GenerationSetConfig(EvalSetConfig):
+    """Settings of GSM8K problems, answered greedily and matched strictly and flexibly."""
 
     type: ClassVar[str] = "generation"
     path: str
     num_fewshot: int = 5
     max_new_tokens: int = 256
     max_items: int | None = None
+    """Problems to measure, evenly spaced over the file; None for all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,43 +106,42 @@ class GenerationSettings(SetSettings):
 
 
 _TYPES = {
-    settings.type: settings
-    for settings in (DocumentsSettings, MultipleChoiceSettings, GenerationSettings)
+    kind.type: kind for kind in (DocumentsSetConfig, MultipleChoiceSetConfig, GenerationSetConfig)
 }
 
 
-def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[SetSettings]:
-    """`sets` of a YAML -> the settings of each; one that an override made null is left out.
+def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[EvalSetConfig]:
+    """Check a YAML's `sets` and return their settings; sets that are null are left out.
 
     Raises:
-        UserError: nothing to measure, or an unknown or missing key, role, type or file.
+        UserError: no set, or an unknown or missing key, role, type or file.
     """
     if isinstance(sets, Mapping):
-        sets = {name: given for name, given in sets.items() if given is not None}
+        # An override such as `sets.kl_docs=null` takes a set out.
+        sets = {name: entry for name, entry in sets.items() if entry is not None}
     if not isinstance(sets, Mapping) or not sets:
-        raise UserError(f"sets: {sets!r} names nothing to measure; give a mapping of name to set")
-    return [_parse(name, given) for name, given in sets.items()]
+        raise UserError(f"sets: {sets!r}; must be a mapping of name to set, with at least one set")
+    return [_parse_set(name, entry) for name, entry in sets.items()]
 
 
-def _parse(name: str, given: Mapping[str, Any]) -> SetSettings:
-    # It becomes part of metric names, in which a slash separates.
+def _parse_set(name: str, entry: Mapping[str, Any]) -> EvalSetConfig:
+    # The name becomes part of metric names, in which a slash separates.
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise UserError(f"sets.{name}: a name has letters, digits, '_', '.' and '-' only")
-    if not isinstance(given, Mapping):
-        raise UserError(f"sets.{name}: {given!r} is not a set; give role, type and its keys")
-    keys = dict(given)
-    kind = keys.pop("type", None)
+    if not isinstance(entry, Mapping):
+        raise UserError(f"sets.{name}: {entry!r}; must be a mapping with role, type and its keys")
+    values = dict(entry)
+    kind = values.pop("type", None)
     if kind not in _TYPES:
         raise UserError(f"sets.{name}.type: {kind!r}; choose one of {', '.join(_TYPES)}")
-    settings = _TYPES[kind]
-    known = {entry.name: entry for entry in fields(settings) if entry.name != "name"}
-    unknown = sorted(map(str, keys.keys() - known.keys()))
-    if unknown:
+    known = {key.name: key for key in fields(_TYPES[kind]) if key.name != "name"}
+    for key in sorted(map(str, values.keys() - known.keys())):
         raise UserError(
-            f"sets.{name}: unknown key {unknown[0]!r}; a {kind} set takes type, {', '.join(known)}"
+            f"sets.{name}: unknown key {key!r}{suggest(key, known)}; a {kind} set takes type,"
+            f" {', '.join(known)}"
         )
-    for key, entry in known.items():
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and key not in keys:
+    for key, definition in known.items():
+        required = definition.default is MISSING and definition.default_factory is MISSING
+        if required and key not in values:
             raise UserError(f"sets.{name}: {key} is missing")
-    return settings(name=name, **keys)
+    return _TYPES[kind](name=name, **values)

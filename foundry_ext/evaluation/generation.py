@@ -1,8 +1,8 @@
 """GSM8K: greedy answers, compared with the gold number strictly and flexibly.
 
 Prompt, stop strings, extraction and comparison are those of lm-evaluation-harness's task `gsm8k`,
-version 3; the solved examples are other rows of the same file, where the harness takes the training
-split's.
+version 3. Its few-shot examples come from the training split, ours from other rows of the same
+file.
 """
 
 import logging
@@ -17,21 +17,22 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.evaluation.config import GenerationSettings
+from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
-from foundry_ext.evaluation.scoring import Share, evenly_spaced
+from foundry_ext.evaluation.scoring import Shard, evenly_spaced
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BATCH_SIZE = 16  # prompts generated from at once
+BATCH_SIZE = 16  # prompts per generated batch
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
 ANSWER_MARK = "#### "
 INVALID = "[invalid]"
 
+# The harness's patterns, as they are: other ones would give other scores.
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _IGNORED = tuple(
@@ -41,19 +42,22 @@ _IGNORED = tuple(
 
 
 def strict_extract(output: str) -> str:
-    """The first number behind `#### `, or "[invalid]"."""
-    found = _STRICT.search(output)
-    return found[1].strip() if found else INVALID
+    """Return the first number after `#### `, or "[invalid]"."""
+    match = _STRICT.search(output)
+    return match[1].strip() if match else INVALID
 
 
 def flexible_extract(output: str) -> str:
-    """The last thing that looks like a number, or "[invalid]"."""
-    found = [match[0] for match in _NUMBER.finditer(output)]
-    return found[-1].strip() if found else INVALID
+    """Return the last thing that looks like a number, or "[invalid]"."""
+    numbers = [match[0] for match in _NUMBER.finditer(output)]
+    return numbers[-1].strip() if numbers else INVALID
 
 
 def normalise(answer: str) -> str:
-    """What is compared: without commas, dollar signs, all up to the last `#### `, a final dot."""
+    """Return the part that is compared.
+
+    Commas, dollar signs, a final dot and everything up to the last `#### ` are removed.
+    """
     for ignored in _IGNORED:
         answer = ignored.sub("", answer)
     return answer.lower()
@@ -61,19 +65,24 @@ def normalise(answer: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
+    """A problem with its solution and the answers that count as right."""
+
     prompt: str
     solution: str
-    """As an example before other problems."""
+    """The text after the prompt when this problem is a few-shot example."""
     golds: tuple[str, ...]
-    """Any of which is right, normalised."""
+    """Right answers, normalised; any of them will do."""
 
 
 def parse_problem(row: dict[str, Any], place: str) -> Problem:
-    """A row of GSM8K {question, answer} or of llm-foundry {context, answer, aliases,
-    chain_of_thought}, the last two optional.
+    """Return the problem in a row of GSM8K or of llm-foundry.
+
+    Args:
+        row: {question, answer}, or {context, answer} with optional aliases and chain_of_thought.
+        place: file and row, for the error.
 
     Raises:
-        UserError: neither form; names the place.
+        UserError: the row has neither form; names the place.
     """
     answer = row.get("answer")
     if isinstance(answer, str) and isinstance(row.get("question"), str):
@@ -90,8 +99,11 @@ def parse_problem(row: dict[str, Any], place: str) -> Problem:
 
 
 class _StopStrings(StoppingCriteria):
-    """Ends a row once one of the strings is in its latest tokens, each of which is a byte or more;
-    `output_text` cuts what stands behind."""
+    """Ends a row when a stop string is among its latest tokens.
+
+    A token is at least one byte, so a window of as many tokens as the longest stop string has bytes
+    holds every stop string that just ended. `output_text` removes what follows it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_prompt: int):
         self.tokenizer, self.num_prompt = tokenizer, num_prompt
@@ -105,10 +117,24 @@ class _StopStrings(StoppingCriteria):
 
 
 def output_text(text: str) -> str:
-    """Up to the first stop string."""
+    """Return the text before the first stop string."""
     for stop in STOP_STRINGS:
         text = text.split(stop)[0]
     return text
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask, both [B, S]: `generate` continues the last position.
+
+    Example: prompts [[5, 6], [7]] with pad id 0 give ids [[5, 6], [0, 7]].
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 @torch.no_grad()
@@ -118,16 +144,10 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy continuations of prompts, padded on the left, whatever the model's own generation
-    settings say."""
-    assert tokenizer.eos_token_id is not None
-    width = max(map(len, prompts))
-    # Any id pads: the mask says where.
-    ids = torch.full((len(prompts), width), cast(int, tokenizer.eos_token_id))
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    """Return greedy continuations, whatever the model's own generation settings are."""
+    # Any id can pad because the mask marks the padding.
+    end_id = cast(int, tokenizer.eos_token_id)
+    ids, mask = pad_left(prompts, end_id)
     generated = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -138,83 +158,82 @@ def generate(
         top_p=None,
         top_k=None,
         repetition_penalty=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, width)]),
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+        stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, ids.shape[1])]),
     )
-    texts = tokenizer.batch_decode(cast(Tensor, generated)[:, width:], skip_special_tokens=True)
-    return [output_text(text) for text in texts]
+    new_ids = cast(Tensor, generated)[:, ids.shape[1] :]
+    return [output_text(text) for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
 
 class GenerationSet:
-    """A file of problems, their prompts encoded once."""
+    """A file of problems whose prompts are encoded once."""
 
     def __init__(
-        self, settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self, config: GenerationSetConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
     ):
-        self.settings, self.tokenizer = settings, tokenizer
-        rows = read_rows(settings.path)
+        self.config, self.tokenizer = config, tokenizer
+        rows = read_rows(config.path)
         problems = [
-            parse_problem(row, f"{settings.path}, row {number}") for number, row in enumerate(rows)
+            parse_problem(row, f"{config.path}, row {index}") for index, row in enumerate(rows)
         ]
-        self.items = [int(place) for place in evenly_spaced(len(rows), settings.max_items)]
+        self.items = [int(index) for index in evenly_spaced(len(rows), config.max_items)]
         self.problems = [problems[item] for item in self.items]
         examples = [f"{problem.prompt} {problem.solution}" for problem in problems]
         texts = [
-            few_shot_prompt(examples, item, settings.num_fewshot) + problem.prompt
+            few_shot_prompt(examples, item, config.num_fewshot) + problem.prompt
             for item, problem in zip(self.items, self.problems, strict=True)
         ]
-        room = max_length - settings.max_new_tokens
+        room = max_length - config.max_new_tokens
         if room < 1:
             raise UserError(
-                f"sets.{settings.name}.max_new_tokens: {settings.max_new_tokens} leaves no room for"
-                f" a prompt in the model's {max_length} positions"
+                f"sets.{config.name}.max_new_tokens: {config.max_new_tokens} leaves no room for"
+                f" a prompt in the model's {max_length} positions; lower it"
             )
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         prompts = cast(list[list[int]], encoded)
-        self.num_cut = sum(len(prompt) > room for prompt in prompts)
+        self.num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.prompts = [prompt[-room:] for prompt in prompts]
         self.fingerprint = fingerprint([rows[item] for item in self.items])
-        if self.num_cut:
+        if self.num_truncated:
             log.warning(
                 "%s: %d of %d prompts exceed %d tokens and were cut from the left",
-                settings.name,
-                self.num_cut,
-                len(self.prompts),
-                room,
+                *(config.name, self.num_truncated, len(self.prompts), room),
             )
 
     @property
     def description(self) -> dict[str, Any]:
-        """For the run record: which data this was."""
+        """Which data this is, for the run's record."""
+        intact = len(self.prompts) - self.num_truncated
         return {
-            "name": self.settings.path,
+            "name": self.config.path,
             "revision": None,
             "fingerprint": self.fingerprint,
             "documents": len(self.problems),
             "tokens": sum(map(len, self.prompts)),
-            "counts": {"kept": len(self.prompts) - self.num_cut, "truncated": self.num_cut},
+            "counts": {"kept": intact, "truncated": self.num_truncated},
         }
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, share: Share
+        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
-        """A line a problem of this rank's share."""
-        # Alike in length, so that little is padding; the same batches on any number of ranks.
+        """Return an item per problem of this rank's shard."""
+        # Sorted by length, so that little is padding. Batches do not depend on the number of ranks.
         order = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
         batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
         items = []
-        for number in share.of(len(batches)):
-            prompts = [self.prompts[place] for place in batches[number]]
-            outputs = generate(model, self.tokenizer, prompts, self.settings.max_new_tokens)
-            for place, output in zip(batches[number], outputs, strict=True):
-                items.append(self._item(int(place), output))
+        for batch in (batches[index] for index in shard.of(len(batches))):
+            prompts = [self.prompts[index] for index in batch]
+            outputs = generate(model, self.tokenizer, prompts, self.config.max_new_tokens)
+            items += [
+                self._item(int(index), output) for index, output in zip(batch, outputs, strict=True)
+            ]
         return items
 
-    def _item(self, place: int, output: str) -> Item:
-        golds = self.problems[place].golds
+    def _item(self, index: int, output: str) -> Item:
+        golds = self.problems[index].golds
         return {
-            "item": str(self.items[place]),
+            "item": str(self.items[index]),
             "gold": golds[0],
             "output": output,
             "strict_match": int(normalise(strict_extract(output)) in golds),
@@ -222,5 +241,5 @@ class GenerationSet:
         }
 
     def complete(self, gathered: Sequence[Item]) -> list[Item]:
-        """The lines of all ranks in the file's order."""
+        """Return the items of all ranks in the file's order."""
         return sorted(gathered, key=lambda item: int(item["item"]))

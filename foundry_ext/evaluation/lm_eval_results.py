@@ -1,4 +1,4 @@
-"""Results of lm-evaluation-harness into a run's record."""
+"""Results of lm-evaluation-harness, entered into a run's record."""
 
 import json
 import math
@@ -12,20 +12,20 @@ PREFIX = "lm_eval."
 
 
 def read_results(path: Path) -> dict[str, float]:
-    """Figures of a `results_*.json` that `lm_eval --output_path` wrote, by
-    `lm_eval.<task>/<metric>`; a filter other than "none" is part of the metric.
+    """Return the figures in a `results_*.json` of `lm_eval --output_path`.
 
-    Example: "exact_match,strict-match" of gsm8k is lm_eval.gsm8k/exact_match_strict_match.
+    Keys are `lm_eval.<task>/<metric>`. A filter other than "none" becomes part of the metric:
+    gsm8k's "exact_match,strict-match" is lm_eval.gsm8k/exact_match_strict_match.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, or no figure in it.
+        FileNotFoundError: there is no such file.
+        UserError: the file is not of that form, or holds no figure.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
-        found = {
+        figures = {
             f"{PREFIX}{task}/{_metric(name)}": float(value)
             for task, values in results.items()
             for name, value in values.items()
@@ -33,37 +33,41 @@ def read_results(path: Path) -> dict[str, float]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no results_*.json of lm_eval --output_path ({type(error).__name__}:"
+            f"{path}: must be a results_*.json of lm_eval --output_path ({type(error).__name__}:"
             f" {error})"
         ) from error
-    if not found:
+    if not figures:
         raise UserError(f"{path} holds no figure of any task")
-    return found
+    return figures
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    """Not the alias, nor a standard error, which stands as "N/A" where there is none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and "," in name and "_stderr," not in name
+    """Return whether this is a metric; not an alias or a standard error, which may be "N/A"."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and "," in name and "_stderr," not in name
 
 
 def _metric(name: str) -> str:
-    metric, _, kind = name.partition(",")
-    return metric if kind == "none" else f"{metric}_{kind.replace('-', '_')}"
+    metric, _, filtering = name.partition(",")
+    return metric if filtering == "none" else f"{metric}_{filtering.replace('-', '_')}"
 
 
 def enter_results(results: Path, record: Path) -> dict[str, float]:
-    """Puts the figures into the last evaluation of a finished run's record; again replaces them.
+    """Write the figures into the last evaluation of a finished run's record, and return them.
+
+    Figures that were entered before are replaced.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or a run that still writes its record, or has
-            measured nothing.
+        FileNotFoundError: one of the files does not exist.
+        UserError: the run still writes its record, or has measured nothing.
     """
-    found, content = read_results(results), read_record(record)
+    figures, content = read_results(results), read_record(record)
     if content["status"] == "running":
-        raise UserError(f"{record}: the run is still running and would write over the figures")
+        raise UserError(
+            f"{record}: the run is still running and would overwrite the figures; wait for its end"
+        )
     if not content["evaluations"]:
-        raise UserError(f"{record} holds no evaluation to put the figures into")
-    content["evaluations"][-1]["metrics"] |= found
+        raise UserError(f"{record} holds no evaluation to enter the figures into")
+    content["evaluations"][-1]["metrics"] |= figures
     write_record(record, content)
-    return found
+    return figures

@@ -1,4 +1,4 @@
-"""All sets of a YAML, measured on one model without disturbing it."""
+"""Measurement of all evaluation sets on one model, without side effects on its training."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +11,16 @@ from torch import nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import (
-    DocumentsSettings,
-    GenerationSettings,
-    MultipleChoiceSettings,
-    SetSettings,
+    DocumentsSetConfig,
+    EvalSetConfig,
+    GenerationSetConfig,
+    MultipleChoiceSetConfig,
 )
 from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.metrics import Item, set_metrics
 from foundry_ext.evaluation.multiple_choice import MultipleChoiceSet
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
@@ -28,91 +28,96 @@ from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 Gather = Callable[[list[Item]], list[Item]]
 
 
-class EvaluationSet(Protocol):
-    """What can be measured."""
+class EvalSet(Protocol):
+    """A set that can be measured."""
 
     @property
-    def settings(self) -> SetSettings: ...
+    def config(self) -> EvalSetConfig: ...
 
     @property
     def description(self) -> dict[str, Any]:
-        """name, revision, fingerprint, documents, tokens, counts: for the run record."""
+        """Name, revision, fingerprint, documents, tokens and counts, for the run's record."""
         ...
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, share: Share
+        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
-        """This rank's share, in any order."""
+        """Return this rank's part of the measurement, in any order."""
         ...
 
     def complete(self, gathered: Sequence[Item]) -> list[Item]:
-        """The shares of all ranks -> a line an item, in order, "item" its key."""
+        """Join the parts of all ranks to one line per item, in order, with key "item"."""
         ...
 
 
 def build_sets(
-    settings: Sequence[SetSettings], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[EvaluationSet]:
-    """Reads and encodes every set.
+    configs: Sequence[EvalSetConfig], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EvalSet]:
+    """Read and encode every set.
 
     Args:
-        max_length: positions of the model; longer prompts are cut from the left.
+        configs: as returned by `parse_sets`.
+        tokenizer: the model's.
+        max_length: positions of the model, in tokens; longer prompts are cut from the left.
 
     Raises:
-        ValueError: a file or loader that cannot be read as what it is said to be.
+        UserError: a file or loader does not hold what its type needs.
     """
-    return [_build(one, tokenizer, max_length) for one in settings]
+    return [_build_set(config, tokenizer, max_length) for config in configs]
 
 
-def _build(
-    settings: SetSettings, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> EvaluationSet:
-    if isinstance(settings, DocumentsSettings):
-        return DocumentsSet(settings, tokenizer)
-    if isinstance(settings, MultipleChoiceSettings):
-        return MultipleChoiceSet(settings, tokenizer, max_length)
-    assert isinstance(settings, GenerationSettings)
-    return GenerationSet(settings, tokenizer, max_length)
+def _build_set(
+    config: EvalSetConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EvalSet:
+    if isinstance(config, DocumentsSetConfig):
+        return DocumentsSet(config, tokenizer)
+    if isinstance(config, MultipleChoiceSetConfig):
+        return MultipleChoiceSet(config, tokenizer, max_length)
+    assert isinstance(config, GenerationSetConfig)
+    return GenerationSet(config, tokenizer, max_length)
 
 
 def measure(
-    sets: Sequence[EvaluationSet],
+    sets: Sequence[EvalSet],
     model: SmolLM2ForCausalLM,
     base: BaseModel | None,
     *,
-    share: Share = Share(),  # noqa: B008 - immutable
+    shard: Shard = Shard(),  # noqa: B008 - immutable
     gather: Gather = list,
 ) -> tuple[dict[str, float], list[Item]]:
-    """Figures by `<set>/<metric>`, and items, which say of which "set" they are.
-
-    The model is as it was afterwards, and so is the random state.
+    """Measure every set; the model and the random state are afterwards as they were.
 
     Args:
-        base: where to measure KL from; without it there is none.
-        share, gather: this process's part, and how it gets the others'; `gather` is called once a
-            set, by every rank.
+        sets: as returned by `build_sets`.
+        model: the model to measure.
+        base: the model that KL is measured from; without it KL is left out.
+        shard: this process's part.
+        gather: returns the items of all ranks; every rank calls it once per set.
+
+    Returns:
+        Figures by `<set>/<metric>`, and all items, each with its "set".
     """
     metrics: dict[str, float] = {}
     items: list[Item] = []
     with undisturbed(model):
-        for one in sets:
-            name = one.settings.name
-            found = one.complete(gather(one.measure(model, base, share)))
-            metrics |= {f"{name}/{key}": value for key, value in set_metrics(found).items()}
-            items += [{"set": name, **item} for item in found]
+        for eval_set in sets:
+            name = eval_set.config.name
+            measured = eval_set.complete(gather(eval_set.measure(model, base, shard)))
+            metrics |= {f"{name}/{key}": value for key, value in set_metrics(measured).items()}
+            items += [{"set": name, **item} for item in measured]
     return metrics, items
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random state are put back.
+    """Evaluate without gradients, then restore the modules' modes and the random state.
 
-    A training that is measured in between takes the very steps of one that is not.
+    A run that is measured between two steps therefore takes the same steps as one that is not.
     """
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     forked = [device] if device.type == "cuda" else []
-    python, numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     model.eval()
     try:
         with torch.random.fork_rng(forked), torch.no_grad():
@@ -120,5 +125,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-        random.setstate(python)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,58 +1,63 @@
-"""Items -> figures -> learning and forgetting. Plain numbers: no torch, no trainer.
+"""Figures of evaluation sets, and learning and forgetting computed from them.
 
-Positive learning: learned more. Positive forgetting: forgot more. Both against step 0.
+Learning is positive if the run learned more, forgetting if it forgot more, both against step 0.
+Plain numbers: this module imports neither torch nor a trainer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from foundry_ext.evaluation.config import MultipleChoiceSettings, SetSettings
+from foundry_ext.evaluation.config import EvalSetConfig, MultipleChoiceSetConfig
 
 Item = dict[str, Any]
 
-# Lower is better for the first, which so changes sign against the accuracies.
-_LOSS = "loss"
 _ACCURACIES = ("acc", "acc_norm", "strict_match", "flexible_extract")
 
 
 def set_metrics(items: Sequence[Item]) -> dict[str, float]:
-    """Of one set's items: mean nats a labelled token (documents), or shares of right answers."""
+    """Return one set's figures.
+
+    Documents have loss and KL in mean nats per labelled token; other sets have accuracies, 0 to 1.
+    """
     assert items, "a set without items"
     if "loss" in items[0]:
         tokens = sum(item["tokens"] for item in items)
-        kinds = ("loss", "kl") if "kl" in items[0] else ("loss",)
-        return {kind: sum(item[kind] for item in items) / tokens for kind in kinds}
-    found = [name for name in _ACCURACIES if name in items[0]]
-    return {name: sum(item[name] for item in items) / len(items) for name in found}
+        names = ("loss", "kl") if "kl" in items[0] else ("loss",)
+        return {name: sum(item[name] for item in items) / tokens for name in names}
+    names = [name for name in _ACCURACIES if name in items[0]]
+    return {name: sum(item[name] for item in items) / len(items) for name in names}
 
 
 def changes(
-    sets: Iterable[SetSettings], start: Mapping[str, float], now: Mapping[str, float]
+    configs: Iterable[EvalSetConfig], start: Mapping[str, float], now: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
-    """{"learning": {"target_loss": ...}, "forgetting": {"source_kl": ..., "mean_accuracy": ...}}.
+    """Return what was learned and forgotten between two measurements.
+
+    Example: {"learning": {"target_loss": ...}, "forgetting": {"source_kl": ...,
+    "mean_accuracy": ...}}.
 
     Args:
-        start, now: figures at step 0 and now, by `<set>/<metric>`.
+        configs: the sets that were measured.
+        start: figures at step 0, by `<set>/<metric>`.
+        now: figures now, likewise.
     """
-    found: dict[str, dict[str, float]] = {"learning": {}, "forgetting": {}}
-    lost_accuracy = []
-    for settings in sets:
-        name, role = settings.name, settings.role
-        learns = role == "learning"
+    result: dict[str, dict[str, float]] = {"learning": {}, "forgetting": {}}
+    lost_accuracies = []
+    for config in configs:
+        name, role = config.name, config.role
         for key, value in now.items():
             metric = key.removeprefix(f"{name}/")
             if metric == key:
                 continue
-            if metric == _LOSS:
-                found[role][f"{name}_loss"] = start[key] - value if learns else value - start[key]
-            elif metric == "kl" and role == "forgetting":
-                found[role][f"{name}_kl"] = value  # against the base model already
-            elif metric in _ACCURACIES:
-                found[role][f"{name}_{metric}"] = (
-                    value - start[key] if learns else start[key] - value
-                )
-        if role == "forgetting" and isinstance(settings, MultipleChoiceSettings):
-            lost_accuracy.append(found[role][f"{name}_{settings.metric}"])
-    if lost_accuracy:
-        found["forgetting"]["mean_accuracy"] = sum(lost_accuracy) / len(lost_accuracy)
-    return found
+            if metric == "kl" and role == "forgetting":
+                result[role][f"{name}_kl"] = value  # already a distance from the base model
+            elif metric == "loss" or metric in _ACCURACIES:
+                # Learning: the loss falls, an accuracy rises. Forgetting: the reverse.
+                rises = (role == "learning") == (metric != "loss")
+                change = value - start[key] if rises else start[key] - value
+                result[role][f"{name}_{metric}"] = change
+        if role == "forgetting" and isinstance(config, MultipleChoiceSetConfig):
+            lost_accuracies.append(result[role][f"{name}_{config.metric}"])
+    if lost_accuracies:
+        result["forgetting"]["mean_accuracy"] = sum(lost_accuracies) / len(lost_accuracies)
+    return result

@@ -1,4 +1,4 @@
-"""Documents scored in packs, each rank its share of them."""
+"""Scores of documents, computed in packs that the ranks share."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,24 +12,28 @@ from foundry_ext.packing.algorithm import pack
 from foundry_ext.packing.batch import Pack
 
 
-class Share(NamedTuple):
-    """Which part of a measurement is this process's: ranks take packs, or batches, in turn."""
+class Shard(NamedTuple):
+    """This process's part of a measurement; ranks take packs, or batches, in turn."""
 
     rank: int = 0
     world_size: int = 1
 
     def of(self, count: int) -> range:
+        """Return this process's part of the indices 0 to count - 1."""
         return range(self.rank, count, self.world_size)
 
 
 class DocumentScore(NamedTuple):
-    """One document: summed nats of its labelled tokens, their number, and KL(base || now), summed,
-    where a base model was given. `index` is the caller's."""
+    """Score of one document, summed over its labelled tokens."""
 
     index: int
+    """The caller's."""
     log_prob: float
+    """In nats."""
     num_tokens: int
+    """Labelled tokens."""
     kl: float | None
+    """KL(base || model) in nats; None without a base model."""
 
 
 def score_documents(
@@ -40,44 +44,49 @@ def score_documents(
     *,
     capacity: int,
     base: BaseModel | None,
-    share: Share,
+    shard: Shard,
 ) -> Iterator[DocumentScore]:
-    """Scores this rank's share of documents, which `make_pack` lays end to end.
+    """Yield the scores of this rank's documents.
 
-    The packs depend on lengths and capacity alone, never on the number of ranks, so that a document
-    is computed in the same company everywhere.
+    Packs depend on lengths and capacity only, not on the number of ranks, so a document is always
+    computed together with the same others and rounds alike.
 
     Args:
-        indices, lengths: [n], the documents to score and their tokens.
-        capacity: tokens a pack may hold; no document is longer.
+        model: the model to score with.
+        indices: [n], the documents to score.
+        lengths: [n], their tokens.
+        make_pack: returns the pack of these documents, end to end.
+        capacity: tokens that a pack may hold; no document is longer.
+        base: the model that KL is measured from.
+        shard: this process's part.
     """
     device = model.device
     plan = pack(lengths, capacity, seed=0, epoch=0)
-    for number in share.of(len(plan)):
-        chosen = [int(index) for index in indices[plan[number]]]
-        made = make_pack(chosen)
+    for pack_index in shard.of(len(plan)):
+        documents = [int(index) for index in indices[plan[pack_index]]]
+        batch = make_pack(documents)
         scores = score_pack(
             model,
-            input_ids=made["input_ids"].to(device),
-            position_ids=made["position_ids"].to(device),
-            labels=made["labels"].to(device),
-            cu_seqlens=made["cu_seqlens"].to(device),
-            max_seqlen=made["max_seqlen"],
+            input_ids=batch["input_ids"].to(device),
+            position_ids=batch["position_ids"].to(device),
+            labels=batch["labels"].to(device),
+            cu_seqlens=batch["cu_seqlens"].to(device),
+            max_seqlen=batch["max_seqlen"],
             base=base,
         )
-        for place, index in enumerate(chosen):
+        for row, index in enumerate(documents):
             yield DocumentScore(
                 index,
-                float(scores.log_prob[place]),
-                int(scores.num_tokens[place]),
-                None if scores.kl is None else float(scores.kl[place]),
+                float(scores.log_prob[row]),
+                int(scores.num_tokens[row]),
+                None if scores.kl is None else float(scores.kl[row]),
             )
 
 
 def evenly_spaced(count: int, at_most: int | None) -> NDArray[np.int64]:
-    """`at_most` of `count` places, first and last among them; all where there are no more.
+    """Return at most `at_most` indices below `count`, evenly spaced with first and last included.
 
-    Example: 3 of 5 are 0 2 4.
+    Example: 3 of 5 are 0 2 4. None returns all.
     """
     if at_most is None or at_most >= count:
         return np.arange(count)

@@ -1,4 +1,4 @@
-"""Learning and forgetting of a finished model: the sets of a YAML, on the base and on it."""
+"""Learning and forgetting of a finished model: a YAML's sets, measured on it and on its base."""
 
 import json
 from collections.abc import Mapping
@@ -22,32 +22,34 @@ from foundry_ext.checkpoints.loading import (
     recorded_base,
 )
 from foundry_ext.evaluation.base_model import adapters_off
-from foundry_ext.evaluation.config import SetSettings, parse_sets
+from foundry_ext.evaluation.config import EvalSetConfig, parse_sets
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.atomic import write_text
+from foundry_ext.utils.errors import UserError, one_line
 
 
-class Afterwards(NamedTuple):
-    """What `evaluate` found.
-
-    `report`: {model, base, device, precision, metrics: {base, model}, learning, forgetting, data};
-    without a base its parts are None. `items`: lines as of a run, the base as step 0, the model as
-    step 1.
-    """
+class CheckpointEvaluation(NamedTuple):
+    """Results of `evaluate_checkpoint`."""
 
     report: dict[str, Any]
+    """{model, base, device, precision, metrics: {base, model}, learning, forgetting, data}.
+
+    Without a base model, `base` and `metrics.base` are None, and learning and forgetting are left
+    out.
+    """
     items: list[Item]
+    """Items as a run writes them; the base model is step 0, the model step 1."""
 
 
-def read_sets(path: Path) -> list[SetSettings]:
-    """`sets` of a YAML, or those of its `forgetting` callback: a run's own YAML will do.
+def read_sets(path: Path) -> list[EvalSetConfig]:
+    """Return the sets of a YAML: its `sets`, or the `forgetting` callback's in a run's YAML.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no YAML, no sets in it, or a set that cannot be.
+        FileNotFoundError: there is no such file.
+        UserError: the file is not a YAML or has no sets, or a set is impossible.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -58,26 +60,34 @@ def read_sets(path: Path) -> list[SetSettings]:
         if node is None:
             node = OmegaConf.select(config, "callbacks.forgetting.sets")
         sets: Any = None if node is None else OmegaConf.to_container(node, resolve=True)
-    # OmegaConf has OSError and AssertionError for a lone value; ValueError: bytes that are no text.
+    # OmegaConf raises OSError and AssertionError for a YAML that is a single value; ValueError
+    # comes from bytes that are not text.
     except (
         *(OmegaConfBaseException, YAMLError, AssertionError),
         *(OSError, ValueError, RecursionError),
     ) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split()) or 'not a mapping'}") from error
+        raise UserError(f"{path}: {one_line(error) or 'not a mapping'}") from error
     if not isinstance(sets, Mapping):
         raise UserError(f"{path} has neither `sets` nor `callbacks.forgetting.sets`")
     return parse_sets(sets)
 
 
-def evaluate(path: Path, settings: list[SetSettings], base: str | None = None) -> Afterwards:
-    """Measures a Hugging Face folder, an adapter folder or a Composer checkpoint.
+def evaluate_checkpoint(
+    path: Path | str, sets: Path | str, *, base: str | None = None
+) -> CheckpointEvaluation:
+    """Measure a model, and with a base model also its learning, forgetting and KL.
 
-    Against the base model (as given, an adapter's own, or that of the run's record beside it) it
-    also tells what was learned and forgotten, and the KL.
+    Args:
+        path: a Hugging Face folder, an adapter folder or a Composer checkpoint.
+        sets: a YAML with `sets`, or a run's own YAML.
+        base: the base model, a folder or a hub name. By default the one that the adapter names, or
+            that the record beside the checkpoint names.
 
     Raises:
-        FileNotFoundError, ValueError: a model or a set that cannot be loaded.
+        FileNotFoundError: the model, or a set's file, does not exist.
+        UserError: a model or a set cannot be loaded.
     """
+    path, configs = Path(path), read_sets(Path(sets))
     with as_folder(path) as folder:
         adapted = is_adapter(folder)
         known = base if base or adapted else recorded_base(path)
@@ -87,30 +97,33 @@ def evaluate(path: Path, settings: list[SetSettings], base: str | None = None) -
         base_model = None if before is None else _load(before)
         shape = tuned or base_model
         assert shape is not None
-        sets = build_sets(settings, tokenizer, shape.config.max_position_embeddings)
+        built = build_sets(configs, tokenizer, shape.config.max_position_embeddings)
         start: dict[str, float] | None = None
-        items: list[Item] = []
+        base_items: list[Item] = []
         reference: BaseModel | None = None
         with _precision():
+            # The base model comes first because an adapter is then loaded into it.
             if base_model is not None:
                 reference = lambda: nullcontext(base_model)  # noqa: E731
-                start, items = measure(sets, base_model, reference)
+                start, base_items = measure(built, base_model, reference)
             if tuned is None:
                 assert base_model is not None
                 peft_model = load_adapter(base_model, str(folder)).eval()
                 tuned, reference = _inner(peft_model), adapters_off(peft_model)
-            now, tuned_items = measure(sets, tuned, reference)
+            now, tuned_items = measure(built, tuned, reference)
     report = {
         "model": str(path),
         "base": before,
         "device": tuned.device.type,
         "precision": "amp_bf16" if tuned.device.type == "cuda" else "fp32",
         "metrics": {"base": start, "model": now},
-        **({} if start is None else changes(settings, start, now)),
-        "data": {one.settings.name: one.description for one in sets},
+        **({} if start is None else changes(configs, start, now)),
+        "data": {eval_set.config.name: eval_set.description for eval_set in built},
     }
-    lines = [{"step": step, **item} for step, of in ((0, items), (1, tuned_items)) for item in of]
-    return Afterwards(report, lines)
+    steps = enumerate((base_items, tuned_items))
+    return CheckpointEvaluation(
+        report, [{"step": step, **item} for step, items in steps for item in items]
+    )
 
 
 def _load(name: str) -> SmolLM2ForCausalLM:
@@ -125,20 +138,19 @@ def _inner(model: PeftModel) -> SmolLM2ForCausalLM:
 
 
 def _precision() -> Any:
-    """As runs train: bf16 autocast on a GPU, fp32 on a CPU."""
+    """Return the context that runs train in: bf16 autocast on a GPU, fp32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else nullcontext()
 
 
-def write(found: Afterwards, out: Path) -> None:
-    """`evaluation.json` and `items.jsonl` in the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(found.report, indent=1) + "\n")
-    lines = "".join(json.dumps(item) + "\n" for item in found.items)
-    (out / "items.jsonl").write_text(lines)
+def write_evaluation(evaluation: CheckpointEvaluation, out: Path) -> None:
+    """Write `evaluation.json` and `items.jsonl` to the folder `out`."""
+    write_text(out / "evaluation.json", json.dumps(evaluation.report, indent=1) + "\n")
+    lines = "".join(json.dumps(item) + "\n" for item in evaluation.items)
+    write_text(out / "items.jsonl", lines)
 
 
-def describe(report: Mapping[str, Any]) -> str:
-    """A table for the terminal."""
+def format_evaluation(report: Mapping[str, Any]) -> str:
+    """Return the report as a table for the terminal."""
     start, now = report["metrics"]["base"], report["metrics"]["model"]
     rows = [("", "base", "model")]
     for name, value in now.items():
@@ -146,7 +158,7 @@ def describe(report: Mapping[str, Any]) -> str:
     for role in ("learning", "forgetting"):
         rows += [(f"{role}/{name}", "", f"{x:+.4f}") for name, x in report.get(role, {}).items()]
     width = max(len(row[0]) for row in rows)
-    lines = [f"{name:<{width}} {a:>10} {b:>10}" for name, a, b in rows]
+    lines = [f"{name:<{width}} {base:>10} {model:>10}" for name, base, model in rows]
     if start is None:
-        lines.append("no base model is known: give it by --base for KL, learning and forgetting")
+        lines.append("the base model is unknown: pass --base for KL, learning and forgetting")
     return "\n".join(lines)

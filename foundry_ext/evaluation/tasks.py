@@ -1,8 +1,8 @@
-"""Public evaluation tasks -> JSONL that llm-foundry's in-context-learning evaluators and ours read.
+"""Public evaluation tasks, converted to the JSONL that llm-foundry's evaluators and ours read.
 
-llm-foundry itself would join a hub data set's columns with `str()`, which makes one string of
-HellaSwag's endings or ARC's choices, and reads no GSM8K. The questions are worded as
-lm-evaluation-harness words them.
+llm-foundry's own conversion joins a dataset's columns with `str()`, which turns HellaSwag's endings
+or ARC's choices into one string, and it cannot read GSM8K. Questions are worded as in
+lm-evaluation-harness.
 """
 
 import json
@@ -21,19 +21,19 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Where a task's rows are on the hub, and what becomes of one."""
+    """A task's rows on the hub, and their conversion."""
 
     hub: str
     config: str | None
     split: str
-    """That with public labels, which papers report."""
+    """The split with public labels, which papers report."""
     icl_task_type: str
-    """llm-foundry's, for its YAML."""
+    """The task's type in llm-foundry's YAML."""
     convert: Callable[[Row], Row]
 
 
 def convert_hellaswag(row: Row) -> Row:
-    """{activity_label, ctx_a, ctx_b, endings, label} -> {query, choices, gold}."""
+    """Convert {activity_label, ctx_a, ctx_b, endings, label} to {query, choices, gold}."""
     context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
     return {
         "query": _without_marks(f"{row['activity_label']}: {context}"),
@@ -43,13 +43,13 @@ def convert_hellaswag(row: Row) -> Row:
 
 
 def _without_marks(text: str) -> str:
-    """WikiHow's part is full of marks: "[title]" ends a sentence, "[step]" and others go."""
+    """Remove WikiHow's marks; "[title]" becomes the end of a sentence."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def convert_arc(row: Row) -> Row:
-    """{question, choices: {text, label}, answerKey} -> {query, choices, gold}."""
+    """Convert {question, choices: {text, label}, answerKey} to {query, choices, gold}."""
     return {
         "query": f"Question: {row['question']}\nAnswer:",
         "choices": list(row["choices"]["text"]),
@@ -59,13 +59,14 @@ def convert_arc(row: Row) -> Row:
 
 
 def convert_winogrande(row: Row) -> Row:
-    """{sentence with "_", option1, option2, answer} -> {context_options, continuation, gold}.
+    """Convert {sentence with "_", option1, option2, answer} to a schema row.
 
-    The choices differ in the context, and what follows is scored (arXiv 1806.02847).
+    The row is {context_options, continuation, gold}: the options differ in the context, and the
+    text after the gap is scored (arXiv 1806.02847).
     """
     before, gap, after = row["sentence"].partition("_")
     if not gap:
-        raise UserError("no gap '_' in the sentence")
+        raise UserError("the sentence has no gap '_'")
     return {
         "context_options": [before + row["option1"], before + row["option2"]],
         "continuation": after.strip(),
@@ -74,16 +75,18 @@ def convert_winogrande(row: Row) -> Row:
 
 
 def convert_gsm8k(row: Row) -> Row:
-    """{question, answer} -> {context, answer, aliases, chain_of_thought}; the reasoning and the
-    answer are joined again by llm-foundry's `cot_delimiter`, which is "\\n#### " here."""
+    """Convert {question, answer} to {context, answer, aliases, chain_of_thought}.
+
+    llm-foundry joins reasoning and answer again by its `cot_delimiter`, here "\\n#### ".
+    """
     reasoning, mark, answer = row["answer"].rpartition("#### ")
     if not mark:
-        raise UserError("no '#### ' in the answer")
-    number = answer.strip()
+        raise UserError("the answer has no '#### '")
+    answer = answer.strip()
     return {
         "context": f"Question: {row['question']}\nAnswer:",
-        "answer": number,
-        "aliases": list(dict.fromkeys([number, number.replace(",", "")])),
+        "answer": answer,
+        "aliases": list(dict.fromkeys([answer, answer.replace(",", "")])),
         "chain_of_thought": reasoning.strip(),
     }
 
@@ -128,19 +131,21 @@ def write_task(
     split: str | None = None,
     revision: str | None = None,
 ) -> int:
-    """Writes `out`, and beside it `<out>.source.json`, which says where the rows are from.
+    """Write a task's rows to `out`, and their origin to `<out>.source.json`.
 
     Args:
-        source: a JSONL file with the hub's columns; without it the rows are fetched.
-        split, revision: of the hub's data set; the task's own split and "main" where not given.
-            The commit that the revision names is what is recorded.
+        name: a key of `TASKS`.
+        out: the JSONL file to write.
+        source: a JSONL file with the hub's columns; without it the rows are downloaded.
+        split: of the hub's dataset; by default the task's.
+        revision: of the hub's dataset; by default "main". Its commit is recorded.
 
     Returns:
         The number of rows.
 
     Raises:
-        FileNotFoundError: no `source`.
-        ValueError: unknown task, a row of another schema, or one without a label.
+        FileNotFoundError: `source` does not exist.
+        UserError: the task is unknown, or a row has another schema or no label.
     """
     if name not in TASKS:
         raise UserError(f"task {name!r} is unknown; choose one of {', '.join(TASKS)}")
@@ -154,22 +159,22 @@ def write_task(
     else:
         commit, rows = _from_hub(task, split, revision or "main")
         origin = {"source": task.hub, "config": task.config, "split": split, "revision": commit}
-    # llm-foundry takes the first question's number of choices for everyone's and dies on one with
-    # more, as a few of ARC's have; with the most choices first it never finds more.
+    # llm-foundry expects every question to have as many choices as the first and dies on one with
+    # more, which ARC has a few of. Therefore the rows with the most choices come first.
     converted = sorted(_convert(task, rows), key=lambda row: -len(row.get("choices", ())))
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in converted))
-    described = {"task": name, **origin, "rows": len(converted)}
-    write_text(source_file(out), json.dumps(described, indent=1) + "\n")
+    description = {"task": name, **origin, "rows": len(converted)}
+    write_text(source_file(out), json.dumps(description, indent=1) + "\n")
     return len(converted)
 
 
 def source_file(path: Path) -> Path:
-    """Beside a task's file: where its rows are from."""
+    """Return the file beside a task's file that holds the origin of its rows."""
     return path.with_name(f"{path.name}.source.json")
 
 
 def _from_hub(task: Task, split: str, revision: str) -> tuple[str, Iterable[Row]]:
-    """(commit, rows). The commit is looked up first, so that rows and record agree."""
+    """Return (commit, rows); the commit is looked up first, so that both agree."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -182,16 +187,16 @@ def _from_hub(task: Task, split: str, revision: str) -> tuple[str, Iterable[Row]
 
 
 def _convert(task: Task, rows: Iterable[Row]) -> Iterator[Row]:
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         try:
             yield task.convert(row)
         except KeyError as error:
             raise UserError(
-                f"row {number} has no column {error}; there are {', '.join(row)}: the source needs"
+                f"row {index} has no column {error}, only {', '.join(row)}; the source must have"
                 f" the schema of {task.hub}"
             ) from error
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"row {number} is not labelled as {task.hub}'s {task.split} split is ({error});"
-                " its test split may come without labels"
+                f"row {index} is not labelled like {task.hub}'s {task.split} split ({error}); use"
+                " that split, since a test split may have no labels"
             ) from error

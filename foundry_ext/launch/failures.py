@@ -1,4 +1,4 @@
-"""What ended a run while it trained, where a traceback says less than one line does."""
+"""One-line explanations of known training failures: out of memory, full disk, wrong GPU."""
 
 import errno
 import os
@@ -14,10 +14,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: BaseException, config: dict[str, Any]) -> str | None:
-    """`what, value; way out` for a known end of a run, or None.
+    """Return `what, value; way out` for a known failure, or None.
 
     Args:
-        config: of the run, resolved.
+        error: the exception that ended the run, with its causes.
+        config: the run's resolved configuration.
     """
     for one in _causes(error):
         text = " ".join(str(one).split())
@@ -25,7 +26,7 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
         if type(one).__name__ == "OutOfMemoryError":
             return f"{_memory(config)} ({said})"
         if isinstance(one, OSError) and one.errno in _FULL:
-            if "save_folder" in text:  # exact_resume says it all
+            if "save_folder" in text:  # exact_resume has explained it
                 return text.partition("] ")[2]
             return (
                 f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
@@ -53,13 +54,17 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _memory(config: dict[str, Any]) -> str:
-    """A pack's tokens decide what a step needs; a larger microbatch is several packs at once."""
+    """Explain a GPU that ran out of memory.
+
+    The tokens of a pack decide what a step needs; a microbatch above 1 is several packs at once.
+    """
     place = "train_loader.dataset.pack_tokens"
     longest = get(config, "train_loader.dataset.max_seq_len") or config["max_seq_len"]
     tokens = get(config, "train_loader.dataset.pack_tokens") or longest
@@ -85,13 +90,15 @@ def _memory(config: dict[str, Any]) -> str:
 
 
 def _less(tokens: int, longest: int) -> int:
-    """Half of it in whole 128s, but never less than a document may have."""
+    """Return half of `tokens` as a multiple of 128, but no less than a document may have."""
     return max(longest, tokens // 2 // 128 * 128 or tokens // 2)
 
 
 def unwritable(config: dict[str, Any]) -> str | None:
-    """The first place that the run would write to later and cannot; it is tried in the nearest
-    folder that exists, where nothing stays."""
+    """Return an error for the first output path that cannot be written, or None.
+
+    A temporary file is created in the nearest folder that exists; nothing remains.
+    """
     places = {
         "save_folder": config.get("save_folder"),
         "callbacks.run_record.path": get(config, "callbacks.run_record.path"),
@@ -118,7 +125,10 @@ def unwritable(config: dict[str, Any]) -> str | None:
 
 
 def missing_checkpoint(config: dict[str, Any]) -> str | None:
-    """`load_path` where it is on this disk; one for every rank, with its number, is Composer's."""
+    """Return an error for a `load_path` on this disk that does not exist, or None.
+
+    A path with {rank} is left to Composer.
+    """
     path = config.get("load_path")
     if not isinstance(path, str) or "://" in path or "{" in path or Path(path).exists():
         return None

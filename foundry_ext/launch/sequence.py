@@ -1,7 +1,7 @@
-"""Several YAML files, one after another, each in a process of its own.
+"""Runs several YAML files one after another, each in its own process.
 
-A fresh process, so that no run inherits another's device memory, process group or random state.
-A run that fails does not stop the next; a summary closes the sequence.
+A fresh process inherits no device memory, process group or random state from the run before. A
+failed run does not stop the next one; a summary ends the sequence.
 """
 
 import os
@@ -18,8 +18,8 @@ from foundry_ext.utils.processes import RANK_VARIABLES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How one file of the sequence ended."""
+class SequenceResult:
+    """The end of one run of the sequence."""
 
     path: Path
     exit_code: int | None
@@ -37,11 +37,11 @@ class Outcome:
 
 
 class ChildRunner:
-    """Runs commands and passes SIGINT and SIGTERM on to the one that runs.
+    """A runner of commands that forwards SIGINT and SIGTERM to the current one.
 
-    The child gets a session of its own: a terminal's Ctrl-C reaches it once, through here. A
-    launcher knows Ctrl-C alone and takes a second one as the order to kill, so it is sent SIGINT
-    for either signal, and only once; it then stops its ranks with SIGTERM and waits for them.
+    The child gets its own session, so a terminal's Ctrl-C reaches it once, through here. Composer's
+    launcher handles SIGINT only, and kills its ranks at a second one. It is therefore sent a single
+    SIGINT for either signal; it then stops its ranks with SIGTERM and waits for them.
     """
 
     def __init__(self, *, is_launcher: bool) -> None:
@@ -60,6 +60,7 @@ class ChildRunner:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str]) -> int:
+        """Run the command and return its exit code, negative for a signal."""
         environment = dict(os.environ)
         if self.is_launcher:
             for name in RANK_VARIABLES:
@@ -67,7 +68,7 @@ class ChildRunner:
         self._child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        if self.caught is not None:  # it came while the child was being started
+        if self.caught is not None:  # the signal came while the child was starting
             self._forward(self.caught)
         code = self._child.wait()
         self._child = None
@@ -85,33 +86,36 @@ class ChildRunner:
 
 
 def train_in_turn(script: str, files: Sequence[Path], overrides: Sequence[str]) -> int:
-    """Train each file; 0 only if every one ended with 0.
+    """Train each file; return 0 only if every run returned 0.
 
-    Among several ranks, local rank 0 starts a launcher for each file and the others leave at once:
-    were each rank to start its own child, a run failing on one rank would keep the others waiting.
+    With several ranks, local rank 0 starts a launcher per file and the other ranks return at once.
+    If each rank started its own child, a run that fails on one rank would keep the others waiting.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
-    outcomes: list[Outcome] = []
+    results: list[SequenceResult] = []
     with ChildRunner(is_launcher=local_ranks > 1) as runner:
         for number, path in enumerate(files, start=1):
             if runner.caught is not None:
-                outcomes.append(Outcome(path=path, exit_code=None, seconds=0))
+                results.append(SequenceResult(path=path, exit_code=None, seconds=0))
                 continue
             print(f"train.py: run {number} of {len(files)}: {path}", flush=True)
             start = time.monotonic()
             code = runner.run(child_command(script, path, overrides, local_ranks))
-            outcomes.append(Outcome(path=path, exit_code=code, seconds=time.monotonic() - start))
+            results.append(
+                SequenceResult(path=path, exit_code=code, seconds=time.monotonic() - start)
+            )
 
-    num_ok = sum(outcome.exit_code == 0 for outcome in outcomes)
+    num_ok = sum(result.exit_code == 0 for result in results)
     print(f"train.py: {num_ok} of {len(files)} runs succeeded")
-    print(*outcomes, sep="\n", flush=True)
+    print(*results, sep="\n", flush=True)
     if num_ok == len(files):
         return 0
     return 1 if runner.caught is None else 128 + runner.caught
 
 
 def child_command(script: str, path: Path, overrides: Sequence[str], local_ranks: int) -> list[str]:
+    """Return the command that trains one file, with a launcher for several ranks."""
     launcher = ["-m", "composer.cli.launcher", "-n", str(local_ranks)] if local_ranks > 1 else []
     return [sys.executable, *launcher, script, str(path), *overrides]

@@ -1,10 +1,10 @@
-"""What `composer train.py a.yaml [b.yaml ...] [key=value ...]` does.
+"""Entry point of `composer train.py a.yaml [b.yaml ...] [key=value ...]`.
 
-One file trains in this process; sequence.py takes several in turn. With --dry-run nothing is
-trained: each file is planned, as `foundry-ext plan` does. Whatever goes wrong before
-training starts ends in one line `train.py: error: <file>: <what>, <value>; <way out>` and exit
-code 2. What failures.py knows of what goes wrong later ends in such a line and exit code 1. All
-other errors keep their traceback; --traceback shows that of the former too.
+One file trains in this process; sequence.py runs several. With --dry-run each file is planned and
+nothing is trained. A mistake of the user ends in one line,
+`train.py: error: <file>: <what>, <value>; <way out>`, and exit code 2. A known failure during
+training (failures.py) ends in such a line and exit code 1. Every other error keeps its traceback;
+--traceback shows the others' too.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
-from foundry_ext.launch.components import check_components, errors_name_their_section
+from foundry_ext.launch.building import errors_name_their_section
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.records.record import mark_failed
@@ -32,7 +32,7 @@ USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-r
   --traceback show the traceback of every error
 """
 DRY_RUN, TRACEBACK = "--dry-run", "--traceback"
-# What a launcher would set for a process without others.
+# The variables of a launcher for a process that runs alone.
 ALONE = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -45,11 +45,16 @@ TRACEBACK_HINT = f"({TRACEBACK} shows the traceback)"
 
 
 def main(script: str, arguments: Sequence[str]) -> int:
-    """The exit code of train.py, which lies at `script` and was given `arguments`."""
+    """Return the exit code of train.py.
+
+    Args:
+        script: the path of train.py, which runs of several files are started with.
+        arguments: its command line.
+    """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_EXIT
-    OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: a run is what its YAML says
+    OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: the YAML alone defines the run
     if TRACEBACK in arguments:
         os.environ[TRACEBACK_VARIABLE] = "1"  # which the runs of several files inherit
     dry_run, options = DRY_RUN in arguments, (DRY_RUN, TRACEBACK)
@@ -58,7 +63,7 @@ def main(script: str, arguments: Sequence[str]) -> int:
         configs, complaints = check_all(files, overrides)
     except UserError as error:
         configs, complaints = [], [str(error)]
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same errors
         for line in complaints:
             print(f"train.py: error: {line}", file=sys.stderr)
     if not configs:
@@ -75,17 +80,17 @@ def main(script: str, arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return USAGE_EXIT
-    # A file with a mistake takes its turn too: it fails at once, and the summary names it.
+    # A file with a mistake is started too: it fails at once and is named in the summary.
     return train_in_turn(script, files, overrides)
 
 
 def check_all(
     files: Sequence[Path], overrides: Sequence[str]
 ) -> tuple[list[tuple[Path, DictConfig]], list[str]]:
-    """The configurations of the files without a mistake, and a line for each of the others.
+    """Return the configurations of the valid files, and one error line for each other file.
 
-    All are looked at before the first one starts, so that a mistake in the last file is seen now
-    and not tomorrow morning.
+    All files are checked before the first one starts, so that a mistake in the last file is found
+    now and not tomorrow morning.
     """
     configs: list[tuple[Path, DictConfig]] = []
     complaints: list[str] = []
@@ -101,7 +106,7 @@ def check_all(
 
 
 def train_here(path: Path, config: DictConfig) -> int:
-    """One run in this process."""
+    """Train one run in this process and return the exit code."""
     resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     fault = missing_checkpoint(resolved) or unwritable(resolved)
     if fault:
@@ -111,6 +116,7 @@ def train_here(path: Path, config: DictConfig) -> int:
     from llmfoundry.command_utils import train
 
     from foundry_ext.checkpoints.load_path import check_load_path
+    from foundry_ext.preflight.components import check_components
 
     _log_without_secrets()
     try:
@@ -125,12 +131,12 @@ def train_here(path: Path, config: DictConfig) -> int:
             raise
         complain(path, f"{known or one_line(error)} {TRACEBACK_HINT}")
         return USAGE_EXIT if known is None and isinstance(error, UserError) else FAILURE_EXIT
-    trainer.close()  # loggers write out what they still hold
+    trainer.close()  # loggers flush
     return 0
 
 
 def _log_without_secrets() -> None:
-    """llm-foundry prints the whole YAML and gives it to every logger, as it is."""
+    """Redact the YAML that llm-foundry prints and gives to every logger."""
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     whole = module.log_config
 
@@ -141,18 +147,22 @@ def _log_without_secrets() -> None:
 
 
 def complain(path: Path, text: str) -> None:
-    """On every rank: the launcher holds back what the others say and shows it if they failed."""
+    """Print an error line, on every rank.
+
+    The launcher holds back the output of the other ranks and shows it if they failed.
+    """
     rank = os.environ.get("RANK", "0")
     label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
     print(f"{label}: {path}: {redact(text)}", file=sys.stderr)
 
 
 def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
-    """The plan of every run, by rank 0 alone: a plan needs no other process."""
+    """Print the plan of every run, on rank 0 only, because a plan needs no other process."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("RANK", "0") != "0":
         return 0
     os.environ.update(ALONE if num_ranks > 1 else {})
+    from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.plan.text import render
 
@@ -173,7 +183,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
 
 
 def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> Any:
-    """train(config); whatever ends it early is said in the run's record before it goes on."""
+    """Return train(config); an exception is noted in the run's record before it is raised."""
     try:
         return train(config)
     except BaseException as error:  # Ctrl-C and sys.exit end a run too

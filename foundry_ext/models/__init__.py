@@ -1,1 +1,1 @@
-"""SmolLM2 on packed sequences: rope, variable-length attention, decoder, loss, FLOPs, memory."""
+"""SmolLM2 on packed documents: rope, variable-length attention, decoder, loss, FLOPs, memory."""

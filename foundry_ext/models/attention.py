@@ -1,10 +1,10 @@
 """Causal attention over documents laid end to end: one signature, several kernels.
 
-T tokens, D documents, H query heads, K key/value heads (H a multiple of K), N head dimension.
-`q_THN` says its shape. `cu_seqlens` [D+1] int32 holds 0 and the end of every document: queries see
-keys of their own document only, up to their own position. No backend ever sees across documents.
+T tokens, D documents, H query heads, K key/value heads (H a multiple of K), N head dimension. Names
+such as `q_THN` state the shape. `cu_seqlens` [D+1] int32 holds 0 and the end of every document. A
+query sees the keys of its own document up to its own position; no backend sees across documents.
 
-Example: cu_seqlens 0 3 5 are the documents of tokens 0-2 and 3-4; token 3 sees token 3 alone.
+Example: cu_seqlens 0 3 5 means documents of tokens 0-2 and 3-4; token 3 sees only itself.
 """
 
 import functools
@@ -37,22 +37,24 @@ def varlen_attention(
     backend: str = "auto",
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Causal attention within each document, softmax scale N**-0.5.
+    """Compute causal attention within each document, with softmax scale N**-0.5.
 
     Args:
-        q_THN, k_TKN, v_TKN: one dtype and device; the flash backends take fp16 and bf16 only.
+        q_THN: queries; the flash backends take fp16 and bf16 only.
+        k_TKN: keys, of the same dtype and device.
+        v_TKN: values, of the same dtype and device.
         cu_seqlens: [D+1] int32, from 0 to T; repeated values are empty documents.
-        max_seqlen: a Python int no document exceeds. Keep it constant over a run: a tensor, or a
-            value that changes, synchronises or recompiles.
+        max_seqlen: a Python int that no document exceeds. Keep it constant over a run: a tensor
+            synchronises, and a value that changes recompiles.
         backend: one of `BACKENDS`; "auto" is `resolve_backend`'s choice.
-        dropout_p: attention weights set to zero with this probability, the others scaled by
-            1 / (1 - dropout_p); 0 outside training.
+        dropout_p: probability of setting an attention weight to zero; the others are scaled by
+            1 / (1 - dropout_p). Pass 0 outside training.
 
     Returns:
         [T, H, N] in the dtype of `v_TKN`.
 
     Raises:
-        UserError: unknown or unusable backend.
+        UserError: the backend is unknown or unusable.
     """
     device, dtype = q_THN.device.type, v_TKN.dtype
     dropout = bool(dropout_p > 0)  # torch 2.13's compiler keeps the comparison as a symbol
@@ -60,13 +62,13 @@ def varlen_attention(
     return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p)
 
 
-@torch.compiler.assume_constant_result  # a compiler need not follow how it is chosen
+@torch.compiler.assume_constant_result  # the compiler need not trace the choice
 def resolve_backend(backend: str, *, device: str, dtype: torch.dtype, dropout: bool = False) -> str:
-    """Turns "auto" into the best backend for this device and dtype and checks a named one.
+    """Return the best backend for this device and dtype if "auto", else check the named one.
 
     Raises:
-        UserError: unknown, not installed, or not for this device, dtype or dropout; says what
-            to do.
+        UserError: the backend is unknown, not installed, or does not support this device, dtype or
+            dropout.
     """
     if backend == "auto":
         return _best_backend(device, dtype, dropout)
@@ -82,9 +84,9 @@ def resolve_backend(backend: str, *, device: str, dtype: torch.dtype, dropout: b
 
 @functools.cache
 def _best_backend(device: str, dtype: torch.dtype, dropout: bool) -> str:
-    possible = (name for name in BACKENDS[1:] if not _why_not(name, device, dtype, dropout, True))
-    best = next(possible)
-    log.info("attention_backend: auto took %r for %s on %s", best, dtype, device)
+    usable = (name for name in BACKENDS[1:] if not _why_not(name, device, dtype, dropout, True))
+    best = next(usable)
+    log.info("attention_backend: auto chose %r for %s on %s", best, dtype, device)
     return best
 
 
@@ -92,35 +94,35 @@ def _best_backend(device: str, dtype: torch.dtype, dropout: bool) -> str:
 def _why_not(
     backend: str, device: str, dtype: torch.dtype, dropout: bool, auto: bool = False
 ) -> str:
-    """Why a backend cannot run here, and the way out; empty if it can."""
+    """Return why a backend cannot run here, and the way out; "" if it can."""
     if backend == "sdpa":
         return ""
     without_dropout = ("flex", "blockwise", *(["torch_varlen"] if _has_varlen_module() else []))
     if dropout and backend in without_dropout:
-        return "has no attention_dropout; use 'flash_attn' or 'sdpa', or set it to 0"
+        return "does not support attention_dropout; use 'flash_attn' or 'sdpa', or set it to 0"
     if backend == "blockwise":
         if device != "cpu":
-            return f"is for a CPU, and this tensor is on {device}; use 'sdpa'"
+            return f"runs on a CPU only, but this tensor is on {device}; use 'sdpa'"
         return f"computes in fp32, not in {dtype}; use 'sdpa'" if dtype == torch.float64 else ""
     if backend == "flex":
-        # Without a GPU it runs uncompiled, with all T x T scores: only of use to compare with.
-        return "runs on a GPU; use 'sdpa'" if auto and device != "cuda" else ""
+        # Without a GPU it runs uncompiled, with all T x T scores: useful only as a reference.
+        return "needs a GPU; use 'sdpa'" if auto and device != "cuda" else ""
     if device != "cuda":
-        return f"needs a GPU, and this tensor is on {device}; use 'sdpa'"
+        return f"needs a GPU, but this tensor is on {device}; use 'sdpa'"
     if dtype not in _HALF:
-        return f"takes fp16 or bf16, not {dtype}; set precision: amp_bf16, or use 'flex' or 'sdpa'"
+        return f"needs fp16 or bf16, not {dtype}; set precision: amp_bf16, or use 'flex' or 'sdpa'"
     return _why_no_flash() if backend == "flash_attn" else ""
 
 
 def _why_no_flash() -> str:
-    """Its compiled part is bound to one torch and one CUDA."""
+    """Return why flash-attn cannot be imported; its binary fits one torch and one CUDA only."""
     if importlib.util.find_spec("flash_attn") is None:
         return "is not installed; pip install 'foundry-ext[gpu]', or use 'torch_varlen'"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401 # pyright: ignore
     except (ImportError, OSError, RuntimeError) as error:
         problem = (
-            f"was not built for torch {torch.__version__}; build it anew, pip install --no-deps"
+            f"was not built for torch {torch.__version__}; rebuild it, pip install --no-deps"
             " --no-build-isolation --force-reinstall --no-binary flash-attn flash-attn, or use"
             f" 'torch_varlen' ({shorten(str(error), 160, placeholder=' ...')})"
         )
@@ -131,12 +133,15 @@ def _why_no_flash() -> str:
 
 @torch.compiler.assume_constant_result
 def _has_varlen_module() -> bool:
-    """torch 2.10 and later; its varlen_attn takes no dropout, the operator before it does."""
+    """Return whether torch has varlen_attn, as 2.10 and later do.
+
+    It takes no dropout; the operator that older versions use does.
+    """
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def _repeat_heads(x_TKN: Tensor, num_heads: int) -> Tensor:
-    """[T, K, N] -> [T, H, N], each key/value head for its group of H/K query heads."""
+    """Repeat each key/value head for its group of H/K query heads: [T, K, N] -> [T, H, N]."""
     groups = num_heads // x_TKN.shape[1]
     return x_TKN if groups == 1 else x_TKN.repeat_interleave(groups, dim=1)
 
@@ -158,17 +163,17 @@ def _torch_varlen(
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     if not _has_varlen_module():
         forward = torch.ops.aten._flash_attention_forward
-        options = (dropout_p, True, False)  # causal, without a debug mask
+        options = (dropout_p, True, False)  # is_causal, return_debug_mask
         return forward(q, k, v, *lengths, *options)[0]  # pyright: ignore[reportCallIssue]
     from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
-    causal = {"is_causal": True} if _names_causality() else {"window_size": (-1, 0)}
+    causal = {"is_causal": True} if _has_is_causal() else {"window_size": (-1, 0)}
     return varlen_attn(q, k, v, *lengths, **causal)
 
 
 @torch.compiler.assume_constant_result
-def _names_causality() -> bool:
-    """As torch 2.10's varlen_attn does; later versions express it as a window."""
+def _has_is_causal() -> bool:
+    """Return whether varlen_attn has `is_causal`, as in torch 2.10; later it has a window."""
     from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
     return "is_causal" in inspect.signature(varlen_attn).parameters
@@ -183,8 +188,10 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @functools.lru_cache(maxsize=2)
 def _document_mask(cu_seqlens: Tensor, _version: int, num_tokens: int):
-    """FlexAttention's block mask, made once a microbatch: tensors hash by identity, and the version
-    tells a buffer that was filled anew."""
+    """Return FlexAttention's block mask, cached so that it is made once per microbatch.
+
+    Tensors hash by identity; `_version` tells apart the contents of a buffer that is written again.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     token = torch.arange(num_tokens, device=cu_seqlens.device)
@@ -198,7 +205,7 @@ def _document_mask(cu_seqlens: Tensor, _version: int, num_tokens: int):
     )
 
 
-@torch.compiler.disable  # it is compiled already, and its mask is made once a microbatch
+@torch.compiler.disable  # compiled on its own, with a mask made once per microbatch
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
 ) -> Tensor:
@@ -209,7 +216,7 @@ def _flex(
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
     mask = _document_mask(cu_seqlens, version, q.shape[2])
-    # Its other kernel, taken for fewer than 128 tokens, wants H/K to be a power of two.
+    # Its other kernel, used below 128 tokens, needs H/K to be a power of two.
     options = {"FORCE_USE_FLEX_ATTENTION": True}
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
     return out[0].transpose(0, 1)
@@ -221,14 +228,14 @@ def _blockwise(
     return blockwise_attention(q, k, v, cu_seqlens)
 
 
-@torch.compiler.disable  # it reads lengths, and would be compiled anew for each pack
+@torch.compiler.disable  # it reads lengths on the host, so each pack would recompile
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
 ) -> Tensor:
-    """Every document by itself: the reference for the others, and what runs on any device."""
+    """Attend within one document at a time: the reference, which runs on any device."""
     lengths = cu_seqlens.diff().tolist()
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    # Split, not sliced: a slice's gradient is as large as all documents together.
+    # Split, not sliced: each slice would have a gradient as large as all documents together.
     by_document = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     attended = [
         F.scaled_dot_product_attention(q_i, k_i, v_i, dropout_p=dropout_p, is_causal=True)

@@ -1,12 +1,12 @@
 """Causal attention within documents by plain matrix products, a block of queries at a time.
 
-What a CPU trains with. Compared with `scaled_dot_product_attention` document by document it repeats
-no key/value head for its group, looks at no key after a block's last query, and saves q, k and v
-alone: the backward pass computes the weights again, as FlashAttention does. In bf16 that is 1.3 to
-3 times faster, in fp32 the same or a little more; see benchmarks/RESULTS.md.
+This is the backend for training on a CPU. Unlike `scaled_dot_product_attention` per document, it
+does not repeat key/value heads for their groups, skips keys after a block's last query, and saves
+only q, k and v: the backward pass computes the weights again, as FlashAttention does. In bf16 that
+is 1.3 to 3 times faster, in fp32 as fast or slightly faster; see benchmarks/RESULTS.md.
 
-One operator for forward and one for backward, so that torch.compile, which can follow neither
-lengths that it does not know nor the loop over them, does not look inside.
+Forward and backward are one custom operator each, which torch.compile does not trace into, because
+it can follow neither unknown lengths nor a loop over them.
 
 T tokens, L of them in a document, H query heads, K key/value heads, G = H/K, N head dimension.
 """
@@ -17,14 +17,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Queries of a block. A larger one looks at more keys in vain, a smaller one makes small products:
-# of 64, 128 and 256 the fastest, or as fast, at every length from 100 tokens to 2048.
+# Queries per block. A larger block computes more scores that are masked, a smaller one makes small
+# products. Of 64, 128 and 256, 64 is the fastest or ties at every length from 100 tokens to 2048.
 BLOCK = 64
 
 
 @torch.library.custom_op("foundry_ext::blockwise_attention", mutates_args=())
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[T, H, N] from q [T, H, N], k and v [T, K, N], all of one dtype; cu_seqlens [D+1] int32."""
+    """Compute causal attention within each document.
+
+    Args:
+        q: [T, H, N].
+        k: [T, K, N], in the dtype of q.
+        v: [T, K, N], in the dtype of q.
+        cu_seqlens: [D+1] int32.
+
+    Returns:
+        [T, H, N] in the dtype of q.
+    """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for start, end in _documents(cu_seqlens):
         q_KLGN, k_KLN, v_KLN = _by_head(q[start:end], k[start:end], v[start:end])
@@ -39,7 +49,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their dtypes; those of k and v are summed in fp32."""
+    """Return the gradients of q, k and v in their dtypes; those of k and v are summed in fp32."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for start, end in _documents(cu_seqlens):
@@ -96,18 +106,18 @@ def _scale(q: Tensor) -> float:
 
 
 def _grouped(x_LHN: Tensor, num_key_value_heads: int) -> Tensor:
-    """[L, H, N] -> [K, L, G, N]: a key/value head's queries one after another, by token."""
+    """Group the queries of each key/value head, by token: [L, H, N] -> [K, L, G, N]."""
     return x_LHN.unflatten(1, (num_key_value_heads, -1)).transpose(0, 1).contiguous()
 
 
 def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [K, L, G, N], scaled, and k, v [K, L, N]."""
+    """Return q [K, L, G, N], scaled, and k, v [K, L, N]."""
     k_KLN, v_KLN = (x.transpose(0, 1).contiguous() for x in (k, v))
     return _grouped(q * _scale(q), k.shape[1]), k_KLN, v_KLN
 
 
 def _weights(q_KLGN: Tensor, k_KLN: Tensor, rows: slice) -> Tensor:
-    """[K, rows * G, rows.stop] fp32: softmax over the keys up to each query's own."""
+    """Return attention weights [K, rows * G, rows.stop] in fp32, masked causally."""
     queries = q_KLGN[:, rows]
     scores = torch.bmm(queries.flatten(1, 2), k_KLN[:, : rows.stop].transpose(1, 2))
     size, groups = queries.shape[1:3]
@@ -118,6 +128,6 @@ def _weights(q_KLGN: Tensor, k_KLN: Tensor, rows: slice) -> Tensor:
 
 
 def _to_tokens(x: Tensor, rows: slice, shape: torch.Size) -> Tensor:
-    """[K, rows * G, N] -> [rows, H, N]."""
+    """Put heads back beside their tokens: [K, rows * G, N] -> [rows, H, N]."""
     size = rows.stop - rows.start
     return x.unflatten(1, (size, -1)).transpose(0, 1).reshape(size, *shape[1:])

@@ -1,16 +1,17 @@
-"""torch.compile for packs of one shape: norms, rotary, SwiGLU and residuals fused around products.
+"""torch.compile for packs of one shape: it fuses norms, rotary, SwiGLU and residuals.
 
-`layers` compiles the decoder layer once for all of them, since they differ in their weights only:
-seconds to compile, whatever the number of layers. `model` compiles all layers as one graph: minutes
-for thirty of them, and no more than the seams between layers to gain. Attention stays one operator
-in either, see models/attention.py. Weights keep their names.
+`layers` compiles one decoder layer for all layers, because they differ only in their weights. That
+takes seconds, whatever the number of layers. `model` compiles all layers as one graph. That takes
+minutes for thirty layers, and gains only fusions between layers. In both, attention stays one
+operator, as models/attention.py describes. Weights keep their names.
 """
 
 from typing import Any
 
 import torch
 
-from foundry_ext.models.smollm2 import SmolLM2ForCausalLM, decoder_layer, run_layers
+from foundry_ext.models.decoder import decoder_layer, run_layers
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
 SCOPES = ("none", "layers", "model")
@@ -18,7 +19,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 def check_compile(scope: str, mode: str) -> None:
-    """Raises ValueError for an unknown `compile` or `compile_mode`."""
+    """Raise UserError for an unknown value of `compile` (scope) or `compile_mode` (mode)."""
     for key, value, known in (("compile", scope, SCOPES), ("compile_mode", mode, MODES)):
         if value not in known:
             raise UserError(f"{key}: {value!r} is unknown; choose one of {', '.join(known)}")
@@ -31,19 +32,22 @@ def compile_model(
     mode: str = "default",
     dynamic: bool = False,
 ) -> None:
-    """Compiles at the first training step, in place; evaluation, of any shape, stays as it is.
+    """Make training steps compiled, in place; evaluation, whose shapes vary, is not compiled.
+
+    Compilation happens at the first training step.
 
     Args:
+        model: the model to change.
         scope: none, layers or model.
-        mode: torch.compile's; "reduce-overhead" records CUDA graphs.
-        dynamic: one code for all numbers of tokens, slower than one for a fixed number, which
-            every pack of another shape would compile anew.
+        mode: torch.compile's mode; "reduce-overhead" records CUDA graphs.
+        dynamic: compile once for any number of tokens. That code is slower than code for a fixed
+            number, which is compiled again for every new shape.
 
     Raises:
-        UserError: unknown scope or mode.
+        UserError: the scope or mode is unknown.
     """
     check_compile(scope, mode)
-    # Not fullgraph: flex and sdpa, which the compiler does not enter, cut a layer in two.
+    # Not fullgraph: flex and sdpa, which are not traced, break a layer's graph in two.
     options: dict[str, Any] = {"dynamic": dynamic, "mode": mode}
     model.model.compiled = None
     if scope == "model":
@@ -54,5 +58,5 @@ def compile_model(
 
 
 def graphs_compiled() -> int:
-    """By this process so far; for tests and the benchmark."""
+    """Return the number of graphs this process has compiled, for tests and the benchmark."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,9 +1,9 @@
-"""Floating-point operations of a training step, and what GPUs can do: for model FLOPs utilisation.
+"""FLOPs of a training step and peak FLOP/s of GPUs, for model FLOPs utilisation (MFU).
 
-Counts matrix products only, as is usual: a product [m, k] x [k, n] is 2mkn. Attention is counted as
-it must be done, causal and within documents, so it grows with the sum of squared lengths. Left out:
-norms, rotary, softmax and the optimizer, some per cent at these sizes; and what is recomputed, for
-MFU counts useful work. Compared with torch's FlopCounterMode in tests/models/test_flops.py.
+Only matrix products are counted, as is usual: [m, k] x [k, n] is 2mkn. Attention is counted as
+causal and within documents, so it grows with the sum of squared lengths. Not counted are norms,
+rotary, softmax and the optimizer, a few per cent at these sizes, and recomputation, because MFU
+measures useful work. tests/models/test_flops.py compares with torch's FlopCounterMode.
 """
 
 import re
@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 from transformers import LlamaConfig
 
-# Dense bf16 tensor-core peaks with fp32 accumulation and without sparsity, FLOP/s, by words of the
-# device's name; the first entry whose words are all there counts. Figures and sources were compared
-# on 2026-11-26 with Composer's and other projects' tables, not with NVIDIA's own files, which no
-# network led to; tests/models/test_flops.py derives most from multiprocessors, products and clock.
+# Dense bf16 tensor-core peaks in FLOP/s, with fp32 accumulation and without sparsity. The key holds
+# words of the device's name; the first entry whose words are all present counts. Figures and
+# sources were compared on 2026-11-26 with the tables of Composer and other projects, not with
+# NVIDIA's own files, which could not be downloaded. tests/models/test_flops.py derives most of them
+# from the number of multiprocessors, their products per cycle and the clock.
 PEAK_FLOPS = {
     ("B200",): 2250e12,  # NVIDIA Blackwell brief, HGX B200 at 1000 W: 4.5 PFLOP/s sparse
     ("H200", "NVL"): 835.5e12,  # H200 data sheet: 1,671 sparse
@@ -30,14 +31,16 @@ PEAK_FLOPS = {
     ("RTX", "4090"): 165.2e12,  # NVIDIA Ada white paper, appendix
     ("RTX", "3090"): 71.2e12,  # NVIDIA Ampere GA102 white paper, appendix
 }
-# Other chips, clocks or memory under the name of one above, or a slice of it.
+# Words that mark another chip, clock or memory under a name above, or a slice of the card.
 _OTHER_CARDS = {"Ti", "D", "SUPER", "Laptop", "Mobile", "Max-Q", "MIG"}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a GPU by `torch.cuda.get_device_name()`; None if not known.
+    """Return the dense bf16 peak of a GPU in FLOP/s, or None if it is unknown.
 
-    Whole words are compared: an A100 is no A10, a GH200 no H200, and an RTX 3090 Ti no RTX 3090.
+    Args:
+        device_name: as `torch.cuda.get_device_name()` returns it. Complete words are compared, so
+            an A100 is not an A10, a GH200 not an H200, and an RTX 3090 Ti not an RTX 3090.
     """
     words = {*re.split(r"[\s/]+", device_name), *re.split(r"[\s/-]+", device_name)}
     if words & _OTHER_CARDS:
@@ -48,10 +51,11 @@ def peak_flops(device_name: str) -> float | None:
 def forward_flops(
     config: LlamaConfig, *, num_tokens: int, num_loss_tokens: int, sum_squared_lengths: int
 ) -> dict[str, float]:
-    """Operations of a forward pass by part: `linear`, `attention`, `head`.
+    """Return the FLOPs of a forward pass by part: `linear`, `attention`, `head`.
 
     Args:
-        num_tokens: T, real tokens.
+        config: shape of the model.
+        num_tokens: real tokens, without padding.
         num_loss_tokens: positions at which the head runs.
         sum_squared_lengths: sum over documents of length squared.
     """
@@ -59,7 +63,7 @@ def forward_flops(
     query = config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     layer = hidden * (2 * query + 2 * key_value) + 3 * hidden * width
-    # Scores and their product with the values, each over half a square.
+    # Scores and their product with the values, each over half a square (causal).
     attention = 2 * 2 * query * sum_squared_lengths / 2
     return {
         "linear": 2.0 * layer * num_tokens * config.num_hidden_layers,
@@ -69,8 +73,9 @@ def forward_flops(
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """Elements of the matrices A and B of peft's LoRA layers, whole ones where FSDP shards them."""
-    layers: list[Any] = [one for one in model.modules() if hasattr(one, "lora_A")]
+    """Return the number of elements of A and B in peft's LoRA layers, before any sharding."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    # From ranks and features: under FSDP numel() would count this rank's shard.
     return sum(
         layer.r[name] * (layer.in_features + layer.out_features)
         for layer in layers
@@ -87,16 +92,15 @@ def training_flops(
     frozen_base: bool = False,
     adapter_parameters: int = 0,
 ) -> float:
-    """Operations of forward and backward pass.
+    """Return the FLOPs of a forward and backward pass.
 
-    The backward pass takes two products for each of the forward: one for the gradient of the input,
-    one for the gradient of the weight, which frozen weights do not need.
+    Each product of the forward pass takes two in the backward pass: one for the gradient of the
+    input, and one for the gradient of the weight, which frozen weights do not need.
 
-    Args:
-        frozen_base: only an adapter is trained.
-        adapter_parameters: see there; each is in one product a token, forward. On all seven linears
-            of SmolLM2-135M rank 64 adds 22 % to the other products of a frozen base, rank 256 87 %.
-            DoRA's norms of W + BA, a product a step and not a token, are left out.
+    The first arguments are those of `forward_flops`. `frozen_base` means that only an adapter is
+    trained. Each of the `adapter_parameters` takes part in one product per token of the forward
+    pass: on all seven linears of SmolLM2-135M, rank 64 adds 22 % to the other products of a frozen
+    base, rank 256 87 %. DoRA's norms of W + BA, one product per step, are not counted.
     """
     parts = forward_flops(
         config,

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head at labelled positions, without the logits of all positions.
 
 L labelled positions, D hidden size, V vocabulary. [L, V] never exists: the head runs over chunks of
-positions, and a chunk's gradient is taken at once, while its probabilities are at hand (as Liger's
-fused kernel does), so that the backward pass multiplies by no logits again.
+positions. A chunk's gradient is computed in the forward pass, from its probabilities (as in Liger's
+fused kernel), so the backward pass does not compute logits again.
 """
 
 import functools
@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
-
-IGNORE_INDEX = -100
 
 # Elements of one chunk's fp32 logits: 2**24 is 64 MiB, small beside a model, large beside a kernel.
 CHUNK_ELEMENTS = 2**24
@@ -23,32 +22,35 @@ LOSSES = ("chunked", "compiled", "liger")
 
 
 class LossSum(NamedTuple):
-    """Sums over labelled positions. `loss`: fp32 nats. `num_correct`: int64, argmax is label."""
+    """Sums over labelled positions."""
 
     loss: Tensor
+    """fp32 scalar, nats."""
     num_correct: Tensor
+    """int64 scalar, positions whose label is the argmax."""
 
 
 def labelled_positions(labels: Tensor, num_loss_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-    """Where a hidden state predicts a label, and that label.
+    """Return the positions whose hidden state predicts a label, and those labels.
 
-    `labels` are unshifted, so that the state at t predicts `labels[t + 1]`; a document's first
-    label is always -100, which keeps a document's last state from predicting its neighbour.
+    Example: labels -100 6 7 -100 9 give positions 0 1 3 and targets 6 7 9.
+
+    `labels` are unshifted: the state at t predicts `labels[t + 1]`. A document's first label is
+    always -100, so a document's last state never predicts a token of the next document.
 
     Args:
-        labels: [T] int64, -100 where there is no loss.
-        num_loss_tokens: the count of labels, where the caller knows it: then no device
-            synchronisation is needed to find it out.
+        labels: [T] int64, -100 without loss.
+        num_loss_tokens: number of labels, if known. Without it, counting them synchronises with the
+            device.
 
     Returns:
         (positions, targets), each [L] int64.
-
-    Example: labels -100 6 7 -100 9 give positions 0 1 3 and targets 6 7 9.
     """
     has_label = labels[1:] != IGNORE_INDEX
     if num_loss_tokens is None:
         positions = has_label.nonzero().squeeze(-1)
     else:
+        # Labelled positions first, in order. nonzero would synchronise to learn its result's size.
         order = torch.argsort(has_label.to(torch.uint8), descending=True, stable=True)
         positions = order[:num_loss_tokens]
     return positions, labels[1:][positions]
@@ -68,10 +70,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             hidden_in, labels = hidden[rows].to(dtype), target[rows, None]
-            # One row would be compiled by itself, for torch takes a size of 1 as fixed.
+            # torch.compile treats a size of 1 as static, so one row would compile separately.
             fused = compiled and len(labels) > 1
-            loss_of = _compiled_loss_and_gradient() if fused else _loss_and_gradient
-            chunk_loss, grad_logits = loss_of(hidden_in @ weight_in.t(), labels)
+            loss_and_gradient = _compiled_loss_and_gradient() if fused else _loss_and_gradient
+            chunk_loss, grad_logits = loss_and_gradient(hidden_in @ weight_in.t(), labels)
             loss += chunk_loss
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight_in
@@ -94,7 +96,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, fp32, of logits [R, V] at labels [R, 1], and its gradient [R, V]."""
+    """Return the summed fp32 cross-entropy of logits [R, V] at labels [R, 1], and its gradient."""
     log_prob = logits.float().log_softmax(-1)
     loss = -log_prob.gather(1, labels).sum()
     gradient = log_prob.exp_()  # the probabilities, then minus one at the label
@@ -104,7 +106,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The same, written for a compiler: it makes two passes over the logits instead of six."""
+    """Return a compiled `_loss_and_gradient`: two passes over the logits instead of six."""
 
     def fused(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         x = logits.float()
@@ -113,7 +115,7 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Te
         is_label = torch.arange(x.shape[1], device=x.device) == labels
         return loss, ((x - log_sum).exp() - is_label).to(logits.dtype)
 
-    # The last chunk has any number of rows.
+    # Dynamic, because the last chunk may have any number of rows.
     return torch.compile(fused, dynamic=True)  # pyright: ignore[reportReturnType]
 
 
@@ -125,15 +127,17 @@ def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, target: Tensor, *, implementation: str = "chunked"
 ) -> Tensor:
-    """Summed cross-entropy of the linear head, differentiable in `hidden` and `weight`.
+    """Return the summed cross-entropy of the linear head, differentiable in hidden and weight.
 
-    Matrix products run in autocast's dtype where autocast is on; the softmax, the sum and the
-    accumulation of the head's gradient are fp32 always. With no rows it is 0, and still attached to
-    both inputs, so that data-parallel ranks with nothing to learn from do not make others wait.
+    Matrix products run in autocast's dtype if autocast is on. The softmax, the sum and the
+    accumulation of the head's gradient are always in fp32. Without rows the result is 0 but still
+    has gradients for both inputs, so a data-parallel rank without labels does not block the others.
 
     Args:
-        hidden: [L, D]; weight: [V, D]; target: [L] int64, no -100 among them.
-        implementation: "chunked" (any device), "compiled" (the same, its softmax fused by
+        hidden: [L, D].
+        weight: [V, D].
+        target: [L] int64, without -100.
+        implementation: "chunked" (any device), "compiled" (the same with its softmax fused by
             torch.compile) or "liger" (Triton, GPU only).
 
     Returns:
@@ -163,9 +167,9 @@ def _liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate_linear_head(hidden: Tensor, weight: Tensor, target: Tensor) -> LossSum:
-    """Summed cross-entropy and number of correct predictions, a chunk at a time.
+    """Return the summed cross-entropy and the number of correct predictions, without gradients.
 
-    Args and dtypes as in `linear_cross_entropy`.
+    Arguments and dtypes are those of `linear_cross_entropy`.
     """
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -177,7 +181,11 @@ def evaluate_linear_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Loss
 
 
 def check_loss(name: str) -> str:
-    """Returns `name` if it can be used here, else raises ValueError saying how to get it."""
+    """Return the name of a loss implementation after checking that it can run here.
+
+    Raises:
+        UserError: it is unknown, needs a GPU, or is not installed.
+    """
     if name not in LOSSES:
         raise UserError(f"loss: {name!r} is unknown; choose one of {', '.join(LOSSES)}")
     if name == "liger":

@@ -1,11 +1,11 @@
-"""Memory that a training step takes, from its parts, before anything is trained.
+"""An estimate of a training step's memory, from its parts, before training.
 
-Weights, gradients and optimizer state are counted from the configuration. What a layer keeps for
-the backward pass is counted on the model's own code: one layer and two are run forward on a few
-tokens, at full width, and the difference, a straight line in tokens, is a layer's. The loss is a
-formula of models/loss.py. Checked against the allocator on a CPU, tests/models/test_memory.py; not
-measured on a GPU, whose flash kernels keep the same tensors (queries, keys, values, output), but
-whose compiled layers keep fewer.
+Weights, gradients and optimizer state are counted from the configuration. Activations that a layer
+saves for the backward pass are counted by running the model: forward passes of one layer and of two
+on a few tokens at full width differ by one layer's, which grows linearly in tokens. The loss is a
+formula that follows models/loss.py. tests/models/test_memory.py compares with the allocator on a
+CPU. No GPU was measured: its flash kernels save the same tensors (queries, keys, values, output),
+but its compiled layers save fewer.
 
 T tokens of a microbatch, D hidden size, V vocabulary.
 """
@@ -21,10 +21,11 @@ from torch import nn
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.loss import CHUNK_ELEMENTS
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
 GIB = 2**30
-# Largest memory of a card that torch sees, GiB.
+# Memory of a card as torch reports it, in GiB.
 CARDS = {
     "RTX 3090 24 GB": 23.6,
     "RTX 4090 24 GB": 23.6,
@@ -33,31 +34,31 @@ CARDS = {
     "H100 80 GB": 79.2,
     "H200 141 GB": 139.8,
 }
-# Of a card's memory, what is left for tensors: CUDA's context and the kernels' workspaces take some
-# 1 GiB, and an allocator's blocks are never all full. An assumption, not a measurement.
+# Memory not available to tensors: CUDA's context and the kernels' workspaces take about 1 GiB, and
+# the allocator's blocks are never all full. These are assumptions, not measurements.
 CONTEXT_BYTES = GIB
 USABLE_SHARE = 0.92
 
-# Bytes of a weight, of a number that autocast or the weights compute in, and of the residual stream
-# between layers, which autocast keeps as wide as the weights.
+# Bytes per element of weights, of products, and of the residual stream between layers, which
+# autocast keeps in the dtype of the weights.
 PRECISIONS = {"fp32": (4, 4, 4), "amp_bf16": (4, 2, 4), "amp_fp16": (4, 2, 4), "bf16": (2, 2, 2)}
-# States as large as the trained parameters, by a part of the optimizer's name.
+# Number of states of the trained parameters' size, by a part of the optimizer's name.
 OPTIMIZER_STATES = {"lion": 1, "adam": 2, "sgd": 0}
 _COUNT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What one decoder layer keeps for the backward pass, bytes."""
+    """Bytes that one decoder layer saves for the backward pass."""
 
     per_token: float
     fixed: float
-    """Whatever the number of tokens: weights cast to bf16."""
+    """Bytes independent of the number of tokens: weights cast to bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Of a model, an adapter's included: what is frozen is the base under an adapter."""
+    """Parameter counts including the adapter; `frozen` is the base model under it."""
 
     trainable: int
     frozen: int
@@ -66,7 +67,7 @@ class Parameters:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Parameters":
-        """Tied weights once; a model on the meta device will do."""
+        """Count a model's parameters, tied weights once; it may be on the meta device."""
         numbers, sizes = {True: 0, False: 0}, {True: 0, False: 0}
         for parameter in model.parameters():
             numbers[parameter.requires_grad] += parameter.numel()
@@ -89,48 +90,50 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes by part, all there at once when a step needs the most."""
+    """Bytes by part at the moment when a step needs the most memory."""
 
     weights: int
-    """An adapter's excluded."""
+    """Weights of the model without an adapter."""
     adapter: int
     frozen_copy: int
-    """Of the base model, to measure KL against in full fine-tuning."""
+    """Copy of the base model, the reference for KL in full fine-tuning."""
     optimizer: int
     gradients: int
-    """Of earlier microbatches, where several make up a batch; DDP's buckets are as much again."""
+    """Gradients of earlier microbatches, if a batch has several; DDP's buckets double them."""
     activations: int
-    """Kept for the backward pass by all layers; with checkpointing each layer's input alone."""
+    """Tensors that all layers save for the backward pass; with checkpointing only their inputs."""
     weight_casts: int
     """Copies of weights in the dtype that autocast computes in."""
     backward: int
-    """Gradients inside a layer and, with checkpointing, its activations computed again; they are
-    not there together with the loss."""
+    """Gradients inside a layer and, with checkpointing, its recomputed activations. They do not
+    exist at the same time as `chunk`."""
     head: int
     """Gradient of the head's weight."""
     chunk: int
-    """States at labelled positions and, a chunk of them at a time, logits and what follows."""
+    """Hidden states at labelled positions, and the logits of one chunk of them with their
+    temporaries."""
 
     @property
     def peak(self) -> int:
+        """Bytes held at once at the most."""
         parts = asdict(self)
         backward, chunk = parts.pop("backward"), parts.pop("chunk")
         return sum(parts.values()) + max(backward, chunk)
 
 
 def optimizer_states(name: str) -> int:
-    """How many tensors of the trained parameters' size an optimizer keeps, by its name.
+    """Return how many states of the trained parameters' size an optimizer keeps.
 
     Raises:
-        UserError: not known.
+        UserError: the optimizer is unknown.
     """
-    found = next((count for part, count in OPTIMIZER_STATES.items() if part in name.lower()), None)
-    if found is None:
-        raise UserError(
-            f"optimizer.name: {name!r} has an unknown state; memory can be estimated for names with"
-            f" {', '.join(OPTIMIZER_STATES)}"
-        )
-    return found
+    for part, count in OPTIMIZER_STATES.items():
+        if part in name.lower():
+            return count
+    raise UserError(
+        f"optimizer.name: {name!r} is unknown; memory can be estimated for optimizers whose name"
+        f" contains {', '.join(OPTIMIZER_STATES)}"
+    )
 
 
 def estimate_memory(
@@ -147,25 +150,30 @@ def estimate_memory(
     accumulates: bool = True,
     num_ranks: int = 1,
 ) -> Memory:
-    """The most that a training step holds at once on one device.
+    """Return the memory that a training step needs on one device.
 
     Args:
-        layer: `count_layer` of this model and precision.
-        num_tokens: T, those that fill a fixed shape included.
-        num_loss_tokens: of which labelled; all where not given.
+        config: shape of the model.
+        layer: result of `count_layer` for this model and precision.
+        parameters: the model's, including an adapter's.
+        num_tokens: T, computed tokens of a microbatch, padding included.
+        num_loss_tokens: labelled tokens of a microbatch; T by default.
         precision: a key of `PRECISIONS`, as the trainer names it, or bf16 for weights in bf16.
+        optimizer: its name in the YAML.
+        activation_checkpointing: whether layers are recomputed in the backward pass.
+        frozen_copy: whether full fine-tuning keeps a copy of the base model.
         accumulates: whether a device's batch has several microbatches.
-        num_ranks: above 1 with DDP; sharding by FSDP is not estimated.
+        num_ranks: number of ranks of DDP; sharding by FSDP is not estimated.
     """
     stored, compute, residual = PRECISIONS[precision]
     hidden, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     labelled = num_tokens if num_loss_tokens is None else num_loss_tokens
     full, trained = parameters.is_full, parameters.trainable_bytes
-    kept = layer.per_token * num_tokens
+    saved = layer.per_token * num_tokens
     inputs = residual * hidden * num_tokens
-    # Two tensors of the MLP's width at once, and the stream around it.
+    # Two tensors of the MLP's width at once, and the residual stream.
     inside = (2 * compute * config.intermediate_size + residual * hidden) * num_tokens
-    if not full and compute < stored:  # peft widens what an adapter reads to the adapter's type
+    if not full and compute < stored:  # peft casts an adapter's input to the adapter's dtype
         inside += stored * config.intermediate_size * num_tokens
     cast_layers = layers if full or not activation_checkpointing else 0
     return Memory(
@@ -174,9 +182,9 @@ def estimate_memory(
         frozen_copy=trained * (frozen_copy and full),
         optimizer=optimizer_states(optimizer) * trained,
         gradients=trained * (accumulates + (num_ranks > 1)),
-        activations=int(layers * (inputs if activation_checkpointing else kept)),
+        activations=int(layers * (inputs if activation_checkpointing else saved)),
         weight_casts=int(layer.fixed * cast_layers),
-        backward=int(inside + (kept + layer.fixed) * activation_checkpointing),
+        backward=int(inside + (saved + layer.fixed) * activation_checkpointing),
         head=full * 4 * hidden * vocabulary,
         chunk=(2 + full) * residual * hidden * labelled
         + _chunk_bytes(config, labelled, stored=stored, compute=compute, full=full),
@@ -188,8 +196,8 @@ def _chunk_bytes(
 ) -> int:
     vocabulary = config.vocab_size
     rows = min(labelled, max(1, CHUNK_ELEMENTS // vocabulary))
-    # Logits, in fp32 as well, their softmax, and the gradient of the chunk before; or, a moment
-    # later, a chunk's gradient and what it adds to the head's.
+    # First logits, their fp32 copy, their softmax and the gradient of the previous chunk; later the
+    # chunk's gradient and its product for the head's gradient. The larger of the two counts.
     widened = 4 * (compute != 4)
     softmax = rows * vocabulary * (compute + widened + 4 + compute * (rows < labelled))
     head = compute * config.hidden_size * vocabulary
@@ -198,33 +206,34 @@ def _chunk_bytes(
 
 
 def largest_pack(peak: Callable[[int], int], memory: float, *, step: int = 256) -> int:
-    """The most tokens, a multiple of `step`, whose peak fits a card; 0 where none do.
+    """Return the most tokens whose peak memory fits a card; 0 if none do.
 
     Args:
-        peak: tokens -> bytes, growing.
+        peak: an increasing function from tokens to bytes.
         memory: bytes of the card.
+        step: the result is a multiple of this.
     """
-    room = usable(memory)
+    limit = usable(memory)
     low, high = 0, 1
-    while peak(high * step) <= room:
+    while peak(high * step) <= limit:
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle * step) <= room else (low, middle)
+        low, high = (middle, high) if peak(middle * step) <= limit else (low, middle)
     return low * step
 
 
 def usable(memory: float) -> float:
-    """Bytes for tensors of a card's `memory` bytes."""
+    """Return the bytes available to tensors on a card of `memory` bytes."""
     return (memory - CONTEXT_BYTES) * USABLE_SHARE
 
 
 def count_layer(build: Callable[[int], nn.Module], *, precision: str) -> Layer:
-    """What a layer keeps, counted in forward passes of models of one layer and two.
+    """Count what a layer saves, by forward passes of models with one layer and with two.
 
     Args:
-        build: number of layers -> model on the CPU, a `SmolLM2ForCausalLM` or one under an adapter;
-            its weights may be anything and its vocabulary tiny.
+        build: a function from the number of layers to a model on the CPU, with or without an
+            adapter. The values of its weights and its vocabulary's size do not matter.
         precision: a key of `PRECISIONS`.
     """
     counts = []
@@ -232,50 +241,55 @@ def count_layer(build: Callable[[int], nn.Module], *, precision: str) -> Layer:
         model = build(num_layers).train()
         if precision == "bf16":
             model = model.bfloat16()
-        counts.append(
-            [saved_bytes(model, t, precision) for t in (_COUNT_TOKENS, 2 * _COUNT_TOKENS)]
-        )
-    few, many = (two - one for one, two in zip(*counts, strict=True))
+        lengths = (_COUNT_TOKENS, 2 * _COUNT_TOKENS)
+        counts.append([saved_bytes(model, num_tokens, precision) for num_tokens in lengths])
+    few, many = (two_layers - one_layer for one_layer, two_layers in zip(*counts, strict=True))
     per_token = (many - few) / _COUNT_TOKENS
     return Layer(per_token=per_token, fixed=few - per_token * _COUNT_TOKENS)
 
 
-class _Kept:
-    """A tensor that autograd holds; gone when the graph lets go of it."""
+class _Saved:
+    """A tensor saved by autograd; it is freed together with the graph."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
 
 
 def saved_bytes(model: nn.Module, num_tokens: int, precision: str) -> int:
-    """Bytes that autograd holds after a forward pass over one document, parameters excluded."""
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+    """Return the bytes that autograd holds after a forward pass over one document.
 
-    def pack(tensor: torch.Tensor) -> _Kept:
-        one = _Kept(tensor)
-        kept.add(one)
-        return one
+    Parameters are not counted.
+    """
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> _Saved:
+        entry = _Saved(tensor)
+        saved.add(entry)
+        return entry
 
     ids = torch.zeros(1, num_tokens, dtype=torch.long)
     positions = torch.arange(num_tokens)[None]
     batch = {
         "input_ids": ids,
         "position_ids": positions,
-        "labels": ids.masked_fill(positions == 0, -100),
+        "labels": ids.masked_fill(positions == 0, IGNORE_INDEX),
         "cu_seqlens": torch.tensor([0, num_tokens], dtype=torch.int32),
         "max_seqlen": num_tokens,
         "num_loss_tokens": num_tokens - 1,
     }
     with autocast(precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.tensor):
         loss = model(**batch).loss
-    own = {x.untyped_storage().data_ptr() for x in model.parameters()}
-    storages = {x.tensor.untyped_storage().data_ptr(): x.tensor.untyped_storage() for x in kept}
-    assert loss.requires_grad
-    return sum(storage.nbytes() for at, storage in storages.items() if at not in own)
+    assert loss.requires_grad  # and is alive, and so is the graph
+    # By storage, because views share one.
+    storages = [entry.tensor.untyped_storage() for entry in saved]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]:
-    """As the trainer sets it, but bf16 for amp_fp16, which is as wide."""
+    """Return the trainer's autocast for a precision, with bf16 for amp_fp16, which is as wide."""
     if not precision.startswith("amp_"):
         return nullcontext()
     return torch.autocast(device, torch.bfloat16)

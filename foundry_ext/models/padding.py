@@ -1,4 +1,4 @@
-"""Between padded batches [B, S] and tokens laid end to end [T]."""
+"""Conversion between padded batches [B, S] and tokens laid end to end [T]."""
 
 from dataclasses import dataclass
 
@@ -6,73 +6,82 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foundry_ext.models.loss import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Where the tokens of a padded batch are.
+    """Positions of the tokens of a padded batch.
 
     Example: masks `1 1 0` and `0 1 1` give slot_index 0 1 4 5, cu_seqlens 0 2 4 and
     position_ids 0 1 0 1.
     """
 
     batch: int
-    slots: int
+    seq_len: int
     """S, padding included."""
     slot_index: Tensor
-    """[T] int64, each token's place in the flattened [B * S]."""
+    """[T] int64, each token's index in the flattened [B * S]."""
     cu_seqlens: Tensor
     """[B+1] int32."""
     position_ids: Tensor
-    """[T] int64, from 0 in every row, whichever side is padded."""
+    """[T] int64, from 0 in every row, padded left or right."""
 
     @classmethod
     def from_mask(
-        cls, mask: Tensor | None, *, batch: int, slots: int, device: torch.device
+        cls, mask: Tensor | None, *, batch: int, seq_len: int, device: torch.device
     ) -> "Padded":
-        """`mask` [B, S] of ones and zeros, the ones of a row in one run; None for no padding.
+        """Find the tokens of a padded batch.
+
+        Args:
+            mask: [B, S], 1 for tokens, which are contiguous in a row, and 0 for padding. None
+                means no padding.
+            batch: B.
+            seq_len: S.
+            device: device of the result.
 
         Raises:
-            ValueError: another shape (a 4-D mask, say), or a hole in a row.
+            ValueError: the mask has another shape, or a row has padding between tokens.
         """
         if mask is None:
-            mask = torch.ones(batch, slots, dtype=torch.bool, device=device)
-        if mask.shape != (batch, slots):
+            mask = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
+        if mask.shape != (batch, seq_len):
             raise ValueError(
-                f"attention_mask is {list(mask.shape)}, needs [{batch}, {slots}] of ones and zeros;"
-                " packed documents go in cu_seqlens"
+                f"attention_mask is {list(mask.shape)}, but must be [{batch}, {seq_len}], ones and"
+                " zeros; mark packed documents by cu_seqlens"
             )
         mask = mask.to(device, torch.bool)
         starts = mask & ~F.pad(mask, (1, 0))[:, :-1]
         if bool((starts.sum(1) > 1).any()):
             raise ValueError(
-                "attention_mask has a hole inside a row; only padding at its ends works"
+                "attention_mask has zeros between the ones of a row; pad only at a row's ends"
             )
         lengths = mask.sum(1)
         return cls(
             batch=batch,
-            slots=slots,
+            seq_len=seq_len,
             slot_index=mask.flatten().nonzero().squeeze(-1),
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
             position_ids=(mask.long().cumsum(1) - 1)[mask],
         )
 
     def unpad(self, x: Tensor) -> Tensor:
-        """[B, S, ...] -> [T, ...]."""
+        """Remove padding: [B, S, ...] -> [T, ...]."""
         x = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
         return x[self.slot_index]
 
     def unpad_labels(self, labels: Tensor) -> Tensor:
-        """[B, S] -> [T], with -100 at every row's first token, which the row before must not
-        predict."""
-        labels = self.unpad(labels)  # a copy
+        """Remove padding from labels: [B, S] -> [T].
+
+        Every row's first label becomes -100, because the previous row must not predict it.
+        """
+        labels = self.unpad(labels)  # a copy, so the caller's labels do not change
         starts = self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
         labels[starts] = IGNORE_INDEX
         return labels
 
     def repad(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [B, S, ...], zeros where there is padding."""
-        full = x.new_zeros(self.batch * self.slots, *x.shape[1:])
+        """Put padding back, as zeros: [T, ...] -> [B, S, ...]."""
+        full = x.new_zeros(self.batch * self.seq_len, *x.shape[1:])
         full = full.index_copy(0, self.slot_index, x)
-        return full.unflatten(0, (self.batch, self.slots))
+        return full.unflatten(0, (self.batch, self.seq_len))

@@ -1,4 +1,4 @@
-"""Where weights and shapes come from: the hub, a folder, or this package."""
+"""Pretrained weights and configurations, from the hub, a folder or this package."""
 
 import contextlib
 import logging
@@ -24,18 +24,16 @@ HUB_NAMES = {
 
 
 def shipped_config(name: str) -> str | None:
-    """The folder of a shape shipped with the package, by its name here."""
-    if name not in HUB_NAMES:
-        return None
-    return str(CONFIG_FOLDER / name)
+    """Return the folder of a configuration shipped with the package, or None for other names."""
+    return str(CONFIG_FOLDER / name) if name in HUB_NAMES else None
 
 
 @contextlib.contextmanager
 def naming_the_hub(path: str) -> Iterator[None]:
-    """Configuration or weights that are not there, or cannot be read: which, and what would do.
+    """Explain errors of loading a configuration or weights from a folder or the hub.
 
     Raises:
-        UserError: in place of what transformers, the hub's client and safetensors raise.
+        UserError: instead of an error of transformers, the hub's client or safetensors.
     """
     try:
         yield
@@ -50,63 +48,74 @@ def naming_the_hub(path: str) -> Iterator[None]:
 
 
 _NEEDED = (
-    "; give a local folder with config.json and model.safetensors, or a name on the hub where that"
-    " can be reached"
+    "; give a local folder with config.json and model.safetensors, or, with network access, a name"
+    " on the hub"
 )
 
 
 def _problem(path: str, error: Exception) -> str | None:
-    """In words; None for an error of another kind."""
+    """Return what is wrong and the way out, or None for an unrelated error."""
     text, folder = str(error), Path(path)
     if "does not recognize this architecture" in text or "requires you to execute" in text:
         return (
-            "is of an architecture that transformers does not know without code of its own, which"
-            " is not run here; only Llama-shaped models run packed, use hf_causal_lm for others"
+            "has an architecture that transformers does not know without remote code, which is not"
+            " run here; only Llama-shaped models run packed, use hf_causal_lm for others"
         )
     if type(error).__name__ == "SafetensorError":
-        return "holds damaged weights" + _NEEDED
-    if not isinstance(error, OSError) or error.errno is not None:  # of this machine, not the name
+        return "has corrupted weights" + _NEEDED
+    # With an errno it is a problem of this machine, such as a full disk, and not of the path.
+    if not isinstance(error, OSError) or error.errno is not None:
         return None
     if not folder.is_dir():
-        return "is no folder here, and the hub does not give it" + _NEEDED
+        return "is not a local folder, and the hub does not provide it" + _NEEDED
     if not (folder / "config.json").is_file():
-        return "holds no config.json" + _NEEDED
+        return "has no config.json" + _NEEDED
     if any(folder.glob("*.safetensors")):
         return "cannot be read" + _NEEDED
     pickles = ", ".join(file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt")])
     if pickles:
         return (
-            f"holds no model.safetensors but {pickles}, a pickle, which could run code when it is"
-            " read; save the model anew with safe_serialization=True"
+            f"has no model.safetensors but {pickles}, a pickle, which could run code when loaded;"
+            " save the model again with safe_serialization=True"
         )
-    return "holds no model.safetensors" + _NEEDED
+    return "has no model.safetensors" + _NEEDED
 
 
 def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolLM2ForCausalLM:
-    """A missing or left-over weight would otherwise be a warning and a model half random."""
+    """Load a model, and fail if a weight is missing, unexpected or of another shape.
+
+    transformers would only warn, and initialise missing weights randomly.
+
+    Raises:
+        UserError: the weights cannot be loaded, or do not fit the configuration.
+    """
     with naming_the_hub(path):
         loaded: Any = SmolLM2ForCausalLM.from_pretrained(
             path,
             config=config,
             torch_dtype=torch.float32,
             token=True if use_auth_token else None,
-            use_safetensors=True,  # others are pickles, which could run code
-            ignore_mismatched_sizes=True,  # reported below
+            use_safetensors=True,  # other formats are pickles, which could run code
+            ignore_mismatched_sizes=True,  # reported below, with the other kinds of mismatch
             output_loading_info=True,
         )
     model, report = loaded
-    wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
-    if wrong:
-        shown = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
+    problems = [
+        f"{kind}: {', '.join(sorted(map(str, names))[:3])}"
+        for kind, names in report.items()
+        if names
+    ]
+    if problems:
         raise UserError(
-            f"checkpoint {path} does not fit its configuration: {shown}. config_overrides may not"
-            " change the shape of a pretrained model"
+            f"checkpoint {path} does not fit its configuration: {'; '.join(problems)}."
+            " config_overrides must not change the shape of a pretrained model"
         )
     return model
 
 
 def load_generation_config(model: SmolLM2ForCausalLM, path: str) -> None:
+    """Set the model's generation configuration from a folder or the hub, if it has one."""
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:
-        log.info("%s has no generation_config.json; the defaults are used", path)
+        log.info("%s has no generation_config.json; using the defaults", path)

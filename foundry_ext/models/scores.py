@@ -1,8 +1,8 @@
-"""Log-probabilities of labelled positions, and how far they moved from the base model's.
+"""Log-probabilities of labelled positions, and their KL divergence from the base model.
 
 L labelled positions, D hidden size, V vocabulary, N documents of a pack. As in loss.py the head
-runs over chunks of positions, so that [L, V] never exists; unlike there every position keeps its
-own number, which evaluation needs and training does not.
+runs over chunks of positions, so [L, V] never exists. Unlike the loss, every position keeps its own
+score, which evaluation needs and training does not.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,32 @@ from torch import Tensor
 from foundry_ext.models.loss import CHUNK_ELEMENTS
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
-# Makes the base model of a run usable for the length of a `with`, and hands it out.
+# Opens a context in which the base model of a run can be used.
 BaseModel = Callable[[], AbstractContextManager[SmolLM2ForCausalLM]]
 
 
 class Scores(NamedTuple):
-    """Of L positions. `log_prob` fp32, nats; `is_correct` bool, the label is the argmax; `kl` fp32,
-    KL(base || now) in nats, None where no base was given."""
+    """Scores of L labelled positions."""
 
     log_prob: Tensor
+    """[L] fp32, nats."""
     is_correct: Tensor
+    """[L] bool, whether the label is the argmax."""
     kl: Tensor | None
+    """[L] fp32, KL(base || tuned) in nats; None without a base model."""
 
 
 class DocumentScores(NamedTuple):
-    """Of a pack's N documents, on the CPU. `log_prob`, `kl`: float64 sums, nats; `num_tokens`,
-    `num_correct`: int64, labelled tokens and those predicted right."""
+    """Scores of a pack's N documents, on the CPU."""
 
     log_prob: Tensor
+    """[N] float64, sum over labelled tokens, nats."""
     num_tokens: Tensor
+    """[N] int64, labelled tokens."""
     num_correct: Tensor
+    """[N] int64, labelled tokens that are the argmax."""
     kl: Tensor | None
+    """[N] float64, sum over labelled tokens, nats; None without a base model."""
 
 
 @torch.no_grad()
@@ -48,15 +53,18 @@ def score_positions(
     base_states: Tensor | None = None,
     base_weight: Tensor | None = None,
 ) -> Scores:
-    """Scores each label under the linear head.
+    """Score each label under the linear head.
 
-    The head runs in autocast's dtype where autocast is on, the softmax in fp32 always.
-    KL(base || now) = sum over the vocabulary of p_base (log p_base - log p_now): what the tuned
-    model loses, in nats, where the base model knew the answer. It is 0 for equal logits, exactly.
+    The head runs in autocast's dtype if autocast is on, the softmax always in fp32.
+    KL(base || tuned) is the sum over the vocabulary of p_base (log p_base - log p_tuned). It weighs
+    most what the base model knew and the tuned model lost, and is exactly 0 for equal logits.
 
     Args:
-        states: [L, D]; weight: [V, D]; targets: [L] int64.
-        base_states, base_weight: the base model's, of the same positions.
+        states: [L, D].
+        weight: [V, D].
+        targets: [L] int64.
+        base_states: [L, D], the base model's at the same positions, or None.
+        base_weight: [V, D], the base model's, or None.
     """
     num_rows = targets.shape[0]
     log_prob = torch.empty(num_rows, dtype=torch.float32, device=states.device)
@@ -90,12 +98,16 @@ def score_pack(
     max_seqlen: int,
     base: BaseModel | None = None,
 ) -> DocumentScores:
-    """Runs the model on a pack, and `base` too where it is given, and sums by document.
+    """Score the labels of a pack with the model, and sum by document.
 
     Args:
-        model: in evaluation mode; the pack's tensors are on its device.
-        input_ids, position_ids, labels: [1, T]; cu_seqlens: [N+1] int32.
-        base: the same shape of model, before training.
+        model: the tuned model, in evaluation mode; the pack's tensors are on its device.
+        input_ids: [1, T].
+        position_ids: [1, T].
+        labels: [1, T].
+        cu_seqlens: [N+1] int32.
+        max_seqlen: most tokens of a document.
+        base: the model before training, or None to skip KL.
     """
     pack = {
         "input_ids": input_ids,
@@ -106,9 +118,9 @@ def score_pack(
     }
     base_states, base_weight = None, None
     if base is not None:
-        with base() as before:
-            base_states, _, _ = before.states_at_labels(**pack)
-            base_weight = before.head_weight
+        with base() as base_model:
+            base_states, _, _ = base_model.states_at_labels(**pack)
+            base_weight = base_model.head_weight
     states, targets, positions = model.states_at_labels(**pack)
     scores = score_positions(
         states,
@@ -117,7 +129,7 @@ def score_pack(
         base_states=base_states,
         base_weight=base_weight,
     )
-    # Summed on the CPU: in one order, whatever the device, and in float64, whatever the length.
+    # Summed on the CPU, in the same order for every device, and in float64 for any length.
     ends = cu_seqlens[1:].cpu().long()
     document = torch.searchsorted(ends, positions.cpu(), right=True)
 

@@ -1,1 +1,1 @@
-"""Lengths to packs, packs to batches. Only numpy and torch are needed."""
+"""Document lengths to packs, and packs to batches; needs numpy and torch only."""

@@ -1,19 +1,19 @@
-"""Packing: which documents share a row of `capacity` tokens.
+"""Packing: the choice of documents that share a row of `capacity` tokens.
 
-Lengths only, no tokens and no torch. `pack` is a pure function of its arguments, so every rank and
-every resumed run computes the same packs instead of exchanging or storing them.
+It sees lengths only, no tokens, and needs no torch. `pack` is a pure function of its arguments, so
+every rank and every resumed run computes the same packs instead of exchanging or storing them.
 
 Method, per window of shuffled documents:
 
-1. Three quarters of the documents are packed in arrival order by next fit, which mixes long and
-   short but leaves a gap at the end of each pack.
+1. Three quarters of the documents are packed in arrival order by next fit. This mixes long and
+   short documents but leaves a gap at the end of each pack.
 2. The rest, the pool, closes the gaps: a pack with a gap of g tokens takes a pool document of
    exactly g tokens. All packs are matched at once, by sorting.
-3. Only packs without a gap are kept. The documents of all others go through 1 and 2 again, until
-   little more comes of it, and the last few per cent are packed by first fit decreasing.
+3. Only packs without a gap are kept. The documents of all others go through 1 and 2 again until
+   a round places too few of them. The last few per cent are packed by first fit decreasing.
 
     lengths [3, 5, 2, 6, 3], capacity 8, pool: the 2 and the last 3
-    next fit [3, 5] [6 _ _]  ->  the 2 closes the gap: [3, 5] [6, 2], the 3 goes round again
+    next fit [3, 5] [6 _ _]  ->  the 2 closes the gap: [3, 5] [6, 2]; the 3 waits for round 2
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Share of the documents kept for closing gaps. Measured on log-normal lengths (median 350, sigma
-# .9) at capacity 2048: fill is the same from .1 to .5; the coefficient of variation of documents
-# per pack is .49 at .1 and .47 from .2 to .4.
+# Fraction of the documents reserved for closing gaps. Measured on log-normal lengths (median 350,
+# sigma .9) at capacity 2048: packing efficiency is the same from .1 to .5; the coefficient of
+# variation of documents per pack is .49 at .1 and .47 from .2 to .4.
 _POOL_SHARE = 0.25
-# Rounds go on while they place this share of what they were given. What they leave is packed by
-# length, so that long and short documents meet less.
+# Rounds continue while each places at least this fraction of its documents. The rest is packed by
+# length, which mixes long and short documents less.
 _MIN_PROGRESS = 0.02
-# Above this ratio to the ideal number of packs, first fit decreasing is tried on the whole window.
+# Above this ratio to the ideal number of packs, first fit decreasing is tried on the window.
 _TOLERANCE = 1.001
 
 
@@ -36,10 +36,11 @@ _TOLERANCE = 1.001
 class Packs:
     """Packs of one epoch, in training order: `packs[i]` holds the document indices of pack i.
 
-    documents  int64, (num_documents,), the indices of all packs one after another
-    offsets    int64, (num_packs + 1,), pack i is documents[offsets[i] : offsets[i + 1]]
-    capacity   tokens a pack can hold
-    num_tokens tokens in all packs
+    Attributes:
+        documents: [num_documents] int64, the indices of all packs, concatenated.
+        offsets: [num_packs + 1] int64; pack i is `documents[offsets[i] : offsets[i + 1]]`.
+        capacity: tokens that a pack can hold.
+        num_tokens: tokens in all packs.
     """
 
     documents: np.ndarray
@@ -55,15 +56,19 @@ class Packs:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Document indices of one pack: int64, read-only; IndexError past either end."""
+        """Return the document indices of one pack: int64, read-only.
+
+        Raises:
+            IndexError: there is no such pack.
+        """
         i = index + len(self) if index < 0 else index
         if not 0 <= i < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         return self.documents[self.offsets[i] : self.offsets[i + 1]]
 
     @property
-    def fill(self) -> float:
-        """Tokens over slots, 0 to 1; 1 where there are no packs, as nothing is wasted."""
+    def packing_efficiency(self) -> float:
+        """Tokens over capacity, 0 to 1; 1 without packs, because nothing is wasted."""
         return self.num_tokens / (len(self) * self.capacity) if len(self) else 1.0
 
 
@@ -80,21 +85,24 @@ def pack(
     pack([3, 5, 2, 6, 3], 8, seed=0, epoch=0)  ->  [4], [0, 1], [2, 3]: 3, 8 and 8 tokens
     pack([3, 5, 2, 6, 3], 8, seed=0, epoch=1)  ->  [0], [1, 4], [3, 2]
 
-    lengths   tokens of each document, integers in 1..capacity, (num_documents,)
-    capacity  tokens a pack can hold
-    seed, epoch  what the shuffle derives from; equal arguments give equal packs (under one version
-              of numpy: its generators may change, NEP 19)
-    window    documents packed at a time; bounds the working memory, not the shuffle, which is
-              over all documents. Below some 2**14 more stays unfilled, and long and
-              short documents meet less.
+    It never makes more than 1.001 times the packs of first fit decreasing over the same window.
+    This also limits the method: if lengths leave little choice (a few hundred documents, or few
+    distinct lengths), the packs are those of first fit decreasing. Between epochs they then differ
+    in order but little in composition.
 
-    Raises ValueError for a length outside 1..capacity, for lengths that are not a flat sequence of
-    integers, for capacity or window below 1 and for a negative seed or epoch.
+    Args:
+        lengths: [num_documents], tokens of each document, integers in 1..capacity.
+        capacity: tokens that a pack can hold.
+        seed: seed of the shuffle, together with `epoch`. Equal arguments give equal packs under
+            one version of numpy, whose generators may change (NEP 19).
+        epoch: see `seed`.
+        window: documents packed at a time. It bounds the working memory, not the shuffle, which is
+            over all documents. Below about 2**14 packing efficiency drops, and long and short
+            documents are mixed less.
 
-    Never more than 1.001 times the packs of first fit decreasing over the same window. That is also
-    the limit of the method: where lengths leave little choice (some hundred documents, or few
-    distinct lengths), packs are those of first fit decreasing and differ between epochs in order
-    but little in composition.
+    Raises:
+        ValueError: a length is outside 1..capacity, lengths are not a flat sequence of integers,
+            capacity or window is below 1, or seed or epoch is negative.
     """
     for name, value, least in (
         ("capacity", capacity, 1),
@@ -104,7 +112,7 @@ def pack(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}")
-    lengths = _checked(lengths, capacity)
+    lengths = _check_lengths(lengths, capacity)
     rng = np.random.default_rng((seed, epoch))
     documents, sizes = zip(*_packed_windows(lengths, capacity, window, rng), strict=True)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
@@ -112,35 +120,39 @@ def pack(
 
 
 def most_documents(lengths: np.ndarray, capacity: int) -> int:
-    """Documents that the fullest pack could hold, which is one of the shortest: a bound for all
-    plans.
+    """Return the most documents that any plan can put into one pack, by taking the shortest.
 
     most_documents([5, 2, 3, 2, 9], 8)  ->  3, of 2, 2 and 3 tokens
+
+    Args:
+        lengths: [num_documents], tokens of each document, positive integers.
+        capacity: tokens that a pack can hold.
     """
     counts = np.bincount(lengths)
     tokens = np.cumsum(counts * np.arange(len(counts)))  # in documents of up to this length
-    whole = int(np.searchsorted(tokens, capacity, side="right"))  # lengths below it fit all
-    if whole == len(counts):
+    # The first length of which not all documents fit beside all shorter ones.
+    partial = int(np.searchsorted(tokens, capacity, side="right"))
+    if partial == len(counts):
         return len(lengths)
-    left = capacity - int(tokens[whole - 1])
-    return int(counts[:whole].sum()) + left // whole
+    left = capacity - int(tokens[partial - 1])
+    return int(counts[:partial].sum()) + left // partial
 
 
-def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
+def _check_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
     lengths = np.asarray(lengths)
     if lengths.size == 0:
         lengths = lengths.astype(np.int64)  # numpy's type for [] is float
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
         raise ValueError(
             f"lengths are {lengths.dtype} of shape {lengths.shape}; "
-            "give one integer number of tokens per document"
+            "pass one integer number of tokens per document"
         )
     bad = np.flatnonzero((lengths <= 0) | (lengths > capacity))
     if len(bad):
         raise ValueError(
             f"document {bad[0]} has {lengths[bad[0]]} tokens, outside 1..{capacity} (capacity), "
-            f"as have {len(bad) - 1} more; leave out empty documents and choose by the loader's "
-            "`overlong` setting what becomes of long ones"
+            f"and so do {len(bad) - 1} more; leave out empty documents, and shorten or drop long "
+            "ones by the loader's `overlong` setting"
         )
     return lengths
 
@@ -148,7 +160,7 @@ def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
 def _packed_windows(
     lengths: np.ndarray, capacity: int, window: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Documents one pack after another, and documents per pack, for each window of the shuffle."""
+    """Yield (documents in the order of their packs, documents per pack) of each window."""
     windows = np.array_split(rng.permutation(len(lengths)), max(1, -(-len(lengths) // window)))
     carry = windows[0][:0]
     for i, window_documents in enumerate(windows):
@@ -157,26 +169,27 @@ def _packed_windows(
         # The last pack is the one that ran out of documents: it stays open for the next window.
         num_closed = _count(pack_of) - (i < len(windows) - 1)
         closed = pack_of < num_closed
-        place = rng.permutation(num_closed)[pack_of[closed]]
-        yield documents[closed][_argsort(place, num_closed)], np.bincount(place)
+        # Packs were made in order of quality, full ones first: shuffle that order away.
+        shuffled = rng.permutation(num_closed)[pack_of[closed]]
+        yield documents[closed][_argsort(shuffled, num_closed)], np.bincount(shuffled)
         carry = documents[~closed]
 
 
 def _pack_window(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
-    """Pack of each document; the last pack is the one most likely to be part empty."""
+    """Return the pack of each document; the last pack is the most likely to have a gap."""
     pack_of = np.full(len(lengths), -1)
     num_packs, left = 0, np.arange(len(lengths))
     progress = 1.0
     while len(left) and progress >= _MIN_PROGRESS:
-        labels = _full_packs(lengths[left], capacity, rng)
-        placed = labels >= 0
-        pack_of[left[placed]] = num_packs + labels[placed]
-        num_packs += _count(labels)
+        full_pack_of = _full_packs(lengths[left], capacity, rng)
+        placed = full_pack_of >= 0
+        pack_of[left[placed]] = num_packs + full_pack_of[placed]
+        num_packs += _count(full_pack_of)
         left = left[~placed]
         progress = placed.mean()
     pack_of[left] = num_packs + _first_fit_decreasing(lengths[left], capacity)
-    # Where every second document is longer than half a pack, full packs of short ones leave the
-    # long ones without partners, and sorting by length is the better plan.
+    # If half of the documents are longer than half a pack, full packs of short documents leave the
+    # long ones without partners. Sorting by length is then the better plan.
     ideal = -(-lengths.sum() // capacity)
     if _count(pack_of) > _TOLERANCE * ideal:
         by_length = _first_fit_decreasing(lengths, capacity)
@@ -186,7 +199,7 @@ def _pack_window(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -
 
 
 def _full_packs(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
-    """Pack of each document that ends up in a pack without a gap, -1 for all others."""
+    """Return the pack of each document that ends up in a pack without a gap, -1 for others."""
     in_pool = (rng.random(len(lengths)) < _POOL_SHARE) & (2 * lengths <= capacity)
     in_pool[0] = False  # next fit needs a document to start with
     base, pool = np.flatnonzero(~in_pool), np.flatnonzero(in_pool)
@@ -203,10 +216,10 @@ def _full_packs(lengths: np.ndarray, capacity: int, rng: np.random.Generator) ->
 
 
 def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """First document of each pack, when a pack takes documents in order until one does not fit."""
+    """Return the first document of each pack; a pack takes documents until one does not fit."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    # following[i]: where the next pack starts if one starts at i. Finding it for every i at once
-    # leaves only the walk along the chain to Python.
+    # following[i]: the start of the next pack if one starts at i. numpy finds it for every i at
+    # once, so only the walk along the chain is left to Python.
     following = (np.searchsorted(ends, ends[:-1] + capacity, side="right") - 1).tolist()
     starts, i = [], 0
     while i < len(following):
@@ -216,7 +229,7 @@ def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _match(gaps: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (into gaps, into lengths) of pairs of equal value, each index at most once.
+    """Return (indices into gaps, indices into lengths) of equal values, each index at most once.
 
     gaps [5, 3, 5], lengths [4, 5, 3]  ->  [1, 0], [2, 1]: the second gap of 5 finds no partner
     """
@@ -226,18 +239,20 @@ def _match(gaps: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[np.nda
     value = gaps[by_gap]
     rank = np.arange(len(gaps)) - (np.cumsum(num_gaps) - num_gaps)[value]  # among equal gaps
     partner = (np.cumsum(num_lengths) - num_lengths)[value] + rank
-    found = rank < num_lengths[value]
-    return by_gap[found], by_length[partner[found]]
+    has_partner = rank < num_lengths[value]
+    return by_gap[has_partner], by_length[partner[has_partner]]
 
 
 def _first_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Pack of each document when each pack takes the longest that still fits, until none does.
+    """Return the pack of each document; each pack takes the longest that fits, until none does.
 
-    First fit over documents sorted by falling length, pack by pack instead of document by document:
-    at most 11/9 of the optimum + 6/9 (Dosa 2007), far closer for many short documents.
+    This equals first fit over documents sorted by falling length, done pack by pack instead of
+    document by document. It makes at most 11/9 of the optimum + 6/9 packs (Dosa 2007), and comes
+    far closer with many short documents.
     """
     counts = np.bincount(lengths, minlength=capacity + 1)
-    available = sum(1 << length for length in np.flatnonzero(counts).tolist())  # bit l: length l
+    # Bit l: a document of length l is left. The longest that fits is then one bit operation away.
+    available = sum(1 << length for length in np.flatnonzero(counts).tolist())
     counts = counts.tolist()
     taken, packs = [], []  # length and pack of each document, in the order they are packed
     current, gap = -1, 0
@@ -266,5 +281,6 @@ def _count(pack_of: np.ndarray) -> int:
 
 
 def _argsort(keys: np.ndarray, num_keys: int) -> np.ndarray:
-    """Stable argsort of keys in 0..num_keys-1; numpy's radix sort is for 16 bits only."""
+    """Return a stable argsort of keys in 0..num_keys-1."""
+    # numpy has a radix sort for 16 bits only.
     return np.argsort(keys.astype(np.uint16) if num_keys <= 2**16 else keys, kind="stable")

@@ -1,14 +1,14 @@
-"""The pack: its keys, how packs join into a microbatch, and what is counted in it.
+"""The pack: its keys, its counts, and the joining of packs into a microbatch.
 
-T tokens, D documents. A *document* is one training example; a *pack* is whole documents end to
-end; a *loader batch* is a list of packs; a *microbatch* is some of them joined. Batch sizes count
-packs, Composer's samples are documents, its tokens are real tokens.
+T tokens, D documents. A *document* is one training example. A *pack* is complete documents laid
+end to end. A *loader batch* is a list of packs. A *microbatch* is some of them joined. Batch sizes
+count packs, Composer's samples are documents, and its tokens are real tokens.
 
 | key | shape, type | meaning |
 |---|---|---|
 | `input_ids` | [1, T] int64 | the documents end to end |
 | `position_ids` | [1, T] int64 | 0, 1, ... restarting at each document |
-| `labels` | [1, T] int64 | unshifted; -100 where no loss, and at every document's first token |
+| `labels` | [1, T] int64 | unshifted; -100 without loss and at every document's first token |
 | `cu_seqlens` | [D+1] int32 | 0 and each document's end; last = T |
 | `max_seqlen` | int | `max_seq_len`, constant over the run |
 | `num_documents`, `num_tokens`, `num_loss_tokens` | int | counted on the CPU, padding excluded |
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from foundry_ext.utils.errors import UserError
 
-IGNORE_INDEX = -100
-
 
 class Pack(TypedDict):
+    """Documents laid end to end, with their counts; the keys are described above."""
+
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
@@ -45,7 +45,7 @@ Batch = Sequence[Pack] | Pack
 
 
 def join_packs(packs: Sequence[Pack]) -> Pack:
-    """Lays packs end to end and rebases their offsets.
+    """Lay packs end to end and rebase their offsets.
 
     Example: cu_seqlens 0 3 5 and 0 2 become 0 3 5 7.
     """
@@ -69,40 +69,44 @@ def join_packs(packs: Sequence[Pack]) -> Pack:
 
 
 def split_batch(batch: Batch, microbatch_size: int | float | None) -> list[Pack]:
-    """Composer's `split_batch`: cuts a loader batch between packs only, never inside one.
+    """Split a loader batch into microbatches between packs, never inside one.
+
+    It replaces Composer's default, which cuts every tensor along its first dimension.
 
     Args:
         batch: the loader's list of packs; a single pack counts as a list of one.
         microbatch_size: packs per microbatch (`device_train_microbatch_size`).
 
     Raises:
-        UserError: not a whole number of packs, or None, which is what "auto" begins with on a
-            loader of packs.
+        UserError: the size is not a positive integer. None is how Composer passes "auto".
     """
     if microbatch_size is None:
         raise UserError(
-            "device_train_microbatch_size: auto cannot work with packs: it would halve a number of"
-            " packs, not of tokens. Set it (for an Evaluator of your own, its"
+            "device_train_microbatch_size: auto does not work with packs: it would halve the number"
+            " of packs, not of tokens. Set it (for your own Evaluator, its"
             " device_eval_microbatch_size) to 1, and size pack_tokens to fill the device"
         )
     if isinstance(microbatch_size, bool) or microbatch_size != int(microbatch_size):
         raise UserError(
-            f"microbatch size {microbatch_size!r} is not a whole number of packs; a pack is sized"
-            " by pack_tokens to fill the device, so use 1"
+            f"microbatch size {microbatch_size!r} must be an integer number of packs; use 1, and"
+            " size pack_tokens to fill the device"
         )
     packs, size = _packs(batch), int(microbatch_size)
     if size < 1:
-        raise UserError(f"microbatch size {size} is below one pack; use 1")
+        raise UserError(f"microbatch size {size} must be at least one pack; use 1")
     return [join_packs(packs[start : start + size]) for start in range(0, len(packs), size)]
 
 
 def num_documents(batch: Batch) -> int:
-    """Composer's samples."""
+    """Return the number of documents, which Composer counts as samples."""
     return sum(pack["num_documents"] for pack in _packs(batch))
 
 
 def num_tokens(batch: Batch) -> dict[str, int]:
-    """Composer's tokens: `total` for its clock, `loss_generating` to weigh microbatches, ranks."""
+    """Return Composer's token counts.
+
+    `total` drives its clock; `loss_generating` weighs the losses of microbatches and ranks.
+    """
     packs = _packs(batch)
     return {
         "total": sum(pack["num_tokens"] for pack in packs),

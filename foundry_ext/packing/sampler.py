@@ -1,8 +1,9 @@
-"""Packs -> the batches of one rank and epoch; a walk over a plan, nothing carried over.
+"""Batches of packs for one rank and epoch: a walk over a plan, with no state carried over.
 
-The plan is a pure function of (lengths, capacity, seed, epoch) and knows nothing of ranks. A global
-batch is `batch_packs` packs on each of `world_size` ranks, which take packs in turn; the last one
-is completed with empty packs, so that every rank has the same number of batches and microbatches.
+The plan is a pure function of (lengths, capacity, seed, epoch) and does not depend on the ranks. A
+global batch is `batch_packs` packs on each of `world_size` ranks, which take packs in turn. The
+last one is completed with empty packs, so every rank has the same number of batches and
+microbatches.
 
 Example, 2 ranks of 1 pack, packs A B C: rank 0 gets [A] [C], rank 1 gets [B] [empty].
 """
@@ -25,12 +26,12 @@ _EMPTY = np.empty(0, dtype=np.int64)
 
 
 class PackedBatchSampler(DistributedSampler):
-    """A batch sampler: yields lists of packs, each an int64 array of document indices.
+    """A batch sampler that yields lists of packs, each an int64 array of document indices.
 
-    It is a DistributedSampler because that is how Composer recognises a sampler that shares data
-    out over ranks; Composer then calls `set_epoch` before every epoch. Composer also takes
-    `total_size - len(dataset)` samples for padding and cuts them off in evaluation; here the two
-    are equal, for an empty pack holds no sample.
+    Composer recognises a sampler that distributes data over ranks by its type, DistributedSampler,
+    and calls `set_epoch` before every epoch. In evaluation it also cuts off
+    `total_size - len(dataset)` samples as padding. Here the two are equal, because an empty pack
+    holds no sample.
     """
 
     def __init__(
@@ -46,17 +47,21 @@ class PackedBatchSampler(DistributedSampler):
         seed: int,
         drop_last: bool = False,
     ):
-        """
+        """Plan the first epoch.
+
         Args:
             dataset: `len` is the number of documents.
-            lengths: tokens of each document; 0 for one that is not to be used.
-            capacity: tokens a pack may hold.
-            batch_packs: packs of a batch on this rank.
-            shuffle: another plan every epoch; else one and the same.
-            drop_last: leave out a last incomplete global batch, which is logged.
+            lengths: [num_documents], tokens of each document; 0 leaves a document out.
+            capacity: tokens that a pack can hold.
+            batch_packs: packs per batch on this rank.
+            rank: this process's rank.
+            world_size: number of ranks.
+            shuffle: make a new plan every epoch; otherwise all epochs have the same plan.
+            seed: seed of the plans.
+            drop_last: leave out a last global batch that is incomplete.
 
         Raises:
-            UserError: no documents, or too few for one whole batch with `drop_last`.
+            UserError: there are no documents, or with `drop_last` too few for one batch.
         """
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.total_size = len(dataset)  # pyright: ignore[reportArgumentType]
@@ -68,7 +73,9 @@ class PackedBatchSampler(DistributedSampler):
         self._plan: tuple[int, Packs] | None = None
         self._num_batches: int | None = None
         if len(self.used) == 0:
-            raise UserError("no document is left to train on: see the counts of the data above")
+            raise UserError(
+                "no documents left to train on; the counts logged above say why rows were dropped"
+            )
         if len(self) == 0:
             raise UserError(
                 f"{len(self.plan(0))} packs do not fill one global batch of"
@@ -76,19 +83,21 @@ class PackedBatchSampler(DistributedSampler):
             )
 
     def plan(self, epoch: int) -> Packs:
-        """The packs of an epoch; indices are into the used documents.
+        """Return the packs of an epoch; their indices are into `used`.
 
-        Composer takes the number of batches once and holds every epoch to it, so an epoch whose own
-        plan needs one batch more or less gets the first epoch's packs in another order instead.
+        Composer reads the number of batches once and holds every epoch to it. An epoch whose own
+        plan has one batch more or less therefore gets the first epoch's packs in another order.
         """
         epoch = epoch if self.shuffle else 0
         if self._plan is not None and self._plan[0] == epoch:
             return self._plan[1]
-        # A plan of 10 M documents is 100 MiB and takes seconds, so none is kept or made in vain.
+        # A plan of 10 M documents is 100 MiB and takes seconds: keep one at a time, and make the
+        # first epoch's again only if it is needed.
         first = self._plan[1] if self._plan is not None and self._plan[0] == 0 else None
         self._plan = None
         packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
-        log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), 100 * packs.fill)
+        efficiency = 100 * packs.packing_efficiency
+        log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), efficiency)
         if self._num_batches is not None and self._batches_of(packs) != self._num_batches:
             del packs
             if first is None:
@@ -98,31 +107,31 @@ class PackedBatchSampler(DistributedSampler):
         return packs
 
     def plan_digest(self, epoch: int) -> str:
-        """Of the packs of an epoch, to tell whether another run has the same ones."""
+        """Return a hash of an epoch's packs, to compare the packs of two runs."""
         packs = self.plan(epoch)
         return hashlib.sha256(packs.documents.tobytes() + packs.offsets.tobytes()).hexdigest()[:16]
 
     def _batches_of(self, packs: Packs) -> int:
-        whole, rest = divmod(len(packs), self.batch_packs * self.num_replicas)
-        return whole if self.drop_last else whole + bool(rest)
+        complete, rest = divmod(len(packs), self.batch_packs * self.num_replicas)
+        return complete if self.drop_last else complete + bool(rest)
 
     def __len__(self) -> int:
-        """Batches of every epoch, the same on every rank."""
+        """Return the number of batches per epoch, the same in every epoch and on every rank."""
         if self._num_batches is None:
             self._num_batches = self._batches_of(self.plan(0))
         return self._num_batches
 
     def resume_at(self, *, epoch: int, batch: int) -> None:
-        """The next iteration, if over this epoch, starts at this batch; any other one at 0."""
+        """Start the next iteration at `batch` if it is over `epoch`, otherwise at 0."""
         self.epoch = epoch
         self._resume_at = epoch, batch
 
     @property
     def first_batch(self) -> int:
-        """Where the next iteration starts.
+        """First batch of the next iteration.
 
-        Stopped by `max_duration` right after an epoch's last batch, Composer saves that batch's
-        number and has its clock in the next epoch already, which is to start at 0.
+        If `max_duration` stops Composer right after an epoch's last batch, the checkpoint holds
+        that batch's number although the clock is in the next epoch already. That epoch starts at 0.
         """
         epoch, batch = self._resume_at
         return batch if epoch == self.epoch else 0
@@ -132,16 +141,18 @@ class PackedBatchSampler(DistributedSampler):
         for batch in range(first, len(self)):
             yield self.batch(batch)
 
-    def batch(self, number: int) -> list[NDArray[np.int64]]:
-        """This rank's packs of batch `number`, found without reading any other."""
+    def batch(self, index: int) -> list[NDArray[np.int64]]:
+        """Return this rank's packs of one batch, without walking over the batches before it."""
         packs = self.plan(self.epoch)
-        start = number * self.batch_packs * self.num_replicas + self.rank
-        numbers = range(start, start + self.batch_packs * self.num_replicas, self.num_replicas)
-        return [self.used[packs[i]] if i < len(packs) else _EMPTY for i in numbers]
+        global_size = self.batch_packs * self.num_replicas
+        start = index * global_size + self.rank
+        pack_indices = range(start, start + global_size, self.num_replicas)
+        return [self.used[packs[i]] if i < len(packs) else _EMPTY for i in pack_indices]
 
 
 def _reordered(packs: Packs, rng: np.random.Generator) -> Packs:
-    """The same packs in another order; no Python object a pack, of which there may be millions."""
+    """Return the same packs in another order."""
+    # numpy only: there may be millions of packs, too many for a Python object each.
     order = rng.permutation(len(packs))
     sizes = np.diff(packs.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(sizes)])

@@ -32,6 +32,7 @@ from typing import Any
 
 from foundry_ext.utils.redaction import redact
 
+RECORD_NAME = "record.json"  # in a run's folder and among its W&B files
 SCHEMA_VERSION = 1
 STATUSES = ("running", "finished", "failed", "stopped")
 _LONGEST_PATH = 200  # characters; file systems end at 255

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from foundry_ext.adapters.methods import describe
+from foundry_ext.adapters.methods import method_of_config
 from foundry_ext.config.loading import UsageError, load_config, record_path, split_arguments
 from foundry_ext.records.decisive import DECISIVE, find
 from foundry_ext.records.record import redact
@@ -233,7 +233,7 @@ def kind(config: Mapping[str, Any], *, whole: bool) -> Any:
     kind = [
         model.get("pretrained_model_name_or_path"),
         model.get("config_overrides"),
-        describe(peft_config).name,
+        method_of_config(peft_config).name,
     ]
     if whole:
         dataset = (config.get("train_loader") or {}).get("dataset") or {}

@@ -1,4 +1,4 @@
-"""What training steps did and how long they took: counted once for the callbacks that report it."""
+"""Counts and times of training steps, shared by the callbacks that report them."""
 
 import time
 from collections.abc import Iterable
@@ -7,7 +7,8 @@ from functools import partial
 from typing import cast
 
 import torch
-from composer.core import State
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
 from transformers import LlamaConfig
 
@@ -19,78 +20,88 @@ from foundry_ext.utils.errors import UserError
 
 
 @dataclass
-class Counts:
-    """Of some steps on one rank or on all; zero of everything is no step."""
+class StepCounts:
+    """Counters summed over steps, for one rank or all ranks. All zeros means no step yet.
+
+    The names of the fields are keys in checkpoints, see run_record.
+    """
 
     seconds: float = 0.0
-    """From asking for the batch to the end of the step; that of the slowest rank."""
+    """From the request for a batch to the end of its step, on the slowest rank."""
     waiting: float = 0.0
-    """Of which the batch was waited for; again the most any rank did."""
+    """Part of `seconds` spent waiting for the dataloader, on the slowest rank."""
     real_tokens: int = 0
     loss_tokens: int = 0
     documents: int = 0
     packs: int = 0
     slots: int = 0
-    """Tokens computed, filled ones included."""
+    """Tokens computed, padding included."""
     sum_squared_lengths: int = 0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        # vars, for dataclasses.astuple copies deeply: 25 µs, and a window is summed every batch.
+    def __add__(self, other: "StepCounts") -> "StepCounts":
+        # By vars because dataclasses.astuple copies deeply, 25 µs, and every batch sums a window.
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Counts(*(a + b for a, b in pairs))
+        return StepCounts(*(a + b for a, b in pairs))
+
+    def packing_efficiency(self, capacity: int) -> float:
+        """Return the share of the packs' capacity that real tokens fill, 0 to 1."""
+        return self.real_tokens / (self.packs * capacity)
 
 
-def total(counts: Iterable[Counts]) -> Counts:
-    return sum(counts, Counts())
+def total(counts: Iterable[StepCounts]) -> StepCounts:
+    """Return the sum of the counts."""
+    return sum(counts, StepCounts())
 
 
-def over_ranks(counts: Counts) -> Counts:
-    """Of all ranks; to be called by all of them, and cheap enough for every batch.
+def over_ranks(counts: StepCounts) -> StepCounts:
+    """Return the sum over all ranks. A collective, cheap enough for every batch.
 
-    One small tensor: Composer's all_gather_object pickles, gathers twice and makes the host wait
-    for each, in a process group of one rank too.
+    It sends one small tensor: Composer's all_gather_object pickles, gathers twice and makes the
+    host wait each time, even in a process group of one rank.
     """
     if dist.get_world_size() == 1:
         return counts
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     fields = vars(counts).values()
-    mine = torch.tensor(list(fields), dtype=torch.float64, device=device)  # whole up to 2^53
+    # float64 holds integers exactly up to 2^53.
+    mine = torch.tensor(list(fields), dtype=torch.float64, device=device)
     ranks = [
-        Counts(*(type(field)(value) for field, value in zip(fields, rank, strict=True)))
+        StepCounts(*(type(field)(value) for field, value in zip(fields, rank, strict=True)))
         for rank in torch.stack(list(dist.all_gather(mine))).tolist()
     ]
     together = total(ranks)
-    # Ranks wait for one another, so the slowest one's time is everybody's.
+    # Ranks wait for one another, so the slowest rank's time is everybody's.
     together.seconds = max(rank.seconds for rank in ranks)
     together.waiting = max(rank.waiting for rank in ranks)
     return together
 
 
-class Meter:
-    """Measures this rank's steps; its methods are to be called at Composer's events of their name.
+class StepTimer(Callback):
+    """Base of callbacks that count this rank's steps.
 
-    Evaluation and checkpoints lie between steps and are not in the time.
+    Evaluation and checkpoints happen between steps and are not in the time.
     """
 
     def __init__(self):
-        self.started: float | None = None
-        self.waited = 0.0
-        self.warmed_up = False
+        self._requested: float | None = None
+        self._waiting = 0.0
+        self._warmed_up = False
 
-    def before_dataloader(self) -> None:
-        self.started = time.perf_counter()
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._requested = time.perf_counter()
 
-    def after_dataloader(self) -> None:
-        assert self.started is not None
-        self.waited = time.perf_counter() - self.started
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        assert self._requested is not None
+        self._waiting = time.perf_counter() - self._requested
 
-    def batch_end(self, packs: Iterable[Pack]) -> tuple[Counts, bool]:
-        """The step's counts, and whether it was the process's first one, which loads and compiles
-        kernels and so belongs in no throughput."""
-        assert self.started is not None
-        # Composer has waited for the step: it reads the loss before this event.
-        seconds = time.perf_counter() - self.started
-        counts = Counts(seconds, self.waited)
+    def finish_step(self, packs: Iterable[Pack]) -> tuple[StepCounts, bool]:
+        """Return the step's counts and whether it was the first; to be called at `batch_end`.
+
+        The first step of a process loads and compiles kernels, so it is left out of throughput.
+        """
+        assert self._requested is not None
+        # Composer has waited for the device: it reads the loss before this event.
+        counts = StepCounts(time.perf_counter() - self._requested, self._waiting)
         for pack in packs:
             counts.real_tokens += pack["num_tokens"]
             counts.loss_tokens += pack["num_loss_tokens"]
@@ -98,29 +109,12 @@ class Meter:
             counts.packs += 1
             counts.slots += pack["input_ids"].shape[1]
             counts.sum_squared_lengths += pack["sum_squared_lengths"]
-        first, self.warmed_up = not self.warmed_up, True
-        return counts, first
+        is_first, self._warmed_up = not self._warmed_up, True
+        return counts, is_first
 
 
-def unwrapped(state: State) -> torch.nn.Module:
-    """The Composer model, without DDP around it."""
-    return state.model.module if state.is_model_ddp else state.model  # pyright: ignore
-
-
-def packed_dataset(state: State, callback: str) -> PackedDataset:
-    """What is trained on.
-
-    Raises:
-        UserError: the train loader is not of packs.
-    """
-    dataset = getattr(state.train_dataloader, "dataset", None)
-    if not isinstance(dataset, PackedDataset):
-        raise UserError(f"{callback} counts packs: use it with a packed_* train loader")
-    return dataset
-
-
-class Utilisation:
-    """MFU: useful FLOPs of steps over what the GPUs could have done in their time."""
+class MFUMeter:
+    """MFU: the useful FLOPs of steps as a share of what the GPUs could do in the same time."""
 
     def __init__(self, state: State):
         self.flops, self.peak = None, device_peak(state)
@@ -133,9 +127,12 @@ class Utilisation:
                 adapter_parameters=adapter_parameters(model),
             )
 
-    def of(self, counts: Counts) -> float | None:
-        """Of `counts`, which are of all ranks; None before the first step, without a GPU, or where
-        its peak (dense bf16) is not known."""
+    def of(self, counts: StepCounts) -> float | None:
+        """Return the MFU, 0 to 1; None before the first step or if the device's peak is unknown.
+
+        Args:
+            counts: of all ranks.
+        """
         if not counts.seconds or self.flops is None or self.peak is None:
             return None
         flops = self.flops(
@@ -147,5 +144,22 @@ class Utilisation:
 
 
 def device_peak(state: State) -> float | None:
-    """Dense bf16 FLOP/s of the GPU, or None: no GPU, or one that models/flops.py does not know."""
+    """Return the GPU's dense bf16 FLOP/s; None on a CPU or for a GPU that models/flops.py lacks."""
     return peak_flops(torch.cuda.get_device_name()) if state.device.name == "gpu" else None
+
+
+def unwrapped(state: State) -> torch.nn.Module:
+    """Return the Composer model, without DDP around it."""
+    return state.model.module if state.is_model_ddp else state.model  # pyright: ignore
+
+
+def packed_dataset(state: State, callback: str) -> PackedDataset:
+    """Return the dataset that is trained on.
+
+    Raises:
+        UserError: the train loader is not a packed one; names the callback.
+    """
+    dataset = getattr(state.train_dataloader, "dataset", None)
+    if not isinstance(dataset, PackedDataset):
+        raise UserError(f"{callback} counts packs: use it with a packed_* train loader")
+    return dataset

@@ -1,8 +1,8 @@
-"""Optimizers of llm-foundry and Composer, in few kernel launches instead of many.
+"""Optimizers of llm-foundry and Composer with far fewer kernel launches per step.
 
-Same arguments, same state, same metrics for `optimizer_monitor`, checkpoints that load either way:
-only `step` differs. Theirs go through the parameters one by one, and DecoupledAdamW besides waits
-for the device at each of them, to read its step count.
+Only `step` differs: arguments, state and metrics for `optimizer_monitor` are the same, and
+checkpoints load either way. The originals update one parameter after another, and DecoupledAdamW
+also waits for the device at each of them to read its step count.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-# Elements that Lion updates at a time, for the update takes as much memory again: on a CPU what
-# stays in its cache (2^26 took 1.3 of DecoupledLionW's time, 2^18 takes .96-1.07), else 256 MB.
+# Elements that Lion updates at a time, because the updates take as much memory as the parameters.
+# On a CPU, what stays in its cache: 2^26 took 1.3 times as long as DecoupledLionW, 2^18 takes 0.96
+# to 1.07 times. On a GPU, 256 MB in fp32.
 _CPU_CHUNK, _CHUNK = 2**18, 2**26
 
 
 class ForeachLionW(DecoupledLionW):
-    """DecoupledLionW with each operation over many parameters at once.
+    """DecoupledLionW that applies each operation to many parameters at once.
 
-    Equal to the last bit in fp32, in which parameters are kept here. (In bf16 on a CPU,
-    torch._foreach_mul_ rounds the factor of the weight decay.)
+    In fp32, which parameters are stored in here, results are equal to the last bit. (In bf16 on a
+    CPU torch._foreach_mul_ would round the factor of the weight decay.)
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns."""
+        """Take one step and return what `closure` returns."""
         loss = _evaluate(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -50,17 +51,18 @@ class ForeachLionW(DecoupledLionW):
 
 
 class FusedAdamW(DecoupledAdamW):
-    """DecoupledAdamW by torch's fused kernel, whose rounding differs in the last bits."""
+    """DecoupledAdamW by torch's fused kernel; results differ in the last bits."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns."""
+        """Take one step and return what `closure` returns."""
         loss = _evaluate(closure)
         for group in self.param_groups:
             params = list(_with_gradient(group))
-            kept = [self._initialised(p, amsgrad=group["amsgrad"]) for p in params]
+            states = [self._initialised(p, amsgrad=group["amsgrad"]) for p in params]
             group.setdefault("initial_lr", group["lr"])
-            # The kernel multiplies by 1 - lr * weight_decay; meant is 1 - lr/initial_lr times it.
+            # DecoupledAdamW multiplies weights by 1 - lr / initial_lr * weight_decay, the kernel by
+            # 1 - lr * weight_decay.
             decay = group["weight_decay"]
             if group["initial_lr"]:
                 decay /= group["initial_lr"]
@@ -70,10 +72,10 @@ class FusedAdamW(DecoupledAdamW):
             adamw(
                 _local(params),
                 _local(p.grad for p in params),
-                _local(state["exp_avg"] for state in kept),
-                _local(state["exp_avg_sq"] for state in kept),
-                _local(state["max_exp_avg_sq"] for state in kept if group["amsgrad"]),
-                [state["step"] for state in kept],
+                _local(state["exp_avg"] for state in states),
+                _local(state["exp_avg_sq"] for state in states),
+                _local(state["max_exp_avg_sq"] for state in states if group["amsgrad"]),
+                [state["step"] for state in states],
                 fused=True,
                 amsgrad=group["amsgrad"],
                 beta1=beta1,
@@ -86,12 +88,12 @@ class FusedAdamW(DecoupledAdamW):
         return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Step counts go where the kernel reads them; a checkpoint has them on the CPU."""
+        """Move step counts to the device that the kernel reads them on, from a checkpoint's CPU."""
         super().__setstate__(state)
-        for p, kept in self.state.items():
-            if "step" in kept:
-                step = torch.as_tensor(kept["step"], dtype=torch.float32)
-                kept["step"] = step.to(_local([p])[0].device)
+        for p, p_state in self.state.items():
+            if "step" in p_state:
+                step = torch.as_tensor(p_state["step"], dtype=torch.float32)
+                p_state["step"] = step.to(_local([p])[0].device)
 
     def _initialised(self, p: Tensor, *, amsgrad: bool) -> dict[str, Tensor]:
         state = self.state[p]
@@ -114,11 +116,11 @@ def _with_gradient(group: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """In order, of as many elements as is good, or of one parameter that has more."""
+    """Yield the parameters in order, in chunks of limited size or of a single larger parameter."""
     chunk: list[Tensor] = []
     elements = 0
     for p in params:
-        size = p.numel()  # of all ranks, which is only the more careful
+        size = p.numel()  # of all ranks if sharded, which only makes the chunks smaller
         if chunk and elements + size > (_CPU_CHUNK if p.device.type == "cpu" else _CHUNK):
             yield chunk
             chunk, elements = [], 0
@@ -129,7 +131,10 @@ def _chunks(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _local(tensors: Iterable[Any]) -> list[Tensor]:
-    """This rank's part: every operation here is elementwise, and DTensor lacks some of them."""
+    """Return this rank's parts.
+
+    That is enough because every operation here is elementwise, and DTensor lacks some of them.
+    """
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 

@@ -1,26 +1,28 @@
-"""What a run is, read off its state: method, data and model, as they stand in its record."""
+"""Descriptions of a run's method, data and model for its record, read from Composer's state."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from composer.core import State
 
-from foundry_ext.adapters.methods import Method, describe
+from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.evaluation.measure import EvalSet
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.utils.errors import UserError
 
 
-def find(state: State, kind: type) -> Any:
-    """The run's callback of this class, or None."""
+def find_callback(state: State, kind: type) -> Any:
+    """Return the run's callback of this class, or None."""
     return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
 
 
 def check_data(state: State, dataset: PackedDataset) -> None:
-    """
+    """Check the training data against the model and the evaluation data.
+
     Raises:
-        UserError: documents may be longer than the model has positions, or an evaluation is of
-            the documents that are trained on.
+        UserError: documents may be longer than the model has positions, or a run is evaluated on
+            the documents that it is trained on.
     """
     longest = dataset.collator.max_seq_len
     config = getattr(getattr(unwrapped(state), "model", None), "config", None)
@@ -28,29 +30,43 @@ def check_data(state: State, dataset: PackedDataset) -> None:
     if positions is not None and longest > positions:
         raise UserError(
             f"train_loader.dataset.max_seq_len: {longest} is more than the model's {positions}"
-            " positions; lower it, or raise model.config_overrides.max_position_embeddings, whose"
-            " positions are then learned anew"
+            " positions; lower it, or raise model.config_overrides.max_position_embeddings and let"
+            " training teach the model the new positions"
         )
+    for label, evaluated in _evaluated(state):
+        refuse_training_documents(f"eval_loader {label}", evaluated, dataset)
+
+
+def refuse_training_documents(key: str, evaluated: PackedDataset, trained: PackedDataset) -> None:
+    """Refuse an evaluation on the documents that are trained on.
+
+    Raises:
+        UserError: both datasets have the same documents; names `key`, the evaluation's.
+    """
+    if evaluated.documents.fingerprint == trained.documents.fingerprint:
+        raise UserError(
+            f"{key}: its documents are those of train_loader; evaluate on held-out ones (`holdout`,"
+            " or another file)"
+        )
+
+
+def _evaluated(state: State) -> Iterable[tuple[str, PackedDataset]]:
+    """Yield (label, dataset) of Composer's evaluators that have a packed loader."""
     for evaluator in state.evaluators:
-        own = getattr(evaluator.dataloader.dataloader, "dataset", None)
-        if not isinstance(own, PackedDataset):
-            continue
-        if own.documents.fingerprint == dataset.documents.fingerprint:
-            raise UserError(
-                f"eval_loader {evaluator.label}: these are the very documents of train_loader;"
-                " evaluate on held-out ones (`holdout`, or another file)"
-            )
+        dataset = getattr(evaluator.dataloader.dataloader, "dataset", None)
+        if isinstance(dataset, PackedDataset):
+            yield evaluator.label, dataset
 
 
 def method_of(state: State) -> Method:
-    """What the run trains, by the adapter on its model."""
+    """Return the run's method, read from the adapter on its model."""
     adapted = getattr(unwrapped(state), "model", None)
     adapters = getattr(adapted, "peft_config", None)
-    return describe(None if adapters is None else next(iter(adapters.values())).to_dict())
+    return method_of_config(None if adapters is None else next(iter(adapters.values())).to_dict())
 
 
 def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
-    """A loader's part of `data`; of a mixture, the names and revisions of its sources."""
+    """Return a loader's entry in `data`; a mixture has the names and revisions of its sources."""
     return {
         "name": dataset.describe_sources("name"),
         "revision": dataset.describe_sources("revision"),
@@ -61,25 +77,23 @@ def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
     }
 
 
-def evaluation_data(state: State, sets: Iterable[Any] = ()) -> dict[str, Any]:
-    """Describe Composer's evaluators as eval/<label>, and the `forgetting` callback's sets."""
-    found = {}
-    for evaluator in state.evaluators:
-        dataset = getattr(evaluator.dataloader.dataloader, "dataset", None)
-        if isinstance(dataset, PackedDataset):
-            found[f"eval/{evaluator.label}"] = describe_loader(dataset)
-    return found | {evaluated.settings.name: evaluated.description for evaluated in sets}
+def describe_evaluation_data(state: State, sets: Iterable[EvalSet] = ()) -> dict[str, Any]:
+    """Return `data.eval`: Composer's evaluators as eval/<label>, and the sets by their names."""
+    loaders = {f"eval/{label}": describe_loader(dataset) for label, dataset in _evaluated(state)}
+    return loaders | {eval_set.config.name: eval_set.description for eval_set in sets}
 
 
 def describe_model(state: State, config: dict[str, Any], method: Method) -> dict[str, Any]:
-    """The record's `model`.
+    """Return the record's `model`.
 
     Args:
-        config: as llm-foundry logs it, with its counts of parameters, made before anything wraps
-            or shards the model.
+        state: the trainer's.
+        config: as llm-foundry logs it, with its counts of parameters from before the model is
+            wrapped or sharded.
+        method: the run's.
     """
     targets, init = method.target_modules, method.init
-    if isinstance(init, bool):  # peft's two unnamed ones: B is zero, or both are random
+    if isinstance(init, bool):  # peft's unnamed ones: True sets B to zero, False draws A and B
         init = "default" if init else "random"
     return {
         "name": str(config["model"].get("pretrained_model_name_or_path")),
@@ -94,4 +108,5 @@ def describe_model(state: State, config: dict[str, Any], method: Method) -> dict
 
 
 def device_kind(state: State) -> str:
+    """Return "cuda" or "cpu"."""
     return "cuda" if state.device.name == "gpu" else state.device.name

@@ -1,4 +1,4 @@
-"""SIGTERM (pre-emption) and Ctrl-C, remembered until a batch has ended on every rank."""
+"""SIGTERM (pre-emption) and Ctrl-C, held back until a batch has ended on every rank."""
 
 import os
 import signal
@@ -14,10 +14,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Holds back the first of each signal; the second one of a kind ends the process as it did.
+    """Handlers that hold back the first SIGINT and the first SIGTERM.
 
-    Of a kind, for Composer's launcher answers a terminal's Ctrl-C, which its ranks have too, by
-    sending them SIGTERM.
+    A second signal of the same kind ends the process as without these handlers. It must be of the
+    same kind because a terminal sends Ctrl-C to Composer's launcher and to its ranks, and the
+    launcher then sends its ranks SIGTERM.
     """
 
     def __init__(self):
@@ -26,39 +27,40 @@ class StopSignals:
         self._pid = os.getpid()
 
     def install(self) -> None:
-        """Nothing where Python allows no handlers, outside the main thread."""
+        """Install the handlers; outside the main thread, where Python allows none, do nothing."""
         if threading.current_thread() is threading.main_thread() and not self._previous:
-            self._previous = {one: signal.signal(one, self._receive) for one in SIGNALS}
+            self._previous = {kind: signal.signal(kind, self._receive) for kind in SIGNALS}
 
     def remove(self) -> None:
+        """Put the previous handlers back."""
         if os.getpid() == self._pid:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
+            for kind, handler in self._previous.items():
+                signal.signal(kind, handler)
         self._previous = {}
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        is_second = number in self.received
-        self.received.append(number)
-        if os.getpid() != self._pid:  # a worker of the loader, which ends with its rank
+    def _receive(self, kind: int, frame: FrameType | None) -> None:
+        is_second = kind in self.received
+        self.received.append(kind)
+        if os.getpid() != self._pid:  # a forked worker of the loader, which ends with its rank
             return
         if is_second:
-            previous = self._previous.get(number)
+            previous = self._previous.get(kind)
             self.remove()
             if callable(previous):
-                previous(number, frame)
+                previous(kind, frame)
             else:
-                os.kill(self._pid, number)
+                os.kill(self._pid, kind)
         elif len(self.received) == 1 and os.environ.get("RANK", "0") == "0":
-            # Not print: the signal may have come inside one.
-            name = signal.Signals(number).name
-            text = f"{name}: saving at this batch's end; once more ends the run at once\n"
+            # Not by print, which the signal may have interrupted: it is not reentrant.
+            name = signal.Signals(kind).name
+            text = f"{name}: saving at the end of this batch; send it again to end at once\n"
             os.write(2, text.encode())
 
     def agreed(self, state: State) -> int:
-        """The number of a signal that some rank received, or 0; to be called by all at once."""
-        found = self.received[0] if self.received else 0
+        """Return the number of a signal that some rank received, or 0. A collective."""
+        received = self.received[0] if self.received else 0
         if dist.get_world_size() == 1:
-            return found
-        number = state.device.tensor_to_device(torch.tensor([found]))
-        dist.all_reduce(number, reduce_operation="MAX")
-        return int(number.item())
+            return received
+        highest = state.device.tensor_to_device(torch.tensor([received]))
+        dist.all_reduce(highest, reduce_operation="MAX")
+        return int(highest.item())

@@ -1,1 +1,1 @@
-"""Helpers that every room may use. They need the standard library alone, and never import torch."""
+"""Helpers for every package; they need only the standard library."""

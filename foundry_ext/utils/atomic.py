@@ -1,7 +1,7 @@
-"""Files and folders that appear as a whole or not at all.
+"""Atomic writes of files and folders.
 
-Each is written beside its place, synced to the disk and renamed. A process that dies at any moment
-leaves the old state or the new one, also after a power cut.
+Each is written under another name, synced to the disk and renamed. A process that dies leaves
+either the old state or the new one, even after a power cut.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Write a file's content, or a folder's names, to the disk itself."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,14 +52,14 @@ def replaced_folder(path: Path, *, partial: Path | None = None) -> Iterator[Path
 
     Args:
         path: the folder to create or replace. A folder cannot replace another in one step: a kill
-            in between leaves the old one as `.<name>.replaced`.
-        partial: the folder to fill, beside `path`; `<name>.partial` by default. What an earlier
-            process left there is removed.
+            between the two renames leaves the old one as `.<name>.replaced`.
+        partial: the folder to fill, beside `path`; `<name>.partial` by default. Leftovers of an
+            earlier process are removed.
     """
     partial = partial or path.with_name(path.name + ".partial")
     old = path.with_name(f".{path.name}.replaced")
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in (partial, old):
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial

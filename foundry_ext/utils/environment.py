@@ -1,5 +1,6 @@
-"""Where a run took place: package versions, commit, device."""
+"""The environment of a run: package versions, commit and device."""
 
+import contextlib
 import platform
 import resource
 import subprocess
@@ -8,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# What decides a run's numbers or its speed; those not installed are left out.
+# Packages that affect a run's numbers or speed; those not installed are left out.
 PACKAGES = (
     *("foundry-ext", "torch", "transformers", "tokenizers", "peft", "datasets", "numpy"),
     *("mosaicml", "llm-foundry", "mosaicml-streaming", "flash-attn", "liger-kernel", "wandb"),
@@ -17,11 +18,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_environment(*, device_kind: str, world_size: int) -> dict[str, Any]:
-    """The `environment` of a run's record, see records/record.py.
+    """Return the `environment` of a run's record; records/record.py describes its keys.
 
     Args:
-        device_kind: "cpu" or "cuda", what the run computes on.
-        world_size: ranks of the run.
+        device_kind: "cpu" or "cuda", the device of the run.
+        world_size: number of ranks.
     """
     commit, dirty = git_state(_ROOT)
     return {
@@ -36,22 +37,21 @@ def describe_environment(*, device_kind: str, world_size: int) -> dict[str, Any]
 
 
 def package_versions() -> dict[str, str]:
-    found = {}
+    """Return the version of every installed package of `PACKAGES`."""
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Commit of the repository at `root`, and whether its code differs from it.
+    """Return (commit, whether the code differs from it) of the repository at `root`.
 
-    That is a change to a file git knows, or a new one among this package's; (None, None) where
-    `root` is no repository, as in an installed copy.
+    The code differs if a tracked file has changed, or if a file of this package is untracked. Both
+    are None if `root` is not a repository, as in an installed copy.
     """
-    if not (root / ".git").exists():  # else git would answer for a repository further up
+    if not (root / ".git").exists():  # git would search the parent folders for a repository
         return None, None
     commit = _git(root, "rev-parse", "HEAD")
     status = _git(root, "status", "--porcelain", "--untracked-files=all")
@@ -64,16 +64,16 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
         )
-    except (OSError, subprocess.TimeoutExpired):  # no git here
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed, or hangs
         return None
-    return done.stdout if done.returncode == 0 else None
+    return result.stdout if result.returncode == 0 else None
 
 
 def device_name(device_kind: str) -> str:
-    """`NVIDIA H100 80GB HBM3`, or the processor's name."""
+    """Return the name of the GPU, such as `NVIDIA H100 80GB HBM3`, or of the processor."""
     if device_kind == "cuda":
         import torch
 
@@ -88,10 +88,10 @@ def device_name(device_kind: str) -> str:
 
 
 def peak_memory(device_kind: str) -> int:
-    """Bytes: most ever allocated on the GPU, or the most this process has held in memory."""
+    """Return the peak memory of this process in bytes: allocated on the GPU, or resident."""
     if device_kind == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but there
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, else kilobytes

@@ -1,4 +1,4 @@
-"""Mistakes of users, which are told in one line, and how that line is written."""
+"""Errors that a user can fix, shown in one line, and helpers that write that line."""
 
 import difflib
 import os
@@ -8,26 +8,26 @@ TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
 
 
 class UserError(ValueError):
-    """A mistake in what a user gave.
+    """A mistake in a user's input.
 
     Its message is one line that names the value, the place and the way out. Commands print it
-    without a traceback. Mistakes of our own raise anything else, and keep theirs.
+    without a traceback. Bugs raise other exceptions, which keep their traceback.
     """
 
 
 def wants_traceback() -> bool:
-    """Return whether --traceback, or its environment variable, asks for every traceback."""
+    """Return whether --traceback, or its environment variable, asks for tracebacks."""
     return os.environ.get(TRACEBACK_VARIABLE, "0") != "0"
 
 
 def one_line(text: object) -> str:
-    """Return the text with every run of white space made one space."""
+    """Return the text with every run of whitespace replaced by one space."""
     return " ".join(str(text).split())
 
 
 def suggest(name: object, known: Iterable[object]) -> str:
-    """Return `, did you mean 'model'?` for `modle` or `mod`, or "" if no known name is near."""
+    """Return `, did you mean 'model'?` for `modle` or `mod`, or "" if no known name is similar."""
     name, names = str(name), list(map(str, known))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    near = near or [other for other in names if len(name) > 2 and other.startswith(name)]
-    return f", did you mean {near[0]!r}?" if near else ""
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    similar = similar or [other for other in names if len(name) > 2 and other.startswith(name)]
+    return f", did you mean {similar[0]!r}?" if similar else ""

@@ -13,11 +13,11 @@ def read_lines(path: Path | str, *, growing: bool = False) -> Iterator[tuple[int
 
     Args:
         path: the file, in UTF-8.
-        growing: skip a last line without its newline, which a killed run left unfinished.
+        growing: skip a last line without its newline, which a kill left incomplete.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: a line is not JSON; names the file and the line.
+        FileNotFoundError: the file does not exist.
+        UserError: a line is not JSON; the message names the file and the line.
     """
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -33,11 +33,11 @@ def read_lines(path: Path | str, *, growing: bool = False) -> Iterator[tuple[int
 
 
 def open_lines(path: Path, *, resumed: bool) -> IO[str]:
-    """Open a file that a run appends lines to.
+    """Open a file to append lines to.
 
     Args:
         path: the file. Its folder is created if needed.
-        resumed: continue after the last whole line, because a kill may have left part of one.
+        resumed: continue after the last complete line, because a kill may have left part of one.
             Otherwise the file is emptied.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

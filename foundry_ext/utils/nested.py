@@ -31,7 +31,7 @@ def leaves(
         node: a mapping, or any other value, which is its own leaf.
         key: the key of `node`, put before every key below it.
         into_lists: yield a list's elements, as `a.c[0]`, instead of the list.
-        skip: names whose values, and all below them, are left out.
+        skip: a predicate of names; their values, and all keys below them, are left out.
     """
     if isinstance(node, Mapping):
         for name, child in node.items():

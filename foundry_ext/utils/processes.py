@@ -1,7 +1,7 @@
-"""What a launcher sets for its ranks."""
+"""Environment variables of a rank's process."""
 
-# What a launcher sets for its ranks. A launcher started below it picks values of its own, its port
-# above all: the run before may still hold the old one.
+# A launcher sets these for its ranks. Remove them before starting another launcher, which must
+# choose its own values: the previous run may still hold the old port.
 RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",

@@ -1,4 +1,4 @@
-"""Secrets taken out of what is written down: by the name of a key, by shape, by the environment."""
+"""Removal of secrets from records and logs, by key names, known shapes and the environment."""
 
 import os
 import re
@@ -10,19 +10,19 @@ REDACTED = "[redacted]"
 _SECRET_WORDS = {
     *("apikey", "auth", "authorization", "credential", "credentials", "passphrase", "passwd"),
     *("password", "pwd", "secret", "secrets"),
-    *("sig", "signature"),  # of a URL that is signed for whoever has it
+    *("sig", "signature"),  # of a signed URL, which gives access to whoever has it
 }
-# `text_key` is none: a key is secret by what it opens.
+# A key is secret if it follows one of these words: `api_key` is, `text_key` is not.
 _SECRET_KEYS = {
     *("access", "account", "api", "encryption", "license", "private", "secret", "ssh"),
     *("anthropic", "aws", "azure", "comet", "hf", "openai", "wandb"),
 }
-# `eos_token` is none, and neither are counts: `max_new_tokens`, `time/token`.
+# A name that ends in `token` is not secret after these words: `eos_token`, `time/token`.
 _PLAIN_TOKENS = {
     *("additional", "bos", "class", "cls", "decoder", "eos", "first", "image", "last", "mask"),
     *("new", "next", "pad", "per", "sep", "special", "start", "time", "unk"),
 }
-_FOLDERS = {"PWD", "OLDPWD"}  # of the shell, and no passwords
+_FOLDERS = {"PWD", "OLDPWD"}  # the shell's folders, not passwords
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -40,7 +40,7 @@ _ASSIGNED = re.compile(r"([A-Za-z][\w.-]*)=([^\s&#;,'\"]+)")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key of this name holds a secret: `WANDB_API_KEY`, `hf_token`, `password`."""
+    """Return whether a key holds a secret, as `WANDB_API_KEY`, `hf_token` or `password` do."""
     words = [word.lower() for word in _WORDS.findall(name)]
     for before, word in zip(["", *words], words, strict=False):
         if word in _SECRET_WORDS:
@@ -53,11 +53,11 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """A copy of nested mappings and lists without secrets, which read "[redacted]".
+    """Return a copy of nested mappings and lists with every secret replaced by "[redacted]".
 
-    A secret is the value of a key named like one; a part of any text that has a known token's
-    shape, is a login or a secret parameter in a URL; or the value of an environment variable named
-    like a secret (WANDB_API_KEY, HF_TOKEN, ...), wherever it stands.
+    Secrets are the values of keys with a secret's name, and parts of texts: known token formats,
+    logins and secret parameters in URLs, and the values of environment variables with a secret's
+    name (WANDB_API_KEY, HF_TOKEN, ...).
     """
     return _redact(value, _environment_secrets())
 
@@ -78,7 +78,7 @@ def _hides(key: Any) -> bool:
 
 
 def _hide(value: Any) -> Any:
-    """Everything in `value` but flags and empty places: `use_auth_token: true` says no secret."""
+    """Redact everything in `value` but None, "" and booleans, such as `use_auth_token: true`."""
     if isinstance(value, dict):
         return {key: _hide(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -93,12 +93,12 @@ def _redact_text(text: str, known: Iterable[str]) -> str:
     text = _SHAPES.sub(REDACTED, text)
     text = _BEARER.sub(rf"\1 {REDACTED}", text)
     return _ASSIGNED.sub(
-        lambda found: f"{found[1]}={REDACTED}" if is_secret_name(found[1]) else found[0], text
+        lambda match: f"{match[1]}={REDACTED}" if is_secret_name(match[1]) else match[0], text
     )
 
 
 def _environment_secrets() -> list[str]:
-    """Longest first. Values below 8 characters are too common to be looked for in texts."""
-    secret = (name for name in os.environ if name not in _FOLDERS and is_secret_name(name))
-    values = {os.environ[name] for name in secret}
+    """Return the environment's secrets, longest first because one may contain another."""
+    values = {os.environ[name] for name in os.environ.keys() - _FOLDERS if is_secret_name(name)}
+    # Shorter values are too common in texts.
     return sorted((value for value in values if len(value) >= 8), key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Without peft's cast: the same bits, fewer casts."""
+"""Without peft's cast, results are the same bits with fewer casts."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The faster DoRA forward pass against peft's own, and what LoRA's costs.
+"""The faster DoRA forward pass against peft's own, and the cost of LoRA's.
 
 `stock` is peft's model, `fast` a copy of it with `use_fast_dora`.
 """
@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from foundry_ext.adapters.dora import FastDoraLinear, row_norms, use_fast_dora
+from foundry_ext.models.decoder import SmolLM2DecoderLayer
 from foundry_ext.models.rope import rotary_cos_sin
-from foundry_ext.models.smollm2 import SmolLM2DecoderLayer, SmolLM2ForCausalLM
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 I, H, O, R, T = 24, 40, 16, 4, 21  # noqa: E741 - as in foundry_ext/adapters/dora.py
 
@@ -41,7 +42,7 @@ def adapted(net, seed=0, **settings):
     model = get_peft_model(net, LoraConfig(**config))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_" in name:  # an adapter that does nothing would hide every mistake in it
+            if "lora_" in name:  # an adapter without effect would hide every mistake in it
                 p.mul_(1.1).add_(0.1 * torch.randn_like(p))
     return model
 
@@ -55,7 +56,7 @@ def pair(bias=False, dtype=torch.float32, **settings):
 
 
 def run(model, x, autocast=False):
-    """Output and every gradient by name, that of x too."""
+    """Return the output and every gradient by name, including that of x."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -81,7 +82,7 @@ class Forbidden(Exception):
 
 @pytest.fixture
 def only_fast(monkeypatch):
-    """peft's forward pass of a linear fails for as long as the test lasts."""
+    """Make peft's forward pass of a linear fail during the test."""
 
     def fail(*_args, **_kwargs):
         raise Forbidden
@@ -158,7 +159,7 @@ def test_a_magnitude_of_zero_gives_finite_gradients():
 def test_row_norms_against_fp64(dtype, left):
     """The adapter cancels all but `left` of each row: s B A = -(1 - left) W.
 
-    The error of n^2 is that of |W|^2, so n is off by its rounding over left^2.
+    The error of n^2 is that of |W|^2, so n is off by that rounding over left^2.
     """
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(R, 576, generator=generator)
@@ -170,7 +171,7 @@ def test_row_norms_against_fp64(dtype, left):
     assert ((found - exact).abs() / exact).max() < 1e-6 / left**2
 
 
-# --- what is done, and what is not ---------------------------------------------------------------
+# --- operations ----------------------------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):
@@ -184,7 +185,7 @@ class Operations(TorchDispatchMode):
 
 
 def flops(model, x):
-    """(forward, backward) of one pass, in multiply-adds."""
+    """Return the multiply-adds of a forward and a backward pass."""
     with FlopCounterMode(display=False) as forward:
         y = model(x)
     with FlopCounterMode(display=False) as backward:
@@ -198,7 +199,7 @@ def test_products_counted(only_fast):
     norms = H * I * R + R * I * R + H * R * R
     assert forward == T * H * I + T * R * (I + H) + norms
     assert backward == T * H * I + 2 * T * R * (I + H)  # one product with W, not two
-    assert flops(linear, data())[1] == T * R * (I + 2 * H)  # and none where x needs no gradient
+    assert flops(linear, data())[1] == T * R * (I + 2 * H)  # and none if x needs no gradient
 
 
 def test_no_unit_matrix():
@@ -210,8 +211,8 @@ def test_no_unit_matrix():
 
 
 def test_lora_multiplies_with_no_frozen_gradient():
-    """A model's LoRA step: of each frozen linear one product back, of the embedding none, of the
-    head the one to the states; dropout 0 is the identity."""
+    """The products of a model's LoRA step. In the backward pass each frozen linear has one, the
+    embedding none, and the head the one for the states. Dropout 0 is the identity."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,
@@ -246,7 +247,7 @@ def test_lora_multiplies_with_no_frozen_gradient():
     assert matrix == 10 * products + head
 
 
-# --- where peft's own pass is taken --------------------------------------------------------------
+# --- cases left to peft's own pass ----------------------------------------------------------------
 
 
 def two_adapters(model):
@@ -344,7 +345,7 @@ def test_names_and_merging_are_pefts():
 
 
 def test_other_base_weights_have_other_norms():
-    """Loaded, or put in place behind autograd's back: nothing of the old ones is kept."""
+    """After loading, or an in-place change hidden from autograd, nothing old is reused."""
     stock, fast = pair()
     fast(data())
     changed = {name: value * 1.5 + 0.01 for name, value in stock.state_dict().items()}
@@ -447,8 +448,8 @@ def mesh(tmp_path):
 
 
 def test_sharded_weights(mesh, monkeypatch):
-    """FSDP2 on one rank: gathered with its layer, an adapter is fast; wrapped by itself, as
-    llm-foundry does, it is peft's to gather."""
+    """FSDP2 on one rank: an adapter gathered with its layer takes the fast pass. Wrapped alone, as
+    llm-foundry does, it takes peft's, which gathers it."""
     expected = run(pair()[0], data())
     calls = []
     forward = PeftLinear.forward

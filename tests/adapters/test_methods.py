@@ -1,4 +1,4 @@
-"""What a peft_config means, checked against what peft makes of it."""
+"""The meaning of a peft_config, checked against the adapters that peft makes."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foundry_ext.adapters import methods
-from foundry_ext.adapters.methods import check, describe, scale_of, with_defaults
+from foundry_ext.adapters.methods import check, method_of_config, scale_of, with_defaults
 from foundry_ext.adapters.targets import LINEARS, matched_modules
 
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
@@ -37,13 +37,13 @@ def names():
 
 
 def adapted(**settings):
-    """{module: the adapter that peft puts there}."""
+    """Return {module: the adapter that peft puts there}."""
     model = get_peft_model(make_model(), LoraConfig(**with_defaults(LORA | settings)))
     modules = model.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 
-# --- describe ------------------------------------------------------------------------------------
+# --- method_of_config ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -57,27 +57,32 @@ def adapted(**settings):
     ],
 )
 def test_name_and_scale(settings, name, scale):
-    method = describe(LORA | settings)
+    method = method_of_config(LORA | settings)
     assert (method.name, method.effective_scale) == (name, scale)
     assert {layer.scaling["default"] for layer in adapted(**settings).values()} == {scale}
 
 
 def test_full_fine_tuning_is_a_name_alone():
-    full = describe(None)
+    full = method_of_config(None)
     assert full.name == "full"
     assert set(dataclasses.asdict(full).values()) == {"full", None}
 
 
 def test_what_is_left_out_is_described_as_peft_fills_it():
-    method, config = describe({}), LoraConfig()
+    method, config = method_of_config({}), LoraConfig()
     assert (method.rank, method.alpha) == (config.r, config.lora_alpha)
     assert (method.init, method.dropout) == (config.init_lora_weights, config.lora_dropout)
-    assert method.target_modules == LINEARS  # ours: peft would take q_proj and v_proj
+    assert method.target_modules == LINEARS  # ours; peft's default is q_proj and v_proj
 
 
 def test_a_set_of_targets_has_one_order():
     shuffled = {"target_modules": {"down_proj", "q_proj", "embed_tokens", "k_proj"}}
-    assert describe(shuffled).target_modules == ("q_proj", "k_proj", "down_proj", "embed_tokens")
+    assert method_of_config(shuffled).target_modules == (
+        "q_proj",
+        "k_proj",
+        "down_proj",
+        "embed_tokens",
+    )
 
 
 def test_scales_by_pattern_are_peft_s():
@@ -126,39 +131,39 @@ REFUSED = {
     "far from any key": ({"banana": 8}, "unknown key 'banana'$"),
     "lost": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save: embed_tokens would be"),
     "lost tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices: 3 would be"),
-    "task": ({"task_type": "SEQ_CLS"}, "task_type: Only CAUSAL_LM"),
-    "type": ({"peft_type": "IA3"}, "peft_type: Only LORA"),
-    "rank 0": ({"r": 0}, "peft_config.r: 0; give a positive whole number"),
-    "half a rank": ({"r": 8.0}, r"peft_config.r: 8\.0; give a positive whole number"),
+    "task": ({"task_type": "SEQ_CLS"}, "task_type: SEQ_CLS .* CAUSAL_LM"),
+    "type": ({"peft_type": "IA3"}, "peft_type: IA3 .* LORA"),
+    "rank 0": ({"r": 0}, "peft_config.r: 0 must be .* 1 to 8192"),
+    "half a rank": ({"r": 8.0}, r"peft_config.r: 8\.0 must be an integer"),
     "rank as text": ({"r": "8"}, "peft_config.r: '8'"),
     "true is no rank": ({"r": True}, "peft_config.r: True"),
-    "alpha": ({"lora_alpha": -16}, "peft_config.lora_alpha: -16; give a positive number"),
+    "alpha": ({"lora_alpha": -16}, "peft_config.lora_alpha: -16 must be a positive"),
     "no alpha": ({"lora_alpha": None}, "peft_config.lora_alpha: None"),
     "endless alpha": ({"lora_alpha": math.inf}, "peft_config.lora_alpha: inf"),
-    "dropout": ({"lora_dropout": 1.0}, r"lora_dropout: 1\.0; give a probability"),
-    "switch": ({"use_dora": "yes"}, "use_dora: 'yes'; give true or false"),
-    "biases": ({"bias": "all"}, "bias: 'all'; SmolLM2 has no biases"),
+    "dropout": ({"lora_dropout": 1.0}, r"lora_dropout: 1\.0 must be .* below 1"),
+    "switch": ({"use_dora": "yes"}, "use_dora: 'yes' must be true or false"),
+    "biases": ({"bias": "all"}, "bias: 'all' .* leave it out"),
     "bias of B": ({"lora_bias": True}, "lora_bias: True adds a bias"),
     "init": ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' .* use true, gaussian"),
     "random init": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4'"),
-    # peft trains the others and says nothing.
+    # peft trains the others without a warning.
     "one of many": (
         {"target_modules": ["q_proj", "gate_porj"]},
         "'gate_porj' matches no module, did you mean 'gate_proj'",
     ),
     "block": ({"target_modules": ["mlp"]}, "'mlp' matches no module"),
-    "no target": ({"target_modules": []}, r"target_modules: \[\]; give a list"),
+    "no target": ({"target_modules": []}, r"target_modules: \[\] must be a list"),
     "part of a name": (
         {"target_modules": "q_proj|v_proj"},
-        r"'q_proj\|v_proj' matches no whole module name, such as model\.embed_tokens",
+        r"'q_proj\|v_proj' matches no full module name, such as model\.embed_tokens",
     ),
-    "broken expression": ({"target_modules": "(q_proj"}, "no regular expression"),
-    "head": ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is tied"),
-    "head by expression": ({"target_modules": ".*(q_proj|head)"}, "lm_head is tied"),
+    "broken expression": ({"target_modules": "(q_proj"}, r"'\(q_proj' .* regular expression"),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, "target_modules: lm_head"),
+    "head by expression": ({"target_modules": ".*(q_proj|head)"}, "target_modules: lm_head"),
     "excluded in vain": ({"exclude_modules": ["o_porj"]}, "exclude_modules: 'o_porj'.*o_proj"),
     "nothing left": (
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
-        "exclude_modules: q_proj leaves nothing",
+        "exclude_modules: q_proj excludes all",
     ),
     "layer": ({"layers_to_transform": [0, 3]}, "no target module in layer 3; .* 0, 1, 2"),
     "idle pattern": (
@@ -180,7 +185,7 @@ def test_refuses(case, names):
 
 
 def test_every_key_of_peft_is_accepted_or_refused_for_a_reason(names):
-    """A key of a newer peft has to be decided on here. And what peft saves passes."""
+    """Keys of a newer peft need a decision here. A configuration saved by peft passes."""
     known = methods._KEYS | methods._IDLE | methods._REFUSED.keys()
     assert known == {field.name for field in dataclasses.fields(LoraConfig)}
     check(LoraConfig(**with_defaults(LORA)).to_dict(), names)

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 from foundry_ext.analysis.interpolation import ALPHAS, measure_line
 from foundry_ext.analysis.weights import (
     adapter_changes,
-    analyse,
     analyse_matrices,
+    analyse_weights,
     count_intruders,
     default_output,
     rank_for_energy,
@@ -20,7 +20,7 @@ from foundry_ext.analysis.weights import (
 )
 from foundry_ext.checkpoints.export import export_checkpoint
 from foundry_ext.checkpoints.loading import load_model
-from foundry_ext.checkpoints.merge import merge
+from foundry_ext.checkpoints.merge import merge_adapter
 from foundry_ext.cli.main import main
 from foundry_ext.evaluation.config import parse_sets
 from foundry_ext.evaluation.measure import build_sets, measure
@@ -152,7 +152,7 @@ def sets(world):
 
 
 def test_identical_weights_have_no_change(world):
-    analysis = analyse(world.base, base=str(world.base))
+    analysis = analyse_weights(world.base, base=str(world.base))
     assert len(analysis["matrices"]) == 14
     for matrix in analysis["matrices"]:
         assert (matrix["rank_90"], matrix["intruders"], matrix["norm_change"]) == (0, 0, 0)
@@ -165,7 +165,7 @@ def test_a_change_planted_in_one_matrix(world, tmp_path):
     with torch.no_grad():
         weight += 0.1 * orthonormal(48, 3, 8) @ orthonormal(32, 3, 9).T
     model.save_pretrained(tmp_path)
-    analysis = analyse(tmp_path, base=str(world.base))
+    analysis = analyse_weights(tmp_path, base=str(world.base))
     changed = [matrix for matrix in analysis["matrices"] if matrix["norm_change"] > 0]
     assert [matrix["name"] for matrix in changed] == ["model.layers.1.mlp.up_proj"]
     assert changed[0]["rank_90"] == 3 and changed[0]["shape"] == (48, 32)
@@ -179,8 +179,11 @@ def test_a_change_planted_in_one_matrix(world, tmp_path):
 @pytest.mark.parametrize("method", kit.ADAPTERS)
 def test_an_adapter_is_analysed_as_its_merged_model(world, saved, tmp_path, method):
     """Factors there, dense weights here: the same figures."""
-    merge(saved(method), tmp_path / "merged")
-    ours, dense = analyse(saved(method)), analyse(tmp_path / "merged", base=str(world.base))
+    merge_adapter(saved(method), tmp_path / "merged")
+    ours, dense = (
+        analyse_weights(saved(method)),
+        analyse_weights(tmp_path / "merged", base=str(world.base)),
+    )
     assert ours["base"] == str(world.base)
     for one, other in zip(ours["matrices"], dense["matrices"], strict=True):
         assert (one["name"], one["shape"]) == (other["name"], other["shape"])
@@ -212,7 +215,7 @@ def test_lora_adapters_need_no_dense_change(world, saved, tmp_path, monkeypatch)
 
 
 def test_the_line_s_ends_are_base_and_tuned(world, saved, sets, tmp_path):
-    merge(saved("dora"), tmp_path / "merged")
+    merge_adapter(saved("dora"), tmp_path / "merged")
     base, tuned = (
         load_model(str(f), SmolLM2ForCausalLM) for f in (world.base, tmp_path / "merged")
     )
@@ -297,9 +300,9 @@ def test_the_command(world, saved, sets, tmp_path, capsys):
 
 def test_refused(world, tmp_path):
     with pytest.raises(ValueError, match="does not say what it was tuned from; give --base"):
-        analyse(world.base)
+        analyse_weights(world.base)
     kit.make_llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     with pytest.raises(ValueError, match="other weights or shapes; give the right one by --base"):
-        analyse(world.base, base=str(tmp_path / "short"))
+        analyse_weights(world.base, base=str(tmp_path / "short"))
     with pytest.raises(FileNotFoundError):
-        analyse(tmp_path / "nowhere.pt")
+        analyse_weights(tmp_path / "nowhere.pt")

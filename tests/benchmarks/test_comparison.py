@@ -108,7 +108,7 @@ def test_a_variant_out_of_memory_is_reported_and_the_rest_goes_on(
     workload, make_setup, monkeypatch
 ):
     def warm_up(step, *_):
-        if step.num_slots > workload.num_tokens:
+        if step.num_computed_tokens > workload.num_tokens:
             raise torch.OutOfMemoryError("no memory")
         return {"loss": 0.0}
 

@@ -12,7 +12,7 @@ from benchmarks.workloads import (
     draw_lengths,
     make_documents,
     named_case,
-    num_slots,
+    num_computed_tokens,
     packed_workload,
 )
 
@@ -43,7 +43,7 @@ def expected(workload):
             document.input_ids.tolist(),
             [
                 int(token) if has else -100
-                for token, has in zip(document.input_ids[1:], document.has_loss[1:], strict=True)
+                for token, has in zip(document.input_ids[1:], document.loss_mask[1:], strict=True)
             ],
         )
         for document in workload.documents
@@ -55,7 +55,7 @@ def expected(workload):
 def test_batches_hold_the_workloads_documents(name, rows, workload, make_setup):
     batches = make_batches(name, workload, make_setup(compile="layers"), rows)
     assert documents_of(batches) == expected(workload)
-    assert num_slots(batches) >= workload.num_tokens
+    assert num_computed_tokens(batches) >= workload.num_tokens
     labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     assert labels == workload.num_loss_tokens
 
@@ -65,7 +65,7 @@ def test_compiled_packs_have_one_shape(workload, make_setup):
     assert {batch["input_ids"].shape for batch in fixed} == {(1, 64)}
     assert len({batch["cu_seqlens"].shape for batch in fixed}) == 1
     free = make_batches("ours", workload, make_setup(compile="none"))
-    assert num_slots(free) == workload.num_tokens
+    assert num_computed_tokens(free) == workload.num_tokens
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -159,7 +159,7 @@ def test_named_cases_have_their_fill():
 
 def test_a_first_token_has_no_label():
     (document,) = make_documents([5], vocabulary=10, labelled=1.0)
-    assert document.has_loss.tolist() == [False, True, True, True, True]
+    assert document.loss_mask.tolist() == [False, True, True, True, True]
 
 
 def test_the_counts_are_those_of_the_documents(workload):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaF
 import foundry_ext.checkpoints.merge
 from foundry_ext.adapters import methods
 from foundry_ext.checkpoints.export import export_checkpoint
-from foundry_ext.checkpoints.merge import CERTIFICATE, compare_logits, merge
+from foundry_ext.checkpoints.merge import CERTIFICATE, compare_logits, merge_adapter
 from foundry_ext.cli.main import main
 from tests.training import kit
 
@@ -65,7 +65,7 @@ def logits(model):
 def refused(match, *arguments, **settings):
     out = arguments[1]
     with pytest.raises(ValueError, match=match) as caught:
-        merge(*arguments, **settings)
+        merge_adapter(*arguments, **settings)
     assert not out.exists() and not list(out.parent.glob("*.partial"))
     assert "\n" not in str(caught.value)
 
@@ -75,7 +75,7 @@ def test_a_merged_adapter_is_the_model_it_was(world, saved, tmp_path, variant):
     """From Composer's checkpoint; against our model, stock peft unmerged, and peft's own merge."""
     settings = {"init_lora_weights": "pissa"} if variant == "pissa" else {}
     model, checkpoint, folder = saved(variant, **settings)
-    certificate = merge(checkpoint, tmp_path / "out")
+    certificate = merge_adapter(checkpoint, tmp_path / "out")
     theirs, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -96,7 +96,7 @@ def test_a_merged_adapter_is_the_model_it_was(world, saved, tmp_path, variant):
 
 def test_the_certificate_says_what_was_done(world, saved, tmp_path):
     _, _, folder = saved("patterns")
-    certificate = merge(folder, tmp_path / "out")
+    certificate = merge_adapter(folder, tmp_path / "out")
     assert json.loads((tmp_path / "out" / CERTIFICATE).read_text()) == certificate
     assert certificate["base"] == str(world.base)
     assert (certificate["method"], certificate["dtype"]) == ("rslora", "float32")
@@ -115,10 +115,10 @@ def test_the_certificate_says_what_was_done(world, saved, tmp_path):
 def test_bf16_is_merged_in_fp32_and_cast_once(saved, tmp_path, variant):
     """The error is that of rounding the merged weights, which merging in bf16 would exceed."""
     model, _, folder = saved(variant)
-    certificate = merge(folder, tmp_path / "out", dtype="bfloat16")
+    certificate = merge_adapter(folder, tmp_path / "out", dtype="bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    merge(folder, tmp_path / "exact")
+    merge_adapter(folder, tmp_path / "exact")
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact").state_dict()
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, exact[name].bfloat16()), name
@@ -129,7 +129,7 @@ def test_bf16_is_merged_in_fp32_and_cast_once(saved, tmp_path, variant):
 
 
 def test_any_text_will_do(saved, tmp_path):
-    certificate = merge(saved("lora")[2], tmp_path / "out", text="seven birds of the river")
+    certificate = merge_adapter(saved("lora")[2], tmp_path / "out", text="seven birds of the river")
     assert not certificate["text"]["built_in"] and 0 < certificate["text"]["tokens"] < 25
     refused("text to compare on is empty", saved("lora")[2], tmp_path / "b", text="")
 
@@ -159,7 +159,7 @@ def test_a_magnitude_left_out_is_caught(saved, tmp_path, monkeypatch):
         return layer.get_base_layer().weight + scale * B @ A
 
     monkeypatch.setattr(foundry_ext.checkpoints.merge, "merged_weight", plain)
-    merge(saved("lora")[2], tmp_path / "lora")
+    merge_adapter(saved("lora")[2], tmp_path / "lora")
     refused("merging in float32 moves a logit", saved("dora")[2], tmp_path / "dora")
 
 
@@ -223,7 +223,7 @@ def test_an_adapter_on_the_tied_embedding(world, tmp_path):
 def test_a_folder_in_use(saved, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        merge(saved("lora")[2], tmp_path)
+        merge_adapter(saved("lora")[2], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

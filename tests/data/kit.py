@@ -17,7 +17,7 @@ BUILT: list[Any] = []  # the loaders of the test at hand
 def document(ids: Sequence[int], prompt: int = 1) -> Document:
     """`prompt` tokens without loss, then the rest with it."""
     return Document(
-        input_ids=np.asarray(ids, dtype=np.int32), has_loss=np.arange(len(ids)) >= prompt
+        input_ids=np.asarray(ids, dtype=np.int32), loss_mask=np.arange(len(ids)) >= prompt
     )
 
 

@@ -19,7 +19,8 @@ from foundry_ext.data.dataloader import (
     build_packed_text_dataloader,
 )
 from foundry_ext.packing.algorithm import most_documents
-from foundry_ext.packing.batch import IGNORE_INDEX, join_packs, split_batch
+from foundry_ext.packing.batch import join_packs, split_batch
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import (
     assert_batches_equal,
     assert_packs_equal,
@@ -74,7 +75,7 @@ def test_built_as_llm_foundry_builds_it(tokenizer, dataset):
 
 
 def test_composers_own_split_would_cut_the_offsets():
-    """Trap 1: what happens to a joined batch without our function; no error tells of it."""
+    """Trap 1: Composer's default split of a joined batch is wrong and raises no error."""
     from composer.core.data_spec import default_split_batch
 
     whole = join_packs(random_packs(4, seed=5))

@@ -74,7 +74,7 @@ def test_mixed_documents_are_those_of_the_parts():
     assert mixed.source.tolist()[:4] == [0, 0, 0, 1]
     for index in range(len(mixed)):
         ids = mixed[index].input_ids
-        assert len(ids) == len(mixed[index].has_loss) == mixed.lengths[index]
+        assert len(ids) == len(mixed[index].loss_mask) == mixed.lengths[index]
         assert all((ids >= 50) == (mixed.source[index] == 1))
     assert mixed.counts["kept"] == np.count_nonzero(mixed.lengths)
     assert mixed.counts["tokens_cut"] == 7

@@ -20,13 +20,13 @@ from foundry_ext.data.mixture import MixedDocuments, draw
 from foundry_ext.data.table import Record, Tokens, to_records, to_table
 from foundry_ext.packing.algorithm import most_documents, pack
 from foundry_ext.packing.batch import (
-    IGNORE_INDEX,
     join_packs,
     num_documents,
     num_tokens,
     split_batch,
 )
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import document, split_documents
 from tests.properties import examples
 
@@ -119,7 +119,7 @@ def check_pack(found, documents):
     expected = [
         [
             token if flag and at > 0 else IGNORE_INDEX
-            for at, (token, flag) in enumerate(zip(one.input_ids, one.has_loss, strict=True))
+            for at, (token, flag) in enumerate(zip(one.input_ids, one.loss_mask, strict=True))
         ]
         for one in documents
     ]
@@ -167,20 +167,20 @@ def test_tokens_of_a_row_are_kept_in_order_or_counted(flags, limit, overlong):
     ids = np.arange(len(flags), dtype=np.int32)
     records = list(to_records(0, Tokens(ids, np.array(flags, bool)), limit, overlong))
     kept = np.concatenate([one.tokens.input_ids for one in records])
-    has_loss = np.concatenate([one.tokens.has_loss for one in records])
-    assert len(kept) + sum(one.num_cut for one in records) == len(ids)
+    loss_mask = np.concatenate([one.tokens.loss_mask for one in records])
+    assert len(kept) + sum(one.num_truncated_tokens for one in records) == len(ids)
     assert (np.diff(kept) > 0).all(), "in order, none twice"
-    assert has_loss.tolist() == [flags[token] for token in kept], "each with its own flag"
+    assert loss_mask.tolist() == [flags[token] for token in kept], "each with its own flag"
     for one in records:
         assert len(one.tokens.input_ids) <= limit
         dropped = one.outcome >= Outcome.DROPPED_OVERLONG
         assert dropped == (len(one.tokens.input_ids) == 0)
-        assert dropped or one.tokens.has_loss[1:].any(), "something of it can be learned"
+        assert dropped or one.tokens.loss_mask[1:].any(), "something of it can be learned"
 
 
 def in_memory(documents) -> Documents:
     """As written by the tokeniser, in tables of two rows: chunks to look documents up in."""
-    records = [Record(Tokens(one.input_ids, one.has_loss), Outcome.KEPT) for one in documents]
+    records = [Record(Tokens(one.input_ids, one.loss_mask), Outcome.KEPT) for one in documents]
     tables = [to_table(records[at : at + 2]) for at in range(0, len(records), 2)]
     return Documents(datasets.Dataset(pa.concat_tables(tables), info=_INFO))
 
@@ -196,7 +196,7 @@ def test_any_documents_are_found(documents, data):
     indices = np.array(data.draw(places), dtype=np.int64)
     for index, found in zip(indices, table.read(indices), strict=True):
         assert found.input_ids.tolist() == documents[index].input_ids.tolist()
-        assert found.has_loss.tolist() == documents[index].has_loss.tolist()
+        assert found.loss_mask.tolist() == documents[index].loss_mask.tolist()
 
 
 @examples(100)

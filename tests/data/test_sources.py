@@ -233,7 +233,7 @@ def test_a_tokenised_stream(tmp_path, tokenizer):
         out.write({"input_ids": ids, "labels": labels})
     documents = tokenize_all({"local": str(tmp_path / "mds")}, tokenizer)
     assert documents[0].input_ids.tolist() == [5, 6, 7, 8, 9, 0]
-    assert documents[0].has_loss.tolist() == [False] * 3 + [True] * 3
+    assert documents[0].loss_mask.tolist() == [False] * 3 + [True] * 3
 
 
 def test_a_bad_row_of_a_stream_is_named(tmp_path, tokenizer):

@@ -45,11 +45,11 @@ def test_the_response_and_it_alone_is_learned(reader_of, row):
         return
     response = row["response"] + ("" if row["response"].endswith(END) else END)
     assert say(reader, tokens.input_ids) == row["prompt"] + response
-    assert say(reader, tokens.input_ids[tokens.has_loss]) == response
-    (changes,) = (np.flatnonzero(np.diff(tokens.has_loss)).tolist(),)
-    assert len(changes) == 1 and tokens.has_loss[-1], "a prompt, then a response to the end"
+    assert say(reader, tokens.input_ids[tokens.loss_mask]) == response
+    (changes,) = (np.flatnonzero(np.diff(tokens.loss_mask)).tolist(),)
+    assert len(changes) == 1 and tokens.loss_mask[-1], "a prompt, then a response to the end"
     every = reader_of(target_prompts="all").read(row)
-    assert every.input_ids.tolist() == tokens.input_ids.tolist() and every.has_loss.all()
+    assert every.input_ids.tolist() == tokens.input_ids.tolist() and every.loss_mask.all()
 
 
 @examples(200)
@@ -62,7 +62,7 @@ def test_plain_text_is_learned_whole_and_closed_once(reader_of, texts):
     for text, one, row in zip(texts, together, rows, strict=True):
         alone = reader.read(row)
         assert one.input_ids.tolist() == alone.input_ids.tolist()
-        assert one.has_loss.all()
+        assert one.loss_mask.all()
         closed = text if text.endswith(END) or not text else text + END
         assert say(reader, one.input_ids) == closed
 
@@ -76,7 +76,7 @@ def test_rows_read_together_are_as_read_alone(reader_of, rows, target):
     for one, row in zip(together, rows, strict=True):
         alone = reader.read(row)
         assert one.input_ids.tolist() == alone.input_ids.tolist()
-        assert one.has_loss.tolist() == alone.has_loss.tolist()
+        assert one.loss_mask.tolist() == alone.loss_mask.tolist()
 
 
 MESSAGES = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3)
@@ -93,7 +93,7 @@ def test_of_a_chat_the_answers_are_learned(reader_of, turns, target):
         for role, text in zip(names, turn, strict=True)
     ]
     tokens = reader.read({"messages": messages})
-    learned = say(reader, tokens.input_ids[tokens.has_loss])
+    learned = say(reader, tokens.input_ids[tokens.loss_mask])
     answers = [answer for _, answer in turns]
     wanted = answers if target == "all" else answers[-1:]
     assert learned.removesuffix(END) == "".join(f"{answer}<|im_end|>\n" for answer in wanted)

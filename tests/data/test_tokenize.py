@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.tokenize import TokenizeSettings, _Reader, tokenize_rows
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 LONG = 2048
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"
@@ -66,7 +66,7 @@ def ours(documents: Documents, index: int):
     document = documents[index]
     if len(document.input_ids) == 0:
         return None
-    labels = np.where(document.has_loss, document.input_ids, IGNORE_INDEX)
+    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
     return document.input_ids.tolist(), labels.tolist()
 
 
@@ -95,7 +95,7 @@ def test_labels_are_llm_foundrys_where_pad_is_the_end_of_a_turn(tokenizer):
     for i, row in enumerate(rows):
         assert ours(documents, i) == theirs(row, tokenizer, LONG, "none", "all")
         document = documents[i]
-        ends = document.has_loss & (document.input_ids == tokenizer.eos_token_id)
+        ends = document.loss_mask & (document.input_ids == tokenizer.eos_token_id)
         assert ends.sum() == len([m for m in row["messages"] if m["role"] == "assistant"]) + 1
 
 
@@ -201,7 +201,7 @@ def test_the_end_of_text_closes_a_row_once(tokenizer):
     assert first == second == [*tokenizer("ab")["input_ids"], 0]
     assert third == [*tokenizer("ab<|endoftext|>c")["input_ids"], 0]
     # Trap 8: the id 0 inside is as real as any.
-    assert documents[2].has_loss.tolist() == [False, True, True, True, True]
+    assert documents[2].loss_mask.tolist() == [False, True, True, True, True]
 
 
 def test_plain_text_is_all_predicted_and_closed_once(tokenizer):
@@ -210,7 +210,7 @@ def test_plain_text_is_all_predicted_and_closed_once(tokenizer):
     for i, text in enumerate(texts):
         want = tokenizer(text.removesuffix("<|endoftext|>"))["input_ids"]
         assert documents[i].input_ids.tolist() == ([*want, 0] if text else [])
-        assert documents[i].has_loss.all()
+        assert documents[i].loss_mask.all()
     assert documents.counts["dropped_empty"] == 1
     assert documents.counts["kept"] == 3
 
@@ -275,7 +275,7 @@ def test_every_token_of_a_row_is_kept_or_counted(tokenizer, make_rows, overlong:
         documents
     )
     for i in np.flatnonzero(documents.lengths):
-        assert documents[i].has_loss[1:].any()
+        assert documents[i].loss_mask[1:].any()
 
 
 def test_overlong_error_names_the_row(tokenizer):
@@ -305,7 +305,7 @@ def test_pieces_without_an_answer_are_dropped_and_counted(tokenizer):
     rows = [{"prompt": "~" * 20, "response": "!!!"}]
     documents = tokenize(rows, tokenizer, max_seq_len=8, overlong="split")
     assert documents.lengths.tolist() == [0, 0, 8]
-    assert documents[2].has_loss.tolist() == [False] * 4 + [True] * 4
+    assert documents[2].loss_mask.tolist() == [False] * 4 + [True] * 4
     assert documents.counts["tokens_cut"] == 16
 
 

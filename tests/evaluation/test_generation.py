@@ -1,4 +1,4 @@
-"""GSM8K by generation: extraction as the harness defines it, answers as unpadded generation's."""
+"""GSM8K by generation: the harness's extraction, and the same answers as unpadded generation."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from foundry_ext.evaluation import generation
-from foundry_ext.evaluation.config import GenerationSettings
+from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.generation import (
     flexible_extract,
     generate,
@@ -16,7 +16,7 @@ from foundry_ext.evaluation.generation import (
     strict_extract,
 )
 from foundry_ext.evaluation.measure import build_sets, measure
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 ROWS = [
@@ -52,7 +52,7 @@ def path(tmp_path):
 
 
 def build(path, tokenizer, max_length=400, **settings):
-    parsed = GenerationSettings(name="gsm8k", role="learning", path=path, **settings)
+    parsed = GenerationSetConfig(name="gsm8k", role="learning", path=path, **settings)
     return build_sets([parsed], tokenizer, max_length)
 
 
@@ -71,8 +71,10 @@ def build(path, tokenizer, max_length=400, **settings):
     ],
 )
 def test_extraction(output, strict, flexible):
-    """Strict: the first number behind the mark; flexible: the last run of digits, dots, commas and
-    dollar signs, of two or more unless it is digits."""
+    """Strict takes the first number after the mark, flexible the last run of digits.
+
+    Dots, commas and dollar signs count as digits in a run of two or more.
+    """
     assert strict_extract(output) == strict
     assert flexible_extract(output) == flexible
 
@@ -96,7 +98,7 @@ def test_stop_strings_cut_the_output():
 
 
 def test_generation_is_that_of_single_prompts(model, tokenizer):
-    """Left padding changes nothing; nor do the model's own settings for sampling."""
+    """Neither left padding nor the model's own sampling settings change the answers."""
     prompts = [tokenizer(text)["input_ids"] for text in ("one", "the river of light", "12 bird")]
     model.generation_config.do_sample, model.generation_config.temperature = True, 9.0
     outputs = generate(model, tokenizer, prompts, 12)
@@ -118,7 +120,7 @@ def test_generation_is_that_of_single_prompts(model, tokenizer):
 
 
 def test_generation_ends_at_a_stop_string(model, tokenizer, monkeypatch):
-    """Rows that have stopped wait for the others, and what they are padded with is not theirs."""
+    """Rows that have stopped wait for the others, and their padding is not part of the answer."""
     prompts = [tokenizer(text)["input_ids"] for text in ("one", "the river of light")]
     free = generate(model, tokenizer, prompts, 20)
     stop = free[0][3:5]
@@ -133,7 +135,7 @@ def test_generation_ends_at_a_stop_string(model, tokenizer, monkeypatch):
 
 
 def test_items(model, tokenizer, path, monkeypatch):
-    """Right, wrong, and right by flexible match alone."""
+    """One answer is right, one wrong, one right by the flexible match only."""
     answers = {"bird": " count\n#### 1,234\n", "seven": " 12 or $7.00 or 7.", "river": " 3"}
 
     def answer(_model, tokenizer, prompts, _max_new_tokens):
@@ -153,7 +155,7 @@ def test_items(model, tokenizer, path, monkeypatch):
 
 
 def test_prompts(tokenizer, path):
-    """The harness's, few-shot; cut from the left where there is no room for the answer."""
+    """Prompts are the harness's few-shot ones, cut from the left if the answer needs the room."""
     (built,) = build(path, tokenizer, num_fewshot=1, max_items=1)
     text = tokenizer.decode(built.prompts[0])
     example, question = text.split("\n\n")
@@ -167,7 +169,7 @@ def test_prompts(tokenizer, path):
 
 
 def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):
-    """What `foundry-ext tasks` writes: reasoning apart from the answer."""
+    """Rows as `foundry-ext tasks` writes them keep the reasoning apart from the answer."""
     rows = []
     for row in ROWS:
         reasoning, _, answer = row["answer"].rpartition("#### ")
@@ -193,9 +195,9 @@ def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):
 
 def test_batches_and_ranks_change_nothing(model, tokenizer, path, monkeypatch):
     (built,) = build(path, tokenizer, num_fewshot=0, max_new_tokens=6)
-    whole = built.complete(built.measure(model, None, Share()))
+    whole = built.complete(built.measure(model, None, Shard()))
     monkeypatch.setattr(generation, "BATCH_SIZE", 1)
-    parts = [built.measure(model, None, Share(rank, 2)) for rank in range(2)]
+    parts = [built.measure(model, None, Shard(rank, 2)) for rank in range(2)]
     assert [len(part) for part in parts] == [2, 1]
     assert built.complete(parts[0] + parts[1]) == whole
 

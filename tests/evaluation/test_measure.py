@@ -1,4 +1,4 @@
-"""A measurement leaves no trace in the model or the random numbers; who the base model is."""
+"""Measurements leave model and random state as they were; base models are what they should be."""
 
 import random
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
 from foundry_ext.evaluation.measure import undisturbed
 from foundry_ext.evaluation.rows import few_shot_prompt
-from foundry_ext.evaluation.scoring import Share, evenly_spaced
+from foundry_ext.evaluation.scoring import Shard, evenly_spaced
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 
@@ -50,7 +50,7 @@ def test_modes_and_random_numbers_are_put_back():
 
 
 def test_base_under_an_adapter():
-    """The adapter is off inside and on again outside; what is frozen stays frozen."""
+    """The adapter is off inside and on again outside; frozen parameters stay frozen."""
     model = make_model().eval()
     pack = {
         "input_ids": torch.tensor([[3, 1, 4, 1, 5]]),
@@ -88,21 +88,21 @@ def test_copy_is_frozen_and_tied():
 
 
 def test_fingerprint_is_of_what_no_adapter_is_on():
-    """PiSSA changes the weights below it, and by rounding not the same everywhere."""
+    """Weights under an adapter are left out: PiSSA changes them, rounding by machine."""
     model = make_model()
     plain = weights_fingerprint(model)
     assert plain == weights_fingerprint(make_model()) != weights_fingerprint(make_model(seed=1))
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    found = weights_fingerprint(adapted.get_base_model())
+    before = weights_fingerprint(adapted.get_base_model())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name or "base_layer" in name:
                 parameter.add_(1.0)
-    assert weights_fingerprint(adapted.get_base_model()) == found
+    assert weights_fingerprint(adapted.get_base_model()) == before
 
 
-def test_shares_and_spacing():
-    assert [list(Share(rank, 3).of(5)) for rank in range(3)] == [[0, 3], [1, 4], [2]]
+def test_shards_and_spacing():
+    assert [list(Shard(rank, 3).of(5)) for rank in range(3)] == [[0, 3], [1, 4], [2]]
     assert evenly_spaced(5, 3).tolist() == [0, 2, 4]
     for at_most in (None, 5, 9):
         assert evenly_spaced(5, at_most).tolist() == [0, 1, 2, 3, 4]
@@ -111,7 +111,7 @@ def test_shares_and_spacing():
 
 
 def test_solved_examples_are_others_and_always_the_same():
-    examples = [f"example {number}" for number in range(6)]
+    examples = [f"example {index}" for index in range(6)]
     for index in range(6):
         prompt = few_shot_prompt(examples, index, 3)
         assert prompt == few_shot_prompt(examples, index, 3)

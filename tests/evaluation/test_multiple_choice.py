@@ -1,4 +1,4 @@
-"""Multiple choice: log-probabilities are those of whole logits, packed, padded or one by one."""
+"""Multiple choice: log-probabilities equal those of full logits, packed, padded or one by one."""
 
 import json
 import random
@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import foundry_ext.models
 from foundry_ext.evaluation import multiple_choice
-from foundry_ext.evaluation.config import MultipleChoiceSettings
+from foundry_ext.evaluation.config import MultipleChoiceSetConfig
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import changes
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from tests.conftest import WORDS
 
@@ -48,7 +48,7 @@ def write(tmp_path):
 
 
 def generated(count, seed=0):
-    """Rows of both forms; choices of unequal length and number, spaces at a context's end."""
+    """Return rows of both forms, with choices of unequal length and number, and trailing spaces."""
     rng = random.Random(seed)
 
     def words(most):
@@ -66,11 +66,11 @@ def generated(count, seed=0):
     return rows
 
 
-def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, share=None, **settings):
-    parsed = [MultipleChoiceSettings(name="task", role="forgetting", path=path, **settings)]
+def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, shard=None, **settings):
+    parsed = [MultipleChoiceSetConfig(name="task", role="forgetting", path=path, **settings)]
     (built,) = sets = build_sets(parsed, tokenizer, max_length)
-    if share is not None:
-        return built.measure(model.eval(), None, share)
+    if shard is not None:
+        return built.measure(model.eval(), None, shard)
     metrics, items = measure(sets, model, None)
     return metrics, items, built
 
@@ -78,11 +78,10 @@ def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, share=None, **settin
 @torch.no_grad()
 def directly(theirs, tokenizer, context, continuation):
     """Summed log-probability of the continuation's tokens, from the logits of one sequence."""
-    kept = context.rstrip()
-    whole = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
-    start = len(tokenizer(kept, add_special_tokens=False)["input_ids"])
-    log_probs = theirs(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-    return sum(log_probs[place - 1, whole[place]].item() for place in range(start, len(whole)))
+    ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
+    log_probs = theirs(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[position - 1, ids[position]].item() for position in range(start, len(ids)))
 
 
 def expected(theirs, tokenizer, row):
@@ -128,7 +127,7 @@ def test_shared_items_are_those_of_the_logits(models, tokenizer, name):
     ours, theirs = models
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     _, items, built = evaluate(ours, str(path), tokenizer, max_length=1000, max_items=60)
-    assert len(items) == 60 and built.num_cut == 0
+    assert len(items) == 60 and built.num_truncated == 0
     assert items[-1]["item"] == str(len(rows) - 1), "evenly spaced over the file"
     assert_as_from_logits(items, rows, theirs, tokenizer)
 
@@ -153,14 +152,14 @@ def test_padded_batch_gives_the_same(models, tokenizer, write):
     width = max(len(document.input_ids) for document in documents)
     ids = torch.zeros(len(documents), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for number, document in enumerate(documents):
-        ids[number, : len(document.input_ids)] = torch.tensor(document.input_ids)
-        mask[number, : len(document.input_ids)] = 1
+    for row, document in enumerate(documents):
+        ids[row, : len(document.input_ids)] = torch.tensor(document.input_ids)
+        mask[row, : len(document.input_ids)] = 1
     log_probs = ours.eval()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     sums = []
-    for number, document in enumerate(documents):
-        places = document.has_loss.nonzero()[0]
-        sums.append(sum(log_probs[number, p - 1, ids[number, p]].item() for p in places))
+    for row, document in enumerate(documents):
+        positions = document.loss_mask.nonzero()[0]
+        sums.append(sum(log_probs[row, p - 1, ids[row, p]].item() for p in positions))
     assert [x for item in items for x in item["logprobs"]] == pytest.approx(sums, rel=2e-5)
 
 
@@ -168,20 +167,20 @@ def test_ranks_share_the_choices(models, tokenizer, write, monkeypatch):
     monkeypatch.setattr(multiple_choice, "PACK_TOKENS", 64)
     ours, _ = models
     path = write(generated(9))
-    whole = evaluate(ours, path, tokenizer, share=Share())
-    parts = [evaluate(ours, path, tokenizer, share=Share(rank, 3)) for rank in range(3)]
+    whole = evaluate(ours, path, tokenizer, shard=Shard())
+    parts = [evaluate(ours, path, tokenizer, shard=Shard(rank, 3)) for rank in range(3)]
     assert all(parts) and sum(map(len, parts)) == len(whole)
     together = [str(item) for part in parts for item in part]
     assert sorted(together) == sorted(map(str, whole))
 
 
 def test_few_shot_prompts(tokenizer, write):
-    """Solved examples before the question: others, chosen by the item alone, gold answers."""
+    """Other rows stand before the question with their gold answers, drawn by the item alone."""
     rows = [
         {"query": f"one {word}", "choices": [f"wrong {word}", f"right {word}"], "gold": 1}
         for word in ("bird", "stone", "river")
     ]
-    settings = MultipleChoiceSettings(
+    settings = MultipleChoiceSetConfig(
         name="task", role="learning", path=write(rows), num_fewshot=2, max_items=2
     )
     (built,) = build_sets([settings], tokenizer, MAX_LENGTH)
@@ -189,14 +188,14 @@ def test_few_shot_prompts(tokenizer, write):
     assert texts[2].endswith("\n\none river wrong river") and len(texts) == 4
     examples = {"one bird right bird", "one stone right stone"}
     assert set(texts[2].split("\n\n")[:2]) == examples
-    labels = [tokenizer.decode(d.input_ids[d.has_loss]) for d in built.documents]
+    labels = [tokenizer.decode(d.input_ids[d.loss_mask]) for d in built.documents]
     assert labels == [" wrong bird", " right bird", " wrong river", " right river"]
 
 
 def test_spaces_at_the_end_of_the_context_are_scored(tokenizer):
-    """As the harness has it, for the space belongs to the next word's token."""
+    """As in the harness, because the space belongs to the next word's token."""
     (document,), _ = multiple_choice.encode(tokenizer, [("one two \n", " bird")], max_length=50)
-    assert tokenizer.decode(document.input_ids[document.has_loss]) == " \n bird"
+    assert tokenizer.decode(document.input_ids[document.loss_mask]) == " \n bird"
 
 
 def test_empty_context_is_the_start_token(models, tokenizer, write):
@@ -216,7 +215,7 @@ def directly_after(theirs, tokenizer, text):
 
 @torch.no_grad()
 def test_overlong_contexts_are_cut_from_the_left(models, tokenizer, write, caplog):
-    """max_length tokens are read, the last one only predicted; counted and said."""
+    """The model reads max_length tokens and predicts one more; truncation is counted and logged."""
     ours, theirs = models
     rows = [
         {"query": "bird " * 30, "choices": ["stone", "river of light"], "gold": 0},
@@ -224,7 +223,7 @@ def test_overlong_contexts_are_cut_from_the_left(models, tokenizer, write, caplo
     ]
     with caplog.at_level("WARNING"):
         _, items, built = evaluate(ours, write(rows), tokenizer, max_length=12)
-    assert built.num_cut == 2 == built.description["counts"]["truncated"]
+    assert built.num_truncated == 2 == built.description["counts"]["truncated"]
     assert "2 of 3 choices exceed 12 tokens" in caplog.text
     ids = tokenizer("bird " * 29 + "bird  stone")["input_ids"][-13:]
     labels = len(tokenizer("  stone")["input_ids"])
@@ -238,24 +237,26 @@ def test_overlong_contexts_are_cut_from_the_left(models, tokenizer, write, caplo
     ("row", "message"),
     [
         ({"question": "x"}, "row 1: keys question; a multiple-choice row has"),
-        ({"query": "x", "choices": ["a"], "gold": 1}, "gold 1 is no index of its 1"),
-        ({"query": "x", "choices": ["a"], "gold": "A"}, "gold 'A' is no index"),
+        ({"query": "x", "choices": ["a"], "gold": 1}, "gold 1 must be an index, 0 to 0"),
+        ({"query": "x", "choices": ["a"], "gold": "A"}, "gold 'A' must be an index, 0 to 0"),
         ({"query": "x", "choices": ["a", ""], "gold": 0}, "empty choice"),
         ({"query": "x", "choices": ["bird " * 99], "gold": 0}, "between 1 and the model's 20"),
     ],
 )
 def test_bad_rows_are_named(tokenizer, write, row, message):
     good = {"query": "x", "choices": ["a"], "gold": 0}
-    settings = MultipleChoiceSettings(name="task", role="learning", path=write([good, row]))
+    settings = MultipleChoiceSetConfig(name="task", role="learning", path=write([good, row]))
     with pytest.raises(ValueError, match=message):
         build_sets([settings], tokenizer, 20)
 
 
 def test_changes_have_their_signs():
-    """Positive forgetting is accuracy lost, positive learning accuracy won; the mean takes each
-    set in its own metric."""
+    """Lost accuracy is positive forgetting, gained accuracy positive learning.
+
+    The mean takes each set's own metric.
+    """
     sets = [
-        MultipleChoiceSettings(name=name, role=role, path=__file__, metric=metric)
+        MultipleChoiceSetConfig(name=name, role=role, path=__file__, metric=metric)
         for name, role, metric in (
             ("arc", "forgetting", "acc_norm"),
             ("wino", "forgetting", "acc"),
@@ -265,9 +266,9 @@ def test_changes_have_their_signs():
     names = ("arc/acc", "arc/acc_norm", "wino/acc", "wino/acc_norm", "math/acc", "math/acc_norm")
     start = dict(zip(names, (0.5, 0.75, 0.5, 0.5, 0.25, 0.25), strict=True))
     now = dict(zip(names, (0.25, 0.25, 0.625, 0.5, 0.75, 0.25), strict=True))
-    found = changes(sets, start, now)
-    assert found["learning"] == {"math_acc": 0.5, "math_acc_norm": 0}
-    assert found["forgetting"] == {
+    result = changes(sets, start, now)
+    assert result["learning"] == {"math_acc": 0.5, "math_acc_norm": 0}
+    assert result["forgetting"] == {
         **{"arc_acc": 0.25, "arc_acc_norm": 0.5, "wino_acc": -0.125, "wino_acc_norm": 0},
         "mean_accuracy": 0.1875,
     }

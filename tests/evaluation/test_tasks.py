@@ -1,4 +1,4 @@
-"""Tasks from rows of the hub's schema: worded as the harness words them, read by llm-foundry."""
+"""Tasks made of rows in the hub's schema: the harness's wording, readable by llm-foundry."""
 
 import json
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from foundry_ext.evaluation import tasks
 from foundry_ext.evaluation.config import parse_sets
 from foundry_ext.evaluation.measure import build_sets
 
-# The columns of each data set on the hub; text made up.
+# The columns of each dataset on the hub; the text is made up.
 HELLASWAG = [
     {
         "ind": 24,
@@ -99,7 +99,7 @@ def read(path):
 
 @pytest.fixture
 def written(tmp_path, write_jsonl, capsys):
-    """written(name): the task of ROWS, by the command."""
+    """Return a function that writes a task of ROWS by the command."""
 
     def write(name):
         source, out = write_jsonl(ROWS[name], f"{name}.hub.jsonl"), tmp_path / f"{name}.jsonl"
@@ -135,7 +135,7 @@ def test_our_evaluation_reads_it(written, tokenizer, name):
 
 @pytest.mark.parametrize("name", list(ROWS))
 def test_llm_foundry_reads_it(written, tokenizer, tmp_path, name):
-    """Its own reader: the same choices, and the gold one is the gold one."""
+    """llm-foundry's own reader finds the same choices and the same gold ones."""
     from llmfoundry.eval.datasets.in_context_learning_evaluation import get_icl_task_dataloader
 
     out = written(name)
@@ -180,7 +180,7 @@ def test_llm_foundry_reads_it(written, tokenizer, tmp_path, name):
         ("hellaswag", {"label": ""}, "row 1 is not labelled"),
         ("winogrande", {"answer": ""}, "row 1 is not labelled"),
         ("winogrande", {"sentence": "no gap"}, "no gap"),
-        ("gsm8k", {"answer": "4"}, "no '#### '"),
+        ("gsm8k", {"answer": "4"}, "'#### '"),
         ("gsm8k", {"question": None}, "row 1 has no column 'question'"),
     ],
 )
@@ -204,7 +204,7 @@ def test_unknown_task_or_file(tmp_path, capsys):
 
 
 def test_hub_rows_are_those_of_the_recorded_commit(tmp_path, monkeypatch):
-    """A branch moves; what is loaded and recorded is the commit it names now."""
+    """A branch moves, so rows are loaded by its present commit, which is recorded."""
     import datasets
     import huggingface_hub
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from foundry_ext.adapters.methods import describe
+from foundry_ext.adapters.methods import method_of_config
 from foundry_ext.comparison.fairness import differences
 from foundry_ext.config.run_name import SWEEP_VARIABLES
 from foundry_ext.sweeps.file import expand, read_sweep
@@ -54,7 +54,7 @@ def test_a_sweep_is_what_its_readme_says(path: Path):
         assert run.command[2].startswith("config=yamls/")
         assert all(re.fullmatch(r"[a-z_.]+=.+", argument) for argument in run.command[2:])
         if run.config["model"].get("peft_config"):
-            assert describe(run.config["model"]["peft_config"]).effective_scale
+            assert method_of_config(run.config["model"]["peft_config"]).effective_scale
     check_fair(runs)
     readme = path.with_name("README.md")
     if readme.exists() and path.parts[1] != "quickstart":
@@ -92,7 +92,7 @@ def test_ranks_have_the_scales_of_the_readme():
     found: dict[tuple[str, int], set[float]] = {}
     for name in ("sweep", "rslora-fixed-alpha"):
         for run in planned(Path("experiments/ranks", f"{name}.yaml")):
-            method = describe(run.config["model"]["peft_config"])
+            method = method_of_config(run.config["model"]["peft_config"])
             assert method.rank and method.effective_scale
             label = "fixed" if name != "sweep" else method.name
             found.setdefault((label, method.rank), set()).add(method.effective_scale)

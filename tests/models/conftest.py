@@ -1,4 +1,4 @@
-"""Small models and batches, handed to the tests as functions.
+"""Fixtures that return functions to make small models and batches.
 
 `ours` is SmolLM2ForCausalLM, `theirs` transformers' LlamaForCausalLM with the same weights.
 """
@@ -21,7 +21,7 @@ VOCABULARY = 131
 
 
 def _tiny_config(shape="smollm2-135m", **overrides):
-    """A shipped shape with its heads, made narrow and shallow.
+    """Return a shipped configuration with its heads, made narrow and shallow.
 
     `initializer_range` is large, so that attention and logits are far from uniform: with the
     shipped one, scores are near zero and hardly any error of rope or mask would show.
@@ -47,7 +47,7 @@ def _make_pair(config=None, *, seed=0):
     theirs = LlamaForCausalLM(copy.deepcopy(config))
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if name.endswith("norm.weight"):  # all ones could not be told from none
+            if name.endswith("norm.weight"):  # a weight of ones would not show whether it is used
                 parameter.uniform_(0.5, 1.5)
     ours = SmolLM2ForCausalLM(copy.deepcopy(config))
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -55,7 +55,7 @@ def _make_pair(config=None, *, seed=0):
 
 
 def _make_documents(lengths, *, vocabulary=VOCABULARY, seed=0):
-    """Random ids, some of them 0; every document ends with 0, as SmolLM2's do."""
+    """Draw random ids, some of them 0; every document ends with 0, as SmolLM2's do."""
     generator = torch.Generator().manual_seed(seed)
     documents = [torch.randint(0, vocabulary, (n,), generator=generator) for n in lengths]
     for document in documents:
@@ -80,11 +80,11 @@ def _make_pack(documents, *, prompt=0, max_seqlen=None):
 
 
 def _make_padded(documents, *, side="right", prompt=0):
-    """[B, S] with pad id 0, which is a real id too."""
-    slots = max(len(document) for document in documents)
+    """Pad to [B, S] with id 0, which is also a real id."""
+    seq_len = max(len(document) for document in documents)
 
     def pad(x, value):
-        width = slots - len(x)
+        width = seq_len - len(x)
         return F.pad(x, (width, 0) if side == "left" else (0, width), value=value)
 
     labels = [document.clone() for document in documents]
@@ -98,7 +98,7 @@ def _make_padded(documents, *, side="right", prompt=0):
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Elements of the largest memory that any operation allocated while it was on."""
+    """Elements of the largest tensor that an operation allocates in the context."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ def _tensors(tree):
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """On tensors this small a second thread only waits, and for long where cores are shared."""
+    """Use one thread: on tensors this small a second one only waits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -71,9 +71,11 @@ def skip_unless_installed(backend):
 
 
 def assert_as_exact(ours, plain, exact, *, bf16_slack=2**-8):
-    """Within fp32 rounding; in bf16 within three times the error of plain dense attention in bf16,
-    nearly the bound by which FlashAttention tests itself. The slack is for plain's luck: a document
-    of one token has no error at all there."""
+    """Check the error: within fp32 rounding, or in bf16 within three times that of plain attention.
+
+    FlashAttention's own tests use nearly the same bound. The slack is needed because plain
+    attention has no error at all in a document of one token.
+    """
     error = (ours.float() - exact).abs().max().item()
     scale = max(1.0, exact.abs().max().item())
     if ours.dtype == torch.float32:
@@ -113,7 +115,7 @@ def check_forward(backend, device, dtype, heads, lengths):
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize(("backend", "device"), [*CPU_BACKENDS[:2], *GPU_BACKENDS])
 def test_gradients(backend, device, heads, lengths):
-    """Not flex on a CPU: it is for comparing, and later versions of torch refuse it a backward."""
+    """Skip flex on a CPU, where later versions of torch have no backward pass for it."""
     skip_unless_installed(backend)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     *qkv, cu_seqlens = make_inputs(lengths, heads, device=device, dtype=dtype)
@@ -190,7 +192,7 @@ def test_the_mask_follows_a_buffer_filled_anew(backend, device):
 
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
 def test_inference_mode(backend):
-    """Tensors made there have no version for the mask's cache to look at."""
+    """Inference tensors have no version for the mask's cache to compare."""
     with torch.inference_mode():
         inputs = make_inputs([3, 4], (9, 3))
         ours = varlen_attention(*inputs, 4, backend=backend)
@@ -199,7 +201,7 @@ def test_inference_mode(backend):
 
 @pytest.fixture
 def fresh_choice():
-    """Backends are resolved once a process; tests that change the machine want them anew."""
+    """Clear the choice of backends, which is made once per process."""
 
     def clear():
         attention._best_backend.cache_clear()
@@ -270,7 +272,7 @@ def test_unusable_backend_never_falls_back(backend):
 
 
 class Calls(TorchDispatchMode):
-    """Of every operator called, its arguments by name."""
+    """The arguments, by name, of every operator called."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +285,7 @@ class Calls(TorchDispatchMode):
 
 
 def test_torch_varlen_asks_this_torch_for_causal_attention():
-    """The function and its arguments change with torch; shapes need no GPU to be worked out."""
+    """The function and its arguments change with torch; the meta device needs no GPU."""
     q, k, v, cu_seqlens = make_inputs([8, 2], (9, 3), device="meta", dtype=torch.bfloat16)
     with Calls() as calls:
         out = attention._torch_varlen(q, k, v, cu_seqlens, 8, 0.0)

@@ -1,4 +1,4 @@
-"""torch.compile of what is trained: the same numbers, one graph for all layers and all packs."""
+"""torch.compile in training: the same numbers, one graph for all layers and all packs."""
 
 import functools
 
@@ -9,7 +9,8 @@ from torch import nn
 
 from foundry_ext.models import attention, loss
 from foundry_ext.models.compiled import compile_model, graphs_compiled
-from foundry_ext.models.smollm2 import SmolLM2ForCausalLM, decoder_layer
+from foundry_ext.models.decoder import decoder_layer
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
 
 PACK_TOKENS, MAX_SEQ_LEN = 64, 24
@@ -23,7 +24,7 @@ def fresh_compiler():
 
 @pytest.fixture
 def without_code_generation(monkeypatch):
-    """Traces and differentiates as always, but runs the graph as it is: seconds less a test."""
+    """Traces and differentiates as usual, but runs the graph uncompiled: seconds less per test."""
     traced = functools.partial(torch.compile, backend="aot_eager")
 
     def compile_traced(function, *, mode="default", **options):
@@ -74,7 +75,7 @@ def test_equals_eager_without_a_recompilation(scope, tiny_config, without_code_g
 
 
 def test_the_compiler_does_run(tiny_config, monkeypatch):
-    """Else the tests above would compare eager with eager."""
+    """Without this the tests above might compare eager with eager."""
     config = tiny_config()
     model = SmolLM2ForCausalLM(config).train()
     compile_model(model, scope="layers")
@@ -99,7 +100,7 @@ def test_evaluation_is_not_compiled(tiny_config, without_code_generation):
 
 
 def test_frozen_base_with_adapters(tiny_config, without_code_generation):
-    """The first layer's input takes no gradient there, all others' does: two graphs, for ever."""
+    """The first layer's input needs no gradient, all others' do: two graphs, and no more."""
     peft = pytest.importorskip("peft")
     config = tiny_config(num_hidden_layers=4)
     settings = peft.LoraConfig(
@@ -136,7 +137,7 @@ def test_activation_checkpointing(tiny_config, without_code_generation):
 
 
 def test_dynamic_takes_packs_of_every_size(tiny_config, without_code_generation):
-    """After some graphs that torch makes of sizes which happen to be equal."""
+    """After a few graphs, which torch specialises on sizes that happen to be equal."""
     config = tiny_config(num_hidden_layers=1)
     model = SmolLM2ForCausalLM(config).train()
     compile_model(model, scope="layers", dynamic=True)
@@ -150,7 +151,7 @@ def test_dynamic_takes_packs_of_every_size(tiny_config, without_code_generation)
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_backends_that_are_not_compiled(backend, tiny_config, without_code_generation):
-    """What lies before and after attention is; other packs add no graph."""
+    """The parts before and after attention compile; other packs add no graph."""
     config = tiny_config()
     torch.manual_seed(0)
     model = SmolLM2ForCausalLM(config).train()
@@ -165,8 +166,8 @@ def test_backends_that_are_not_compiled(backend, tiny_config, without_code_gener
 
 
 def test_torch_s_kernel_is_one_operator(tiny_config):
-    """Its CPU twin: on the meta device, which checks arguments and shapes, forward and backward,
-    and that a layer with it compiles as a whole."""
+    """The same without a GPU: the meta device checks arguments and shapes, forward and backward,
+    and that a layer compiles as one graph."""
     config = tiny_config()
     with torch.device("meta"):
         layer = SmolLM2ForCausalLM(config).model.layers[0].to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""FLOPs by formula against torch's own count of a forward and backward pass."""
+"""FLOPs by formula against torch's count of a forward and backward pass."""
 
 import pytest
 import torch
@@ -78,8 +78,8 @@ def test_frozen_weights_save_a_third_of_the_linear_part():
 
 
 def test_adapters_products_are_those_of_the_operators():
-    """Of the first layer's q, k, v nothing below wants the gradient of the input, and torch leaves
-    those products out; the formula, for simplicity, does not."""
+    """The input of the first layer's q, k and v needs no gradient, so torch skips those products;
+    for simplicity the formula counts them."""
     rank, hidden, tokens = 4, CONFIG.hidden_size, sum(LENGTHS)
     counts = counted(backward=True, rank=rank)
     products = sum(count for name, count in counts.items() if "attention" not in name)
@@ -167,9 +167,9 @@ def test_another_card_is_not_taken_for_one_that_is_known(name: str):
 @pytest.mark.parametrize(
     ("words", "multiprocessors", "products", "clock"),
     [
-        # Multiply-adds a clock of a multiprocessor, bf16 into fp32, and the boost clock in GHz. On
-        # GeForce cards half as many as the same chip does with fp16 sums. NVIDIA states no such
-        # clock for the NVL cards and the B200, whose figures rest on their data sheets alone.
+        # Multiply-adds per clock of a multiprocessor, bf16 into fp32, and the boost clock in GHz.
+        # GeForce cards do half as many as the same chip with fp16 sums. NVIDIA states no boost
+        # clock for the NVL cards and the B200, whose figures rest only on their data sheets.
         (("RTX", "3090"), 82, 256, 1.695),
         (("RTX", "4090"), 128, 256, 2.52),
         (("RTX", "5090"), 170, 256, 2.407),
@@ -184,7 +184,7 @@ def test_another_card_is_not_taken_for_one_that_is_known(name: str):
 def test_peaks_follow_from_the_chip(
     words: tuple[str, ...], multiprocessors: int, products: int, clock: float
 ):
-    """A figure with sparsity, or with fp16 sums, would be off by a factor of two. Data sheets round
-    and, as the L40S's, take a clock somewhat below the boost clock."""
+    """A figure with sparsity, or with fp16 sums, would be off by a factor of two. Data sheets
+    round, and some, such as the L40S's, assume a clock slightly below the boost clock."""
     derived = multiprocessors * products * 2 * clock * 1e9
     assert PEAK_FLOPS[words] == pytest.approx(derived, rel=0.015)

@@ -1,7 +1,7 @@
-"""Whole trajectories: against transformers' now, and against our own recorded once.
+"""Losses of complete runs, against transformers' and against a recording of our own.
 
-`RECORD_GOLDEN=1 pytest tests/models/test_golden.py` writes the recording anew: only after a change
-that is meant to change the numbers, and with the reason in the commit.
+`RECORD_GOLDEN=1 pytest tests/models/test_golden.py` records again. Do that only after a change that
+is meant to change the numbers, and state the reason in the commit.
 """
 
 import json
@@ -16,12 +16,12 @@ import transformers
 GOLDEN = Path(__file__).parent / "golden" / "tiny_135m_fp32.json"
 # Nats, on losses that fall from 6.9 to 0.6 in 50 steps. Measured against transformers: 1.4e-6.
 PARITY_TOLERANCE = 1e-5
-GOLDEN_TOLERANCE = 1e-4  # other processors and versions round otherwise
+GOLDEN_TOLERANCE = 1e-4  # other processors and versions round differently
 DOCUMENTS_A_STEP = 6
 
 
 def documents_of_step(step):
-    """Runs of numbers i, i+d, i+2d, ... modulo 31: learnable, and free of any random generator."""
+    """Return sequences i, i+d, i+2d, ... modulo 31: learnable, without a random generator."""
     documents = []
     for index in range(DOCUMENTS_A_STEP * step, DOCUMENTS_A_STEP * (step + 1)):
         length, start, stride = 1 + index * 7 % 31, index * 37 % 31, 1 + index % 2
@@ -30,7 +30,7 @@ def documents_of_step(step):
 
 
 def train(model, make_batch, *, num_steps, lr=1e-3):
-    """Losses before each step."""
+    """Return the loss before each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
     for step in range(num_steps):

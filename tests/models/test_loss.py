@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against F.cross_entropy on whole logits."""
+"""The chunked cross-entropy against F.cross_entropy on all logits."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_loss_is_summed_in_fp32(weights_in_bf16, monkeypatch):
 
 @pytest.mark.parametrize("weights_in_bf16", [False, True], ids=["autocast", "bf16"])
 def test_gradients_in_bf16(weights_in_bf16, monkeypatch):
-    """As near to fp32's as bf16 products let them be, and no worse for 500 chunks than for one."""
+    """As close to fp32 as bf16 products allow, with 500 chunks as with one."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     dtype = torch.bfloat16 if weights_in_bf16 else torch.float32
     hidden, weight, target = make_head(rows=2000, dtype=dtype)
@@ -114,7 +114,7 @@ def test_autocast_uses_its_dtype():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_rows(autocast):
-    """Trap 6, and for data-parallel ranks: 0, finite, attached to both inputs."""
+    """Trap 6, and for data-parallel ranks: 0, finite, with gradients of both inputs."""
     hidden, weight, target = make_head(rows=0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours = linear_cross_entropy(hidden, weight, target)
@@ -141,7 +141,7 @@ def test_frozen_input(frozen, chunk_rows):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_weight_costs_no_gradient(frozen, largest_tensor, monkeypatch):
-    """With LoRA the head is frozen; its gradient, as large as the head, is then not even made."""
+    """With LoRA the head is frozen, and its gradient, as large as the head, is not computed."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 2 * 1000)
     hidden, weight, target = make_head(rows=8, width=64, vocabulary=1000)
     weight.requires_grad_(not frozen)

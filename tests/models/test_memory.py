@@ -29,7 +29,7 @@ from foundry_ext.preflight.plan.model import PlannedModel
 from tests.tiers import one_of
 
 ROOT = Path(__file__).parents[2]
-# Small, and of parts that differ, so that one taken for another shows.
+# Small, with parts of different sizes, so that confusing two of them shows.
 SHAPE = {
     "hidden_size": 96,
     "intermediate_size": 160,
@@ -108,7 +108,7 @@ def step(model: nn.Module, tokens: int, precision: str) -> None:
 
 
 def allocated(work: Callable[[], None]) -> int:
-    """The most bytes torch's CPU allocator has handed out during it, above those before."""
+    """Return the peak of bytes that torch's CPU allocator adds while `work` runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     found: Any = profiler.profiler.kineto_results.events()  # pyright: ignore
@@ -117,12 +117,12 @@ def allocated(work: Callable[[], None]) -> int:
 
 
 def check(model: PlannedModel, precision: str, tokens: int, checkpointing: bool) -> float:
-    """Estimate over measurement, of all but weights and optimizer state."""
+    """Return estimate / measurement, without weights and optimizer state."""
     found = estimate(model, precision, tokens, activation_checkpointing=checkpointing)
     whole = built(model, checkpointing=checkpointing)
     if precision == "bf16":
         whole.bfloat16()
-    step(whole, tokens, precision)  # gradients are there, as in an accumulated batch
+    step(whole, tokens, precision)  # gradients exist, as in an accumulated batch
     measured = allocated(lambda: step(whole, tokens, precision))
     resident = (found.weights, found.adapter, found.optimizer, found.gradients, found.frozen_copy)
     return (found.peak - sum(resident)) / measured
@@ -135,7 +135,7 @@ def test_the_peak_is_the_allocators(method: str, precision: str, checkpointing: 
     import foundry_ext.models.loss as loss
     import foundry_ext.models.memory as memory
 
-    for module in (loss, memory):  # several chunks, as at the true size
+    for module in (loss, memory):  # several chunks, as at the real size
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**17)
     model = planned(method)
     ratio = check(model, precision, 2048, checkpointing)
@@ -187,7 +187,7 @@ torch.set_num_threads(1)
 whole = built(planned("full", shape={shape!r}), checkpointing=False)
 step(whole, 64, "fp32")
 before = kilobytes("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what there is
+Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from the current size
 step(whole, {tokens}, "fp32")
 print(1024 * (kilobytes("VmHWM") - before))
 """
@@ -196,7 +196,7 @@ print(1024 * (kilobytes("VmHWM") - before))
 @pytest.mark.more
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's counts")
 def test_the_process_grows_by_it():
-    """A second witness: the operating system's count of a process of its own."""
+    """A second measurement: the operating system's, of a separate process."""
     tokens, shape = 4096, {**SHAPE, "num_hidden_layers": 12}
     code = RSS.format(root=str(ROOT), shape=shape, tokens=tokens)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -231,7 +231,7 @@ def test_states_of_optimizers(name: str, states: int):
 
 
 def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match=r"optimizer.name: 'shampoo' has an unknown state"):
+    with pytest.raises(ValueError, match=r"optimizer.name: 'shampoo' .* adam"):
         optimizer_states("shampoo")
 
 
@@ -284,7 +284,7 @@ def test_shipped_packs_fit_the_cards_they_are_for(size: str, method: str, monkey
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_peak_on_a_gpu(method: str, checkpointing: bool):
-    """Unmeasured until a GPU runs it: an allocator's blocks are never full, so looser."""
+    """Looser than on a CPU, because the allocator's blocks are never full. No GPU has run it."""
     model = planned(method, shape={}, rank=64)
     found = estimate(model, "amp_bf16", 8192, activation_checkpointing=checkpointing)
     whole = built(model, checkpointing=checkpointing).cuda()

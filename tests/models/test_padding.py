@@ -17,7 +17,7 @@ MASKS = {
 
 def padded(mask):
     mask = torch.tensor(mask)
-    return Padded.from_mask(mask, batch=mask.shape[0], slots=mask.shape[1], device=CPU)
+    return Padded.from_mask(mask, batch=mask.shape[0], seq_len=mask.shape[1], device=CPU)
 
 
 def test_the_docstrings_example():
@@ -56,7 +56,7 @@ def test_round_trip_gradient():
 
 
 def test_no_mask_is_no_padding():
-    ours = Padded.from_mask(None, batch=2, slots=3, device=CPU)
+    ours = Padded.from_mask(None, batch=2, seq_len=3, device=CPU)
     assert ours.cu_seqlens.tolist() == [0, 3, 6]
     assert ours.slot_index.tolist() == list(range(6))
     assert ours.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
@@ -70,7 +70,7 @@ def test_one_row_serves_the_whole_batch():
 
 @pytest.mark.parametrize("name", MASKS)
 def test_labels_lose_each_rows_first(name):
-    """The state before it belongs to another row; ids 0 are labels like any other."""
+    """The previous state belongs to another row; the id 0 is a label like any other."""
     mask = torch.tensor(MASKS[name])
     labels = torch.zeros(mask.shape, dtype=torch.long)
     ours = padded(MASKS[name])
@@ -82,21 +82,21 @@ def test_labels_lose_each_rows_first(name):
 
 @pytest.mark.parametrize("row", [[1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1, 1], [1, 0, 1, 0]])
 def test_a_hole_is_refused(row):
-    with pytest.raises(ValueError, match="hole"):
+    with pytest.raises(ValueError, match="attention_mask has zeros between"):
         padded([[1] * len(row), row])
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 4), (1, 3), (3,)])
 def test_another_shape_is_refused(shape):
-    """A 4-D mask is how some packers say which tokens see each other; here cu_seqlens does."""
+    """Some packers describe which tokens see each other by a 4-D mask; here cu_seqlens does."""
     with pytest.raises(ValueError, match="cu_seqlens"):
-        Padded.from_mask(torch.ones(shape), batch=2, slots=3, device=CPU)
+        Padded.from_mask(torch.ones(shape), batch=2, seq_len=3, device=CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_everything_is_on_the_device():
     for mask in (None, torch.ones(2, 3, device="cuda")):
-        ours = Padded.from_mask(mask, batch=2, slots=3, device=torch.device("cuda"))
+        ours = Padded.from_mask(mask, batch=2, seq_len=3, device=torch.device("cuda"))
         for x in (ours.slot_index, ours.cu_seqlens, ours.position_ids):
             assert x.is_cuda

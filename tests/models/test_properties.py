@@ -1,4 +1,4 @@
-"""Whatever the labels and masks: the right states predict them, and padding comes and goes."""
+"""Properties of labels and masks: the right states predict labels, and padding round-trips."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ pytest.importorskip("hypothesis", reason="run `make install`")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foundry_ext.models.loss import IGNORE_INDEX, labelled_positions
+from foundry_ext.models.loss import labelled_positions
 from foundry_ext.models.padding import Padded
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.properties import examples
 
 
@@ -25,31 +26,31 @@ def test_every_label_is_predicted_from_the_token_before_it(labels):
 
 @st.composite
 def masks(draw):
-    """Rows of one length, the ones of each in one run, anywhere; rows of padding alone too."""
-    slots = draw(st.integers(1, 8))
+    """Draw masks whose ones are contiguous in each row, anywhere; rows may be all padding."""
+    seq_len = draw(st.integers(1, 8))
     rows = []
     for _ in range(draw(st.integers(1, 5))):
-        start = draw(st.integers(0, slots))
-        end = draw(st.integers(start, slots))
-        rows.append([int(start <= at < end) for at in range(slots)])
+        start = draw(st.integers(0, seq_len))
+        end = draw(st.integers(start, seq_len))
+        rows.append([int(start <= at < end) for at in range(seq_len)])
     return torch.tensor(rows)
 
 
 @examples(200)
 @given(masks())
 def test_padding_comes_off_and_on_again(mask):
-    batch, slots = mask.shape
-    padded = Padded.from_mask(mask, batch=batch, slots=slots, device=mask.device)
-    tokens = torch.arange(1, batch * slots + 1).reshape(batch, slots)
+    batch, seq_len = mask.shape
+    padded = Padded.from_mask(mask, batch=batch, seq_len=seq_len, device=mask.device)
+    tokens = torch.arange(1, batch * seq_len + 1).reshape(batch, seq_len)
     flat = padded.unpad(tokens)
     assert flat.tolist() == tokens[mask.bool()].tolist()
     assert padded.repad(flat).tolist() == (tokens * mask).tolist()
     lengths = mask.sum(1).tolist()
     assert padded.cu_seqlens.diff().tolist() == lengths
     assert padded.position_ids.tolist() == [at for length in lengths for at in range(length)]
-    # Labels: what the model would have from each row by itself.
+    # Labels: those the model would see for each row alone.
     first = {
-        row.nonzero()[0].item() + number * slots for number, row in enumerate(mask) if row.any()
+        row.nonzero()[0].item() + number * seq_len for number, row in enumerate(mask) if row.any()
     }
     expected = [
         IGNORE_INDEX if place in first else int(tokens.flatten()[place])

@@ -25,7 +25,7 @@ def random_heads(*shape, dtype, seed=0):
 
 
 def their_rotation(x_THN, cos, sin):
-    """[T, H, N] there and back through their [1, H, T, N]."""
+    """Apply theirs to [T, H, N], through their layout [1, H, T, N]."""
     x = x_THN.transpose(0, 1)[None]
     return apply_rotary_pos_emb(x, x, cos[None], sin[None])[0][0].transpose(0, 1)
 
@@ -49,7 +49,7 @@ def test_positions_restart():
     assert not torch.equal(cos[8191], cos[0])
 
 
-# The last pair is autocast's: projections in bf16, the residual stream and so cos and sin in fp32.
+# The last pair is autocast's: projections in bf16; the residual stream, cos and sin in fp32.
 DTYPE_PAIRS = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -69,7 +69,7 @@ def test_rotation(dtype, angle_dtype):
 
 
 def test_rotation_of_a_batch():
-    """[B, S] positions, as in cached decoding, where rows stand at unequal positions."""
+    """[B, S] positions, as in cached decoding, where rows are at different positions."""
     positions = torch.tensor([[0, 0, 1, 2], [5, 6, 7, 8]])
     x = random_heads(2, 4, 3, dtype=torch.float32)
     ours = apply_rotary(x, *rotary_cos_sin(positions, head_dim=HEAD_DIM, theta=1e5, dtype=x.dtype))

@@ -1,4 +1,4 @@
-"""Scores of positions and documents are those of whole logits."""
+"""Scores of positions and documents equal those from all logits."""
 
 from contextlib import nullcontext
 
@@ -26,7 +26,7 @@ def targets():
 
 @pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 2**24])
 def test_positions_are_those_of_the_logits(monkeypatch, targets, chunk):
-    """Rows that divide into no chunks evenly, one row a chunk, and all in one."""
+    """Chunks that do not divide the rows evenly, of one row, and of all rows."""
     monkeypatch.setattr(scores, "CHUNK_ELEMENTS", chunk)
     states, weight = make_head(0)
     base_states, base_weight = make_head(1)
@@ -44,7 +44,7 @@ def test_positions_are_those_of_the_logits(monkeypatch, targets, chunk):
 
 
 def test_kl_has_the_base_first():
-    """KL(base || now): a base certain of one token costs what the tuned model gives that token."""
+    """KL(base || tuned) of a base that is certain of one token: its negative log-probability."""
     now, base = torch.tensor([[0.0, 0.0]]), torch.tensor([[30.0, 0.0]])
     found = score_positions(
         now, torch.eye(2), torch.tensor([0]), base_states=base, base_weight=torch.eye(2)
@@ -89,12 +89,12 @@ def test_logits_of_all_positions_never_exist(monkeypatch, largest_tensor):
 
 
 def test_documents_of_a_pack_are_scored_apart(make_pair, make_documents, make_pack):
-    """Sums of each document are those of it alone in Hugging Face's model; one has no label."""
+    """A document's sums equal those of Hugging Face's model on it alone; one has no label."""
     ours, theirs = make_pair()
     base, their_base = make_pair(seed=9)
     documents = make_documents([9, 5, 2, 14])
     pack = make_pack(documents, prompt=2)
-    # Empty documents, as a pack of fixed shape has them, are documents of nothing.
+    # Empty documents, as in a pack of fixed shape, have scores of 0.
     pack["cu_seqlens"] = torch.cat([pack["cu_seqlens"], pack["cu_seqlens"][-1:]])
     found = score_pack(ours.eval(), **pack, base=lambda: nullcontext(base.eval()))
     assert found.num_tokens.tolist() == [7, 3, 0, 12, 0]

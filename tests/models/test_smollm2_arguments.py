@@ -1,4 +1,4 @@
-"""What the model must not be given: a wrong or contradictory batch is refused, never guessed at."""
+"""Wrong or contradictory batches are refused."""
 
 import inspect
 import subprocess
@@ -23,7 +23,7 @@ def pack(make_documents, make_pack):
 
 
 def test_every_argument_is_named():
-    """Trap 2: Composer passes what the signature names; a **kwargs would take the rest unseen."""
+    """Trap 2: Composer passes what the signature names; **kwargs would swallow the rest."""
     parameters = inspect.signature(SmolLM2ForCausalLM.forward).parameters
     assert {"input_ids", "position_ids", "labels", "cu_seqlens", "max_seqlen"} <= parameters.keys()
     assert "num_loss_tokens" in parameters
@@ -39,7 +39,7 @@ def test_unknown_argument(ours, pack):
 @pytest.mark.parametrize(
     ("cu_seqlens", "max_seqlen", "message"),
     [
-        ([0, 5, 6], 16, "25.*split_batch"),  # trap 1: cut across, with input_ids left whole
+        ([0, 5, 6], 16, "25.*split_batch"),  # trap 1: cut, with input_ids left complete
         ([0, 5, 6, 22, 26], 16, "25.*split_batch"),
         ([1, 5, 6, 22, 25], 16, "25.*split_batch"),
         ([0, 6, 5, 22, 25], 16, "25.*split_batch"),
@@ -62,8 +62,8 @@ def test_wrong_cu_seqlens(cu_seqlens, max_seqlen, message, ours, pack):
     [([0, 2, 5, 5], 3, True), ([0, 2, 4], 3, False), ([0, 2, 5], 2, False)],
 )
 def test_wrong_cu_seqlens_on_a_gpu(cu_seqlens, max_seqlen, succeeds):
-    """The device checks by itself, without the host waiting. A failed check ends its process, so it
-    is given one of its own."""
+    """The device checks without the host waiting. A failed check ends its process, so each check
+    runs in a separate one."""
     code = f"""
 import torch
 from foundry_ext.models.checks import check_packed
@@ -89,7 +89,7 @@ WRONG_IDS = {
 @pytest.mark.parametrize("way", ["packed", "padded", "evaluation", "scores", "cached"])
 @pytest.mark.parametrize("name", WRONG_IDS)
 def test_ids_outside_the_vocabulary(name, way, ours, pack):
-    """Whichever way they come, an error of the model's own and not of a kernel's."""
+    """In every mode the error is the model's, not a kernel's."""
     key, place, value, message = WRONG_IDS[name]
     pack[key][0, place] = value
     ours.train(way == "packed")
@@ -148,13 +148,13 @@ CONTRADICTIONS = {
     "no max_seqlen": ({"max_seqlen": None}, "needs position_ids and max_seqlen"),
     "flat positions": ({"position_ids": torch.arange(25)}, r"position_ids is \[25\]"),
     "short positions": ({"position_ids": torch.zeros(1, 1).long()}, r"position_ids is \[1, 1\]"),
-    "batch": ({"input_ids": torch.zeros(5, 5).long()}, r"is \[1, T\], not \[5, 5\]"),
+    "batch": ({"input_ids": torch.zeros(5, 5).long()}, r"\[1, T\], not \[5, 5\]"),
     "no input": ({"input_ids": None}, "either input_ids or inputs_embeds"),
     "two inputs": ({"inputs_embeds": torch.zeros(1, 25, 72)}, "either input_ids or inputs_embeds"),
     "attentions": ({"output_attentions": True}, "AutoModelForCausalLM"),
     "hidden states": ({"output_hidden_states": True}, "AutoModelForCausalLM"),
     "tuple": ({"return_dict": False}, "return_dict=False"),
-    # Without cu_seqlens the pack would pass for one long document.
+    # Without cu_seqlens the pack would count as one long document.
     "no cu_seqlens": ({"cu_seqlens": None}, "cu_seqlens is missing"),
 }
 

@@ -1,4 +1,4 @@
-"""Shipped shapes, and weights on their way in and out."""
+"""Shipped configurations, and loading and saving of weights."""
 
 import json
 
@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from foundry_ext.models.smollm2 import RMSNorm, SmolLM2ForCausalLM
+from foundry_ext.models.decoder import RMSNorm
+from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 # The model cards' numbers, not the files'.
 SHIPPED = {
@@ -115,7 +116,7 @@ def test_state_dict_both_ways(pair, tied):
 
 
 def test_saved_by_us_loads_in_transformers(pair, tied, input_ids, tmp_path):
-    """Trap 27: whoever reads the folder must not need this package."""
+    """Trap 27: reading the folder must not need this package."""
     ours, _ = pair
     ours.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -160,7 +161,7 @@ def test_bf16_round_trip(pair, tmp_path):
 
 
 def test_tie_survives_a_step(pair, tied, input_ids):
-    """Trap 23: one tensor in the optimizer, moved by both of its gradients."""
+    """Trap 23: one tensor in the optimizer, updated by the sum of both gradients."""
     ours, theirs = pair
     for model in pair:
         model.train()

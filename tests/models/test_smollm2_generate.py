@@ -1,4 +1,4 @@
-"""Generation, token for token that of transformers' Llama."""
+"""Generation equals that of transformers' Llama, token for token."""
 
 import copy
 
@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 NEW_TOKENS = 12
-# Prompts of unequal lengths want padding; a row in the middle of a batch may be the shortest.
+# Prompts of unequal lengths need padding; the shortest may be in the middle of a batch.
 LENGTHS = [7, 1, 16, 5]
 
 
@@ -61,7 +61,7 @@ def test_rows_of_a_batch_are_generated_as_alone(pair, prompts, make_documents):
     ours, _ = pair
     together = generate(ours, prompts, do_sample=False)[:, -NEW_TOKENS:]
     for row, prompt in zip(together, make_documents(LENGTHS), strict=True):
-        # Without a mask, generate would take the 0 within a prompt for padding (trap 8).
+        # Without a mask, generate would treat the 0 within a prompt as padding (trap 8).
         alone = {"input_ids": prompt[None], "attention_mask": torch.ones_like(prompt[None])}
         assert torch.equal(row, generate(ours, alone, do_sample=False)[0, -NEW_TOKENS:])
 
@@ -95,7 +95,7 @@ def test_cached_logits(chunks, pair, prompts):
 
 
 def test_generate_in_bf16(pair, prompts):
-    """Under autocast and as weights: the cache holds what the kernel takes."""
+    """Under autocast and with bf16 weights, the cache holds the kernel's dtype."""
     ours, theirs = pair
     with torch.autocast("cpu", torch.bfloat16):
         out = ours(**prompts, use_cache=True)
@@ -136,5 +136,5 @@ def test_generation_after_training_mode(pair, prompts):
 
 
 def test_can_generate():
-    """Trap 35: a plain PreTrainedModel cannot, and transformers says so only when asked."""
+    """Trap 35: a plain PreTrainedModel cannot generate, and transformers does not warn."""
     assert SmolLM2ForCausalLM.can_generate()

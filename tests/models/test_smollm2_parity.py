@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from foundry_ext.models.attention import varlen_attention
+from foundry_ext.models.decoder import MLP, RMSNorm, SmolLM2DecoderLayer
 from foundry_ext.models.rope import rotary_cos_sin
-from foundry_ext.models.smollm2 import MLP, RMSNorm, SmolLM2DecoderLayer
 
 SHAPES = ["smollm2-135m", "smollm2-360m", "smollm2-1.7b"]  # heads 9/3, 15/5, 32/32
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -29,7 +29,7 @@ def gradients(model):
 
 
 def real_logits(model, padded):
-    """[T, V], the padding left out: in the order of a pack."""
+    """Remove padding from logits: [T, V], in the order of a pack."""
     inputs = {key: padded[key] for key in ("input_ids", "attention_mask")}
     return model(**inputs).logits[padded["attention_mask"].bool()]
 
@@ -109,7 +109,7 @@ def test_fp32(shape, tiny_config, make_pair, make_documents, make_pack, make_pad
 @every_shape
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
 def test_bf16(shape, autocast, tiny_config, make_pair, make_documents, make_pack, make_padded):
-    """No further from fp32 than theirs is."""
+    """Ours is as close to fp32 as theirs."""
     ours, theirs = make_pair(tiny_config(shape))
     if not autocast:
         ours, theirs = ours.bfloat16(), theirs.bfloat16()
@@ -137,7 +137,7 @@ def test_bf16(shape, autocast, tiny_config, make_pair, make_documents, make_pack
 @every_shape
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded(side, shape, tiny_config, make_pair, make_documents, make_padded):
-    """Trap 8: id 0 is text where the mask says so, though padding is 0 too."""
+    """Trap 8: id 0 is text if the mask is 1, although padding is also 0."""
     ours, theirs = make_pair(tiny_config(shape))
     padded = make_padded(make_documents(LENGTHS), side=side)
     assert (real_logits(ours, padded) - real_logits(theirs, padded)).abs().max() <= 1e-5
@@ -174,8 +174,8 @@ def test_whole_rows_need_no_mask(make_pair, make_documents):
 
 
 def test_labels_under_the_padding_do_not_count(make_pair, make_documents, make_padded):
-    """A collator may copy input_ids to labels as they are. Only the mask tells padding from text;
-    the first token of a row, which nothing predicts, does not count either."""
+    """A collator may copy input_ids to labels unchanged. Only the mask distinguishes padding; the
+    first token of a row, which nothing predicts, does not count either."""
     ours, _ = make_pair()
     padded = make_padded(make_documents(LENGTHS), side="left")
     expected = ours(**padded).loss
@@ -184,7 +184,7 @@ def test_labels_under_the_padding_do_not_count(make_pair, make_documents, make_p
 
 
 def test_positions_are_taken_as_given(make_pair, make_documents):
-    """Rotary attention sees differences only, so these must not be steps of one."""
+    """Rotary attention sees only differences, so these positions must not be consecutive."""
     ours, theirs = make_pair()
     input_ids = torch.stack(make_documents([9, 9]))
     position_ids = torch.tensor([[0, 3, 4, 9, 10, 20, 21, 22, 30], [1, 2, 3, 5, 8, 13, 21, 34, 55]])
@@ -223,7 +223,7 @@ def test_logits_to_keep(make_pair, make_documents, make_padded):
 
 @pytest.mark.more
 def test_smollm2_135m(shipped_config, make_pair, make_documents, make_pack, make_padded):
-    """The whole 135M, random weights: 134.5 million gradients, one by one."""
+    """The complete 135M with random weights: 134.5 million gradients, one by one."""
     config = shipped_config("smollm2-135m")
     ours, theirs = make_pair(config)
     documents = make_documents([20, 1, 33], vocabulary=config.vocab_size)
@@ -263,7 +263,7 @@ def test_on_a_gpu(backend, tiny_config, make_pair, make_documents, make_pack, ma
         for logits in (packed_logits(ours, pack), real_logits(ours, padded)):
             limit = 1.2 * relative_error(their_logits, exact_logits)
             assert relative_error(logits, exact_logits) <= limit
-        # No mask at all: what stands for it has to be made on the device.
+        # Without a mask, the default one must be created on the device.
         whole = padded["input_ids"][:1]
         limit = 1.2 * relative_error(theirs(whole).logits, exact_whole)
         assert relative_error(ours(whole).logits, exact_whole) <= limit

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from foundry_ext.packing.batch import (
-    IGNORE_INDEX,
     join_packs,
     num_documents,
     num_tokens,
     split_batch,
 )
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import MAX_SEQ_LEN, document, random_packs, split_documents
 
 TENSORS = ("input_ids", "position_ids", "labels")
@@ -41,11 +41,11 @@ def test_a_microbatch_is_whole_packs(size, fixed_shape: bool):
     assert len(microbatches) == -(-len(packs) // step)
     for i, microbatch in enumerate(microbatches):
         members = packs[i * step : (i + 1) * step]
-        num_slots = microbatch["input_ids"].shape[1]
-        assert num_slots == sum(pack["input_ids"].shape[1] for pack in members)
-        # What reads documents by their offsets reads those that went in, in order.
+        num_computed_tokens = microbatch["input_ids"].shape[1]
+        assert num_computed_tokens == sum(pack["input_ids"].shape[1] for pack in members)
+        # Reading documents by offsets gives the input documents, in order.
         offsets = microbatch["cu_seqlens"]
-        assert (offsets[0], offsets[-1]) == (0, num_slots)
+        assert (offsets[0], offsets[-1]) == (0, num_computed_tokens)
         lengths = [torch.diff(pack["cu_seqlens"]) for pack in members]
         torch.testing.assert_close(torch.diff(offsets), torch.cat(lengths), rtol=0, atol=0)
         for key in TENSORS:
@@ -90,13 +90,13 @@ def test_counts_of_a_batch():
     ("size", "message"),
     [
         (None, r"device_train_microbatch_size: auto .* Set it .*to 1, and size pack_tokens"),
-        (0.5, "microbatch size 0.5 is not a whole number of packs"),
-        (1.5, "microbatch size 1.5 is not a whole number of packs"),
-        (True, "microbatch size True is not a whole number of packs"),
-        (0, "microbatch size 0 is below one pack; use 1"),
-        (-1, "microbatch size -1 is below one pack; use 1"),
+        (0.5, "microbatch size 0.5 must be an integer"),
+        (1.5, "microbatch size 1.5 must be an integer"),
+        (True, "microbatch size True must be an integer"),
+        (0, "microbatch size 0 must be at least one pack; use 1"),
+        (-1, "microbatch size -1 must be at least one pack; use 1"),
     ],
 )
-def test_what_is_no_number_of_packs_is_refused(size, message: str):
+def test_a_size_that_is_not_a_number_of_packs_is_refused(size, message: str):
     with pytest.raises(ValueError, match=message):
         split_batch(random_packs(3), size)

@@ -1,12 +1,13 @@
-"""A pack: labels, offsets, counts, types, and one shape where that is asked for."""
+"""A pack: labels, offsets, counts and types, and optionally a fixed shape."""
 
 import numpy as np
 import pytest
 import torch
 
 from foundry_ext.packing.algorithm import most_documents
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack
+from foundry_ext.packing.batch import Pack
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.data.kit import MAX_SEQ_LEN, document, random_documents, split_documents
 
 PACK_TOKENS = 100
@@ -41,16 +42,16 @@ def test_worked_example():
 def test_types(seed: int, fixed_shape: bool):
     pack = collate(random_documents(seed, seed), fixed_shape=fixed_shape)
     assert {key: pack[key].dtype for key in DTYPES} == DTYPES
-    num_slots = pack["input_ids"].shape[1]
+    num_computed_tokens = pack["input_ids"].shape[1]
     for key in ("input_ids", "position_ids", "labels"):
-        assert pack[key].shape == (1, num_slots)
+        assert pack[key].shape == (1, num_computed_tokens)
     assert pack["cu_seqlens"].ndim == 1
-    # Python ints: a tensor would be waited for, and a changing one recompiled for.
+    # Python ints: a tensor would synchronise, and a changing value recompile.
     keys = ("max_seqlen", "num_documents", "num_tokens", "num_loss_tokens", "sum_squared_lengths")
     for key in keys:
         assert type(pack[key]) is int
     lengths = [len(document.input_ids) for document in random_documents(seed, seed)]
-    assert pack["sum_squared_lengths"] == sum(length**2 for length in lengths)  # no filling
+    assert pack["sum_squared_lengths"] == sum(length**2 for length in lengths)  # without padding
     assert pack["max_seqlen"] == MAX_SEQ_LEN
 
 
@@ -61,7 +62,7 @@ def test_documents_come_back_out(seed: int):
     assert split_documents(pack) == [document.input_ids.tolist() for document in documents]
     labels = split_documents(pack, "labels")
     for one, got in zip(documents, labels, strict=True):
-        want = np.where(one.has_loss, one.input_ids, IGNORE_INDEX)
+        want = np.where(one.loss_mask, one.input_ids, IGNORE_INDEX)
         want[0] = IGNORE_INDEX  # nothing of the same document comes before it
         assert got == want.tolist()
     assert split_documents(pack, "position_ids") == [
@@ -104,7 +105,7 @@ def test_fixed_shape_is_one_shape_for_every_pack():
 
 
 def test_a_fixed_shape_has_room_for_the_most_documents_and_no_more():
-    """A kernel starts work for every entry of cu_seqlens: one a token costs more than the rest."""
+    """A kernel starts work for every entry of cu_seqlens: one per token costs too much."""
     documents = [document([1] * length) for length in (2, 2, 3, 5, MAX_SEQ_LEN)]
     lengths = np.array([len(one.input_ids) for one in documents])
     most = most_documents(lengths, PACK_TOKENS)
@@ -132,7 +133,7 @@ def test_fixed_shape_only_fills_up(num: int):
             assert pack[key][:, :used].tolist() == plain[key].tolist()
     assert (pack["input_ids"][0, used:] == 7).all()
     assert (pack["labels"][0, used:] == IGNORE_INDEX).all()
-    # The tail is documents too, none longer than the kernel was told, and ends repeat at last.
+    # Padding is cut into documents of at most max_seqlen; the last ends repeat.
     offsets = pack["cu_seqlens"].numpy()
     lengths = np.diff(offsets)
     assert offsets[-1] == PACK_TOKENS == pack["input_ids"].shape[1]

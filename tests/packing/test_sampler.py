@@ -1,4 +1,4 @@
-"""Batches of a rank and epoch: everything once, the same number everywhere, resumable anywhere."""
+"""Batches of a rank and epoch: every document once, equal numbers on all ranks, resumable."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ class Sized(Dataset):
 
 
 def random_lengths(num: int = 300, seed: int = 0, unused: float = 0.1) -> np.ndarray:
-    """Some are 0: rows that were dropped."""
+    """Draw lengths; 0 stands for a dropped row."""
     rng = np.random.default_rng(seed)
     return np.where(rng.random(num) < unused, 0, rng.integers(2, CAPACITY // 2, num))
 
@@ -35,7 +35,7 @@ def make(lengths, batch_packs=2, rank=0, world_size=1, **settings) -> PackedBatc
 
 
 def walk(sampler: PackedBatchSampler, epoch: int = 0) -> list[list[list[int]]]:
-    """Batches of packs of document indices, as Composer comes by them."""
+    """Return batches of packs of document indices, in Composer's way."""
     sampler.set_epoch(epoch)
     return [[pack.tolist() for pack in batch] for batch in sampler]
 
@@ -52,7 +52,7 @@ def flat(batches) -> list[int]:
 
 
 def compositions(batches) -> list[list[int]]:
-    """The packs in an order that is not theirs."""
+    """Return the packs sorted, to compare without their order."""
     return sorted(sorted(pack) for batch in batches for pack in batch)
 
 
@@ -81,7 +81,7 @@ def test_each_document_once_an_epoch(world_size: int, batch_packs: int, epoch: i
 @pytest.mark.parametrize("num", [1, 2, 7, 61, 300])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_rank_has_as_many_packs_in_every_batch(world_size: int, num: int):
-    """Trap 18: else ranks wait for each other for ever."""
+    """Trap 18: unequal numbers would make ranks wait for each other forever."""
     lengths = random_lengths(num, unused=0)
     for rank, batches in enumerate(walk_ranks(lengths, world_size, batch_packs=3)):
         sampler = make(lengths, rank=rank, world_size=world_size, batch_packs=3)
@@ -142,7 +142,7 @@ def test_resuming_gives_the_rest(world_size: int):
 
 
 def test_resuming_at_an_epochs_end_skips_nothing_of_the_next():
-    """Composer stopped by max_duration after the last batch goes on in the next epoch at once."""
+    """If max_duration stops Composer after the last batch, it resumes in the next epoch."""
     lengths = random_lengths()
     sampler = make(lengths)
     sampler.resume_at(epoch=1, batch=len(sampler))
@@ -176,7 +176,7 @@ def test_without_shuffling_all_epochs_are_one():
 
 @pytest.mark.parametrize(("seed", "others"), [(17, "more"), (18, "fewer")])
 def test_as_many_batches_every_epoch(seed: int, others: str):
-    """Composer takes the number once: a batch more would be lost, one less end the epoch early."""
+    """Composer reads the number once: a batch more would be lost, one less end the epoch early."""
     lengths = np.random.default_rng(5).integers(CAPACITY // 4, CAPACITY // 2, 200)
     needed = [len(pack(lengths, CAPACITY, seed=seed, epoch=epoch)) for epoch in range(30)]
     other = max(needed) if others == "more" else min(needed)
@@ -209,7 +209,7 @@ def test_nothing_is_taken_for_padding():
 
 
 def test_no_documents_are_an_error():
-    with pytest.raises(ValueError, match="no document is left to train on"):
+    with pytest.raises(ValueError, match="no documents left"):
         make(np.zeros(5, dtype=np.int64))
 
 

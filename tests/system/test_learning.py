@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from foundry_ext.packing.batch import IGNORE_INDEX
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NAMES = ["Ann", "Ben", "Carla", "Dan", "Eve", "Finn"]

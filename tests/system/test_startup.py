@@ -11,7 +11,7 @@ from benchmarks.startup import _BUILDERS, PARTS, Marks
 ROOT = Path(__file__).parents[2]
 SLOW = {
     *("torch", "numpy", "pandas", "scipy", "matplotlib", "pyarrow", "datasets", "transformers"),
-    *("peft", "wandb", "composer", "llmfoundry", "streaming", "tokenizers"),
+    *("peft", "wandb", "composer", "llmfoundry", "streaming", "tokenizers", "jinja2"),
 }
 # Rooms and modules that follow a run or come before one.
 NOT_FOR_TRAINING = {

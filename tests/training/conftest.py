@@ -1,4 +1,4 @@
-"""One world for all of these tests, and one finished run for each method; neither is changed."""
+"""Inputs for all of these tests, and a finished run per method; neither is ever changed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.training import kit
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny tensors: more threads only wait for one another."""
+    """Use one thread: with tiny tensors more threads only wait for one another."""
     torch.set_num_threads(1)
 
 
@@ -29,7 +29,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory):
-    """finished(method): two epochs, never interrupted, a checkpoint after every batch."""
+    """Return finished(method): an uninterrupted run of two epochs, with a checkpoint per batch."""
     made: dict[str, Finished] = {}
 
     def get(method: str) -> Finished:

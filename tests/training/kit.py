@@ -22,10 +22,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from foundry_ext.packing.batch import IGNORE_INDEX
 from foundry_ext.packing.collator import Document, PackCollator
 from foundry_ext.training.callbacks.exact_resume import ExactResume
 from foundry_ext.training.callbacks.guard import Guard
+from foundry_ext.utils.constants import IGNORE_INDEX
 
 VOCABULARY = 320
 SHAPE = {
@@ -36,7 +36,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    # Large, so that attention and logits are far from uniform and an error shows.
+    # Large, so that attention and logits are far from uniform and errors are visible.
     "initializer_range": 0.2,
     "rope_theta": 100000.0,
     "tie_word_embeddings": True,
@@ -59,7 +59,7 @@ ADAPTERS = [method for method, peft_config in METHODS.items() if peft_config]
 
 @dataclass(frozen=True)
 class World:
-    """What a run reads: a tokenizer, a pretrained folder of stock transformers, rows."""
+    """Inputs of a run: a tokenizer, a pretrained folder of stock transformers, rows."""
 
     tokenizer: Path
     base: Path
@@ -86,7 +86,7 @@ def make_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE | overrides))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):  # all ones could not be told from none
+            if name.endswith("norm.weight"):  # all ones would be no different from no weight
                 parameter.uniform_(0.5, 1.5)
     return model
 
@@ -96,7 +96,7 @@ def load_tokenizer(world: World):
 
 
 def build(world: World, *, method: str = "full", name: str = "smollm2_packed", **settings: Any):
-    """The model as llm-foundry builds it from a YAML's `model`."""
+    """Return the model that llm-foundry builds from a YAML's `model`."""
     settings = {"pretrained_model_name_or_path": str(world.base), **settings}
     if METHODS[method]:
         settings = {"peft_config": copy.deepcopy(METHODS[method]), **settings}
@@ -105,7 +105,7 @@ def build(world: World, *, method: str = "full", name: str = "smollm2_packed", *
 
 
 def randomise_adapter(model: Any, seed: int = 5) -> None:
-    """lora_B starts at zero: an adapter that does nothing would hide every mistake in it."""
+    """Fill the adapter: lora_B starts at zero, and an adapter without effect hides mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def randomise_adapter(model: Any, seed: int = 5) -> None:
 
 
 def stock_model(world: World, ours: Any) -> Any:
-    """transformers' model, in peft's own wrapper where ours is, with the weights of ours."""
+    """Return transformers' model with our weights, in peft's own wrapper if ours is in one."""
     theirs: Any = LlamaForCausalLM.from_pretrained(world.base)
     if ours.using_peft:
         adapter = ours.model.peft_config["default"].to_dict()
@@ -128,14 +128,14 @@ def stock_model(world: World, ours: Any) -> Any:
 
 
 def make_documents(lengths: Sequence[int], *, prompt: int = 2, seed: int = 0) -> list[Document]:
-    """Random ids, zeros among them; the first `prompt` tokens of each are not to be predicted."""
+    """Return documents of random ids, zeros included; `prompt` tokens of each have no label."""
     generator = torch.Generator().manual_seed(seed)
     documents = []
     for length in lengths:
         ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
         ids[-1] = 0
         documents.append(
-            Document(input_ids=ids.numpy(), has_loss=(torch.arange(length) >= prompt).numpy())
+            Document(input_ids=ids.numpy(), loss_mask=(torch.arange(length) >= prompt).numpy())
         )
     return documents
 
@@ -145,7 +145,7 @@ def make_pack(documents: Sequence[Document], *, max_seq_len: int = 64):
 
 
 def documents_of(packs: Sequence[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, labels) of every document, empty packs left out."""
+    """Return (input_ids, labels) of every document; empty packs are left out."""
     found = []
     for pack in packs:
         ends = pack["cu_seqlens"].tolist()
@@ -156,7 +156,7 @@ def documents_of(packs: Sequence[Any]) -> list[tuple[torch.Tensor, torch.Tensor]
 
 
 def pad(documents: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """[B, S], padded right with id 0, which is a real id too."""
+    """Return ids [B, S], padded right with id 0, which is a real id too."""
     slots = max(len(ids) for ids, _ in documents)
 
     def padded(x: torch.Tensor, value: int) -> torch.Tensor:
@@ -170,7 +170,7 @@ def pad(documents: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tor
 
 
 def their_sums(theirs: Any, packs: Sequence[Any]) -> tuple[torch.Tensor, int, int]:
-    """(summed loss, labelled tokens, correct predictions) from the logits of a padded batch."""
+    """Return (summed loss, labelled tokens, correct predictions) from a padded batch's logits."""
     batch = pad(documents_of(packs))
     labels = batch.pop("labels")[:, 1:]
     logits = theirs(**batch).logits[:, :-1]
@@ -181,7 +181,7 @@ def their_sums(theirs: Any, packs: Sequence[Any]) -> tuple[torch.Tensor, int, in
 
 
 def their_gradients(theirs: Any, packs: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Of the token-weighted mean loss of the whole batch, padded."""
+    """Return the gradients of the token-weighted mean loss of the complete batch, padded."""
     theirs.zero_grad()
     loss, count, _ = their_sums(theirs, packs)
     (loss / count).backward()
@@ -194,7 +194,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(ours: dict, theirs: dict, *, rtol: float = 1e-5) -> None:
-    """Equal to fp32 rounding: `rtol` of the largest element of each."""
+    """Check equality up to fp32 rounding: `rtol` of the largest element of each."""
     assert ours.keys() == theirs.keys() and ours
     for name, gradient in theirs.items():
         difference = (ours[name] - gradient).abs().max().item()
@@ -205,9 +205,9 @@ def assert_same_gradients(ours: dict, theirs: dict, *, rtol: float = 1e-5) -> No
 
 
 class Spy(Callback):
-    """`spy` in a YAML: keeps what passes, and can end a run like a crash.
+    """Callback `spy` in a YAML: keeps batches and gradients, and can end a run like a crash.
 
-    `batches`: the loader's batches; `gradients`: of each batch, before clipping and step.
+    `batches` are the loader's; `gradients` are those of each batch, before clipping and step.
     """
 
     def __init__(self, crash_after: int | None = None, keep_gradients: bool = False):
@@ -234,7 +234,7 @@ class Spy(Callback):
 
 
 class Crash(Exception):
-    """Pulls the plug."""
+    """The end of a run that dies."""
 
 
 llmfoundry.registry.callbacks.register("spy", func=Spy)
@@ -246,7 +246,7 @@ if "guard" not in llmfoundry.registry.callbacks:  # its entry point is read at i
 
 
 def run_config(world: World, folder: Path, method: str = "full", **overrides: Any) -> DictConfig:
-    """A run's YAML; `overrides` are top-level keys, or `a__b` for `a.b`. None removes a key."""
+    """Return a run's YAML; `overrides` are keys, with `a__b` for `a.b`; None removes a key."""
     peft_config = copy.deepcopy(METHODS[method])  # an override may change it
     config: dict[str, Any] = {
         "run_name": method,
@@ -334,14 +334,14 @@ class Run:
 
 
 def run(config: DictConfig) -> Run:
-    """llm-foundry's own train command."""
+    """Run llm-foundry's own train command."""
     trainer = train(config)
     trainer.close()
     return Run(trainer, next(c for c in trainer.state.callbacks if isinstance(c, Spy)))
 
 
 def checkpoint(folder: Path, batch: int, epoch: int | None = None) -> Path:
-    """What the run in `folder` saved after `batch` batches."""
+    """Return the path of the checkpoint after `batch` batches of the run in `folder`."""
     pattern = f"ep{'*' if epoch is None else epoch}-ba{batch}-rank0.pt"
     (found,) = (folder / "checkpoints").glob(pattern)
     return found

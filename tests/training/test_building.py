@@ -1,4 +1,4 @@
-"""smollm2_packed from a YAML: what it takes, what it refuses, what it builds."""
+"""smollm2_packed from a YAML: accepted and refused settings, and the models built."""
 
 import inspect
 import pickle
@@ -44,7 +44,7 @@ def test_the_registry_knows_it_and_loads_the_weights(world):
 
 
 def test_takes_every_key_of_hf_causal_lm(world):
-    """Less the two that choose an attention kernel, for which attention_backend stands."""
+    """All but the two that choose an attention kernel, which attention_backend replaces."""
     keys = {
         name: parameter.default
         for name, parameter in inspect.signature(ComposerHFCausalLM).parameters.items()
@@ -98,7 +98,7 @@ def test_a_shipped_shape_needs_no_network(world, shape):
         ({"config_overrides": {"intermediate_size": 64}}, "mismatched_keys"),
         ({"config_overrides": {"hidden_size": 64}}, "pretrained with 8"),
         ({"config_overrides": {"tie_word_embeddings": False}}, "missing_keys: lm_head.weight"),
-        # Fits the weights and is another model all the same.
+        # Fits the weights and is another model nevertheless.
         (
             {"config_overrides": {"num_attention_heads": 8, "num_key_value_heads": 4}},
             "config_overrides.num_attention_heads: 8 .* pretrained with 4",
@@ -134,7 +134,7 @@ def test_pretrained_weights_load_strictly(world, tmp_path, change):
 
 @pytest.mark.parametrize("method", kit.METHODS)
 def test_trains_the_right_number_of_parameters_with_the_head_tied(world, method):
-    """Copied one by one, embedding and head come apart: 28 M more parameters for the 135M size."""
+    """Weights copied one by one would untie the head: 28 M more parameters at the 135M size."""
     model = kit.build(world, method=method)
     inner = model.inner_model
     assert inner.lm_head.weight is inner.model.embed_tokens.weight
@@ -210,7 +210,7 @@ def test_mixed_loads_on_rank_0_and_waits_on_the_others(world, monkeypatch):
 
 
 @pytest.mark.parametrize("method", kit.ADAPTERS)
-def test_goes_on_with_a_saved_adapter(world, tmp_path, method):
+def test_continues_a_saved_adapter(world, tmp_path, method):
     first = kit.build(world, method=method)
     kit.randomise_adapter(first)
     first.model.save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_a_saved_adapter_is_checked_too(world, tmp_path):
 
 @pytest.mark.parametrize(("layers", "problem"), [(1, "missing .*layers.1"), (3, "over .*layers.2")])
 def test_a_saved_adapter_loads_strictly(world, tmp_path, layers, problem):
-    """peft only warns of an adapter's weights that are missing, and says nothing of more."""
+    """peft only warns of missing adapter weights and does not mention left-over ones."""
     get_peft_model(
         kit.make_llama(num_hidden_layers=layers), LoraConfig(**kit.LORA)
     ).save_pretrained(tmp_path)
@@ -241,7 +241,7 @@ def test_a_saved_adapter_loads_strictly(world, tmp_path, layers, problem):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_pickles(world, method):
-    """Registered by entry point, its classes are importable where a pickle is read."""
+    """Classes registered by entry point can be imported when a pickle is read."""
     model = kit.build(world, method=method)
     again = pickle.loads(pickle.dumps(model))
     assert type(again) is ComposerSmolLM2

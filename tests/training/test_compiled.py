@@ -1,4 +1,4 @@
-"""A run with `compile` set, through llm-foundry's train command."""
+"""Runs with `compile` set, through llm-foundry's train command."""
 
 import functools
 
@@ -18,14 +18,16 @@ def without_code_generation(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, *, mode, **options: traced(f, **options))
 
 
-# DoRA's norms are of weights that change in place, LoRA drops out: both are traced too.
+# DoRA computes norms of weights that change in place, LoRA has dropout: both are traced too.
 @pytest.mark.parametrize(
     ("method", "graphs"), one_of([("full", 1), ("lora", 2), ("dora", 2)], ("lora", 2))
 )
 def test_two_epochs_with_evaluations(world, tmp_path, method, graphs, without_code_generation):
-    """The losses of the uncompiled run, and nothing compiled anew for an evaluation, the second
-    epoch, or the empty packs that complete a batch. A frozen embedding makes a second graph, for
-    the first layer's input takes no gradient then."""
+    """Losses equal the uncompiled run's, and nothing is compiled again.
+
+    Neither an evaluation, the second epoch, nor the empty packs that complete a batch cause it. A
+    frozen embedding makes a second graph because the first layer's input then needs no gradient.
+    """
     settings = {
         "train_loader__dataset__fixed_shape": True,
         "save_folder": None,

@@ -1,4 +1,4 @@
-"""Packed evaluation gives what logits give, without them; in-context tasks get their logits."""
+"""Packed evaluation equals evaluation by logits, without them; in-context tasks get logits."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 
 
 def evaluate(world, folder, loader, method="full", **overrides):
-    """Metrics after an epoch's training, by llm-foundry's train command, and the model."""
+    """Return the metrics after an epoch by llm-foundry's train command, and the run."""
     settings = {
         "eval_loader": loader,
         "eval_interval": "1ep",
@@ -31,7 +31,7 @@ def evaluate(world, folder, loader, method="full", **overrides):
 
 
 def expected(world, run):
-    """From transformers' logits, padded."""
+    """Return the metrics from transformers' logits of a padded batch."""
     loader = kit.loader_config(world.eval_rows)
     spec = build_dataloader(loader, kit.load_tokenizer(world), 1)
     packs = [pack for batch in spec.dataloader for pack in batch]
@@ -47,7 +47,7 @@ def expected(world, run):
 @pytest.mark.parametrize("method", one_of(["full", "dora"], "dora"))
 @pytest.mark.parametrize("eval_packs", [1, 2, 3, None])
 def test_metrics_are_those_of_logits(world, tmp_path, method, eval_packs):
-    """However many packs an evaluation batch has; None takes device_eval_batch_size. (Trap 32.)"""
+    """Any number of packs per batch gives the same; None is device_eval_batch_size. (Trap 32.)"""
     settings = {} if eval_packs is None else {"eval_packs": eval_packs}
     loader = kit.loader_config(world.eval_rows, **settings)
     found, run = evaluate(world, tmp_path, loader, method)
@@ -82,7 +82,7 @@ def test_metrics_that_need_logits_are_refused(world, tmp_path):
 
 
 class MostRows(TorchDispatchMode):
-    """The most rows of any tensor as wide as the vocabulary."""
+    """Recorder of the most rows of any tensor as wide as the vocabulary."""
 
     rows = 0
 

@@ -25,7 +25,7 @@ def make_batch():
 
 
 def step(model, dtype=AUTOCAST):
-    """(loss, gradients) of one batch, dropout drawn the same."""
+    """Return (loss, gradients) of one batch, with the same dropout each time."""
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype):
         loss = model(make_batch()).loss
@@ -52,7 +52,7 @@ def test_the_same_step_to_the_last_bit(world, method, settings):
 
 @again
 def test_doras_step_is_as_exact(world, settings):
-    """Its norms and gain are of the weight that is held: other roundings, no larger ones."""
+    """Norms and gain use the stored weight: roundings differ but are not larger."""
     model = build(world, "dora", "fp32")
     model(make_batch()).loss.backward()
     exact = kit.gradients(model)
@@ -66,7 +66,7 @@ def test_doras_step_is_as_exact(world, settings):
 
 
 def test_linears_without_an_adapter_too(world):
-    """[q_proj] alone: the other six are frozen as well."""
+    """With [q_proj] only, the other six linears are frozen as well."""
     targets = {"peft_config": {**kit.LORA, "target_modules": ["q_proj"]}}
     models = [build(world, frozen_dtype=dtype, **targets) for dtype in ("bf16", "fp32")]
     types = {n: p.dtype for n, p in models[0].named_parameters() if p.ndim == 2}
@@ -92,7 +92,7 @@ def test_what_is_cast(world, method):
 
 
 class Kept:
-    """Bytes that a forward pass keeps for the backward pass, the parameters' own left out."""
+    """Counter of bytes that a forward pass keeps for the backward pass, without parameters."""
 
     def __init__(self, model):
         self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -101,7 +101,7 @@ class Kept:
     def __call__(self, x):
         memory = x.untyped_storage()
         if memory.data_ptr() not in self.known:
-            self.kept[memory.data_ptr()] = memory.nbytes(), x  # x, lest its place be given away
+            self.kept[memory.data_ptr()] = memory.nbytes(), x  # x, so that its memory is not reused
         return x
 
     @property
@@ -110,7 +110,7 @@ class Kept:
 
 
 def test_no_copy_is_kept_for_the_backward_pass(world):
-    """Of LoRA's frozen weights autocast keeps one each; bf16 needs none. (README's memory.)"""
+    """Autocast keeps a copy of every frozen weight of LoRA; bf16 needs none. (README's memory.)"""
     kept, held = {}, {}
     for dtype in ("bf16", "fp32"):
         model = build(world, peft_config=kit.LORA, frozen_dtype=dtype)
@@ -123,7 +123,7 @@ def test_no_copy_is_kept_for_the_backward_pass(world):
         kept[dtype] = count.bytes
         linears = [m.base_layer for m in model.modules() if isinstance(m, LoraLayer)]
         held[dtype] = sum(p.nbytes for m in linears for p in m.parameters())
-        # Of q, k, v of the first layer x needs no gradient.
+        # The input of the first layer's q, k and v needs no gradient.
         frozen = sum(m.weight.numel() for m in linears[3:])
     assert held["fp32"] == 2 * held["bf16"]
     assert kept["fp32"] - kept["bf16"] == 2 * frozen
@@ -171,8 +171,8 @@ def test_a_run_is_the_same(world, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"frozen_dtype": "bfloat16"}, "frozen_dtype: 'bfloat16'; choose fp32 or bf16"),
-        ({"method": "full"}, "frozen_dtype: bf16 is for adapters"),
+        ({"frozen_dtype": "bfloat16"}, "frozen_dtype: 'bfloat16' must be one of fp32, bf16"),
+        ({"method": "full"}, "frozen_dtype: bf16 .* peft_config"),
         ({"init_device": "meta", "pretrained": False}, "init_device: meta"),
         ({"peft_config": {**kit.LORA, "init_lora_weights": "pissa"}}, "pissa"),
     ],

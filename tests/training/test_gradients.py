@@ -1,8 +1,8 @@
 """Gradients after Composer's own microbatching, against stock models on padded batches.
 
 The reference is one padded batch through transformers (and peft), its loss the mean over all
-labelled tokens. Composer weighs each microbatch's mean by its share of them, so that nothing of how
-a batch is cut may show. (Traps 5, 6, 18.)
+labelled tokens. Composer weighs each microbatch's mean by its share of them, so the way in which a
+batch is split must not matter. (Traps 5, 6, 18.)
 """
 
 import pytest
@@ -14,7 +14,7 @@ from tests.training import kit
 
 @pytest.fixture(scope="module")
 def adapters(world, tmp_path_factory):
-    """A folder for each method with an adapter that does something."""
+    """Return a folder per method whose adapter has an effect."""
     folders = {}
     for method in kit.ADAPTERS:
         model = kit.build(world, method=method)
@@ -27,13 +27,13 @@ def adapters(world, tmp_path_factory):
 
 
 def captured(world, folder, adapter=None, **overrides):
-    """A run over an epoch that only looks at gradients, and the stock model of its weights."""
+    """Return a run that only records gradients over an epoch, and a stock model of its weights."""
     if adapter is not None:
         overrides["model__pretrained_lora_id_or_path"] = str(adapter)
     settings = {
         "callbacks": {"spy": {"keep_gradients": True}},
         "optimizer__lr": 0.0,
-        "algorithms": {},  # clipping comes before the spy
+        "algorithms": {},  # clipping would come before the spy
         "max_duration": "1ep",
         "global_train_batch_size": 4,
         "save_folder": None,
@@ -71,7 +71,7 @@ def test_of_adapters(world, tmp_path, adapters, method):
 
 
 def test_of_fixed_shapes(world, tmp_path):
-    """Filled tails carry no weight."""
+    """The padding at a pack's end carries no weight."""
     run, theirs = captured(world, tmp_path, train_loader__dataset__fixed_shape=True)
     assert {pack["input_ids"].shape for packs in run.spy.batches for pack in packs} == {(1, 64)}
     for batch in run.spy.batches:
@@ -88,7 +88,7 @@ def test_the_logged_loss_is_that_mean_too(world, tmp_path):
 
 
 def test_a_pack_without_labels_gives_zeros_not_nan(world):
-    """And touches every parameter, so that other ranks do not wait. (Trap 6.)"""
+    """Every parameter gets a gradient, so that other ranks do not wait. (Trap 6.)"""
     model = kit.build(world).train()
     model(kit.make_pack([])).loss.backward()
     for name, parameter in model.named_parameters():

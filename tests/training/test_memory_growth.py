@@ -1,4 +1,4 @@
-"""Memory does not grow over steps: what a step made is gone when the next one is over."""
+"""Memory does not grow over steps: a step's objects are gone when the next one is over."""
 
 import gc
 from collections import deque
@@ -18,10 +18,10 @@ BETWEEN = LOOKED_AT[1] - LOOKED_AT[0]
 
 
 class Holdings(Callback):
-    """`holdings` in a YAML: what is alive after some steps, garbage collected before.
+    """Callback `holdings` in a YAML: counts what is alive after some steps and a collection.
 
-    Tensors, the bytes of those that are no batch's (which differ in length), objects, and elements
-    of all containers: a list of numbers that grows has no more objects that the collector knows.
+    It counts tensors, bytes of floating-point tensors (batches differ in length), objects, and
+    elements of all containers, because the collector does not know the numbers in a growing list.
     """
 
     def __init__(self, leak: bool = False):
@@ -35,12 +35,12 @@ class Holdings(Callback):
         if step in LOOKED_AT:
             gc.collect()
             objects = gc.get_objects()
-            tensors = [one for one in objects if type(one) in (torch.Tensor, torch.nn.Parameter)]
-            containers = [one for one in objects if type(one) in (list, dict, set, deque)]
-            containers = [one for one in containers if one is not objects]
+            tensors = [x for x in objects if type(x) in (torch.Tensor, torch.nn.Parameter)]
+            containers = [x for x in objects if type(x) in (list, dict, set, deque)]
+            containers = [x for x in containers if x is not objects]
             self.found[step] = (
                 len(tensors),
-                sum(one.nbytes for one in tensors if one.is_floating_point()),
+                sum(x.nbytes for x in tensors if x.is_floating_point()),
                 len(objects),
                 sum(map(len, containers)) - len(tensors),
             )
@@ -56,7 +56,7 @@ def holdings(world, folder, method: str, *, leak: bool = False) -> Holdings:
         folder,
         method,
         callbacks={
-            # The spy of these tests keeps every batch, and so is no part of it.
+            # Without the spy, which keeps every batch.
             "packed_throughput": {},
             "run_record": {"path": path, "experiment": "growth"},
             "holdings": {"leak": leak},
@@ -71,13 +71,13 @@ def holdings(world, folder, method: str, *, leak: bool = False) -> Holdings:
     )
     trainer = kit.train(config)
     trainer.close()
-    return next(one for one in trainer.state.callbacks if isinstance(one, Holdings))
+    return next(x for x in trainer.state.callbacks if isinstance(x, Holdings))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", one_of(["full", "dora"], "dora"))
 def test_nothing_is_kept_from_step_to_step(world, tmp_path, method: str):
-    """The data has 5 batches or so, hence epochs by the dozen are in it."""
+    """The data has about 5 batches, so the run has dozens of epochs."""
     spy = holdings(world, tmp_path, method)
     (tensors, size, objects, elements), later = (spy.found[step] for step in LOOKED_AT)
     assert later[:2] == (tensors, size)

@@ -34,7 +34,7 @@ def logits_of(model):
 
 
 def their_logits(world, folder):
-    """As a user of peft gets them: the adapter on the base model that it names."""
+    """Load the adapter on the base model that it names, as a user of peft does."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(world.base)
     return logits_of(
@@ -44,7 +44,7 @@ def their_logits(world, folder):
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
-    """A PiSSA run of 8 batches, a checkpoint after each, exported at its end."""
+    """Return a PiSSA run of 8 batches, with a checkpoint after each and an export at the end."""
     folder = tmp_path_factory.mktemp("pissa")
     callbacks = {"spy": {}, "hf_export": {"folder": str(folder / "hf")}}
     return folder, kit.run(kit.run_config(world, folder, callbacks=callbacks, **RUN))
@@ -77,7 +77,7 @@ def test_targets_by_configuration(world, targets):
 
 
 def test_a_misspelt_target_among_others_is_refused(world):
-    """peft trains the rest and says nothing."""
+    """peft would train the others without a warning."""
     get_peft_model(
         kit.make_llama(), LoraConfig(**peft(target_modules=["q_proj", "vproj"])["peft_config"])
     )
@@ -92,7 +92,7 @@ def test_attention_dropout_from_the_yaml(world):
     plain = kit.build(world)
     assert model.eval()(pack).loss == plain.eval()(pack).loss
     assert model.train()(pack).loss != plain.train()(pack).loss
-    with pytest.raises(ValueError, match="'flex' has no attention_dropout"):
+    with pytest.raises(ValueError, match=r"'flex' .* attention_dropout"):
         kit.build(world, **settings, attention_backend="flex")
 
 
@@ -143,7 +143,7 @@ def test_a_pissa_checkpoint_is_exported_as_a_lora_on_the_original_base(world, tm
 
 
 def test_a_trained_pissa_is_exported(world, trained):
-    """By the callback and by the command, alike; and it has learned something."""
+    """Callback and command write the same adapter, and it has an effect."""
     folder, run = trained
     ours = logits_of(run.trainer.state.model.model)
     torch.testing.assert_close(their_logits(world, folder / "hf"), ours, rtol=1e-4, atol=1e-4)
@@ -164,8 +164,10 @@ def test_pissa_resumes_bit_for_bit(world, trained, tmp_path):
 def test_pissa_resumes_where_the_decomposition_turns_out_differently(
     world, trained, tmp_path, monkeypatch
 ):
-    """Another machine's vectors, here other directions altogether: the residual is that of the
-    factors in the checkpoint, so the run goes on as it would have."""
+    """A run resumed where SVD gives other vectors continues as it would have.
+
+    The residual is computed from the factors in the checkpoint.
+    """
     folder, reference = trained
     svd = torch.linalg.svd
 
@@ -187,7 +189,7 @@ def test_adapters_off_is_the_base_model(world, trained):
     with pissa.adapters_off(model):
         torch.testing.assert_close(logits_of(model), base, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits_of(model), before)
-    with evaluation_base.adapters_off(model)() as inner:  # what KL is measured from
+    with evaluation_base.adapters_off(model)() as inner:  # the model that KL is measured from
         torch.testing.assert_close(logits_of(inner), base, rtol=1e-4, atol=1e-4)
     lora = kit.build(world, method="dora")
     kit.randomise_adapter(lora)
@@ -196,7 +198,7 @@ def test_adapters_off_is_the_base_model(world, trained):
 
 
 def test_adapters_go_off_under_autocast_too(world, trained):
-    """It keeps casts of parameters, which are other ones when their values are exchanged."""
+    """Autocast caches casts of parameters, which are outdated once their values are exchanged."""
     model = copy.deepcopy(trained[1].trainer.state.model.model)
     bf16 = {"device_type": "cpu", "dtype": torch.bfloat16}
     with torch.autocast(**bf16, cache_enabled=False):
@@ -214,9 +216,9 @@ def test_adapters_go_off_under_autocast_too(world, trained):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 40}, "peft_config.r: 40 is more than the 32 singular values"),
-        ({"use_dora": True}, "'pissa' does not go with use_dora"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "does not go with embed_tokens"),
+        ({"r": 40}, "peft_config.r: 40 exceeds the 32 singular values"),
+        ({"use_dora": True}, "'pissa' does not work with use_dora"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "'pissa' .* target_modules: embed_tokens"),
     ],
 )
 def test_pissa_refuses(world, settings, message):
@@ -234,8 +236,10 @@ def test_a_saved_pissa_adapter_of_peft_is_refused(world, tmp_path):
 
 
 def test_lora_plus_trains_b_at_its_own_rate(world, tmp_path):
-    """arXiv 2402.12354, by llm-foundry's parameter groups: B at 16 times the learning rate of A,
-    under a scheduler that multiplies both."""
+    """LoRA+ (arXiv 2402.12354) by llm-foundry's parameter groups, under a scheduler.
+
+    B has 16 times the learning rate of A.
+    """
     lr, ratio = 1e-3, 16
     settings = {
         "optimizer__lr": lr,
@@ -251,7 +255,7 @@ def test_lora_plus_trains_b_at_its_own_rate(world, tmp_path):
     rest, b = optimizer.param_groups
     assert len(b["params"]) == 2 * len(LINEARS)
     assert b["lr"] == pytest.approx(ratio * rest["lr"])
-    assert 0 < rest["lr"] < lr  # the scheduler is at work, on both
+    assert 0 < rest["lr"] < lr  # the scheduler changes both
     assert b["initial_lr"] == pytest.approx(ratio * rest["initial_lr"])
     states = [torch.load(kit.checkpoint(tmp_path, batch), weights_only=False) for batch in (4, 5)]
     moved = {"lora_A": [], "lora_B": []}

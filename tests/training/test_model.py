@@ -1,10 +1,11 @@
-"""A pack through Composer's wrapper and peft's: what reaches the model, and who sees whom."""
+"""Packs through Composer's and peft's wrappers: inputs arrive, documents do not see each other."""
 
 import pytest
 import torch
 
-from foundry_ext.models.smollm2 import SmolLM2DecoderLayer
-from foundry_ext.packing.batch import IGNORE_INDEX, join_packs
+from foundry_ext.models.decoder import SmolLM2DecoderLayer
+from foundry_ext.packing.batch import join_packs
+from foundry_ext.utils.constants import IGNORE_INDEX
 from tests.training import kit
 
 LENGTHS = (7, 1, 12, 3, 9)
@@ -26,8 +27,10 @@ def without(batch, *keys):
 
 
 def test_every_key_of_a_pack_reaches_the_model(model, monkeypatch):
-    """Composer's wrapper passes on what `forward` names; a pack's key it drops is dropped silently.
-    (Trap 2.)"""
+    """Composer's wrapper passes on only keys that `forward` names, and drops others silently.
+
+    (Trap 2.)
+    """
     seen = {}
     forward = model.inner_model.forward
 
@@ -47,7 +50,7 @@ def test_every_key_of_a_pack_reaches_the_model(model, monkeypatch):
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
 def test_no_document_sees_another(model, changed):
-    """Logits of all other documents stay bit for bit. (Trap 3.)"""
+    """The logits of all other documents stay the same, bit for bit. (Trap 3.)"""
     batch = without(pack(), "labels")
     other = dict(batch, input_ids=batch["input_ids"].clone())
     start, end = batch["cu_seqlens"][changed : changed + 2].tolist()
@@ -81,7 +84,7 @@ def test_a_document_s_loss_moves_no_other_document(model):
 
 
 def test_packed_logits_are_those_of_stock_models(world, model):
-    """transformers' LlamaForCausalLM, in peft's wrapper for adapters, one document at a time."""
+    """Logits equal those of transformers' LlamaForCausalLM, one document at a time."""
     theirs = kit.stock_model(world, model)
     batch = pack()
     with torch.no_grad():
@@ -95,7 +98,7 @@ def test_packed_logits_are_those_of_stock_models(world, model):
 
 
 def test_generates_as_stock_models_do(world, model):
-    """In-context generation tasks come padded left, `mode: generate`."""
+    """In-context generation tasks are padded left, with `mode: generate`."""
     theirs = kit.stock_model(world, model)
     batch = {
         "mode": "generate",
@@ -117,7 +120,7 @@ def test_generates_as_stock_models_do(world, model):
 
 @pytest.mark.parametrize("method", ["full", "dora"])
 def test_activation_checkpointing_changes_no_gradient(world, method):
-    """Set on the model, as llm-foundry drops it with fsdp_config on one GPU. (Trap 10.)"""
+    """It is set on the model because llm-foundry ignores fsdp_config on one GPU. (Trap 10.)"""
     calls = {}
     gradients = {}
     for checkpointing in (False, True):
@@ -133,7 +136,7 @@ def test_activation_checkpointing_changes_no_gradient(world, method):
                 module.register_forward_pre_hook(count)
         model(pack()).loss.backward()
         gradients[checkpointing] = kit.gradients(model.model)
-    assert calls == {False: 2, True: 4}  # two layers, each run once more in the backward pass
+    assert calls == {False: 2, True: 4}  # two layers, each computed again in the backward pass
     assert gradients[False].keys() == gradients[True].keys()
     for name, gradient in gradients[False].items():
         assert torch.equal(gradients[True][name], gradient), name

@@ -1,4 +1,4 @@
-"""Optimizers in few launches against those that they replace, step by step."""
+"""Optimizers with few kernel launches equal the ones that they replace, step by step."""
 
 import copy
 
@@ -32,7 +32,7 @@ def make_parameters():
 
 
 def make(kind, side, parameters, *, weight_decay=0.01, lr=3e-3):
-    """Two groups with learning rates of their own, as LoRA+ has them; the fourth is frozen."""
+    """Return two groups with their own learning rates, as in LoRA+; the fourth is frozen."""
     parameters[3].requires_grad_(False)
     groups = [
         {"params": parameters[:2]},
@@ -43,7 +43,7 @@ def make(kind, side, parameters, *, weight_decay=0.01, lr=3e-3):
 
 
 def train(optimizer, parameters, steps, *, first=0):
-    """Warm-up, then decay to 0; every third step the last parameter has no gradient."""
+    """Take steps with warm-up and decay to 0; in every third the last parameter has no gradient."""
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(100 + step)
         for index, p in enumerate(parameters):
@@ -145,7 +145,7 @@ def test_the_closure_is_evaluated_with_gradients(kind):
 
 
 class CountedOperations(TorchDispatchMode):
-    """What would be a kernel each on a GPU: no views, no marks of the profiler, no reads."""
+    """Operations that would be kernels on a GPU: no views, profiler marks or reads."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ class CountedOperations(TorchDispatchMode):
 
 @pytest.mark.parametrize(("kind", "ours", "theirs"), [("lion", 5, 5), ("adamw", 2, 10)])
 def test_operations_do_not_grow_with_the_parameters(kind, ours, theirs):
-    """Lion 5 in all for 5 a parameter, AdamW 2 (step counts, the kernel) for 10 and a read."""
+    """Lion takes 5 in all instead of 5 per parameter, AdamW 2 instead of 10 and a read."""
     found = []
     for side in (0, 1):
         parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(40)]
@@ -177,7 +177,7 @@ def test_operations_do_not_grow_with_the_parameters(kind, ours, theirs):
 
 @pytest.fixture
 def mesh(tmp_path):
-    """One rank; the process group is Composer's if a test before this one left it."""
+    """Start a process group of one rank, unless an earlier test left Composer's."""
     begun = not torch.distributed.is_initialized()
     if begun:
         store = f"file://{tmp_path / 'store'}"

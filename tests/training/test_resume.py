@@ -1,7 +1,7 @@
 """A run that was interrupted ends bit for bit like one that was not. (Traps 12, 14, 16, 31.)
 
 The reference of each method is `finished`: 8 batches in two epochs, a checkpoint after each. Its
-settings stay as they are, so every check here is of a YAML without extra keys.
+settings are not changed, so every check here is of a YAML without extra keys.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def resumed(world, folder, method, settings, path, **overrides):
 @pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 @pytest.mark.parametrize("batch", [2, 4, 5])
 def test_from_the_middle_and_from_the_end_of_an_epoch(world, finished, tmp_path, method, batch):
-    """LoRA here with dropout, whose random numbers go on as if nothing had happened."""
+    """LoRA has dropout here, whose random numbers continue as if nothing had happened."""
     reference = finished(method)
     path = kit.checkpoint(reference.folder, batch)
     settings = {**reference.settings, "callbacks": {"spy": {}}}
@@ -49,7 +49,7 @@ def test_from_the_middle_and_from_the_end_of_an_epoch(world, finished, tmp_path,
 
 @pytest.mark.parametrize("method", one_of(["full", "lora"], "lora"))
 def test_from_a_checkpoint_taken_between_epochs(world, finished, tmp_path, method):
-    """`save_interval: 1ep` saves when the clock has gone on to the next epoch."""
+    """`save_interval: 1ep` saves when the clock is already in the next epoch."""
     reference = finished(method)
     settings = {**reference.settings, "callbacks": {"spy": {}}, "save_interval": "1ep"}
     kit.run(kit.run_config(world, tmp_path / "first", method, **settings))
@@ -60,7 +60,7 @@ def test_from_a_checkpoint_taken_between_epochs(world, finished, tmp_path, metho
 
 @pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 def test_autoresume_after_a_crash(world, finished, tmp_path, method):
-    """The same YAML once more: batches after the newest checkpoint are trained anew."""
+    """Started again with the same YAML, a run repeats the batches after the newest checkpoint."""
     reference = finished(method)
     settings = {**reference.settings, "autoresume": True, "save_interval": "2ba"}
     with pytest.raises(kit.Crash):

@@ -1,4 +1,4 @@
-"""Whole runs by llm-foundry's train command: what moves, how long, and as stock training does."""
+"""Runs by llm-foundry's train command: trained weights, duration, equality with stock training."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_the_loss_falls_and_only_the_method_s_weights_move(world, finished, meth
     for name, weight in after.items():
         if method == "full" or "lora_B" in name or "magnitude" in name:
             assert not torch.equal(weight, before[name]), name
-        elif "lora_A" not in name:  # which start at random
+        elif "lora_A" not in name:  # those start at random
             assert torch.equal(weight, before[name]), name
 
 
@@ -40,21 +40,21 @@ def test_every_adapter_matrix_moves(finished, method):
 
 
 def test_two_epochs_are_an_exact_number_of_batches(finished):
-    """The learning rate, which is planned from it, ends where it should. (Trap 12.)"""
+    """The learning rate, which depends on it, ends where it should. (Trap 12.)"""
     run = finished("full").run
     loader = run.trainer.state.train_dataloader
     total = 2 * len(loader)
     assert len(run.losses) == len(run.spy.batches) == run.trainer.state.timestamp.batch == total
     assert run.trainer.state.timestamp.epoch == 2
     warmup = 2
-    # Composer takes a scheduler's step before its clock's: the rate is the one of the batch before.
+    # Composer steps a scheduler before its clock, so the rate is that of the previous batch.
     clock = [0, *range(total - 1)]
     expected = [0.01 * min(t / warmup, (total - t) / (total - warmup)) for t in clock]
     assert run.spy.rates == pytest.approx(expected)
 
 
 def test_samples_are_documents_and_tokens_are_real(finished):
-    """(Traps 14, 26.)"""
+    """The clock counts documents as samples, and no padding as tokens. (Traps 14, 26.)"""
     run = finished("full").run
     clock = run.trainer.state.timestamp
     documents = [kit.documents_of(batch) for batch in run.spy.batches]
@@ -77,7 +77,7 @@ def test_a_duration_in_samples_or_tokens_counts_documents_or_real_tokens(world, 
 
 
 def test_the_second_epoch_has_all_documents_in_another_order(finished):
-    """(Trap 43.)"""
+    """A sampler must know that an epoch has ended. (Trap 43.)"""
     batches = finished("full").run.spy.batches
     epochs = [
         [tuple(ids.tolist()) for batch in half for ids, _ in kit.documents_of(batch)]
@@ -88,7 +88,7 @@ def test_the_second_epoch_has_all_documents_in_another_order(finished):
 
 
 def train_stock(model, batches):
-    """Stock padded training on these documents, three sequences a microbatch, by token weight."""
+    """Return losses of stock padded training, three sequences per microbatch, token-weighted."""
     padded = [kit.pad(kit.documents_of(batch)) for batch in batches]
 
     def count(batch):
@@ -123,9 +123,9 @@ def train_stock(model, batches):
 
 @pytest.mark.parametrize("method", ["full", "dora"])
 def test_fifty_steps_are_those_of_hf_causal_lm(world, tmp_path, method):
-    """Same weights, documents and order, padded: losses equal to fp32 rounding all along.
+    """Stock training on the same weights and documents, padded, has the same losses in fp32.
 
-    Measured on two x86 cores: 2e-7 apart at most, relative.
+    Measured on two x86 cores: at most 2e-7 apart, relative.
     """
     start = {}
     if method != "full":

@@ -1,4 +1,4 @@
-"""Files and folders that appear as a whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from pathlib import Path
 

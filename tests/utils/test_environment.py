@@ -1,4 +1,4 @@
-"""Where a run took place, as its record says it."""
+"""The environment of a run, as its record describes it."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def repository(tmp_path):
 def test_commit_and_whether_the_code_is_that_commit_s(repository):
     root, commit = repository
     assert git_state(root) == (commit, False)
-    (root / "notes.txt").touch()  # nothing that runs
+    (root / "notes.txt").touch()  # not code
     assert git_state(root) == (commit, False)
     (root / "foundry_ext" / "b.py").touch()
     assert git_state(root) == (commit, True)
@@ -44,12 +44,12 @@ def test_commit_and_whether_the_code_is_that_commit_s(repository):
 
 
 def test_an_installed_copy_claims_no_commit(repository):
-    """Even if it lies in somebody's repository, as a virtual environment may."""
+    """Even inside another repository, as a virtual environment may be."""
     root, _ = repository
     assert git_state(root / "foundry_ext") == (None, None)
 
 
-def test_what_is_described():
+def test_the_description():
     found = describe_environment(device_kind="cpu", world_size=2)
     assert found["packages"]["torch"] == version("torch") and found["world_size"] == 2
     assert set(found["packages"]) == set(package_versions())

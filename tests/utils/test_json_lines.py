@@ -22,7 +22,7 @@ def test_lines_are_numbered_and_blank_ones_skipped(tmp_path):
 @pytest.mark.parametrize("line", [b'{"a": ', b"\xff", b"[" * 100_000])
 def test_a_line_that_is_not_json_is_named(tmp_path, line):
     path = write(tmp_path, b"1\n" + line + b"\n")
-    for growing in (False, True):  # a line with its newline is no unfinished one
+    for growing in (False, True):  # a line with its newline is complete
         with pytest.raises(UserError, match=r"line 2: not JSON"):
             list(read_lines(path, growing=growing))
 

@@ -136,14 +136,14 @@ def test_a_rank_brings_its_alpha(method: str):
 
 def test_an_adapters_rate_times_scale_is_one_for_the_family():
     """So that rsLoRA's larger scale is no advantage or handicap at a grid's middle."""
-    from foundry_ext.adapters.methods import describe
+    from foundry_ext.adapters.methods import method_of_config
 
     for path in FAMILIES:
         if path.stem.endswith("_lora"):
             products = []
             for method in ("lora", "dora", "rslora"):
                 config = resolved(path.with_name(path.name.replace("_lora.", f"_{method}.")))
-                scale = describe(config["model"]["peft_config"]).effective_scale
+                scale = method_of_config(config["model"]["peft_config"]).effective_scale
                 assert scale is not None
                 products.append(config["optimizer"]["lr"] * scale)
             assert max(products) / min(products) < 1.05, path

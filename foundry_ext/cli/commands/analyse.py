@@ -1,4 +1,4 @@
-"""`foundry-ext analyse MODEL`: what training did to the weights, as analysis.json."""
+"""`foundry-ext analyse MODEL`: measures what training did to the weights."""
 
 import argparse
 from pathlib import Path
@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from foundry_ext.analysis.weights import analyse, default_output, write_analysis
+    from foundry_ext.analysis.weights import analyse_weights, default_output, write_analysis
     from foundry_ext.evaluation.standalone import read_sets
 
     sets = read_sets(arguments.sets) if arguments.sets else None
-    analysis = analyse(arguments.model, base=arguments.base, sets=sets)
+    analysis = analyse_weights(arguments.model, base=arguments.base, sets=sets)
     out = arguments.out or default_output(arguments.model)
     write_analysis(out, analysis)
     summary = analysis["summary"]

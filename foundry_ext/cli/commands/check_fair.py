@@ -1,4 +1,4 @@
-"""`foundry-ext check-fair FILE... [key=value ...]`: runs that are to differ by method alone."""
+"""`foundry-ext check-fair FILE...`: names differences between runs besides their method."""
 
 import argparse
 
@@ -10,14 +10,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         nargs="+",
         metavar="FILE.yaml | key=value",
-        help="the runs' YAML files; overrides hold for every file",
+        help="YAML files of the runs; overrides apply to every file",
     )
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="KEY",
-        help="a dotted key that may differ, with all below it; repeatable",
+        help="a dotted key that may differ, and all keys below it; repeatable",
     )
 
 

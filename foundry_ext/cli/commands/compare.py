@@ -1,4 +1,4 @@
-"""`foundry-ext compare RUNS... --out DIR`: learning, forgetting and cost of runs, as a report."""
+"""`foundry-ext compare RUNS... --out DIR`: a report of learning, forgetting and cost."""
 
 import argparse
 from pathlib import Path
@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY",
-        help="a dotted key that may differ, with all below it, e.g. optimizer.weight_decay,"
-        " data.train, steps; the report lists what it let pass",
+        help="a dotted key that may differ, and all keys below it, e.g. optimizer.weight_decay,"
+        " data.train, steps; the report lists the differences",
     )
     parser.add_argument(
         "--learning",
         metavar="KEY",
-        help="what to choose learning rates by and draw, e.g. gsm8k_strict_match (default: the"
+        help="metric to choose learning rates by and to plot, e.g. gsm8k_strict_match (default: the"
         " first held-out loss)",
     )
     parser.add_argument(
-        "--forgetting", metavar="KEY", help="what to draw against it, e.g. mean_accuracy"
+        "--forgetting", metavar="KEY", help="metric to plot against it, e.g. mean_accuracy"
     )
 
 

@@ -38,11 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
         for name, value in enter_results(arguments.lm_eval, arguments.model).items():
             print(f"{name} {value:.4f}")
         return 0
-    from foundry_ext.evaluation.standalone import describe, evaluate, read_sets, write
+    from foundry_ext.evaluation.standalone import (
+        evaluate_checkpoint,
+        format_evaluation,
+        write_evaluation,
+    )
 
-    found = evaluate(arguments.model, read_sets(arguments.sets), arguments.base)
-    print(describe(found.report))
+    evaluation = evaluate_checkpoint(arguments.model, arguments.sets, base=arguments.base)
+    print(format_evaluation(evaluation.report))
     if arguments.out is not None:
-        write(found, arguments.out)
+        write_evaluation(evaluation, arguments.out)
         print(f"{arguments.out}: evaluation.json, items.jsonl")
     return 0

@@ -1,4 +1,4 @@
-"""`foundry-ext inspect YAML [key=value ...]`: the first packs as the model gets them, as a page."""
+"""`foundry-ext inspect YAML [key=value ...]`: a page of the first packs as the model sees them."""
 
 import argparse
 from pathlib import Path
@@ -25,34 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
-    from foundry_ext.config.loading import load_config, split_arguments
+    from foundry_ext.config.loading import split_arguments
+    from foundry_ext.preflight.runs import inspect_run
 
     files, overrides = split_arguments(arguments.arguments)
     if len(files) > 1:
         raise UserError(f"{files[1]}: a second file; inspect looks at one")
-    config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
-    assert isinstance(config, dict)
-
-    from foundry_ext.launch.components import check_components
-    from foundry_ext.preflight.inspect.packs import inspect_config  # llm-foundry: some 20 seconds
-    from foundry_ext.preflight.inspect.page import render
-
-    check_components(config)  # pyright: ignore[reportArgumentType]
-    inspection = inspect_config(
-        config,  # pyright: ignore[reportArgumentType]
-        name=str(files[0]),
-        loader=arguments.loader,
-        num_packs=arguments.packs,
+    inspection = inspect_run(
+        files[0], overrides, loader=arguments.loader, num_packs=arguments.packs
     )
+    from foundry_ext.preflight.inspect.page import format_inspection  # slow, so after the check
+
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(render(inspection), encoding="utf-8")
+    arguments.out.write_text(format_inspection(inspection), encoding="utf-8")
     epoch = inspection.epoch
     print(
         f"{arguments.out}: {len(inspection.packs)} of {epoch.num_packs:,} packs;"
         f" {epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens,"
-        f" {100 * epoch.fill:.2f} % full,"
+        f" {100 * epoch.packing_efficiency:.2f} % full,"
         f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of tokens carry loss"
     )
     return 0

@@ -1,4 +1,4 @@
-"""`foundry-ext merge ADAPTER OUT`: an adapter merged into its base model, with a certificate."""
+"""`foundry-ext merge ADAPTER OUT`: merges an adapter into its base model, with a certificate."""
 
 import argparse
 from pathlib import Path
@@ -17,14 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest difference of a logit before and after (default: 1e-3; bfloat16: 0.5)",
     )
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="held-out text to compare on, instead of ours"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="held-out text to compare on, instead of the built-in one",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, merge
+    from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, merge_adapter
 
-    certificate = merge(
+    certificate = merge_adapter(
         arguments.adapter,
         arguments.out,
         base=arguments.base,

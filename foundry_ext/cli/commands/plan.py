@@ -1,4 +1,4 @@
-"""`foundry-ext plan YAML [key=value ...]`: what a run would do, its memory and its time."""
+"""`foundry-ext plan YAML [key=value ...]`: estimates of a run: steps, memory, time."""
 
 import argparse
 import re
@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "arguments",
         nargs="+",
         metavar="FILE.yaml | key=value",
-        help="runs' YAML files, each planned by itself; overrides hold for every file",
+        help="YAML files of runs, each planned separately; overrides apply to every file",
     )
     parser.add_argument(
         "--memory",
@@ -17,19 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="24GB",
-        help="of another device than the cards named in the plan; repeatable",
+        help="memory of a device that the plan does not list; repeatable",
     )
     parser.add_argument(
         "--ranks",
         type=int,
         default=1,
         metavar="N",
-        help="processes, a device each, that the run is to be trained by (default: %(default)s)",
+        help="processes, one device each, that will train the run (default: %(default)s)",
     )
 
 
 def card_memory(text: str) -> tuple[str, float]:
-    """`24GB` -> (`24 GB`, bytes), a card's GB being 2**30 bytes."""
+    """Parse `24GB` into ("24 GB", bytes); a GB of a card is 2**30 bytes."""
     match = re.fullmatch(r"([0-9.]+) *(?:GB|GiB)?", text, re.IGNORECASE)
     if match is None or not float(match[1]) > 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of gigabytes, such as 24GB")
@@ -37,25 +37,15 @@ def card_memory(text: str) -> tuple[str, float]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
     from foundry_ext.config.loading import load_config, split_arguments
+    from foundry_ext.preflight.runs import plan_run
 
     files, overrides = split_arguments(arguments.arguments)
-    configs = [(path, load_config(path, overrides)) for path in files]
+    for path in files:  # a mistake in the last file is found before the first one is planned
+        load_config(path, overrides)
+    for index, path in enumerate(files):
+        plan = plan_run(path, overrides, num_ranks=arguments.ranks)
+        from foundry_ext.preflight.plan.text import render  # slow, so after the check
 
-    from foundry_ext.launch.components import check_components
-    from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
-    from foundry_ext.preflight.plan.text import render
-
-    for number, (path, config) in enumerate(configs):
-        resolved = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(resolved, dict)
-        check_components(resolved)  # pyright: ignore[reportArgumentType]
-        plan = plan_config(
-            resolved,  # pyright: ignore[reportArgumentType]
-            name=str(path),
-            num_ranks=arguments.ranks,
-        )
-        print("\n" * bool(number) + render(plan, memory=dict(arguments.memory)))
+        print("\n" * bool(index) + render(plan, memory=dict(arguments.memory)))
     return 0

@@ -1,4 +1,4 @@
-"""`foundry-ext sweep FILE`: the runs of a W&B sweep file, here, without a server."""
+"""`foundry-ext sweep FILE`: runs a W&B sweep file on this machine, without a server."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="a sweep in W&B's format, method grid or random")
-    add("--dry-run", action="store_true", help="say what would be started, and start nothing")
-    add("--retry-failed", action="store_true", help="start failed runs again too")
+    add("--dry-run", action="store_true", help="print what would be started, and start nothing")
+    add("--retry-failed", action="store_true", help="also start failed runs again")
     add(
         "--launcher",
         choices=("fork", "subprocess"),
@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpus",
         metavar="0,1",
-        help="devices, a run on each at once; 0+1,2+3 gives each run two",
+        help="devices, one run on each; 0+1,2+3 gives each run two",
     )
     add("--parallel", type=int, metavar="N", help="runs at once on a CPU (default: 1)")
-    add("--runs", type=int, metavar="N", help="how many of a random sweep; cuts a grid short")
-    add("--seed", type=int, default=17, help="of a random sweep (default: %(default)s)")
+    add("--runs", type=int, metavar="N", help="number of runs of a random sweep; cuts a grid short")
+    add("--seed", type=int, default=17, help="seed of a random sweep (default: %(default)s)")
     add(
         "--limit-hours",
         type=float,
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens-per-second",
         type=float,
         metavar="X",
-        help="of one run, for the estimate (default: that of finished runs)",
+        help="throughput of one run, for the estimate (default: that of finished runs)",
     )
 
 

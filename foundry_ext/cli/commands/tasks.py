@@ -1,4 +1,4 @@
-"""`foundry-ext tasks NAME OUT`: an evaluation task as JSONL."""
+"""`foundry-ext tasks NAME OUT`: writes an evaluation task as JSONL."""
 
 import argparse
 from pathlib import Path
@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         type=Path,
         metavar="FILE",
-        help="a JSONL file with the hub's columns, in place of the hub",
+        help="a JSONL file with the hub's columns, instead of the hub",
     )
-    parser.add_argument("--split", help="another split than the one with public labels")
+    parser.add_argument("--split", help="split to read (default: the one with public labels)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
 
 

@@ -1,4 +1,4 @@
-"""`foundry-ext verify YAML [key=value ...]`: packed is unpacked, resumed is uninterrupted."""
+"""`foundry-ext verify YAML [key=value ...]`: checks packing and resumption of a run."""
 
 import argparse
 
@@ -12,37 +12,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.yaml | key=value",
         help="a run's YAML file, and overrides",
     )
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="trained (default 4)")
-    parser.add_argument("--packs", type=int, default=2, metavar="N", help="compared (default 2)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps to train (4)")
+    parser.add_argument("--packs", type=int, default=2, metavar="N", help="packs to compare (2)")
     parser.add_argument(
-        "--tokens", type=int, default=512, metavar="N", help="of a pack, at most (default 512)"
+        "--tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens per pack, at most (512)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
-    from foundry_ext.config.loading import load_config, split_arguments
+    from foundry_ext.config.loading import split_arguments
+    from foundry_ext.preflight.runs import verify_run
 
     files, overrides = split_arguments(arguments.arguments)
     if len(files) > 1:
         raise UserError(f"{files[1]}: a second file; verify looks at one")
-    config = OmegaConf.to_container(load_config(files[0], overrides), resolve=True)
-    assert isinstance(config, dict)
-
-    from foundry_ext.launch.components import check_components
-    from foundry_ext.preflight.verify.verify import (  # torch and llm-foundry: some 20 seconds
-        render,
-        verify_config,
-    )
-
-    check_components(config)  # pyright: ignore[reportArgumentType]
-    found = verify_config(
-        config,  # pyright: ignore[reportArgumentType]
-        name=str(files[0]),
+    result = verify_run(
+        files[0],
+        overrides,
         steps=arguments.steps,
         packs=arguments.packs,
         tokens=arguments.tokens,
     )
-    print(render(found))
-    return 0 if found.passed else 1
+    from foundry_ext.preflight.verify.verify import format_verification  # slow, so after the check
+
+    print(format_verification(result))
+    return 0 if result.passed else 1

@@ -27,7 +27,7 @@ class Totals:
     documents: int = 0
     tokens: int = 0
     loss_tokens: int = 0
-    slots: int = 0
+    num_computed_tokens: int = 0
     """Tokens computed, filled ones included."""
     packs: int = 0
     sum_squared_lengths: int = 0
@@ -53,7 +53,7 @@ class Course:
     saves: int = 0
 
     @property
-    def fill(self) -> float:
+    def packing_efficiency(self) -> float:
         return self.totals.tokens / (self.totals.packs * self.capacity)
 
 
@@ -161,7 +161,7 @@ class PackCounts:
         self.lengths = np.asarray(documents.lengths, dtype=np.int64)[used]
         # Nothing comes before a document's first token to predict it.
         self.labelled = np.array(
-            [np.count_nonzero(one.has_loss[1:]) for one in documents.read(used)], dtype=np.int64
+            [np.count_nonzero(one.loss_mask[1:]) for one in documents.read(used)], dtype=np.int64
         )
 
     def batches(self, epoch: int) -> list[Totals]:
@@ -185,6 +185,8 @@ class PackCounts:
         found = []
         for number, (documents, tokens, labelled, squares) in enumerate(columns):
             num_packs = min(size, len(packs) - number * size)
-            slots = size * self.sampler.capacity if self.fixed_shape else tokens + size - num_packs
-            found.append(Totals(documents, tokens, labelled, slots, num_packs, squares))
+            num_computed = (
+                size * self.sampler.capacity if self.fixed_shape else tokens + size - num_packs
+            )
+            found.append(Totals(documents, tokens, labelled, num_computed, num_packs, squares))
         return found[: len(self.sampler)]  # drop_last

@@ -21,7 +21,7 @@ from foundry_ext.checkpoints.export import adaptable_modules
 from foundry_ext.models.flops import adapter_parameters, forward_flops, training_flops
 from foundry_ext.models.memory import Parameters, autocast, optimizer_states
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.training.model_building import read_config
 from foundry_ext.utils.errors import UserError
 
 # What the timing below may take of this device, in operations of a forward and backward pass.
@@ -51,12 +51,10 @@ class PlannedModel:
                 f"model.name: {model.get('name')!r} cannot be planned; plan knows smollm2_packed"
             )
         name = model["pretrained_model_name_or_path"]
-        config = ComposerSmolLM2.build_config(
+        config = read_config(
             name,
-            False,
-            bool(model.get("use_auth_token")),
-            None,
             dict(model.get("config_overrides") or {}),
+            use_auth_token=bool(model.get("use_auth_token")),
         )
         peft_config = model.get("peft_config")
         stored = model.get("pretrained_lora_id_or_path")

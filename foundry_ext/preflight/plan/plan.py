@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.adapters.methods import Method, describe
+from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
-from foundry_ext.evaluation.config import DocumentsSettings, parse_sets
+from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.measure import build_sets
 from foundry_ext.models.flops import peak_flops
@@ -128,7 +128,7 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
         evaluations=_evaluations(config, course, model, tokenizer),
         model=model,
         parameters=model.parameters,
-        method=describe(model.peft_config),
+        method=method_of_config(model.peft_config),
         layer=count_layer(model.build, precision=precision),
         training_flops=model.training_flops(
             totals.tokens, totals.loss_tokens, totals.sum_squared_lengths
@@ -170,11 +170,11 @@ def _evaluations(
         else []
     )
     for one in sets:
-        times = 1 + (isinstance(one.settings, DocumentsSettings) and one.settings.kl)
+        times = 1 + (isinstance(one.config, DocumentsSetConfig) and one.config.kl)
         number = int(one.description["tokens"]) * times
-        tokens[one.settings.name] = number
+        tokens[one.config.name] = number
         if isinstance(one, GenerationSet):
-            generated += int(one.description["documents"]) * one.settings.max_new_tokens
+            generated += int(one.description["documents"]) * one.config.max_new_tokens
         # Squares of lengths are some per cent here, and not known of all kinds of sets.
         flops += model.forward_flops(number, number, 0)
     starts = bool(config.get("eval_first")) or bool(given)

@@ -52,7 +52,7 @@ class Rates:
             assert self.tokens_per_second is not None
             return course.totals.tokens / self.tokens_per_second
         per_step = self.speed.seconds_per_step * course.steps
-        return self.speed.seconds_per_token * course.totals.slots + per_step
+        return self.speed.seconds_per_token * course.totals.num_computed_tokens + per_step
 
 
 def find_rates(

@@ -61,7 +61,8 @@ def _data(plan: Plan) -> list[str]:
     ]
     lines += [lost(source) for source in plan.sources]
     lines.append(
-        f"{epoch.num_packs:,} packs of {epoch.capacity:,} tokens, {100 * epoch.fill:.2f} % full;"
+        f"{epoch.num_packs:,} packs of {epoch.capacity:,} tokens,"
+        f" {100 * epoch.packing_efficiency:.2f} % full;"
         f" {epoch.num_batches:,} batches of {epoch.batch_packs:,}"
         + (f", the last one with {epoch.num_empty_packs} empty" if epoch.num_empty_packs else "")
     )
@@ -82,7 +83,7 @@ def _run(plan: Plan) -> list[str]:
         f" epochs of {course.batches_per_epoch:,}; {totals.documents:,} documents in"
         f" {totals.packs:,} packs",
         f"{totals.tokens:,} real tokens, {totals.loss_tokens:,} of them carry loss;"
-        f" {totals.slots:,} slots computed",
+        f" {totals.num_computed_tokens:,} slots computed",
     ]
     scheduler = plan.config.get("scheduler") or {}
     if course.warmup_steps is not None:

@@ -1,12 +1,12 @@
-"""What a verification found."""
+"""The result of one check of a verification."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise: kept or not, with the figures that say so."""
+    """One promise, whether it holds, and the figures behind that."""
 
     name: str
     passed: bool
-    said: str
+    detail: str

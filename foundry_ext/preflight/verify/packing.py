@@ -1,8 +1,8 @@
-"""Packed equals unpacked: the first packs against each of their documents by itself.
+"""Compares the first packs of a run with each of their documents alone.
 
-The reference is transformers' own Llama, in peft's own wrapper where there is an adapter, with the
-weights of the model that the YAML builds, one document at a time, from the tokens as they are
-stored: of the collator, offsets and kernels nothing is shared.
+The reference is transformers' own Llama, in peft's own wrapper if there is an adapter, with the
+weights of the model that the YAML builds. It reads one document at a time, from the stored tokens,
+so it shares no collator, offsets or kernels with the packed model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from transformers.models.llama import LlamaForCausalLM
 
 from foundry_ext.models.attention import BACKENDS, resolve_backend
-from foundry_ext.packing.batch import IGNORE_INDEX, Pack, split_batch
+from foundry_ext.packing.batch import Pack, split_batch
 from foundry_ext.packing.collator import Document
 from foundry_ext.preflight.inspect.packs import open_loader, open_tokenizer
 from foundry_ext.preflight.verify.checks import Check
+from foundry_ext.utils.constants import IGNORE_INDEX
+from foundry_ext.utils.errors import UserError
 
-# fp32: rounding in another order, a hundred times what was seen of it. A leak is 1e-1 and more.
-LOGITS = 1e-3  # largest difference, of the logits' standard deviation
+# Tolerances in fp32, a hundred times the rounding that was measured. A leak between documents
+# changes logits by 1e-1 or more.
+LOGITS = 1e-3  # largest difference over the standard deviation of the logits
 LOSS = 1e-5  # relative
-GRADIENT = 1e-3  # norm of the difference, of the norm of the gradient
+GRADIENT = 1e-3  # norm of the difference over the norm of the gradient
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Of transformers, on one batch: logits [L, V] of each document, mean loss, gradients."""
+    """Results of transformers: logits [L, V] of each document by pack, mean loss, gradients."""
 
     logits: list[list[Tensor]]
     loss: float
@@ -42,6 +45,14 @@ class Reference:
 def check_packing(
     config: dict[str, Any], notes: list[str], *, num_packs: int, most_tokens: int
 ) -> list[Check]:
+    """Compare content, loss, gradients, logits and isolation of the first packs with the reference.
+
+    Args:
+        config: the resolved configuration.
+        notes: receives a line for each setting that was not used as configured.
+        num_packs: packs to compare.
+        most_tokens: tokens per pack; longer packs are cut.
+    """
     tokenizer = open_tokenizer(config)
     settings = {key: value for key, value in config["model"].items() if key != "name"}
     torch.manual_seed(int(config.get("seed", 17)))
@@ -52,20 +63,20 @@ def check_packing(
     chosen, was_cut = _first_documents(dataset, num_packs, most_tokens)
     if was_cut:
         notes.append(
-            f"packs of {dataset.sampler.capacity} tokens are looked at cut to {most_tokens}"
-            " (--tokens), long documents to parts"
+            f"packs of {dataset.sampler.capacity} tokens are cut to {most_tokens} (--tokens),"
+            " and long documents to a part"
         )
     collate = replace(dataset.collator, pack_tokens=max(most_tokens, 1), max_documents=None)
     packs = [_to_device(collate(documents)) for documents in chosen]
     if _without_dropout(ours):
-        notes.append("dropout is off where packed and unpacked are compared")
-    if _stir(ours):
-        notes.append("lora_B, which starts at zero, is given random values there")
-    theirs = _stock(ours)
-    reference = _refer(theirs, chosen)
+        notes.append("dropout is off in the comparison of packed and unpacked")
+    if _randomise_lora_b(ours):
+        notes.append("lora_B, which starts at zero, gets random values in that comparison")
+    theirs = _build_reference_model(ours)
+    reference = _reference_outputs(theirs, chosen)
     del theirs
     documents = sum(map(len, chosen))
-    tokens = sum(len(one.input_ids) for pack in chosen for one in pack)
+    tokens = sum(len(document.input_ids) for pack in chosen for document in pack)
     what = f"{len(packs)} packs, {documents} documents, {tokens} tokens"
     size = int(config.get("device_train_microbatch_size") or 1)
     checks = [_check_content(packs, chosen, what)]
@@ -80,19 +91,22 @@ def check_packing(
 def _first_documents(
     dataset: Any, num_packs: int, most_tokens: int
 ) -> tuple[list[list[Document]], bool]:
-    """Of the first packs of the first epoch; a long document as the stretch in which its labels
-    begin, so that three or more have room."""
+    """Return the documents of the epoch's first packs, and whether any pack was cut.
+
+    In a pack that is cut, a long document is reduced to the window where its labels start, so that
+    at least three documents fit.
+    """
     dataset.sampler.set_epoch(0)
     packs = dataset.sampler.plan(0)
     chosen, was_cut = [], False
-    for number in range(min(num_packs, len(packs))):
-        whole = dataset.documents.read(dataset.sampler.used[packs[number]])
-        if sum(len(one.input_ids) for one in whole) <= most_tokens:
-            chosen.append(whole)
+    for index in range(min(num_packs, len(packs))):
+        documents = dataset.documents.read(dataset.sampler.used[packs[index]])
+        if sum(len(document.input_ids) for document in documents) <= most_tokens:
+            chosen.append(documents)
             continue
         was_cut, cut, left = True, [], most_tokens
-        for one in whole:
-            part = _stretch(one, max(most_tokens // 3, 2))
+        for document in documents:
+            part = _window(document, max(most_tokens // 3, 2))
             if len(part.input_ids) <= left:
                 cut.append(part)
                 left -= len(part.input_ids)
@@ -100,13 +114,13 @@ def _first_documents(
     return chosen, was_cut
 
 
-def _stretch(document: Document, most: int) -> Document:
-    labelled = np.flatnonzero(document.has_loss)
+def _window(document: Document, most: int) -> Document:
+    labelled = np.flatnonzero(document.loss_mask)
     start = max(int(labelled[0]) - most // 2, 0) if len(labelled) else 0
     start = max(min(start, len(document.input_ids) - most), 0)
     return Document(
         input_ids=document.input_ids[start : start + most],
-        has_loss=np.array(document.has_loss[start : start + most]),
+        loss_mask=np.array(document.loss_mask[start : start + most]),
     )
 
 
@@ -117,7 +131,7 @@ def _to_device(pack: Pack) -> Pack:
 
 
 def _without_dropout(ours: Any) -> bool:
-    """Turns it off; whether there was any."""
+    """Turn dropout off; return whether there was any."""
     drops = [module for module in ours.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     for module in drops:
         module.p = 0.0
@@ -128,15 +142,15 @@ def _without_dropout(ours: Any) -> bool:
 
 
 @torch.no_grad()
-def _stir(ours: Any) -> bool:
-    """An adapter that does nothing would hide what is wrong with it."""
+def _randomise_lora_b(ours: Any) -> bool:
+    """Give lora_B random values if it is zero, because an idle adapter would hide its mistakes."""
     zero = [p for name, p in ours.named_parameters() if "lora_B" in name and not p.any()]
     for parameter in zero:
         parameter.normal_(std=0.02)
     return bool(zero)
 
 
-def _stock(ours: Any) -> Any:
+def _build_reference_model(ours: Any) -> Any:
     theirs: Any = LlamaForCausalLM(ours.inner_model.config)
     if ours.using_peft:
         adapter = next(iter(ours.model.peft_config.values())).to_dict()
@@ -146,21 +160,24 @@ def _stock(ours: Any) -> Any:
 
 
 def _labels(document: Document) -> Tensor:
-    labels = np.where(document.has_loss, document.input_ids, IGNORE_INDEX)
+    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
     return torch.from_numpy(labels[1:].astype(np.int64))
 
 
-def _refer(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Reference:
-    total = max(sum(int(one.has_loss[1:].sum()) for pack in chosen for one in pack), 1)
+def _reference_outputs(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Reference:
+    total = max(sum(int(doc.loss_mask[1:].sum()) for pack in chosen for doc in pack), 1)
     device = next(theirs.parameters()).device
     loss, every = 0.0, []
     for pack in chosen:
         of_pack = []
-        for one in pack:
-            ids = torch.from_numpy(np.asarray(one.input_ids, dtype=np.int64)).to(device)
+        for document in pack:
+            ids = torch.from_numpy(np.asarray(document.input_ids, dtype=np.int64)).to(device)
             logits = theirs(input_ids=ids[None], use_cache=False).logits[0]
             part = F.cross_entropy(
-                logits[:-1], _labels(one).to(device), ignore_index=IGNORE_INDEX, reduction="sum"
+                logits[:-1],
+                _labels(document).to(device),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
             )
             (part / total).backward()
             loss += float(part.detach()) / total
@@ -170,24 +187,24 @@ def _refer(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Reference:
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name.replace("_orig_mod.", ""): grad for name, grad in found.items()}
+    named = model.named_parameters()
+    return {name.replace("_orig_mod.", ""): p.grad for name, p in named if p.grad is not None}
 
 
 def _check_content(packs: Sequence[Pack], chosen: Sequence[Sequence[Document]], what: str) -> Check:
-    name = "a pack is its documents, each with positions and labels of its own"
+    name = "a pack holds its documents, each with its own positions and labels"
     for number, (pack, documents) in enumerate(zip(packs, chosen, strict=True)):
         ends = pack["cu_seqlens"].tolist()[: len(documents) + 1]
-        for place, one in enumerate(documents):
-            where = f"pack {number}, document {place} of {len(documents)}"
-            length = len(one.input_ids)
-            if len(ends) <= place + 1 or ends[place + 1] - ends[place] != length:
+        for index, document in enumerate(documents):
+            where = f"pack {number}, document {index} of {len(documents)}"
+            length = len(document.input_ids)
+            if len(ends) <= index + 1 or ends[index + 1] - ends[index] != length:
                 return Check(name, False, f"{where}: its end is not in cu_seqlens {ends}")
-            row = slice(ends[place], ends[place + 1])
+            row = slice(ends[index], ends[index + 1])
             expected = {
-                "input_ids": one.input_ids.tolist(),
+                "input_ids": document.input_ids.tolist(),
                 "position_ids": list(range(length)),
-                "labels": [IGNORE_INDEX, *_labels(one).tolist()],
+                "labels": [IGNORE_INDEX, *_labels(document).tolist()],
             }
             for key, values in expected.items():
                 if pack[key][0, row].tolist() != values:
@@ -198,36 +215,43 @@ def _check_content(packs: Sequence[Pack], chosen: Sequence[Sequence[Document]], 
 def _check_training(
     ours: Any, packs: Sequence[Pack], size: int, reference: Reference, what: str
 ) -> list[Check]:
-    """As a step is trained: microbatches weighed by their labels, compiled where the YAML says."""
+    """Compare loss and gradients of one step, computed as in training.
+
+    Microbatches are weighted by their labelled tokens; the model is compiled if the YAML says so.
+    """
     microbatches = split_batch(list(packs), size)
-    total = max(sum(one["num_loss_tokens"] for one in microbatches), 1)
+    total = max(sum(batch["num_loss_tokens"] for batch in microbatches), 1)
     ours.train()
     loss = 0.0
-    for one in microbatches:
-        part = ours(one).loss * (one["num_loss_tokens"] / total)
+    for batch in microbatches:
+        part = ours(batch).loss * (batch["num_loss_tokens"] / total)
         part.backward()
         loss += float(part.detach())
     off = abs(loss - reference.loss) / max(abs(reference.loss), 1e-9)
     checks = [
         Check(
-            "loss, packed, is that of each document alone in transformers' Llama",
+            "packed loss equals the loss of each document alone in transformers' Llama",
             off <= LOSS,
-            f"{loss:.6f} and {reference.loss:.6f}, {off:.1e} apart, allowed {LOSS:.0e} ({what})",
+            f"{loss:.6f} and {reference.loss:.6f}, difference {off:.1e}, allowed {LOSS:.0e}"
+            f" ({what})",
         )
     ]
-    found = _gradients(ours.model)
-    name = "gradients, packed, are those of each document alone"
-    if found.keys() != reference.gradients.keys():
-        odd = sorted(found.keys() ^ reference.gradients.keys())[:3]
+    computed = _gradients(ours.model)
+    name = "packed gradients equal those of each document alone"
+    if computed.keys() != reference.gradients.keys():
+        odd = sorted(computed.keys() ^ reference.gradients.keys())[:3]
         return [*checks, Check(name, False, f"only one of the two has a gradient of {odd}")]
     worst, where = 0.0, ""
     for key, gradient in reference.gradients.items():
-        error = float((found[key] - gradient).norm() / gradient.norm().clamp(min=1e-9))
+        error = float((computed[key] - gradient).norm() / gradient.norm().clamp(min=1e-9))
         if not error <= worst:
             worst, where = error, key
-    said = f"{len(found)} parameters, {worst:.1e} apart at most, at {where}, allowed {GRADIENT:.0e}"
+    detail = (
+        f"{len(computed)} parameters, largest difference {worst:.1e} at {where},"
+        f" allowed {GRADIENT:.0e}"
+    )
     ours.zero_grad()
-    return [*checks, Check(name, worst <= GRADIENT, said)]
+    return [*checks, Check(name, worst <= GRADIENT, detail)]
 
 
 def _backends(ours: Any) -> list[str]:
@@ -236,7 +260,7 @@ def _backends(ours: Any) -> list[str]:
     for name in BACKENDS[1:]:
         try:
             resolve_backend(name, device=weight.device.type, dtype=weight.dtype)
-        except ValueError:  # not for this device or type
+        except UserError:  # not available for this device or type
             continue
         names.append(name)
     return names
@@ -249,7 +273,7 @@ def _logits(model: Any, pack: Pack, ids: Tensor | None = None) -> Tensor:
 
 
 def _spans(pack: Pack) -> list[tuple[int, int]]:
-    """Of the documents as their positions say, so that a wrong cu_seqlens is not believed."""
+    """Return (start, end) of each document, from positions: cu_seqlens may be what is wrong."""
     starts = (pack["position_ids"][0] == 0).nonzero().flatten().tolist()
     return list(pairwise([*starts, pack["input_ids"].shape[1]]))[: pack["num_documents"]]
 
@@ -258,22 +282,24 @@ def _check_logits(model: Any, packs: Sequence[Pack], reference: Reference, backe
     worst, where = 0.0, "nowhere"
     for number, (pack, expected) in enumerate(zip(packs, reference.logits, strict=True)):
         ours = _logits(model, pack)
-        for place, (alone, (start, end)) in enumerate(zip(expected, _spans(pack), strict=False)):
+        for index, (alone, (start, end)) in enumerate(zip(expected, _spans(pack), strict=False)):
             error = float((ours[start:end] - alone).abs().max() / alone.std())
             if not error <= worst:
-                worst, where = error, f"pack {number}, document {place} of {len(expected)}"
-    said = f"{worst:.1e} of their deviation apart at most, {where}, allowed {LOGITS:.0e}"
-    return Check(f"logits with {backend} are those of each document alone", worst <= LOGITS, said)
+                worst, where = error, f"pack {number}, document {index} of {len(expected)}"
+    detail = f"largest difference {worst:.1e} standard deviations, {where}, allowed {LOGITS:.0e}"
+    return Check(
+        f"logits with {backend} equal those of each document alone", worst <= LOGITS, detail
+    )
 
 
 def _rounds(number: int) -> Iterator[list[bool]]:
-    """Which documents to change: for every two, one round changes the first and not the second.
+    """Yield which documents to change, so that for every pair a round changes only the first.
 
-    2 log2(n) rounds: those whose number has a certain bit, and those that have not.
+    There are 2 log2(number) rounds: the documents whose index has a certain bit set, and the rest.
     """
     for bit in range((number - 1).bit_length()):
         for side in (0, 1):
-            yield [(place >> bit) & 1 == side for place in range(number)]
+            yield [(index >> bit) & 1 == side for index in range(number)]
 
 
 def _check_leaks(model: Any, packs: Sequence[Pack], backend: str) -> Check:
@@ -289,13 +315,13 @@ def _check_leaks(model: Any, packs: Sequence[Pack], backend: str) -> Check:
                 if change:
                     ids[0, start:end] = (ids[0, start:end] + 1) % vocabulary
             moved = (_logits(model, pack, ids) - before).abs().amax(-1)
-            for place, ((start, end), change) in enumerate(zip(spans, changed, strict=True)):
+            for index, ((start, end), change) in enumerate(zip(spans, changed, strict=True)):
                 most = float(moved[start:end].max())
                 if (most > 0) != change:
-                    others = [at for at, one in enumerate(changed) if one][:8]
-                    said = (
-                        f"pack {number}, document {place}: its logits moved by {most:.1e} when the"
+                    others = [at for at, was_changed in enumerate(changed) if was_changed][:8]
+                    detail = (
+                        f"pack {number}, document {index}: its logits moved by {most:.1e} when the"
                         f" tokens of documents {others} changed"
                     )
-                    return Check(name, False, said)
-    return Check(name, True, f"to the bit, {rounds} rounds of changed documents")
+                    return Check(name, False, detail)
+    return Check(name, True, f"bitwise, {rounds} rounds of changed documents")

@@ -1,8 +1,8 @@
-"""Stopped and resumed equals uninterrupted, by llm-foundry's own train command.
+"""Compares a stopped and resumed run with an uninterrupted one.
 
-One run goes through; a second is thrown out of its half way, and a third, the same configuration
-again, finds its checkpoint by autoresume. At every step documents, weights, the optimizer's state
-and the random numbers leave a digest, so that where they part has a name.
+llm-foundry's own train command runs three times: uninterrupted, stopped halfway, and resumed from
+that checkpoint by autoresume. Documents, weights, optimizer state and random numbers are hashed at
+every step, so that the first difference can be named.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from omegaconf import OmegaConf
 
 from foundry_ext.preflight.verify.checks import Check
 
-# Where not to the bit: a GPU adds up in an order of its own.
+# Tolerances on a GPU, which sums in an order of its own. On a CPU equality is bitwise.
 LOSS = 1e-3  # relative
-WEIGHTS = 1e-3  # norm of the difference, of the norm
-MOST_PACKS = 2  # of a global batch
+WEIGHTS = 1e-3  # norm of the difference over the norm
+MOST_PACKS = 2  # per global batch
 MOST_ROWS = 1000
-# They write files, evaluate or generate, and change nothing in training.
+# These write files, evaluate or generate, and do not change training.
 LEFT_OUT = (
     *("run_record", "forgetting", "text_samples", "hf_export", "hf_checkpointer"),
     *("packed_throughput", "speed_monitor", "lr_monitor", "memory_monitor", "runtime_estimator"),
@@ -39,59 +39,61 @@ PARTS = ("documents", "weights", "optimizer", "random numbers")
 _WATCH = "verify_watch"
 
 
-class Stopped(Exception):
-    """Thrown where a power cut would come."""
+class SimulatedCrash(Exception):
+    """Ends a run as a power cut would."""
 
 
 @dataclass
-class Watched:
-    """What is seen of a run; one object outlives the trainers that write into it."""
+class Digests:
+    """Digests of one run, kept after its trainer is gone."""
 
     stop_before: int | None = None
     digests: dict[int, dict[str, str]] = field(default_factory=dict)
-    """step -> part -> digest, as the step begins."""
+    """{step: {part: digest}}, taken as the step begins."""
 
 
-class Watch(Callback):
-    """`verify_watch` in a configuration."""
+class StateHasher(Callback):
+    """The callback `verify_watch`, which hashes the state at every step."""
 
-    watched = Watched()
+    recorded = Digests()
 
     def batch_start(self, state: Any, logger: Any) -> None:
         step = state.timestamp.batch.value
-        if step == self.watched.stop_before:
-            raise Stopped
-        optimizers = [one.state for one in state.optimizers]
+        if step == self.recorded.stop_before:
+            raise SimulatedCrash
+        optimizers = [optimizer.state for optimizer in state.optimizers]
         trained = [p for p in state.model.parameters() if p.requires_grad]
         content = (state.batch, trained, optimizers, reproducibility.get_rng_state())
-        self.watched.digests[step] = {
-            part: digest(one) for part, one in zip(PARTS, content, strict=True)
+        self.recorded.digests[step] = {
+            part: digest(value) for part, value in zip(PARTS, content, strict=True)
         }
 
 
 def digest(content: Any) -> str:
-    """Of all tensors, numbers and texts in it, in order."""
-    found = xxhash.xxh3_128()
+    """Return the hash of all tensors, numbers and texts in `content`, in order."""
+    hasher = xxhash.xxh3_128()
 
-    def add(one: Any) -> None:
-        if isinstance(one, torch.Tensor):
-            tensor = one.detach().cpu().contiguous()
-            found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(one, Mapping):  # an optimizer's keys are parameters
-            for value in one.values():
+    def add(node: Any) -> None:
+        if isinstance(node, torch.Tensor):
+            tensor = node.detach().cpu().contiguous()
+            hasher.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(node, Mapping):  # an optimizer's keys are parameters
+            for value in node.values():
                 add(value)
-        elif isinstance(one, list | tuple):
-            for value in one:
+        elif isinstance(node, list | tuple):
+            for value in node:
                 add(value)
         else:
-            found.update(repr(one).encode())
+            hasher.update(repr(node).encode())
 
     add(content)
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunResult:
+    """What a finished run left: loss per step, trained weights, digests per step."""
+
     losses: list[float]
     weights: dict[str, torch.Tensor]
     digests: dict[int, dict[str, str]]
@@ -100,21 +102,22 @@ class Ran:
 def check_resume(
     config: dict[str, Any], notes: list[str], *, steps: int, most_tokens: int
 ) -> list[Check]:
-    llmfoundry.registry.callbacks.register(_WATCH, func=Watch)
+    """Train three times for a few steps and compare the resumed run with the uninterrupted one."""
+    llmfoundry.registry.callbacks.register(_WATCH, func=StateHasher)
     half = steps // 2
     config = shortened(config, notes, steps=steps, every=half, most_tokens=most_tokens)
     with tempfile.TemporaryDirectory(prefix="foundry-ext-verify-") as folder, _quiet():
-        whole = _run(config, Path(folder, "whole"))
-        assert whole is not None
+        complete = _run(config, Path(folder, "complete"))
+        assert complete is not None
         _run(config, Path(folder, "stopped"), stop_before=half)
         resumed = _run(config, Path(folder, "stopped"))
     assert resumed is not None
-    return compare(whole, resumed, half, steps)
+    return compare(complete, resumed, half, steps)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Of so few steps a warm-up that is a part of the run has none, which harms nothing here."""
+    """Silence a warning: a warm-up of a tenth of the run rounds to zero steps in one this short."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*The warmup duration is 0")
         yield
@@ -123,7 +126,7 @@ def _quiet() -> Iterator[None]:
 def shortened(
     config: dict[str, Any], notes: list[str], *, steps: int, every: int, most_tokens: int
 ) -> dict[str, Any]:
-    """The configuration for a few small steps that leave nothing behind."""
+    """Return the configuration for a few small steps that write nothing outside `save_folder`."""
     config = copy.deepcopy(config)
     callbacks = config.get("callbacks") or {}
     config |= {
@@ -147,78 +150,85 @@ def shortened(
     packs = config["global_train_batch_size"]
     if packs > MOST_PACKS:
         config["global_train_batch_size"] = MOST_PACKS
-        notes.append(f"global batches of {MOST_PACKS} packs, not {packs}, where runs are resumed")
+        notes.append(f"resumed runs use global batches of {MOST_PACKS} packs, not {packs}")
     config["train_loader"]["dataset"] = dataset = dict(config["train_loader"]["dataset"])
     _fewer_rows(dataset)
     capacity = dataset.get("pack_tokens") or dataset["max_seq_len"]
     if capacity > most_tokens:
         dataset["pack_tokens"] = most_tokens
-        notes.append(f"packs of {most_tokens} tokens (--tokens), not {capacity}, there")
+        notes.append(f"resumed runs use packs of {most_tokens} tokens (--tokens), not {capacity}")
     if dataset["max_seq_len"] > most_tokens:
         dataset["max_seq_len"] = most_tokens
-        for one in (dataset, *(dataset.get("datasets") or ())):
-            if one.get("overlong") in ("error", "drop"):
-                one["overlong"] = "truncate"
+        for source in (dataset, *(dataset.get("datasets") or ())):
+            if source.get("overlong") in ("error", "drop"):
+                source["overlong"] = "truncate"
     return config
 
 
 def _fewer_rows(dataset: dict[str, Any]) -> None:
-    for one in (dataset, *(dataset.get("datasets") or ())):
-        split = one.get("split")
-        if one.get("hf_name") and split and "[" not in split:
-            one["split"] = f"{split}[:{MOST_ROWS}]"
+    for source in (dataset, *(dataset.get("datasets") or ())):
+        split = source.get("split")
+        if source.get("hf_name") and split and "[" not in split:
+            source["split"] = f"{split}[:{MOST_ROWS}]"
 
 
-def _run(config: dict[str, Any], folder: Path, *, stop_before: int | None = None) -> Ran | None:
-    """What a run was like; None where it was stopped."""
-    Watch.watched = Watched(stop_before)
+def _run(
+    config: dict[str, Any], folder: Path, *, stop_before: int | None = None
+) -> RunResult | None:
+    """Train one run; return None if it was stopped."""
+    StateHasher.recorded = Digests(stop_before)
     try:
         trainer = train(OmegaConf.create({**copy.deepcopy(config), "save_folder": str(folder)}))
-    except Stopped:
+    except SimulatedCrash:
         return None
     trainer.close()
     state: Any = trainer.state
-    (memory,) = (one for one in trainer.logger.destinations if isinstance(one, InMemoryLogger))
+    (memory,) = (log for log in trainer.logger.destinations if isinstance(log, InMemoryLogger))
     named = state.model.named_parameters()
-    return Ran(
+    return RunResult(
         losses=[float(value) for _, value in memory.data["loss/train/total"]],
         weights={name: p.detach().cpu().clone() for name, p in named if p.requires_grad},
-        digests=Watch.watched.digests,
+        digests=StateHasher.recorded.digests,
     )
 
 
-def compare(whole: Ran, resumed: Ran, half: int, steps: int) -> list[Check]:
+def compare(complete: RunResult, resumed: RunResult, half: int, steps: int) -> list[Check]:
+    """Compare the state at step `half`, the later losses and the final weights."""
     exact = not torch.cuda.is_available()
-    name = f"resumed after step {half}, {', '.join(PARTS)} are as they were"
+    name = f"resumed after step {half}, {', '.join(PARTS)} are unchanged"
     if min(resumed.digests, default=-1) != half:
-        said = f"it went on at step {min(resumed.digests, default='none')}, not at {half}"
-        return [Check(name, False, said)]
-    first, again = whole.digests[half], resumed.digests[half]
+        detail = f"it continued at step {min(resumed.digests, default='none')}, not at {half}"
+        return [Check(name, False, detail)]
+    first, again = complete.digests[half], resumed.digests[half]
     parted = [part for part in PARTS if first.get(part) != again.get(part)]
-    if parted == ["random numbers"] and not _draws(whole, half):
+    if parted == ["random numbers"] and not _draws(complete, half):
         parted = []
-    said = f"{', '.join(parted)} differ at its first step" if parted else "to the bit"
-    checks = [Check(name, not parted, said)]
-    losses = list(zip(range(half, steps), whole.losses[half:], resumed.losses, strict=True))
-    wrong = [one for one in losses if not _near(one[1], one[2], 0 if exact else LOSS)]
-    said = f"{len(losses)} steps, {', '.join(f'{b:.6f}' for _, _, b in losses)}"
+    detail = f"{', '.join(parted)} differ at its first step" if parted else "bitwise"
+    checks = [Check(name, not parted, detail)]
+    losses = list(zip(range(half, steps), complete.losses[half:], resumed.losses, strict=True))
+    tolerance = 0 if exact else LOSS
+    wrong = [(step, a, b) for step, a, b in losses if not _near(a, b, tolerance)]
+    detail = f"{len(losses)} steps, {', '.join(f'{b:.6f}' for _, _, b in losses)}"
     if wrong:
         step, a, b = wrong[0]
-        said = f"step {step + 1} of {steps}: {b:.9g}, uninterrupted {a:.9g}"
-    how = "equal to the bit" if exact else f"within {LOSS:.0e}"
-    checks.append(Check(f"losses after resuming, {how}", not wrong, said))
-    apart = {key: _apart(value, resumed.weights[key]) for key, value in whole.weights.items()}
-    worst = max(apart, key=lambda key: apart[key])
-    how = "equal to the bit" if exact else f"within {WEIGHTS:.0e}"
-    said = f"{len(apart)} trained tensors, {apart[worst]:.1e} apart at most" + (
-        f", at {worst}" if apart[worst] else ""
+        detail = f"step {step + 1} of {steps}: {b:.9g}, uninterrupted {a:.9g}"
+    how = "bitwise equal" if exact else f"within {LOSS:.0e}"
+    checks.append(Check(f"losses after resuming, {how}", not wrong, detail))
+    distances = {
+        key: _relative_distance(value, resumed.weights[key])
+        for key, value in complete.weights.items()
+    }
+    worst = max(distances, key=lambda key: distances[key])
+    how = "bitwise equal" if exact else f"within {WEIGHTS:.0e}"
+    detail = f"{len(distances)} trained tensors, largest difference {distances[worst]:.1e}" + (
+        f", at {worst}" if distances[worst] else ""
     )
-    passed = apart[worst] <= (0 if exact else WEIGHTS)
-    return [*checks, Check(f"final weights, {how}", passed, said)]
+    passed = distances[worst] <= (0 if exact else WEIGHTS)
+    return [*checks, Check(f"final weights, {how}", passed, detail)]
 
 
-def _draws(run: Ran, step: int) -> bool:
-    """Whether a training step draws random numbers at all, as dropout does."""
+def _draws(run: RunResult, step: int) -> bool:
+    """Return whether a training step draws random numbers, as dropout does."""
     later = run.digests.get(step + 1, {})
     return later.get("random numbers") != run.digests[step]["random numbers"]
 
@@ -227,5 +237,5 @@ def _near(a: float, b: float, tolerance: float) -> bool:
     return a == b or abs(a - b) <= tolerance * abs(a)
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def _relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return 0.0 if torch.equal(a, b) else float((a - b).norm() / a.norm().clamp(min=1e-9))

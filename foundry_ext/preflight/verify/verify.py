@@ -1,7 +1,7 @@
-"""A run's own configuration, held to what packing and resuming promise, for a few steps.
+"""Checks what packing and resumption promise, on a run's own configuration.
 
-Packed equals unpacked (verify_packing.py), stopped and resumed equals uninterrupted
-(verify_resume.py). Nothing of the run is written: no checkpoint, record or log outlives it.
+Packed must equal unpacked (packing.py), and stopped and resumed must equal uninterrupted
+(resume.py). No checkpoint, record or log remains.
 """
 
 import copy
@@ -21,9 +21,11 @@ DEFAULT_TOKENS = 512
 
 @dataclass
 class Verification:
+    """The checks of one configuration."""
+
     name: str
     notes: list[str] = field(default_factory=list)
-    """What of the configuration was not taken as it stands."""
+    """Settings that were not used as configured."""
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -39,32 +41,28 @@ def verify_config(
     packs: int = DEFAULT_PACKS,
     tokens: int = DEFAULT_TOKENS,
 ) -> Verification:
-    """
-    Args:
-        config: resolved.
-        steps: optimizer steps of the uninterrupted run; the other is stopped half way.
-        packs: of the first global batches, compared with their documents.
-        tokens: of a pack that are looked at.
+    """Check a resolved configuration; see `preflight.runs.verify_run` for the arguments.
 
     Raises:
-        UserError: an argument too small; what cannot be verified, or training itself refuses.
+        UserError: an argument is too small, the model is not smollm2_packed, or training would
+            refuse the configuration.
     """
     from foundry_ext.preflight.verify.packing import check_packing
     from foundry_ext.preflight.verify.resume import check_resume
 
     for key, value, least in (("steps", steps, 2), ("packs", packs, 1), ("tokens", tokens, 8)):
         if value < least:
-            raise UserError(f"{key}: {value} is below {least}")
+            raise UserError(f"{key}: {value}; give at least {least}")
     model = config.get("model") or {}
     if model.get("name") != "smollm2_packed":
         raise UserError(
-            f"model.name: {model.get('name')!r} cannot be verified; verify knows smollm2_packed"
+            f"model.name: {model.get('name')!r} cannot be verified; only smollm2_packed can"
         )
-    found = Verification(name)
-    config = _for_this_device(copy.deepcopy(dict(config)), found.notes)
-    found.checks += check_packing(config, found.notes, num_packs=packs, most_tokens=tokens)
-    found.checks += check_resume(config, found.notes, steps=steps, most_tokens=tokens)
-    return found
+    result = Verification(name)
+    config = _for_this_device(copy.deepcopy(dict(config)), result.notes)
+    result.checks += check_packing(config, result.notes, num_packs=packs, most_tokens=tokens)
+    result.checks += check_resume(config, result.notes, steps=steps, most_tokens=tokens)
+    return result
 
 
 def _for_this_device(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -75,19 +73,20 @@ def _for_this_device(config: dict[str, Any], notes: list[str]) -> dict[str, Any]
         (config["model"], "frozen_dtype", "fp32"),
     ):
         if section.get(key, value) != value:
-            notes.append(f"{key}: {value} in place of {section[key]}, as there is no GPU")
+            notes.append(f"{key}: {value} instead of {section[key]}, because there is no GPU")
             section[key] = value
     return config
 
 
-def render(found: Verification) -> str:
-    lines = [f"verify {found.name}"]
-    lines += [f"  note  {note}" for note in found.notes]
+def format_verification(verification: Verification) -> str:
+    """Return the verification as text: notes, one line per check, a summary."""
+    lines = [f"verify {verification.name}"]
+    lines += [f"  note  {note}" for note in verification.notes]
     lines += [
-        f"  {'ok  ' if one.passed else 'FAIL'}  {one.name}: {one.said}" for one in found.checks
+        f"  {'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}"
+        for check in verification.checks
     ]
-    kept = sum(one.passed for one in found.checks)
-    lines.append(
-        f"{'verified' if found.passed else 'NOT verified'}: {kept} of {len(found.checks)} checks"
-    )
+    num_passed = sum(check.passed for check in verification.checks)
+    state = "verified" if verification.passed else "NOT verified"
+    lines.append(f"{state}: {num_passed} of {len(verification.checks)} checks")
     return "\n".join(lines)

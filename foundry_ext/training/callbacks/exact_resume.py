@@ -1,8 +1,9 @@
-"""`exact_resume`: a run that was killed, stopped or cut off goes on as if nothing had happened.
+"""`exact_resume`: lets a run that was killed or stopped continue as if nothing had happened.
 
-Composer writes a checkpoint in place and moves the `latest` link by removing it, so a kill inside
-leaves a run that dies on its own checkpoint or begins anew (0.32.1, CheckpointSaver). This is that
-saver with another way to write, and a look at the folder before Composer chooses what to load.
+Composer 0.32.1's CheckpointSaver writes a checkpoint in place and moves the `latest` link by
+removing it first, so after a kill in between a run dies on its own checkpoint or starts from the
+beginning. This is that saver with atomic writes, and it checks the folder before Composer chooses
+what to load.
 """
 
 import errno
@@ -27,37 +28,37 @@ from foundry_ext.evaluation.base_model import weights_fingerprint
 from foundry_ext.records import decisive
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
-from foundry_ext.training.run_description import find
+from foundry_ext.training.run_description import find_callback
 from foundry_ext.training.signals import StopSignals
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# A run that went on with another value of these would be a mixture of two. Of the data, what is
-# read decides, not its name: the loader's own state holds it. Evaluating at other times harms none.
+# Settings that decide the result may not change on resumption, with these exceptions. The loader's
+# own state compares the data by content. A longer duration and other evaluations are allowed.
 OTHERS_JUDGE = ("train_loader.dataset", "tokenizer")
 MAY_CHANGE = ("eval_interval", "max_duration")
 
 
 class ExactResume(CheckpointSaver):
-    """Saves the run's checkpoints in Composer's place, by the YAML's own save_... keys.
+    """Checkpoint saver that replaces Composer's, controlled by the YAML's own save_... keys.
 
-    A checkpoint is whole or not there; the one before stays until the next is on the disk. With
-    `autoresume` the newest whole one is loaded; one that is damaged is named and passed over. A run
-    of other settings is refused, and other data by the loader's own state; a longer duration is
-    not. A second run in the same folder is refused while the first one goes on.
+    Checkpoints are written atomically, and the previous one stays until the next is on the disk.
+    With `autoresume` the newest intact checkpoint is loaded; damaged ones are named and skipped. A
+    checkpoint of a run with other settings is refused, except for a longer duration, and the loader
+    refuses other data. A second run in the same folder is refused while the first one is running.
 
-    SIGTERM and Ctrl-C save at the end of the batch, of its evaluation if there is one, and end the
-    run with exit code 128 and the signal's number; the run's record says "stopped". Killed after
-    its last batch, a run does once more what follows it: evaluation, export, record.
+    SIGTERM and Ctrl-C save at the end of the batch, after its evaluation if there is one, and end
+    the run with exit code 128 plus the signal's number. The run's record says "stopped". A run that
+    is killed after its last batch repeats what follows it: evaluation, export, record.
 
-    Sharded checkpoints of FSDP are written as Composer does.
+    Sharded checkpoints of FSDP are written by Composer's own code.
 
     Args:
-        train_config: the whole YAML, from llm-foundry.
+        train_config: the complete YAML; llm-foundry passes it.
 
     Raises:
-        UserError: no save_folder, one that is not local, or too little kept to resume from.
+        UserError: save_folder is missing or not local, or too little is saved to resume from.
     """
 
     def __init__(self, train_config: dict[str, Any]):
@@ -66,7 +67,7 @@ class ExactResume(CheckpointSaver):
             return TrainConfig.__dataclass_fields__[name].default if value is None else value
 
         folder, filename = checkpoint_files.check_folder(key("save_folder")), key("save_filename")
-        filename = filename or "ep{epoch}-ba{batch}-rank{rank}.pt"  # these two as in llm-foundry
+        filename = filename or "ep{epoch}-ba{batch}-rank{rank}.pt"  # defaults as in llm-foundry
         latest = key("save_latest_filename") or "latest-rank{rank}.pt"
         super().__init__(
             folder=folder,
@@ -81,15 +82,12 @@ class ExactResume(CheckpointSaver):
             ignore_keys=key("save_ignore_keys"),
         )
         if self.num_checkpoints_to_keep == 0:
-            raise UserError(
-                "save_num_checkpoints_to_keep: 0 leaves nothing to go on from; keep 2, so that"
-                " there is one before the newest"
-            )
+            raise UserError("save_num_checkpoints_to_keep: 0 leaves nothing to resume from; keep 2")
         for name in ("save_weights_only", "save_ignore_keys"):
             if key(name):
                 raise UserError(
-                    f"{name}: {key(name)} leaves too little to go on from exactly; leave it out, or"
-                    " leave out exact_resume and autoresume"
+                    f"{name}: {key(name)} leaves too little to resume from exactly; leave it out,"
+                    " or leave out exact_resume and autoresume"
                 )
         self.signals = StopSignals()
         self.ended_at: Time | None = None
@@ -100,8 +98,8 @@ class ExactResume(CheckpointSaver):
         self.settings = decisive.digests(decisive.settings(given, without))
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
-        self.found: str | None = None  # the checkpoint to go on from
-        self.base: str | None = None  # of an adapter: the weights it stands on
+        self.resumed_from: str | None = None  # the checkpoint's path
+        self.base: str | None = None  # fingerprint of the weights under an adapter
 
     # --- before Composer loads -------------------------------------------------------------------
 
@@ -110,48 +108,48 @@ class ExactResume(CheckpointSaver):
         self.run_name = state.run_name
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Where Composer is about to follow the `latest` link, makes it one to a whole checkpoint.
+        """Point the `latest` link, which Composer follows next, at an intact checkpoint.
 
         Raises:
-            UserError: no checkpoint is whole, another run goes on there, or what load_path names
-                is spoilt or could run code.
+            UserError: no checkpoint is intact, another run saves there, or load_path names a file
+                that is damaged or could run code.
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
             folder = Path(format_name_with_dist(self.folder, state.run_name))
             self.lock.path = folder / self.lock.path.name
             self.lock.take()
             checkpoint_files.remove_partial(folder)
-            found = self._find(state, folder) if self.autoresume else []
-            if found:
-                checkpoint_files.link_to(found[-1], self._latest(state))
-            self.saved_checkpoints = [str(path) for path in found]
-            self.found = str(found[-1]) if found else None
-        # What one rank refuses all must: the others would wait for it.
-        decided = [self.found]
-        dist.broadcast_object_list(decided, src=0)
-        self.found = decided[0]
-        if self.load_path is not None and not self.found:
+            intact = self._intact_checkpoints(state, folder) if self.autoresume else []
+            if intact:
+                checkpoint_files.link_to(intact[-1], self._latest(state))
+            self.saved_checkpoints = [str(path) for path in intact]
+            self.resumed_from = str(intact[-1]) if intact else None
+        # Every rank must know, so that all refuse a checkpoint together.
+        decision = [self.resumed_from]
+        dist.broadcast_object_list(decision, src=0)
+        self.resumed_from = decision[0]
+        if self.load_path is not None and not self.resumed_from:
             name = format_name_with_dist(self.load_path, state.run_name)
             check_load_path(name, thoroughly=dist.get_local_rank() == 0)
         model: Any = unwrapped(state)
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
 
-    def _find(self, state: State, folder: Path) -> list[Path]:
-        """Oldest first, ending with the one to go on from."""
+    def _intact_checkpoints(self, state: State, folder: Path) -> list[Path]:
+        """Return the run's checkpoints, oldest first; the last one is the one to resume from."""
         template = partial_format(self.filename.filename, run_name=state.run_name)
         paths = checkpoint_files.find_checkpoints(folder, template)
         latest = self._latest(state)
         if self.overwrite and latest.exists() and latest.resolve() in map(Path.resolve, paths):
-            # Later ones may be of a run before, which this one writes over.
-            names = [path.resolve() for path in paths]
-            paths = paths[: names.index(latest.resolve()) + 1]
+            # Later ones may be left from an earlier run that this one overwrites.
+            resolved = [path.resolve() for path in paths]
+            paths = paths[: resolved.index(latest.resolve()) + 1]
         given = Path(self.load_path) if self.load_path else None
         if not (paths or self.overwrite) and checkpoint_files.has_any(folder, besides=given):
             raise UserError(
-                f"{folder}: there are checkpoints, and none is called like save_filename,"
-                f" {self.filename.filename}, so the run would begin anew beside them; restore them,"
-                " or give the new run another folder"
+                f"{folder}: there are checkpoints, but none is named like save_filename,"
+                f" {self.filename.filename}, so the run would start from the beginning; restore"
+                " them, or give the new run another folder"
             )
         return checkpoint_files.keep_whole(paths)
 
@@ -160,59 +158,63 @@ class ExactResume(CheckpointSaver):
         return Path(self.latest_filename.format(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises:
-        UserError: the checkpoint is of a run with other settings; names each.
+        """Check that the checkpoint is of this run, then load it.
+
+        Raises:
+            UserError: the checkpoint is of a run with other settings; names each.
         """
         changed = decisive.changes(state["settings"], self.settings)
-        if self.found and state["run_name"] != self.run_name:
+        if self.resumed_from and state["run_name"] != self.run_name:
             changed.insert(0, f"run_name: {state['run_name']}, now {self.run_name}")
         if None not in (state["base"], self.base) and state["base"] != self.base:
-            changed.insert(0, f"base model: of weights {state['base']}, now {self.base}")
+            changed.insert(0, f"base model: weights {state['base']}, now {self.base}")
         if changed:
-            # Sharded ones are Composer's to find.
-            name = self.found or self.load_path or f"in {self.folder}"
+            # Composer finds sharded checkpoints itself, so the path is not known here.
+            name = self.resumed_from or self.load_path or f"in {self.folder}"
             raise UserError(
                 f"the checkpoint {name} is of a run with another"
                 f" {'; another '.join(changed)}. Restore the YAML; give the run another name and"
-                " save_folder; or begin anew from the checkpoint's weights with load_path,"
+                " save_folder; or start a new run from the checkpoint's weights with load_path,"
                 " load_weights_only: true and another save_folder"
             )
         self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
+        return {
+            **super().state_dict(),
             "settings": self.settings,
             "run_name": self.run_name,
             "duration": self.duration.to_timestring(),
             "base": self.base,
         }
-        return {**super().state_dict(), **own}
 
     # --- stopping --------------------------------------------------------------------------------
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Says where the run goes on. Were its batches all done, Composer's fit() would complain.
+        """Report where the run continues; raise max_duration until `fit_start` if no batch is left.
+
+        Composer's fit() refuses to train nothing, but evaluation, export or record may be missing.
 
         Raises:
-            UserError: it is done because max_duration was shortened.
+            UserError: no batch is left because max_duration was shortened.
         """
         end, before = state.max_duration, self.saved_duration
         if end is None:
             return
-        if self.found and dist.get_global_rank() == 0:
+        if self.resumed_from and dist.get_global_rank() == 0:
             batch = state.timestamp.batch.value
-            print(f"going on from {self.found}, after batch {batch}", file=sys.stderr)
+            print(f"continuing from {self.resumed_from}, after batch {batch}", file=sys.stderr)
         reached = state.timestamp.get(end.unit)
         if before is not None and repr(before) != repr(end):
             texts = before.to_timestring(), end.to_timestring()
             if reached > end or (reached == end and before.unit == end.unit):
                 raise UserError(
-                    f"max_duration: {texts[0]}, now {texts[1]}, which the checkpoint has left"
-                    " behind; restore it, or give the run another name and save_folder"
+                    f"max_duration: {texts[0]}, now {texts[1]}, which the checkpoint is already"
+                    " past; restore it, or give the run another name and save_folder"
                 )
             log.warning(
-                "max_duration: %s, now %s. A schedule that ends with it is another one from here",
+                "max_duration: %s, now %s. A schedule that depends on it changes from here on",
                 *texts,
             )
         if reached >= end:
@@ -222,27 +224,27 @@ class ExactResume(CheckpointSaver):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.ended_at is not None:
             state.max_duration = self.ended_at
-            state.previous_timestamp = state.timestamp  # without one, no evaluation is due
+            state.previous_timestamp = state.timestamp  # without it no evaluation would be due
         super().fit_start(state, logger)
         self.signals.install()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
-        number = self.signals.agreed(state)
+        received = self.signals.agreed(state)
         assert state.max_duration is not None
-        if not number or state.timestamp >= state.max_duration:
+        if not received or state.timestamp >= state.max_duration:
             return
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
-        reason = f"{signal.Signals(number).name} after batch {state.timestamp.batch.value}"
-        record = find(state, RunRecord)
+        reason = f"{signal.Signals(received).name} after batch {state.timestamp.batch.value}"
+        record = find_callback(state, RunRecord)
         if record is not None:
-            record.stop(f"stopped by {reason}; saved, so that the same command goes on there")
+            record.stop(f"stopped by {reason}; saved, so the same command continues from there")
         dist.barrier()  # no rank leaves while another still writes
         if dist.get_global_rank() == 0:
             print(f"stopped by {reason}: {self._latest(state)} is saved", file=sys.stderr)
         self.signals.remove()
-        sys.exit(128 + number)
+        sys.exit(128 + received)
 
     def close(self, state: State, logger: Logger) -> None:
         self.signals.remove()
@@ -251,7 +253,7 @@ class ExactResume(CheckpointSaver):
     # --- saving ----------------------------------------------------------------------------------
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        """On all ranks at once; rank 0 writes."""
+        """Save a checkpoint. A collective, in which rank 0 writes."""
         if state.fsdp_sharded_state_dict_enabled:
             return super()._save_checkpoint(state, logger)
         self.last_checkpoint_batch = state.timestamp.batch
@@ -270,12 +272,12 @@ class ExactResume(CheckpointSaver):
                 raise OSError(errno.ENOSPC, self._describe_full(path)) from error
             raise
         assert self.remote_file_name is not None
-        logger.upload_file(  # to those that keep artifacts
+        logger.upload_file(  # for loggers that keep artifacts
             remote_file_name=self.remote_file_name.format(state).lstrip("/"),
             file_path=path,
             overwrite=self.overwrite,
         )
-        self.saved_checkpoints = [one for one in self.saved_checkpoints if one != str(path)]
+        self.saved_checkpoints = [saved for saved in self.saved_checkpoints if saved != str(path)]
         self.saved_checkpoints.append(str(path))
         if self.num_checkpoints_to_keep > 0:
             while len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
@@ -290,10 +292,10 @@ class ExactResume(CheckpointSaver):
         )
 
     def _describe_full(self, path: Path) -> str:
-        whole = self.saved_checkpoints[-1] if self.saved_checkpoints else None
+        saved = self.saved_checkpoints
+        earlier = f"{saved[-1]} is intact" if saved else "there is no earlier checkpoint"
         free = shutil.disk_usage(path.parent).free / 1e9
         return (
             f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
-            f" {f'{whole} is whole' if whole else 'there is no earlier checkpoint'}. Free some"
-            " space and start the same command again"
+            f" {earlier}. Free some space and run the same command again"
         )

@@ -1,4 +1,4 @@
-"""What a run learns and forgets, measured at step 0 and at every evaluation."""
+"""`forgetting`: measures what a run learns and forgets, at step 0 and at every evaluation."""
 
 import json
 import logging
@@ -15,13 +15,15 @@ from peft import PeftModel
 
 from foundry_ext.data.dataloader import PackedDataset
 from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
-from foundry_ext.evaluation.config import DocumentsSettings, parse_sets
+from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.documents import DocumentsSet
-from foundry_ext.evaluation.measure import EvaluationSet, build_sets, measure
+from foundry_ext.evaluation.measure import EvalSet, build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
-from foundry_ext.evaluation.scoring import Share
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.scores import BaseModel
+from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.training.run_description import refuse_training_documents
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.json_lines import open_lines
 
@@ -29,34 +31,36 @@ log = logging.getLogger(__name__)
 
 
 class Forgetting(Callback):
-    """Logs `evaluation/<set>/<metric>` as measured, and against step 0 `learning/<set>_<metric>`,
-    positive where more is learned, and `forgetting/<set>_<metric>`, positive where more is
-    forgotten: loss, acc, acc_norm, strict_match, flexible_extract, and the KL to the base model in
-    mean nats a token. `forgetting/mean_accuracy` is the mean of the forgetting multiple-choice
-    sets, each in its `metric`.
+    """Callback that measures evaluation sets and logs what was learned and forgotten since step 0.
 
-    Step 0 is measured before the first batch, whether `eval_first` is set or not; then whenever
-    Composer has evaluated (`eval_interval`, with an `eval_loader`). The base model is what training
-    starts from: under an adapter the same weights, else a frozen copy, made only where a set wants
-    `kl`. Ranks share the work; FSDP is refused.
+    Logged are `evaluation/<set>/<metric>` as measured, `learning/<set>_<metric>`, positive if the
+    run learned, and `forgetting/<set>_<metric>`, positive if it forgot. Metrics are loss and KL to
+    the base model, in mean nats per token, acc, acc_norm, strict_match and flexible_extract.
+    `forgetting/mean_accuracy` is the mean over the forgetting multiple-choice sets, each by its
+    `metric`.
 
-    `evaluations` holds, for every step, {step, real_tokens, metrics, learning, forgetting}, and is
-    kept in checkpoints.
+    Step 0 is measured before the first batch, with or without `eval_first`. Later measurements
+    follow Composer's evaluations (`eval_interval`, with an `eval_loader`). The base model is the
+    model that training starts from: the weights under an adapter, or else a frozen copy, which is
+    made only if a set has `kl`. Ranks share the work. FSDP is refused.
+
+    `evaluations` holds {step, real_tokens, metrics, learning, forgetting} for every measurement,
+    and is part of checkpoints.
 
     Args:
         sets: name -> {role: learning | forgetting, type: documents | multiple_choice | generation,
             and that type's keys}, see foundry_ext/evaluation/config.py.
-        items: a file that gets a line of JSON for every item and step; `{run_name}` is replaced.
+        items: a file that gets a line of JSON per item and step; `{run_name}` is replaced.
 
     Raises:
-        UserError: before the first step, for a set that cannot be measured or is the training set.
+        UserError: before the first step, if a set cannot be measured or is the training set.
     """
 
     def __init__(self, sets: Mapping[str, Mapping[str, Any]], items: str | None = None):
-        self.settings = parse_sets(sets)
+        self.configs = parse_sets(sets)
         self.items_path = items
         self.evaluations: list[dict[str, Any]] = []
-        self.sets: list[EvaluationSet] = []
+        self.sets: list[EvalSet] = []
         self.base: BaseModel | None = None
         self.base_fingerprint: str | None = None
         self.loaded_fingerprint: str | None = None
@@ -64,18 +68,17 @@ class Forgetting(Callback):
     # --- before the first step -------------------------------------------------------------------
 
     def init(self, state: State, logger: Logger) -> None:
-        """Reads the sets, and copies the base model while no checkpoint has been loaded yet."""
+        """Read the sets, and keep the base model before a checkpoint is loaded over it."""
         if state.fsdp_config is not None:
             raise UserError(
-                "forgetting cannot measure a model that FSDP shards: leave fsdp_config out, which"
-                " trains with DDP, or leave the callback out and run `foundry-ext eval` on the"
-                " checkpoints afterwards"
+                "forgetting cannot measure a model that FSDP shards: leave out fsdp_config to train"
+                " with DDP, or leave out the callback and run `foundry-ext eval` on the checkpoints"
             )
         model = _composer_model(state)
         inner, tokenizer = model.inner_model, model.tokenizer
         assert tokenizer is not None
-        self.sets = build_sets(self.settings, tokenizer, inner.config.max_position_embeddings)
-        if any(isinstance(one, DocumentsSettings) and one.kl for one in self.settings):
+        self.sets = build_sets(self.configs, tokenizer, inner.config.max_position_embeddings)
+        if any(isinstance(config, DocumentsSetConfig) and config.kl for config in self.configs):
             self.base_fingerprint = weights_fingerprint(inner)
             adapted = model.model
             self.base = adapters_off(adapted) if isinstance(adapted, PeftModel) else BaseCopy(inner)
@@ -86,7 +89,8 @@ class Forgetting(Callback):
         if resumed and not self.evaluations:
             raise UserError(
                 "forgetting: the checkpoint holds no measurement of step 0 to compare with; start"
-                " anew, or leave the callback out and run `foundry-ext eval` afterwards"
+                " again from the base model, or leave out the callback and run `foundry-ext eval`"
+                " after the run"
             )
         if self.base is not None:
             self._settle_base(state, resumed)
@@ -96,26 +100,22 @@ class Forgetting(Callback):
         train = getattr(state.train_dataloader, "dataset", None)
         if not isinstance(train, PackedDataset):
             return
-        for one in self.sets:
-            if not isinstance(one, DocumentsSet):
-                continue
-            if one.dataset.documents.fingerprint == train.documents.fingerprint:
-                raise UserError(
-                    f"sets.{one.settings.name}.loader: these are the very documents of"
-                    " train_loader; measure on held-out ones (`holdout`, or another file)"
-                )
+        for eval_set in self.sets:
+            if isinstance(eval_set, DocumentsSet):
+                key = f"sets.{eval_set.config.name}.loader"
+                refuse_training_documents(key, eval_set.dataset, train)
 
     def _settle_base(self, state: State, resumed: bool) -> None:
         if not resumed:
-            # Weights may have been loaded (load_weights_only): training starts from them.
+            # With load_weights_only training starts from weights loaded after `init`.
             inner = _composer_model(state).inner_model
             self.base_fingerprint = weights_fingerprint(inner)
             if isinstance(self.base, BaseCopy):
                 self.base.retake(inner)
         elif self.loaded_fingerprint not in (None, self.base_fingerprint):
             raise UserError(
-                "forgetting: the run began from another base model than the YAML names now; restore"
-                " model.pretrained_model_name_or_path, or start anew"
+                "forgetting: the run started from another base model than the YAML names now;"
+                " restore model.pretrained_model_name_or_path, or start a new run"
             )
 
     def _open_items(self, state: State, resumed: bool) -> None:
@@ -128,7 +128,7 @@ class Forgetting(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if not state.evaluators:
             raise UserError(
-                "forgetting measures whenever Composer evaluates: give an eval_loader and an"
+                "forgetting measures when Composer evaluates: give an eval_loader and an"
                 " eval_interval"
             )
         if not self.evaluations:
@@ -140,20 +140,20 @@ class Forgetting(Callback):
         self._measure(state, logger)
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
-        """What `eval_first` ends with."""
+        """Measure at the end of `eval_first`."""
         self._measure(state, logger)
 
     def _measure(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
         if self.evaluations and self.evaluations[-1]["step"] == step:
-            return
+            return  # several evaluations may end at one step
         started = time.perf_counter()
         with get_precision_context(state.precision, state.precision_config, False):
             metrics, items = measure(
                 self.sets,
                 _composer_model(state).inner_model,
                 self.base,
-                share=Share(dist.get_global_rank(), dist.get_world_size()),
+                shard=Shard(dist.get_global_rank(), dist.get_world_size()),
                 gather=_gather,
             )
         start = self.evaluations[0]["metrics"] if self.evaluations else metrics
@@ -161,7 +161,7 @@ class Forgetting(Callback):
             "step": step,
             "real_tokens": state.timestamp.token.value,
             "metrics": metrics,
-            **changes(self.settings, start, metrics),
+            **changes(self.configs, start, metrics),
         }
         self.evaluations.append(evaluation)
         self._write(step, items)
@@ -194,7 +194,7 @@ class Forgetting(Callback):
 
 
 def _composer_model(state: State) -> ComposerSmolLM2:
-    model = state.model.module if state.is_model_ddp else state.model
+    model = unwrapped(state)
     if not isinstance(model, ComposerSmolLM2):
         raise UserError(
             f"forgetting measures smollm2_packed models, not {type(model).__name__}; set"

@@ -1,4 +1,4 @@
-"""`guard`: numbers that go wrong are found before the optimizer makes weights of them."""
+"""`guard`: stops or skips a step whose loss or gradient is non-finite or spikes."""
 
 import logging
 import math
@@ -18,53 +18,61 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.models.checks import IdsOutside, check_ids
 from foundry_ext.packing.batch import Pack
 from foundry_ext.training.meter import packed_dataset, unwrapped
-from foundry_ext.training.suspects import describe_suspects, find_suspects, spoilt_weights
+from foundry_ext.training.outlier_documents import (
+    describe_corrupted_weights,
+    describe_outliers,
+    measure_documents,
+)
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 ACTIONS = ("stop", "skip")
-WINDOW = 64  # steps whose median norm a step is held against
-ENOUGH = 16  # of them, before there is a median worth the name
-MOST_IN_A_ROW = 5  # skipped steps, after which it is not the documents
-_ANEW = (
-    "begin anew with a lower optimizer.lr, in another save_folder, from the base model or, by"
+WINDOW = 64  # steps whose median norm a step is compared with
+ENOUGH = 16  # steps before the median is meaningful
+MOST_IN_A_ROW = 5  # skipped steps, after which the documents are not the cause
+_START_AGAIN = (
+    "start again with a lower optimizer.lr and another save_folder, from the base model or, with"
     " load_path and load_weights_only: true, from an earlier checkpoint"
 )
 
 
 class Guard(Callback):
-    """Looks at every step's losses and gradient norm, all ranks', before anything is updated.
+    """Callback that checks every step's losses and gradient norm before the optimizer uses them.
 
-    A loss or norm that is not finite, or a norm above `spike_factor` times the median of the last
-    64 steps, is *wrong*. The documents that give it are measured one by one and named by their
-    numbers, and the step is not taken: the run stops, or goes on without it. Weights that are not
-    finite themselves end a run in any case, and so does a sixth skipped step in a row.
+    A step is *wrong* if a loss or the norm is not finite on any rank, or the norm is more than
+    `spike_factor` times the median of the last 64 steps. The documents of a wrong step are measured
+    one by one and the outliers named. Then the run stops, or skips the step and continues. It
+    always stops if weights are not finite, and at the sixth wrong step in a row.
 
-    A skipped step changes no weight and no optimizer state; its tokens and batch number count, and
-    the schedule goes on. Logs `guard/gradient_norm`, before clipping, and `guard/skipped`, so far.
-    Costs a reading of the gradients, as clipping does, and one value for the host to wait for.
-    Ids and labels outside the vocabulary are named with their document before they are computed.
-    Under `amp_fp16` infinite gradients are left to Composer's scaler, which skips those itself.
+    A skipped step changes no weight and no optimizer state. Its tokens and batch number count, and
+    the schedule continues. Logged are `guard/gradient_norm`, before clipping, and `guard/skipped`,
+    the skipped steps so far. The cost is one pass over the gradients, as for clipping, and one wait
+    of the host for the device.
+
+    Ids and labels outside the vocabulary are reported with their document before they are computed
+    with. Under `amp_fp16` infinite gradients are left to Composer's scaler, which skips those steps
+    itself.
 
     Args:
         action: stop or skip.
-        spike_factor: times the median, above 1.
+        spike_factor: multiple of the median norm, above 1.
     """
 
     def __init__(self, action: str = "stop", spike_factor: float = 20.0):
         if action not in ACTIONS:
             raise UserError(f"guard.action: {action!r}; choose one of {', '.join(ACTIONS)}")
         if isinstance(spike_factor, bool) or not spike_factor > 1:
-            raise UserError(f"guard.spike_factor: {spike_factor!r}; give a number above 1")
+            raise UserError(f"guard.spike_factor: {spike_factor!r}; must be a number above 1")
         self.action, self.spike_factor = action, spike_factor
         self.losses: list[Tensor] = []  # of a step's microbatches on this rank
-        self.norms: deque[float] = deque(maxlen=WINDOW)  # of steps taken
+        self.norms: deque[float] = deque(maxlen=WINDOW)  # of steps that were taken
         self.skipped = self.in_a_row = 0
 
     def init(self, state: State, logger: Logger) -> None:
-        # Algorithms run before callbacks, and clipping is one. Those at an `after_` event run last
-        # to first, hence at the end (composer.core.passes.set_filo_order).
+        # An algorithm, because algorithms run before callbacks and clipping is an algorithm. At the
+        # end of the list, because at an `after_` event the last algorithm runs first
+        # (composer.core.passes.set_filo_order).
         state.algorithms.append(_BeforeClipping(self))
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -82,10 +90,12 @@ class Guard(Callback):
         self.losses.append(state.loss.detach().float())
 
     def judge(self, state: State, logger: Logger) -> None:
-        """To be called by all ranks, with the gradients of the whole step.
+        """Stop the run or drop the step's gradients if the step is wrong. A collective.
+
+        To be called when the gradients of all microbatches are there.
 
         Raises:
-            FloatingPointError: on all ranks, where the run is to stop.
+            FloatingPointError: the run must stop; raised on all ranks.
         """
         num_bad, norm = self._measure(state)
         logger.log_metrics({"guard/gradient_norm": norm})
@@ -95,25 +105,25 @@ class Guard(Callback):
             if math.isfinite(norm):
                 self.norms.append(norm)
             return
-        found = self._describe(problem, state)
+        description = self._describe(problem, state)
         for optimizer in state.optimizers:
-            # Without gradients, rather than with zeros: those would still decay and use momentum.
+            # None instead of zeros: with zero gradients weight decay and momentum still apply.
             optimizer.zero_grad(set_to_none=True)
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         logger.log_metrics({"guard/skipped": self.skipped})
         if dist.get_global_rank() == 0:
-            log.warning("%s. The step was skipped", found)
+            log.warning("%s. The step was skipped", description)
 
     def _measure(self, state: State) -> tuple[int, float]:
-        """Losses that are not finite, and the norm; of all ranks, so that all decide the same."""
+        """Return the number of non-finite losses and the gradient norm, the same on all ranks."""
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         shards = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
         square = torch.nn.utils.get_total_norm(shards).float().square()
         bad = torch.stack([loss.reshape(()) for loss in self.losses]).isfinite().logical_not().sum()
-        found = torch.stack([bad.to(square), square])
-        dist.all_reduce(found)
-        num_bad, total = _read(found)
-        # DDP's ranks have the same gradient, FSDP's a part of it each.
+        sums = torch.stack([bad.to(square), square])
+        dist.all_reduce(sums)
+        num_bad, total = _read(sums)
+        # Under DDP every rank has the whole gradient, under FSDP a part of it.
         total /= 1 if _is_sharded(state) else dist.get_world_size()
         return int(num_bad), math.sqrt(total)
 
@@ -132,38 +142,37 @@ class Guard(Callback):
         return None
 
     def _describe(self, problem: str, state: State) -> str:
-        """What is wrong and where.
+        """Return what is wrong and where.
 
         Raises:
-            FloatingPointError: and the run cannot, or is not to, go on.
+            FloatingPointError: the run cannot continue, or is not to.
         """
         clock = state.timestamp
-        where = f"guard: batch {clock.batch.value} (epoch {clock.epoch.value}): {problem}"
-        unchanged = "No weight was changed by this batch"
-        spoilt = spoilt_weights(state)
-        if spoilt:
+        description = f"guard: batch {clock.batch.value} (epoch {clock.epoch.value}): {problem}"
+        unchanged = "This batch changed no weight"
+        corrupted = describe_corrupted_weights(state)
+        if corrupted:
             raise FloatingPointError(
-                f"{where}, and {spoilt} of the weights it came from. {unchanged}, but an earlier"
-                f" one spoilt them: {_ANEW}"
+                f"{description}, and {corrupted} of the weights are not finite either. {unchanged},"
+                f" but an earlier one corrupted them: {_START_AGAIN}"
             )
-        suspects = find_suspects(state, self.dataset, measure_gradients=not _is_sharded(state))
-        found = f"{where}; {describe_suspects(suspects)}"
+        documents = measure_documents(state, self.dataset, measure_gradients=not _is_sharded(state))
+        description += f"; {describe_outliers(documents)}"
         if self.action == "stop":
             raise FloatingPointError(
-                f"{found}. {unchanged}. Correct or remove the documents; or let the run go on"
-                " without such batches, callbacks.guard.action: skip; for a spike that is none,"
-                " raise callbacks.guard.spike_factor"
+                f"{description}. {unchanged}. Correct or remove the documents, or set"
+                " callbacks.guard.action: skip to continue without such batches; if a spike is"
+                " harmless, raise callbacks.guard.spike_factor"
             )
         if self.in_a_row == MOST_IN_A_ROW:
             raise FloatingPointError(
-                f"{found}. {unchanged}, nor by the {MOST_IN_A_ROW} before it, which were skipped"
-                f" too: {_ANEW}"
+                f"{description}. {unchanged}, nor did the {MOST_IN_A_ROW} before it, which were"
+                f" skipped too: {_START_AGAIN}"
             )
-        return found
+        return description
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.in_a_row}
-        return kept
+        return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.norms.extend(state["norms"])
@@ -171,7 +180,7 @@ class Guard(Callback):
 
 
 class _BeforeClipping(Algorithm):
-    """Calls the guard when a step's gradients are complete, unscaled and not clipped yet."""
+    """Algorithm that calls the guard once gradients are complete and unscaled, before clipping."""
 
     def __init__(self, guard: Guard):
         self.guard = guard
@@ -184,20 +193,22 @@ class _BeforeClipping(Algorithm):
 
 
 def _check_on_the_host(state: State, dataset: PackedDataset, vocabulary: int) -> None:
-    """As the model does, but while the batch has yet to go to the device, where a failed check ends
-    the process without a word on which document it was.
+    """Check ids and labels while the batch is still on the CPU.
+
+    The model checks them too, but on a GPU a failed check ends the process without naming the
+    document.
 
     Raises:
-        UserError: an id or label outside the vocabulary; names its document.
+        UserError: an id or label is outside the vocabulary; names its document.
     """
     packs = cast(Sequence[Pack], state.batch)
-    for number, pack in enumerate(packs):
+    for index, pack in enumerate(packs):
         try:
             check_ids(pack["input_ids"], pack["labels"], vocabulary)
         except IdsOutside as error:
-            documents = dataset.sampler.batch(dataset.next_batch - 1)[number]
-            place = torch.searchsorted(pack["cu_seqlens"], error.place, right=True) - 1
-            name = dataset.name_document(int(documents[int(place)]))
+            documents = dataset.sampler.batch(dataset.next_batch - 1)[index]
+            row = torch.searchsorted(pack["cu_seqlens"], error.index, right=True) - 1
+            name = dataset.name_document(int(documents[int(row)]))
             raise UserError(f"guard: {name}: {error}") from error
 
 
@@ -205,6 +216,6 @@ def _is_sharded(state: State) -> bool:
     return state.fsdp_config is not None
 
 
-def _read(found: Tensor) -> list[float]:
-    """The one place where the host waits for the device."""
-    return found.tolist()
+def _read(values: Tensor) -> list[float]:
+    """Return the values; the only place where the host waits for the device."""
+    return values.tolist()

@@ -1,16 +1,16 @@
-"""Throughput in real tokens, packing fill, and what the data lost: what a padded counter hides."""
+"""`packed_throughput`: throughput in real tokens, packing efficiency and data lost to packing."""
 
 from collections import deque
 from typing import TextIO, cast
 
-from composer.core import Callback, Event, State
+from composer.core import Event, State
 from composer.loggers import ConsoleLogger, Logger
 from composer.utils import create_interval_scheduler, dist
 
 from foundry_ext.training.meter import (
-    Counts,
-    Meter,
-    Utilisation,
+    MFUMeter,
+    StepCounts,
+    StepTimer,
     over_ranks,
     packed_dataset,
     total,
@@ -18,37 +18,37 @@ from foundry_ext.training.meter import (
 from foundry_ext.utils.errors import UserError
 
 
-class PackedThroughput(Callback):
-    """Logs, over a window of batches and all ranks,
+class PackedThroughput(StepTimer):
+    """Callback that logs throughput, averaged over a window of batches and summed over all ranks.
 
     - `throughput/real_tokens_per_sec`, `throughput/loss_tokens_per_sec`,
-      `throughput/documents_per_sec` and `throughput/device/real_tokens_per_sec`,
-    - `throughput/waiting_for_data`: share of the time, 0 to 1,
-    - `throughput/device/mfu` where the GPU's peak is known, see models/flops.py,
-    - `packing/fill`: real tokens over pack capacity, `packing/documents_per_pack`,
+      `throughput/documents_per_sec` and `throughput/device/real_tokens_per_sec`;
+    - `throughput/waiting_for_data`: share of the time, 0 to 1;
+    - `throughput/device/mfu` if the GPU's peak is known, see models/flops.py;
+    - `packing/fill`: real tokens over pack capacity, and `packing/documents_per_pack`;
     - once, `data/<outcome>`: documents kept, truncated, split or dropped, and tokens cut.
 
-    Evaluation, checkpoints and a process's first batch are not in the time. Where Composer logs to
-    the console (`log_to_console`), a line says the same at each `console_log_interval`.
+    Evaluation, checkpoints and a process's first batch are not in the time. If Composer logs to the
+    console (`log_to_console`), the same figures are printed at each `console_log_interval`.
 
     Args:
         window_size: batches to average over.
     """
 
     def __init__(self, window_size: int = 20):
+        super().__init__()
         if window_size < 1:
-            raise UserError(f"packed_throughput.window_size: {window_size} is below 1")
-        self.history: deque[Counts] = deque(maxlen=window_size)  # of this rank
-        self.meter = Meter()
+            raise UserError(f"packed_throughput.window_size: {window_size}; must be at least 1")
+        self.history: deque[StepCounts] = deque(maxlen=window_size)  # of this rank
         self.logged: dict[str, float] = {}
         self.console: ConsoleLogger | None = None
-        self.printed = -1  # the batch of the last line
+        self.printed = -1  # the batch of the last printed line
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "packed_throughput")
         self.capacity = dataset.sampler.capacity
-        self.utilisation = Utilisation(state)
-        consoles = [one for one in logger.destinations if isinstance(one, ConsoleLogger)]
+        self.mfu_meter = MFUMeter(state)
+        consoles = [x for x in logger.destinations if isinstance(x, ConsoleLogger)]
         self.console = consoles[0] if consoles and dist.get_global_rank() == 0 else None
         if self.console is not None:
             interval = self.console.log_interval
@@ -58,15 +58,9 @@ class PackedThroughput(Callback):
         counts = dataset.documents.counts
         logger.log_metrics({f"data/{outcome}": count for outcome, count in counts.items()})
 
-    def before_dataloader(self, state: State, logger: Logger) -> None:
-        self.meter.before_dataloader()
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        self.meter.after_dataloader()
-
     def batch_end(self, state: State, logger: Logger) -> None:
-        counts, first = self.meter.batch_end(state.batch)
-        if not first:
+        counts, is_first = self.finish_step(state.batch)
+        if not is_first:
             self.history.append(counts)
             self.logged = self._measure()
             logger.log_metrics(self.logged)
@@ -81,17 +75,16 @@ class PackedThroughput(Callback):
 
     def _measure(self) -> dict[str, float]:
         counts = over_ranks(total(self.history))
-        mfu = self.utilisation.of(counts)
+        mfu = self.mfu_meter.of(counts)
+        real_tokens_per_sec = counts.real_tokens / counts.seconds
         return {
-            "throughput/real_tokens_per_sec": counts.real_tokens / counts.seconds,
+            "throughput/real_tokens_per_sec": real_tokens_per_sec,
             "throughput/loss_tokens_per_sec": counts.loss_tokens / counts.seconds,
             "throughput/documents_per_sec": counts.documents / counts.seconds,
-            "throughput/device/real_tokens_per_sec": (
-                counts.real_tokens / counts.seconds / dist.get_world_size()
-            ),
+            "throughput/device/real_tokens_per_sec": real_tokens_per_sec / dist.get_world_size(),
             "throughput/waiting_for_data": counts.waiting / counts.seconds,
             **({} if mfu is None else {"throughput/device/mfu": mfu}),
-            "packing/fill": counts.real_tokens / (counts.packs * self.capacity),
+            "packing/fill": counts.packing_efficiency(self.capacity),
             "packing/documents_per_pack": counts.documents / counts.packs,
         }
 
@@ -100,7 +93,7 @@ class PackedThroughput(Callback):
             self._print(state, self.console)
 
     def _print(self, state: State, console: ConsoleLogger) -> None:
-        """Composer's console has a line a metric, some twenty; this one is for people."""
+        """Print one line for people; Composer's console prints a line per metric, about twenty."""
         if self.logged:
             self.printed = state.timestamp.batch.value
             text = f"[batch={self.printed}] {as_text(self.logged)}"
@@ -108,7 +101,11 @@ class PackedThroughput(Callback):
 
 
 def as_text(logged: dict[str, float]) -> str:
-    """`81,234 real tokens/s (40,617 with loss), MFU 35.2 %, packs 99.1 % full, data wait 0.2 %`."""
+    """Return the figures in a line.
+
+    Example: `81,234 real tokens/s (40,617 with loss), MFU 35.2 %, packs 99.1 % full, data wait
+    0.2 %`.
+    """
     mfu = logged.get("throughput/device/mfu")
     return ", ".join(
         [

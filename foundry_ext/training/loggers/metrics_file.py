@@ -1,4 +1,4 @@
-"""Every logged number of a run as a line of JSON, to be read without a server."""
+"""`metrics_file`: writes every logged number as JSON lines, readable without a server."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from foundry_ext.utils.json_lines import open_lines, read_lines
 
 
 class MetricsFile(LoggerDestination):
-    """Appends {"batch": 20, "token": 81920, "loss/train/total": 3.1, ...} lines on rank 0.
+    """Logger that appends lines like {"batch": 20, "token": 81920, "loss/train/total": 3.1}.
 
-    `batch` and `token` (real tokens) say how far training was. A resumed run goes on in the same
-    file; lines of batches after the checkpoint stand there twice, and the later ones count.
+    `batch` and `token` (real tokens) are the progress of training. A resumed run continues the
+    file: batches after the checkpoint have two lines, of which the later one counts.
 
     Args:
         path: the file; `{run_name}` is replaced.
@@ -27,7 +27,7 @@ class MetricsFile(LoggerDestination):
         self.state: State | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Not at `init`, when a run that is about to be resumed still looks like a new one."""
+        """Open the file; at `init` a run that is about to be resumed would still look new."""
         self.state = state
         if dist.get_global_rank() == 0:
             path = Path(self.path.format(run_name=state.run_name))
@@ -49,9 +49,9 @@ class MetricsFile(LoggerDestination):
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Each metric's values by batch; of two values for a batch the later one.
+    """Return each metric's values by batch; of two values for a batch, the later one.
 
-    A last line that a killed run left unfinished is passed over.
+    A last line that a killed run left unfinished is skipped.
 
     Example: {"loss/train/total": {0: 8.3, 1: 8.1}}.
     """

@@ -1,4 +1,4 @@
-"""Weights & Biases for metrics, with checkpoints kept out of it."""
+"""`wandb_metrics`: Weights & Biases for metrics and records, but not for checkpoints."""
 
 import atexit
 import logging
@@ -11,17 +11,17 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger, WandBLogger
 
-from foundry_ext.records.record import items_path, read_record
+from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 from foundry_ext.training.callbacks.run_record import RunRecord
-from foundry_ext.training.run_description import find, method_of
+from foundry_ext.training.run_description import find_callback, method_of
 from foundry_ext.utils.redaction import redact
 
 log = logging.getLogger(__name__)
 
 TOKENS = "time/token"  # real tokens, Composer's name for them
-# Charts of these have real tokens as their axis; steps are W&B's own and remain selectable.
+# Charts of these have real tokens as x axis; W&B's own steps can still be selected.
 AGAINST_TOKENS = ("learning/*", "forgetting/*", "evaluation/*", "metrics/*", "loss/*")
-# What a run of the shipped YAMLs logs; * is a set, an evaluator, an optimizer or a source's count.
+# Keys that runs of the shipped YAMLs log; * is a set, an evaluator, an optimizer or a count.
 PROMISED_KEYS = (
     *("loss/train/total", "time/batch", "time/epoch", "time/sample", TOKENS),
     *("learning/*_loss", "forgetting/*_loss", "forgetting/*_kl"),
@@ -33,22 +33,21 @@ PROMISED_KEYS = (
     *("data/kept", "data/truncated", "data/tokens_cut", "lr-*/group0", "text_samples"),
     "guard/gradient_norm",
 )
-# In the run's configuration, beside the whole YAML; the first two are its group and job type, too.
+# Keys of the run's configuration besides the YAML; the first two are also its group and job type.
 PROMISED_CONFIG = ("experiment", "method", "seed")
-RECORD_NAME = "record.json"  # among the run's files, with the per-item file it names
 
 
 class WandBMetrics(WandBLogger):
-    """Composer's WandBLogger for runs that are compared. Arguments are those of `wandb`.
+    """Composer's WandBLogger for runs that are compared. The arguments are those of `wandb`.
 
-    Runs are grouped by the experiment of `run_record`, below it by method (W&B's job type) and
-    seed (in the configuration), unless `group` or `init_kwargs.job_type` say otherwise. Every value
-    is logged with the real tokens so far. The run's record and its items end up in its files.
-    Secrets are redacted from the configuration, and what the run prints is not captured unless
-    `init_kwargs.settings.console` asks for it.
+    Runs are grouped by the experiment of `run_record`, then by method (W&B's job type) and seed (in
+    the configuration), unless `group` or `init_kwargs.job_type` are given. Every value is logged
+    with the real tokens so far. The run's files include its record and items. Secrets are redacted
+    from the configuration, and the run's output is not captured unless
+    `init_kwargs.settings.console` is set.
 
-    It is never asked for checkpoints: `autoresume` looks for a run's newest one on disk and then in
-    every logger. Composer's asks the W&B server for an artifact, which offline ends the run with
+    It refuses to look for checkpoints: `autoresume` looks for the newest one on disk and then asks
+    every logger. Composer's WandBLogger would ask the W&B server, which offline ends the run with
     "can only be called after running init()" before its first step.
     """
 
@@ -56,7 +55,7 @@ class WandBMetrics(WandBLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         self.state = state
-        record, method = find(state, RunRecord), method_of(state).name
+        record, method = find_callback(state, RunRecord), method_of(state).name
         config = {"method": method, "seed": state.rank_zero_seed}
         if record is not None:
             config["experiment"] = record.experiment
@@ -64,9 +63,9 @@ class WandBMetrics(WandBLogger):
         self._init_kwargs.setdefault("job_type", method)
         self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
         defaults = {
-            # wandb 0.18 else asks the server, for minutes, when a table is logged offline.
+            # Otherwise wandb 0.18 waits minutes for the server when a table is logged offline.
             "allow_offline_artifacts": False,
-            # llm-foundry prints the configuration, secrets and all, and W&B would take that along.
+            # llm-foundry prints the configuration, secrets included, and W&B would upload that.
             "console": "off",
         }
         self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
@@ -77,19 +76,20 @@ class WandBMetrics(WandBLogger):
             wandb.define_metric(TOKENS)
             for names in AGAINST_TOKENS:
                 wandb.define_metric(names, step_metric=TOKENS)
-            # Where a run fails, W&B's own hook closes it before Composer's; this comes before both.
+            # If a run fails, W&B's exit hook closes it before Composer's calls `close`. This hook
+            # comes before both, because exit hooks run last to first.
             atexit.register(self._save_record)
 
     def _start(self, state: State, logger: Logger) -> None:
-        """A run is worth more than its W&B page: without key or network it goes on offline."""
+        """Start W&B; without a key or network continue offline rather than end the run."""
         import wandb
 
         try:
             super().init(state, logger)
         except wandb.Error as error:  # no key, or no answer from the server
             log.warning(
-                "W&B cannot be reached (%s): this run goes on offline, and `wandb sync %s` uploads"
-                " it later; `wandb login` gives a key, WANDB_MODE=offline spares the wait",
+                "W&B cannot be reached (%s): this run continues offline, and `wandb sync %s`"
+                " uploads it later; `wandb login` stores a key, WANDB_MODE=offline avoids the wait",
                 *(shorten(str(error), 200, placeholder=" ..."), "wandb/offline-run-*"),
             )
             self._init_kwargs["mode"] = "offline"
@@ -110,18 +110,18 @@ class WandBMetrics(WandBLogger):
         super().post_close()
 
     def _save_record(self) -> None:
-        """Copies, for a link would point out of an offline run's folder."""
+        """Copy the record and its items to the run's files; links would point out of its folder."""
         import wandb
 
-        record = find(self.state, RunRecord) if self.state is not None else None
+        record = find_callback(self.state, RunRecord) if self.state is not None else None
         if record is None or wandb.run is None or wandb.run.disabled:
             return
         path, folder = Path(record.path), Path(wandb.run.dir)
         try:
             content = read_record(path)
-        except (OSError, ValueError):  # the run did not come as far as its first record
+        except (OSError, ValueError):  # the run ended before its first record
             return
-        if content["pid"] != os.getpid():  # another run's
+        if content["pid"] != os.getpid():  # it is another run's
             return
         files = {RECORD_NAME: path}
         items = items_path(path, content)

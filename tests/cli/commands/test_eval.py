@@ -102,7 +102,7 @@ def test_full_model_without_a_base(sets, trained, tmp_path, capsys):
     del expected["source/kl"]
     assert report["metrics"] == {"base": None, "model": pytest.approx(expected, rel=1e-5)}
     assert "learning" not in report and report["base"] is None
-    assert "no base model is known: give it by --base" in capsys.readouterr().out
+    assert "the base model is unknown: pass --base" in capsys.readouterr().out
 
 
 def test_the_base_of_a_full_model_is_in_its_run_s_record(world, sets, trained, tmp_path):
@@ -236,8 +236,8 @@ def test_results_of_the_harness_enter_the_last_evaluation(record, tmp_path, caps
 def test_results_that_cannot_enter(record, tmp_path, capsys):
     results = tmp_path / "results.json"
     for text, message in (
-        ("{}", "is no results_*.json"),
-        ("no json", "is no results_*.json"),
+        ("{}", "must be a results_*.json"),
+        ("no json", "must be a results_*.json"),
         ('{"results": {"x": {"alias": "x"}}}', "holds no figure"),
     ):
         results.write_text(text)

@@ -42,8 +42,8 @@ def test_what_is_right_is_verified_and_leaves_nothing(verify, method: str):
     assert code == 0, out
     assert failed(out) == [] and "\nverified: " in out
     for backend in ("flex", "blockwise", "sdpa"):
-        assert f"no document sees another with {backend}: to the bit" in out
-    assert "losses after resuming, equal to the bit: 2 steps" in out
+        assert f"no document sees another with {backend}: bitwise" in out
+    assert "losses after resuming, bitwise equal: 2 steps" in out
     assert [path.name for path in Path().iterdir()] == ["a.yaml"]
 
 
@@ -53,7 +53,7 @@ def test_a_pack_that_is_too_large_is_cut_and_that_is_said(verify, recwarn):
     assert code == 0, out
     # Of two steps no warm-up is a part.
     assert not [one for one in recwarn if "warmup" in str(one.message)]
-    assert "looked at cut to 24" in out and "packs of 24 tokens (--tokens), not 64" in out
+    assert "are cut to 24" in out and "packs of 24 tokens (--tokens), not 64" in out
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -75,7 +75,7 @@ def test_documents_that_see_each_other_are_found(verify, monkeypatch):
     lines = "\n".join(failed(out))
     assert "pack 0, document 0 of" in lines and "its end is not in cu_seqlens" in lines
     assert "no document sees another with sdpa: pack 0, document 1: its logits moved" in lines
-    assert "loss, packed" in lines and "gradients, packed" in lines
+    assert "packed loss" in lines and "packed gradients" in lines
     assert "losses after resuming" not in lines
 
 
@@ -86,7 +86,7 @@ def test_dropout_that_is_not_resumed_is_found(verify, monkeypatch):
     assert code == 1
     parted, losses, weights = failed(out)
     assert parted.endswith(": random numbers differ at its first step")
-    assert "losses after resuming, equal to the bit: step 3 of 4: " in losses
+    assert "losses after resuming, bitwise equal: step 3 of 4: " in losses
     assert "final weights" in weights
 
 

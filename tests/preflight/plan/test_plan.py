@@ -85,7 +85,7 @@ def test_the_course_is_the_runs(world, tmp_path, duration: str, interval: str, f
     assert course.totals.documents == clock.sample.value
     packs = [pack for batch in run.spy.batches for pack in batch]
     assert course.totals.loss_tokens == sum(pack["num_loss_tokens"] for pack in packs)
-    assert course.totals.slots == sum(pack["input_ids"].shape[1] for pack in packs)
+    assert course.totals.num_computed_tokens == sum(pack["input_ids"].shape[1] for pack in packs)
     assert course.totals.packs == sum(pack["num_tokens"] > 0 for pack in packs)
     squares = sum(pack["sum_squared_lengths"] for pack in packs)
     assert course.totals.sum_squared_lengths == squares
@@ -282,10 +282,10 @@ def test_the_plan_of_a_run_is_its_record(world, tmp_path):
     assert record["steps"] == plan.course.steps
     assert record["documents"] == totals.documents
     assert record["tokens"] == {
-        "slots": totals.slots,
+        "slots": totals.num_computed_tokens,
         "real": totals.tokens,
         "loss": totals.loss_tokens,
     }
-    assert record["throughput"]["fill"] == pytest.approx(plan.course.fill, rel=0.2)
+    assert record["throughput"]["fill"] == pytest.approx(plan.course.packing_efficiency, rel=0.2)
     after = plan_of(config)
     assert after.rates.num_records == 1, "the next plan goes by this run"

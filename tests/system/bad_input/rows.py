@@ -10,7 +10,7 @@ GOOD = '{"prompt": "one", "response": "two"}\n'
 LONG = {"prompt": "one", "response": "seven " * 200}
 _WAY_OUT = "set preprocessing_fn to a function that makes such rows"
 _NOT_FOUND = ("give hf_name a local", ".jsonl", "a folder of them, or a name on the hub")
-_NOTHING_LEFT = "is left to train on"
+_NOTHING_LEFT = "left to train on"
 
 
 def _folder(bench: Bench) -> None:
@@ -114,7 +114,7 @@ FILES = [
     Case(
         "evaluation on the training rows",
         _same_documents,
-        ("eval_loader eval: these are the very documents of train_loader", "holdout"),
+        ("eval_loader eval: its documents are those of train_loader", "holdout"),
     ),
 ]
 

@@ -173,9 +173,9 @@ NO_SPACE = [
 
 ALLOWED = [
     Case("W&B without a key", _no_key,
-         ("W&B cannot be reached (api_key not configured", "goes on offline", "wandb sync"),
+         ("W&B cannot be reached (api_key not configured", "continues offline", "wandb sync"),
          holds=_went_offline),
     Case("W&B without a network", _no_network,
-         ("W&B cannot be reached (Run initialization has timed out", "goes on offline"),
+         ("W&B cannot be reached (Run initialization has timed out", "continues offline"),
          holds=_went_offline),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the tests of the `forgetting` callback share: sets of every type, a run's YAML with them."""
+"""Helpers of the `forgetting` callback's tests: sets of every type, and a run's YAML with them."""
 
 import json
 
@@ -15,7 +15,7 @@ PROBLEMS = [
 
 
 def make_sets(world, folder):
-    """`sets` of a YAML: every type, both roles."""
+    """Return `sets` of a YAML, with every type and both roles."""
     for name, rows in (("choices", CHOICES), ("problems", PROBLEMS)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
@@ -61,8 +61,8 @@ def config(world, folder, method, sets, **overrides):
 
 
 def callback(run):
-    (found,) = [one for one in run.trainer.state.callbacks if isinstance(one, Forgetting)]
-    return found
+    (forgetting,) = [x for x in run.trainer.state.callbacks if isinstance(x, Forgetting)]
+    return forgetting
 
 
 def read(path):

@@ -1,5 +1,7 @@
-"""`exact_resume`: what stays of a run that dies while it saves, is stopped, or finds its newest
-checkpoint spoilt. (Traps 31, 40, 41.) Whole processes are killed in test_kill.py."""
+"""`exact_resume`: runs that die while saving, are stopped, or find a corrupted newest checkpoint.
+
+(Traps 31, 40, 41.) Processes are killed in tests/system/test_kill.py.
+"""
 
 import errno
 import functools
@@ -24,7 +26,7 @@ LAST = 8
 
 
 class SignalAt(Callback):
-    """Sends this process `number` in the middle of a batch, as often as `times` says."""
+    """Callback that sends this process the signal `number` `times` times, inside a batch."""
 
     def __init__(self, batch: int, number: int, times: int = 1):
         self.batch, self.number, self.times = batch, number, times
@@ -46,12 +48,12 @@ def config(world, reference, folder, method="full", **overrides):
 
 
 def names(folder):
-    found = (path.name for path in (folder / "checkpoints").iterdir())
-    return sorted(name for name in found if name != ".lock")
+    files = (path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(name for name in files if name != ".lock")
 
 
 def crash(world, reference, folder, method="full", after=5, **overrides):
-    """A run that ends like a killed one after `after` batches."""
+    """Run until a crash after `after` batches, which ends the run like a kill."""
     callbacks = {"spy": {"crash_after": after}}
     with pytest.raises(kit.Crash):
         kit.run(config(world, reference, folder, method, callbacks=callbacks, **overrides))
@@ -82,7 +84,7 @@ def with_record(folder) -> dict:
 
 
 def test_keeps_as_many_as_asked_over_several_starts(world, finished, crashed, tmp_path):
-    """Stock Composer forgets those of the processes before."""
+    """Stock Composer forgets the checkpoints of earlier processes."""
     reference = finished("full")
     crashed(tmp_path, after=4)
     run = kit.run(config(world, reference, tmp_path))
@@ -93,7 +95,7 @@ def test_keeps_as_many_as_asked_over_several_starts(world, finished, crashed, tm
 
 @pytest.mark.parametrize("step", ["write", "sync", "link"])
 def test_dying_inside_a_save_leaves_the_one_before(world, finished, tmp_path, monkeypatch, step):
-    """The end of a process at each step of writing; the next start takes what is whole."""
+    """A process may end at each step of writing; the next one resumes from an intact checkpoint."""
     reference = finished("full")
     name, at = {"write": ("replace", 5), "sync": ("fsync", 7), "link": ("replace", 6)}[step]
     original, calls = getattr(os, name), []
@@ -103,7 +105,7 @@ def test_dying_inside_a_save_leaves_the_one_before(world, finished, tmp_path, mo
         if len(calls) == at:
             monkeypatch.setattr(os, name, original)
             monkeypatch.setattr(checkpoint_files.Path, "unlink", lambda *_, **__: None)
-            raise kit.Crash  # and nothing is tidied up after a kill
+            raise kit.Crash  # without cleaning up, like a kill
         return original(*args)
 
     monkeypatch.setattr(os, name, dies)
@@ -130,7 +132,7 @@ def test_a_full_disk_is_one_error(world, finished, tmp_path, monkeypatch):
         return save(state, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    message = r"no space left .* for ep0-ba3-rank0.pt \(.* free\); .*ep0-ba2-rank0.pt is whole"
+    message = r"no space left .* for ep0-ba3-rank0.pt \(.* free\); .*ep0-ba2-rank0.pt is intact"
     with pytest.raises(OSError, match=message) as caught:
         kit.run(config(world, reference, tmp_path))
     assert caught.value.errno == errno.ENOSPC
@@ -144,7 +146,7 @@ def test_a_full_disk_is_one_error(world, finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "empty", "flipped", "link gone"])
-def test_the_newest_spoilt_is_passed_over(
+def test_a_corrupted_newest_checkpoint_is_skipped(
     world, finished, crashed, tmp_path, caplog, capsys, spoil
 ):
     reference = finished("lora")
@@ -159,18 +161,18 @@ def test_the_newest_spoilt_is_passed_over(
     else:
         content = content[: {"truncated": len(content) // 2, "empty": 0}[spoil]]
     newest.write_bytes(content)
-    assert "going on from" not in capsys.readouterr().err
+    assert "continuing from" not in capsys.readouterr().err
     run = kit.run(config(world, reference, tmp_path, "lora"))
     assert_ends_like(run, reference.run, after=5 if spoil == "link gone" else 4)
-    said = [r.getMessage() for r in caplog.records if "damaged-ep1-ba5-rank0.pt" in r.getMessage()]
-    assert len(said) == (spoil != "link gone")
+    lines = [r.getMessage() for r in caplog.records if "damaged-ep1-ba5-rank0.pt" in r.getMessage()]
+    assert len(lines) == (spoil != "link gone")
     batch = 5 if spoil == "link gone" else 4
-    whole = folder / f"ep{batch // 5}-ba{batch}-rank0.pt"
-    assert f"going on from {whole}, after batch {batch}\n" in capsys.readouterr().err
-    assert all(str(newest) in one and "going on from ep0-ba4-rank0.pt" in one for one in said)
+    intact = folder / f"ep{batch // 5}-ba{batch}-rank0.pt"
+    assert f"continuing from {intact}, after batch {batch}\n" in capsys.readouterr().err
+    assert all(str(newest) in line and line.endswith("ep0-ba4-rank0.pt") for line in lines)
 
 
-def test_none_whole_does_not_begin_anew(world, finished, tmp_path):
+def test_no_intact_checkpoint_does_not_start_from_the_beginning(world, finished, tmp_path):
     reference = finished("full")
     crash(world, reference, tmp_path, after=3, save_num_checkpoints_to_keep=1)
     path = tmp_path / "checkpoints" / "ep0-ba2-rank0.pt"
@@ -180,7 +182,7 @@ def test_none_whole_does_not_begin_anew(world, finished, tmp_path):
             kit.run(config(world, reference, tmp_path))
 
 
-def test_a_spoilt_load_path_is_named(world, finished, tmp_path):
+def test_a_corrupted_load_path_is_named(world, finished, tmp_path):
     reference = finished("full")
     path = tmp_path / "cut.pt"
     path.write_bytes(kit.checkpoint(reference.folder, 2).read_bytes()[:5000])
@@ -203,10 +205,10 @@ def test_a_spoilt_load_path_is_named(world, finished, tmp_path):
         ({"model__pretrained_model_name_or_path": "other"}, "another model.pretrained_model_name"),
         (
             {"max_duration": "1ba"},
-            "max_duration: 2ep, now 1ba, which the checkpoint has left",
+            "max_duration: 2ep, now 1ba, which the checkpoint is already past",
         ),
         ({"run_name": "b"}, "another run_name: lora, now b"),
-        ({"save_filename": "b{batch}.pt"}, "and none is called like save_filename, b{batch}.pt"),
+        ({"save_filename": "b{batch}.pt"}, "none is named like save_filename, b{batch}.pt"),
         ({"train_loader__dataset__pack_tokens": 96}, "pack_tokens: 64, now 96"),
         ({"train_loader__dataset__shuffle_seed": 3}, "shuffle_seed: .*, now 3"),
         ({"train_loader__dataset__shuffle": False}, "shuffle: 1, now 0"),
@@ -214,7 +216,7 @@ def test_a_spoilt_load_path_is_named(world, finished, tmp_path):
     ],
 )
 def test_what_changed_is_named(world, finished, crashed, tmp_path, change, message):
-    """LoRA and rsLoRA have the same weights by the same names: nothing else would notice."""
+    """LoRA and rsLoRA have weights of the same names and shapes: nothing else would notice."""
     reference = finished("lora")
     crashed(tmp_path, "lora", after=3)
     other = tmp_path / "other"
@@ -236,14 +238,14 @@ def test_what_decides_no_batch_may_change(world, finished, crashed, tmp_path, ch
         assert all(torch.equal(a[0], b[0]) for a, b in pairs)
 
 
-def test_a_longer_duration_goes_on_and_says_so(world, finished, tmp_path, caplog):
+def test_a_longer_duration_continues_with_a_warning(world, finished, tmp_path, caplog):
     reference = finished("full")
     given = {"scheduler": {"name": "constant_with_warmup", "t_warmup": "0ba"}}
     kit.run(config(world, reference, tmp_path, max_duration="3ba", **given))
     run = kit.run(config(world, reference, tmp_path, max_duration="5ba", **given))
-    whole = kit.run(config(world, reference, tmp_path / "whole", max_duration="5ba", **given))
-    assert run.losses == whole.losses[3:]
-    assert "max_duration: 3ba, now 5ba. A schedule that ends with it is another" in caplog.text
+    uninterrupted = kit.run(config(world, reference, tmp_path / "b", max_duration="5ba", **given))
+    assert run.losses == uninterrupted.losses[3:]
+    assert "max_duration: 3ba, now 5ba. A schedule" in caplog.text
 
 
 def test_an_adapter_on_other_weights_of_the_same_name_is_refused(world, finished, tmp_path):
@@ -254,7 +256,7 @@ def test_an_adapter_on_other_weights_of_the_same_name_is_refused(world, finished
     weights = load_file(tmp_path / "base/model.safetensors")
     changed = {name: 1.5 * weight for name, weight in weights.items()}
     save_file(changed, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"another base model: of weights .*, now "):
+    with pytest.raises(ValueError, match=r"another base model: weights .*, now "):
         kit.run(config(world, reference, tmp_path, "lora", **base))
 
 
@@ -274,8 +276,8 @@ def test_a_secret_s_variable_set_meanwhile_changes_nothing(
     assert_ends_like(kit.run(config(world, reference, tmp_path)), reference.run, after=2)
 
 
-def test_what_lies_beside_checkpoints_is_none(world, finished, tmp_path):
-    """W&B's link; the weights a run begins from."""
+def test_other_files_beside_checkpoints_are_ignored(world, finished, tmp_path):
+    """W&B's link and the weights that a run starts from are not its checkpoints."""
     reference = finished("full")
     folder = tmp_path / "checkpoints"
     (folder / "wandb").mkdir(parents=True)
@@ -285,17 +287,17 @@ def test_what_lies_beside_checkpoints_is_none(world, finished, tmp_path):
     kit.run(config(world, reference, tmp_path, max_duration="1ba", **begin))
 
 
-def test_checkpoints_that_are_gone_are_not_begun_anew(world, finished, crashed, tmp_path):
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(world, finished, crashed, tmp_path):
     reference = finished("full")
     crashed(tmp_path, after=3)
     for path in (tmp_path / "checkpoints").glob("ep*"):
         path.unlink()
-    with pytest.raises(ValueError, match="there are checkpoints, and none is called like save_fi"):
+    with pytest.raises(ValueError, match="there are checkpoints, but none is named like save_fil"):
         kit.run(config(world, reference, tmp_path))
 
 
-def test_a_second_start_is_refused_while_the_first_goes_on(world, finished, tmp_path):
-    """In another process: a process does not lock itself out."""
+def test_a_second_start_is_refused_while_the_first_runs(world, finished, tmp_path):
+    """The first run is another process, because a process does not lock itself out."""
     reference = finished("full")
     folder = tmp_path / "checkpoints"
     code = (
@@ -312,7 +314,7 @@ def test_a_second_start_is_refused_while_the_first_goes_on(world, finished, tmp_
     finally:
         first.kill()
         first.wait()
-    kit.run(config(world, reference, tmp_path, max_duration="1ba"))  # the dead hold nothing
+    kit.run(config(world, reference, tmp_path, max_duration="1ba"))  # a dead process holds no lock
 
 
 # --- stopping ------------------------------------------------------------------------------------
@@ -321,11 +323,11 @@ def test_a_second_start_is_refused_while_the_first_goes_on(world, finished, tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("batch", [3, 4])
 def test_a_signal_saves_and_ends(world, finished, tmp_path, capfd, number, batch):
-    """In the middle of an epoch, with an evaluation before the save; and in its last batch."""
+    """Batch 3 is inside an epoch and followed by an evaluation, batch 4 is the epoch's last."""
     reference = finished("lora")
     given = with_record(tmp_path)
     given["callbacks"]["signal_at"] = {"batch": batch, "number": int(number)}
-    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(SystemExit) as ended:
         kit.run(config(world, reference, tmp_path, "lora", save_interval="1000ba", **given))
     assert ended.value.code == 128 + number
@@ -334,13 +336,13 @@ def test_a_signal_saves_and_ends(world, finished, tmp_path, capfd, number, batch
     record = read_record(tmp_path / "record.json")
     assert (record["status"], record["steps"]) == ("stopped", batch)
     assert record["error"].startswith(f"stopped by {number.name} after batch {batch}; saved")
-    assert f"{number.name}: saving at this batch's end" in capfd.readouterr().err
+    assert f"{number.name}: saving" in capfd.readouterr().err
     ended.value.__traceback__ = None
     run = kit.run(config(world, reference, tmp_path, "lora", **with_record(tmp_path)))
     assert_ends_like(run, reference.run, after=batch)
     record = read_record(tmp_path / "record.json")
     assert (record["status"], record["error"]) == ("finished", None)
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_the_second_signal_ends_at_once(world, finished, tmp_path):
@@ -367,15 +369,15 @@ def test_a_signal_in_the_last_batch_lets_the_run_end(world, finished, tmp_path):
 
 @pytest.mark.parametrize("duration", ["2ep", f"{LAST}ba", "6ba"])
 def test_killed_after_the_last_batch(world, finished, tmp_path, duration):
-    """Composer would refuse to train nothing, and the export and the record would never come."""
+    """Composer would refuse to train nothing, so export and record would never be written."""
     reference = finished("full")
     given = {**with_record(tmp_path), "max_duration": duration}
     given["callbacks"]["hf_export"] = {"folder": str(tmp_path / "hf")}
-    whole = kit.run(config(world, reference, tmp_path, **given))
+    first_run = kit.run(config(world, reference, tmp_path, **given))
     for name in ("hf", "record.json"):
         (tmp_path / name).rename(tmp_path / f"first-{name}")
     run = kit.run(config(world, reference, tmp_path, **given))
-    assert all(torch.equal(run.weights[name], w) for name, w in whole.weights.items())
+    assert all(torch.equal(run.weights[name], w) for name, w in first_run.weights.items())
     names = [sorted(p.name for p in (tmp_path / x).iterdir()) for x in ("hf", "first-hf")]
     assert names[0] == names[1]
     first, second = (read_record(tmp_path / n) for n in ("first-record.json", "record.json"))
@@ -390,7 +392,7 @@ def test_killed_after_the_last_batch(world, finished, tmp_path, duration):
         ({"save_folder": None}, "exact_resume: save_folder is missing"),
         ({"save_folder": "s3://bucket/x"}, "save_folder s3://bucket/x is not a folder"),
         ({"save_num_checkpoints_to_keep": 0}, "save_num_checkpoints_to_keep: 0 leaves nothing"),
-        ({"save_weights_only": True}, "save_weights_only: True leaves too little to go on"),
+        ({"save_weights_only": True}, "save_weights_only: True leaves too little"),
         ({"save_ignore_keys": ["state/optimizers"]}, "save_ignore_keys: .* leaves too little"),
     ],
 )

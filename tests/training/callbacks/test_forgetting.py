@@ -1,4 +1,4 @@
-"""Learning and forgetting in a run: right figures, and a run that does not notice them."""
+"""Learning and forgetting in a run: the figures are right, and the run is not disturbed."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def sets(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(world, sets, tmp_path_factory):
-    """measured(method) -> (run, folder), as `finished` but with the callback."""
+    """Return measured(method) -> (run, folder), like `finished` but with the callback."""
     made = {}
 
     def get(method):
@@ -31,7 +31,7 @@ def measured(world, sets, tmp_path_factory):
 
 @pytest.mark.parametrize("method", one_of(["full", "lora", "dora"], "lora"))
 def test_figures(world, measured, method):
-    """At steps 0 and later: the loss of Composer's own evaluation, KL from logits, and changes."""
+    """Loss equals Composer's own evaluation, KL the one from logits, at step 0 and later."""
     run, folder = measured(method)
     evaluations = callback(run).evaluations
     steps = [evaluation["step"] for evaluation in evaluations]
@@ -63,14 +63,14 @@ def test_figures(world, measured, method):
 
 @torch.no_grad()
 def _check_kl(world, run, documents):
-    """From the logits of stock models: as trained, and the base's."""
+    """Return KL from the logits of stock models: the trained one and the base."""
     theirs = kit.stock_model(world, run.trainer.state.model).eval()
     base = kit.LlamaForCausalLM.from_pretrained(world.base).eval()
     dataset = run.trainer.state.evaluators[0].dataloader.dataloader.dataset
     for item in documents:
         document = dataset.documents[int(item["item"])]
         ids = torch.tensor(document.input_ids, dtype=torch.long)
-        scored = torch.tensor(document.has_loss)[1:]
+        scored = torch.tensor(document.loss_mask)[1:]
         now, before = (
             model(ids[None]).logits[0, :-1][scored].log_softmax(-1) for model in (theirs, base)
         )
@@ -83,7 +83,7 @@ def _check_kl(world, run, documents):
 
 @pytest.mark.parametrize("method", one_of(["full", "lora"], "lora"))
 def test_training_does_not_notice(world, measured, tmp_path, method):
-    """Losses and weights bit for bit, dropout's random numbers with them."""
+    """Losses, weights and dropout's random numbers are the same, bit for bit."""
     run, _ = measured(method)
     settings = {"callbacks": {"spy": {}}, "eval_first": False}
     plain = kit.run(config(world, tmp_path, method, {}, **settings))
@@ -94,7 +94,7 @@ def test_training_does_not_notice(world, measured, tmp_path, method):
 
 
 def test_pissa_is_measured_against_the_true_base(world, sets, tmp_path):
-    """Its base layers hold a residual: switched off, the adapter would leave half a model."""
+    """PiSSA's base layers hold a residual: without its adapter the model would be incomplete."""
     pissa = {**kit.LORA, "init_lora_weights": "pissa"}
     run = kit.run(
         config(
@@ -132,8 +132,10 @@ def test_step_0_is_measured_without_eval_first(world, sets, measured, tmp_path):
 
 @pytest.mark.parametrize("method", one_of(["full", "dora"], "dora"))
 def test_resumed_run_goes_on_measuring(world, sets, measured, tmp_path, method):
-    """As if never interrupted: the base is the one before training, not the checkpoint's weights;
-    items of a crash's half line are no trouble."""
+    """A resumed run ends like an uninterrupted one.
+
+    The base is the model before training, not the checkpoint, and an unfinished line is dropped.
+    """
     whole, folder = measured(method)
     crashing = config(world, tmp_path, method, sets, autoresume=True)
     crashing.callbacks.spy = {"crash_after": 4}
@@ -165,7 +167,7 @@ def test_resumed_run_goes_on_measuring(world, sets, measured, tmp_path, method):
 
 
 def test_weights_only_start_from_the_checkpoint(world, sets, measured, tmp_path):
-    """Full fine-tuning from a Composer checkpoint: that is the base model then."""
+    """In full fine-tuning from a Composer checkpoint, that checkpoint is the base model."""
     _, folder = measured("full")
     run = kit.run(
         config(
@@ -184,7 +186,7 @@ def test_weights_only_start_from_the_checkpoint(world, sets, measured, tmp_path)
 @pytest.mark.more
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_measure_what_one_does(world, sets, measured, tmp_path, num_ranks):
-    """Each rank a part of the packs; losses of training under DDP as without the callback."""
+    """Ranks share the packs, and the losses under DDP are as without the callback."""
     settings = {
         "global_train_batch_size": 3 * (num_ranks == 3) or 2,
         "max_duration": "2ba",

@@ -1,4 +1,4 @@
-"""What the `forgetting` callback refuses, all of it before the first step."""
+"""Sets and runs that the `forgetting` callback refuses, before the first step."""
 
 from types import SimpleNamespace
 
@@ -35,11 +35,11 @@ def test_bad_sets_are_refused_before_the_first_step(world, sets, tmp_path, chang
 
 
 def test_training_data_are_refused(world, sets, tmp_path):
-    """By content: another name for the same rows is no way round."""
+    """Documents are compared by content, so another file of the same rows is refused too."""
     copy = tmp_path / "held_out.jsonl"
     copy.write_text(world.rows.read_text())
     bad = {**sets["target"], "loader": kit.loader_config(copy)}
-    with pytest.raises(ValueError, match="very documents of train_loader"):
+    with pytest.raises(ValueError, match=r"sets\.target\.loader: .* are those of train_loader"):
         kit.run(config(world, tmp_path, "full", {"target": bad}))
 
 
@@ -49,7 +49,7 @@ def test_no_evaluation_is_refused(world, sets, tmp_path):
 
 
 def test_sharded_or_foreign_models_are_refused(sets):
-    """FSDP needs several ranks or a GPU, so the trainer's state stands in here."""
+    """FSDP needs several ranks or a GPU, so this test uses a stand-in for the trainer's state."""
     callback = Forgetting({"choice": sets["choice"]})
     with pytest.raises(ValueError, match=r"FSDP shards.*DDP.*foundry-ext eval"):
         callback.init(SimpleNamespace(fsdp_config=object()), None)
@@ -59,7 +59,7 @@ def test_sharded_or_foreign_models_are_refused(sets):
 
 
 def test_resuming_a_run_that_measured_nothing_is_refused(world, sets, finished, tmp_path):
-    """Its step 0 is gone, and with it what to compare with."""
+    """Its step 0, which later steps are compared with, is gone."""
     first = kit.checkpoint(finished("full").folder, 3)
     with pytest.raises(ValueError, match="no measurement of step 0"):
         kit.run(config(world, tmp_path, "full", sets, load_path=str(first)))

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: found before an update, the documents named, stopped or skipped."""
+"""Wrong losses and gradients are found before an update, and the documents are named."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from foundry_ext.training.callbacks.guard import Guard
 from tests.tiers import one_of
 from tests.training import kit
 
-AT = 2  # the batch, counted from 0, of which a document goes wrong
+AT = 2  # the batch, counted from 0, that has a wrong document
 
 
 def run(world, folder, method="full", *, guard=None, **settings):
@@ -26,12 +26,12 @@ def run(world, folder, method="full", *, guard=None, **settings):
 
 
 def of(run: kit.Run) -> Guard:
-    return next(one for one in run.trainer.state.callbacks if isinstance(one, Guard))
+    return next(x for x in run.trainer.state.callbacks if isinstance(x, Guard))
 
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """spoil(ids, change): a packed batch with these documents has change(loss) for its loss."""
+    """Return spoil(ids, change): packed batches with these documents get change(loss) as loss."""
     forward = SmolLM2ForCausalLM.forward
 
     def set_up(documents: list[list[int]], change: Callable) -> None:
@@ -53,7 +53,7 @@ def not_a_number(loss):
 
 
 def infinite_and_flat(loss):
-    """As where the label's probability is 0: the gradient is a plain one."""
+    """Return an infinite loss with a finite gradient, as for a label of probability 0."""
     return loss + float("inf")
 
 
@@ -63,12 +63,12 @@ def only_the_gradient(loss):
 
 
 def culprits(run, number=AT, count=1):
-    """Token ids and numbers of documents in that batch, from its packs in turn."""
+    """Return token ids and numbers of documents in that batch, from its packs in turn."""
     dataset = run.trainer.state.train_dataloader.dataset
     sampler = copy.copy(dataset.sampler)  # the run is shared
     sampler.set_epoch(0)
-    found = [int(pack[-1]) for pack in sampler.batch(number)][:count]
-    return [dataset.documents[index].input_ids.tolist() for index in found], found
+    documents = [int(pack[-1]) for pack in sampler.batch(number)][:count]
+    return [dataset.documents[index].input_ids.tolist() for index in documents], documents
 
 
 def moments(run):
@@ -96,11 +96,11 @@ def test_it_stops_before_the_step_and_names_the_document(
     what = "gradient" if change is only_the_gradient else "loss"
     with pytest.raises(
         FloatingPointError,
-        match=rf"batch {AT} \(epoch 0\): the {what} is not finite; by document {number} of "
-        rf"{re.escape(str(world.rows))} \(loss [^)]*\)\. No weight",
+        match=rf"batch {AT} \(epoch 0\): the {what} is not finite; caused by document {number} of "
+        rf"{re.escape(str(world.rows))} \(loss [^)]*\)\. This batch changed no weight",
     ) as error:
         run(world, tmp_path, method)
-    # What the run holds is what its last checkpoint holds.
+    # The weights are those of the last checkpoint.
     frame = error.traceback[-1].frame
     state = frame.f_locals["state"]
     saved = torch.load(kit.checkpoint(tmp_path, AT), weights_only=False)["state"]
@@ -123,15 +123,15 @@ def test_a_skipped_step_changes_nothing(world, finished, tmp_path, spoil, caplog
     assert not any("skipped" in line for line in caplog.messages[:-1])
     assert all(f"document {number} of " in caplog.messages[-1] for number in numbers)
     assert all(torch.equal(x, before.weights[name]) for name, x in after.weights.items())
-    kept = moments(before)
-    assert kept and kept.keys() == moments(after).keys()
-    assert all(torch.equal(x, kept[key]) for key, x in moments(after).items())
+    expected = moments(before)
+    assert expected and expected.keys() == moments(after).keys()
+    assert all(torch.equal(x, expected[key]) for key, x in moments(after).items())
     clock = after.trainer.state.timestamp
     assert clock.batch == AT + 1 and clock.token > before.trainer.state.timestamp.token
     assert after.logged("guard/skipped") == [1] and of(after).skipped == 1
 
 
-def test_it_goes_on_after_a_skipped_step_and_resumes_with_what_it_knew(
+def test_it_continues_after_a_skipped_step_and_resumes_with_its_state(
     world, finished, tmp_path, spoil
 ):
     documents, _ = culprits(finished("lora").run)
@@ -148,7 +148,7 @@ def test_it_goes_on_after_a_skipped_step_and_resumes_with_what_it_knew(
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_a_spike_of_the_gradient(world, finished, tmp_path, spoil, monkeypatch, caplog, action):
-    """Its document stands out among all documents of the batch."""
+    """The spike's document stands out among all documents of the batch."""
     monkeypatch.setattr(guards, "ENOUGH", AT)
     documents, (number,) = culprits(finished("full").run)
     spoil(documents, lambda loss: loss * 1e3)
@@ -164,7 +164,7 @@ def test_a_spike_of_the_gradient(world, finished, tmp_path, spoil, monkeypatch, 
         float, re.search(r"norm, (\S+), is (\d+) times the .* 2 steps, (\S+);", text).groups()
     )
     assert norm == pytest.approx(times * usual, rel=0.02) and times > 20
-    alone = re.search(r"the largest alone document (\d+) of .*? gradient norm (\S+)\)", text)
+    alone = re.search(r"measured alone: document (\d+) of .*? gradient norm (\S+)\)", text)
     assert int(alone[1]) == number
     assert float(alone[2]) <= norm
 
@@ -180,7 +180,7 @@ def test_what_is_no_spike(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_weights_that_are_not_finite_end_a_run(world, tmp_path, action, monkeypatch):
-    """Skipping would skip for ever."""
+    """Skipping steps would never end."""
     judge = Guard.judge
 
     def spoilt(self, state, logger):
@@ -193,7 +193,7 @@ def test_weights_that_are_not_finite_end_a_run(world, tmp_path, action, monkeypa
         run(world, tmp_path, guard={"action": action})
 
 
-def test_it_does_not_skip_for_ever(world, tmp_path, monkeypatch):
+def test_it_does_not_skip_forever(world, tmp_path, monkeypatch):
     forward = SmolLM2ForCausalLM.forward
 
     @functools.wraps(forward)
@@ -203,7 +203,7 @@ def test_it_does_not_skip_for_ever(world, tmp_path, monkeypatch):
         return output
 
     monkeypatch.setattr(SmolLM2ForCausalLM, "forward", spoilt)
-    with pytest.raises(FloatingPointError, match=r"batch 5 .* nor by the 5 before it"):
+    with pytest.raises(FloatingPointError, match=r"batch 5 .* nor did the 5 before it"):
         run(world, tmp_path, guard={"action": "skip"})
 
 
@@ -224,7 +224,7 @@ def test_the_host_waits_once_a_step(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("key", "value"), [("input_ids", kit.VOCABULARY), ("labels", -1)])
 def test_ids_outside_the_vocabulary(world, finished, tmp_path, monkeypatch, key, value):
-    """Named before they are on the device; the model's own check, there, cannot say which it is."""
+    """The document is named; on a GPU the model's own check could not name it."""
     (ids,), (number,) = culprits(finished("full").run)
     collate = PackCollator.__call__
 
@@ -245,8 +245,8 @@ def test_ids_outside_the_vocabulary(world, finished, tmp_path, monkeypatch, key,
     ("settings", "message"),
     [
         ({"action": "warn"}, "guard.action: 'warn'; choose one of stop, skip"),
-        ({"spike_factor": 1}, "guard.spike_factor: 1; give a number above 1"),
-        ({"spike_factor": float("nan")}, "guard.spike_factor: nan; give a number above 1"),
+        ({"spike_factor": 1}, "guard.spike_factor: 1; must be a number above 1"),
+        ({"spike_factor": float("nan")}, "guard.spike_factor: nan; must be a number above 1"),
     ],
 )
 def test_settings(settings, message):

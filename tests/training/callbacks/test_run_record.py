@@ -1,4 +1,4 @@
-"""The run's record: what is counted, through crash, stop and resumption, and on several ranks."""
+"""The run's record: its counts, through crash, stop and resumption, and on several ranks."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from foundry_ext.training.callbacks.run_record import RunRecord
 from tests.system.test_ranks import launch
 from tests.training import kit
 
-REVISION = "foundry_ext.data.dataloader.find_revision"  # files have none
+REVISION = "foundry_ext.data.dataloader.find_revision"  # files have no revision
 
 
 def settings(world, folder: Path, **overrides):
-    """A run with a record, its callback first in the YAML, and what it waits for behind it."""
+    """Return settings with the record's callback first, before the callbacks that it waits for."""
     loader = kit.loader_config(world.eval_rows, eval_packs=1)
     return {
         "callbacks": {
@@ -45,12 +45,12 @@ def settings(world, folder: Path, **overrides):
 
 
 def counted(batches) -> dict[str, int]:
-    """From the documents of the batches themselves, without those that fill a pack."""
+    """Count the documents of the batches themselves, without padding documents."""
     documents = [
-        one
+        document
         for batch in batches
         for pack in batch
-        for one in kit.documents_of([pack])[: pack["num_documents"]]
+        for document in kit.documents_of([pack])[: pack["num_documents"]]
     ]
     return {
         "documents": len(documents),
@@ -107,8 +107,8 @@ def test_what_the_run_was(world, whole):
     assert model["effective_scale"] == 8 / math.sqrt(4)
     assert model["target_modules"] == kit.LORA["target_modules"] and model["init"] == "default"
     parameters = list(run.trainer.state.model.parameters())
-    assert model["parameters"] == sum(one.numel() for one in parameters)
-    trainable = sum(one.numel() for one in parameters if one.requires_grad)
+    assert model["parameters"] == sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
     assert model["trainable_parameters"] == trainable < model["parameters"]
     config = record["config"]
     assert config["optimizer"]["lr"] == 0.01 and config["model"]["peft_config"]["r"] == 4
@@ -129,10 +129,10 @@ def test_what_the_run_was(world, whole):
 def test_evaluations_are_those_of_the_forgetting_callback_and_composer(whole):
     run, record, folder = whole
     evaluations = record["evaluations"]
-    assert [one["step"] for one in evaluations] == [0, 3, 6, 8]
-    composers = [one["metrics"].get("eval/eval/LanguageCrossEntropy") for one in evaluations]
+    assert [entry["step"] for entry in evaluations] == [0, 3, 6, 8]
+    composers = [entry["metrics"].get("eval/eval/LanguageCrossEntropy") for entry in evaluations]
     assert composers == [None, *run.logged("metrics/eval/LanguageCrossEntropy")]
-    losses = [one["metrics"]["target/loss"] for one in evaluations]
+    losses = [entry["metrics"]["target/loss"] for entry in evaluations]
     assert composers[1:] == pytest.approx(losses[1:], rel=1e-6)
     assert evaluations[-1]["learning"]["target_loss"] == losses[0] - losses[-1]
     assert record["items"] == "items.jsonl" and (folder / "items.jsonl").exists()
@@ -147,7 +147,7 @@ def test_no_secret_enters(whole):
 
 
 def test_a_crash_leaves_a_failed_record_and_is_resumed(world, whole, tmp_path, monkeypatch):
-    """Counters go on at the checkpoint: those of the run that was never interrupted."""
+    """Counters continue from the checkpoint and end like those of an uninterrupted run."""
     monkeypatch.setattr(REVISION, lambda *_: "c0ffee")
     reference = whole[1]
     given = settings(world, tmp_path, seed=23, save_interval="2ba", autoresume=True)
@@ -157,7 +157,7 @@ def test_a_crash_leaves_a_failed_record_and_is_resumed(world, whole, tmp_path, m
         kit.run(kit.run_config(world, tmp_path, "rslora", **given))
     running = read_record(tmp_path / "record.json")
     assert (running["status"], running["steps"]) == ("running", 4)  # at the last checkpoint
-    assert [one["step"] for one in running["evaluations"]] == [0, 3]
+    assert [entry["step"] for entry in running["evaluations"]] == [0, 3]
     crash.value.__traceback__ = None
     mark_failed(tmp_path / "record.json", crash.value)  # as launch.py does
     failed = read_record(tmp_path / "record.json")
@@ -170,7 +170,7 @@ def test_a_crash_leaves_a_failed_record_and_is_resumed(world, whole, tmp_path, m
     assert record["started"] == failed["started"]
     for name in ("steps", "documents", "tokens", "data", "model"):
         assert record[name] == reference[name], name
-    assert [one["step"] for one in record["evaluations"]] == [0, 3, 6, 8]
+    assert [entry["step"] for entry in record["evaluations"]] == [0, 3, 6, 8]
     for ours, theirs in zip(record["evaluations"], reference["evaluations"], strict=True):
         assert ours == theirs
     assert record["time"]["train_seconds"] > running["time"]["train_seconds"]
@@ -198,7 +198,7 @@ def test_a_run_that_is_stopped_says_so(world, tmp_path):
     record = read_record(tmp_path / "record.json")
     assert (record["status"], record["steps"], record["method"]) == ("stopped", 2, "full")
     assert record["model"]["rank"] is None
-    assert record["evaluations"][-1]["step"] == 2  # after the end of the fit, and still in it
+    assert record["evaluations"][-1]["step"] == 2  # measured after the end of the fit
 
 
 def test_a_run_has_ended_with_its_last_evaluation(world, tmp_path, monkeypatch):
@@ -234,15 +234,17 @@ class Keep(Callback):
     kept: RunRecord
 
     def fit_start(self, state, logger):
-        Keep.kept = next(one for one in state.callbacks if isinstance(one, RunRecord))
+        Keep.kept = next(x for x in state.callbacks if isinstance(x, RunRecord))
 
 
 kit.llmfoundry.registry.callbacks.register("keep", func=Keep)
 
 
 def test_mfu(world, tmp_path, monkeypatch):
-    """On a device of a known peak: FLOPs of the real documents, with the base frozen and the
-    adapter's own products, over the time."""
+    """On a device with a known peak, MFU is the FLOPs of the real documents over the time.
+
+    The base is frozen, and the adapter's own products count.
+    """
     monkeypatch.setattr(foundry_ext.training.meter, "device_peak", lambda state: 1e9)
     given = settings(world, tmp_path, save_folder=None, max_duration="4ba")
     given["callbacks"]["packed_throughput"] = {}
@@ -279,7 +281,7 @@ def test_without_its_configuration_a_run_is_refused(world, tmp_path):
 
 @pytest.mark.more
 def test_two_ranks_write_one_record(world, tmp_path):
-    """Counts are those of one rank with the same global batch."""
+    """The counts equal those of one rank with the same global batch."""
     records = {}
     for name, ranks in (("one", 1), ("two", 2)):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Continuations at every evaluation: the right ones, without a trace in the run."""
+"""Continuations at every evaluation are right, and leave no trace in the run."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ PROMPTS = ["one bird", "the river of seven stone because", "a"]
 
 
 class Tables(LoggerDestination):
-    """`tables` in a YAML: what was logged as tables, and the random state around it."""
+    """Logger `tables` in a YAML: keeps tables and the random state around them."""
 
     made: list
 
@@ -27,7 +27,7 @@ class Tables(LoggerDestination):
 
 
 class Watch(Callback):
-    """Random state, mode and tokenizer at every evaluation's end, before and after the samples."""
+    """Callback that keeps random state, mode and tokenizer before and after the samples."""
 
     seen: list
 
@@ -52,7 +52,7 @@ kit.llmfoundry.registry.callbacks.register("watch", func=Watch)
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_continuations_are_stock_ones(world, method):
-    """In a batch padded left, with an adapter that does something; one prompt at a time there."""
+    """A batch padded left gives the texts of single prompts, with an adapter that has an effect."""
     ours = kit.build(world, method=method)
     kit.randomise_adapter(ours)
     ours.eval()
@@ -81,7 +81,7 @@ def test_at_every_evaluation_and_without_a_trace(world, tmp_path, capsys):
             "log_to_console": True,
             "save_folder": None,
         }
-        # LoRA has dropout here, so that a random number drawn would show in the losses.
+        # LoRA has dropout here, so an extra random number would change the losses.
         return kit.run(kit.run_config(world, tmp_path / name, "lora", **settings))
 
     plain = train("plain")
@@ -89,8 +89,8 @@ def test_at_every_evaluation_and_without_a_trace(world, tmp_path, capsys):
     samples = {"prompts": PROMPTS, "max_new_tokens": 4}
     run = train("sampled", text_samples=samples, watch={})
     assert run.losses == plain.losses
-    states = {tuple(one[0].tolist()) for one in Watch.seen[:2]}
-    assert len(states) == 1 and {one[1:] for one in Watch.seen} == {("right", 0)}
+    states = {tuple(seen[0].tolist()) for seen in Watch.seen[:2]}
+    assert len(states) == 1 and {seen[1:] for seen in Watch.seen} == {("right", 0)}
 
     tables = Tables.made
     assert [(name, columns, step) for name, columns, _, step in tables] == [
@@ -109,7 +109,7 @@ def test_at_every_evaluation_and_without_a_trace(world, tmp_path, capsys):
 
 def test_fsdp_is_refused():
     state: Any = SimpleNamespace(fsdp_config=object())
-    with pytest.raises(ValueError, match="text_samples: one rank alone cannot generate"):
+    with pytest.raises(ValueError, match="text_samples: rank 0 cannot generate alone"):
         TextSamples(PROMPTS).init(state, None)  # pyright: ignore
 
 
@@ -118,7 +118,7 @@ def test_fsdp_is_refused():
     [
         ({"prompts": []}, "prompts: []"),
         ({"prompts": "one"}, "prompts: 'one'"),
-        ({"prompts": ["a", ""]}, "none empty"),
+        ({"prompts": ["a", ""]}, "prompts: ['a', '']"),
         ({"prompts": ["a"], "max_new_tokens": 0}, "max_new_tokens: 0"),
     ],
 )

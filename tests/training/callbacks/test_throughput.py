@@ -12,7 +12,7 @@ import foundry_ext.training.meter
 from foundry_ext.checkpoints.export import export_checkpoint
 from foundry_ext.training.callbacks.throughput import PackedThroughput, as_text
 from foundry_ext.training.loggers.metrics_file import read_metrics
-from foundry_ext.training.meter import Counts, over_ranks
+from foundry_ext.training.meter import StepCounts, over_ranks
 from tests.tiers import one_of
 from tests.training import kit
 
@@ -20,7 +20,7 @@ from tests.training import kit
 
 
 class Clock:
-    """Each look at it is half a second after the one before."""
+    """Clock that is half a second later each time it is read."""
 
     def __init__(self):
         self.ticks = itertools.count()
@@ -40,7 +40,7 @@ def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
         counts.append((sum(len(ids) for ids, _ in documents), labels, len(documents), len(batch)))
     windows = [counts[max(0, end - 2) : end] for end in range(1, len(counts) + 1)]
     sums = [[sum(column) for column in zip(*window, strict=True)] for window in windows]
-    # A look before the batch is there, one after it, one at the step's end.
+    # The clock is read before the batch is there, after it, and at the step's end.
     seconds = [1.0 * len(window) for window in windows]
     for name, expected in {
         "throughput/real_tokens_per_sec": [s[0] / t for s, t in zip(sums, seconds, strict=True)],
@@ -59,9 +59,9 @@ def test_throughput_counts_real_tokens(world, tmp_path, monkeypatch):
 
 
 def test_counts_over_ranks(monkeypatch):
-    """Sums, but for time, which is the slowest rank's; counts stay whole numbers."""
-    here = Counts(2.0, 0.5, 100, 60, 7, 2, 128, 10**15 + 1)
-    there = Counts(1.5, 0.75, 90, 50, 5, 2, 128, 10**15 + 2)
+    """Counts are summed and stay integers; times are the slowest rank's."""
+    here = StepCounts(2.0, 0.5, 100, 60, 7, 2, 128, 10**15 + 1)
+    there = StepCounts(1.5, 0.75, 90, 50, 5, 2, 128, 10**15 + 2)
 
     def all_gather(mine):
         assert mine.tolist() == [float(value) for value in vars(here).values()]
@@ -72,12 +72,12 @@ def test_counts_over_ranks(monkeypatch):
     monkeypatch.setattr(dist, "all_gather", all_gather)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
     together = over_ranks(here)
-    assert together == Counts(2.0, 0.75, 190, 110, 12, 4, 256, 2 * 10**15 + 3)
+    assert together == StepCounts(2.0, 0.75, 190, 110, 12, 4, 256, 2 * 10**15 + 3)
     assert type(together.real_tokens) is int
 
 
 def test_one_rank_talks_to_nobody(world, tmp_path, monkeypatch):
-    """Composer's process group of one would copy to the GPU and wait for it, every batch."""
+    """A collective of one rank would copy to the GPU and wait for it in every batch."""
 
     def fail(*_):
         raise AssertionError("a collective")
@@ -100,7 +100,7 @@ def test_throughput_leaves_out_a_resumed_run_s_first_batch_too(world, finished, 
 
 @pytest.mark.parametrize(("interval", "batches"), [("3ba", [3, 6, 8]), ("1ep", [4, 8])])
 def test_throughput_in_a_line_of_the_console(world, tmp_path, capfd, interval, batches):
-    """At Composer's interval and at the end; the numbers are those that are logged."""
+    """Lines come at Composer's interval and at the end, with the numbers that are logged."""
     callbacks = {"spy": {}, "packed_throughput": {}}
     given = {"log_to_console": True, "console_log_interval": interval, "save_folder": None}
     run = kit.run(kit.run_config(world, tmp_path, callbacks=callbacks, **given))
@@ -163,7 +163,7 @@ def test_throughput_refuses_an_empty_window():
 # --- metrics_file --------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_goes_on_in_the_same_file(world, finished, tmp_path):
+def test_a_resumed_run_continues_the_same_file(world, finished, tmp_path):
     reference = finished("full")
     path = tmp_path / "{run_name}.jsonl"
     settings = {
@@ -176,7 +176,7 @@ def test_a_resumed_run_goes_on_in_the_same_file(world, finished, tmp_path):
         crash = {**settings, "callbacks": {"spy": {"crash_after": 5}}}
         kit.run(kit.run_config(world, tmp_path, **crash))
     with (tmp_path / "full.jsonl").open("a") as file:
-        file.write('{"batch": 5, "loss/tr')  # as a kill leaves it
+        file.write('{"batch": 5, "loss/tr')  # the rest of a line after a kill
     assert read_metrics(tmp_path / "full.jsonl")["loss/train/total"]
     kit.run(kit.run_config(world, tmp_path, **{**settings, "callbacks": {"spy": {}}}))
     metrics = read_metrics(tmp_path / "full.jsonl")
@@ -193,7 +193,7 @@ def test_a_resumed_run_goes_on_in_the_same_file(world, finished, tmp_path):
 
 
 def load_stock(world, folder, method):
-    """What a user of transformers or peft does."""
+    """Load a folder as a user of transformers or peft does."""
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert type(model) is LlamaForCausalLM
@@ -233,7 +233,7 @@ def test_callback_and_command_write_the_same_folder(world, finished, tmp_path, m
         for folder in (ours, out)
     )
     assert files == others
-    if method == "full":  # the architecture, so other tools know it; cache on, as it came
+    if method == "full":  # same architecture and cache setting, so other tools can load it
         assert (ours / "config.json").read_text() == (world.base / "config.json").read_text()
         settings = json.loads((ours / "generation_config.json").read_text())
         assert settings["max_new_tokens"] == 77
@@ -249,14 +249,14 @@ def test_an_export_is_replaced_and_nothing_else(world, tmp_path):
     assert "adapter_config.json" in written and "config.json" not in written
     (tmp_path / "mine-hf").mkdir()
     (tmp_path / "mine-hf" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="mine-hf exists and is no earlier export"):
+    with pytest.raises(ValueError, match="mine-hf exists and is not an earlier export"):
         kit.run(kit.run_config(world, tmp_path, **settings, run_name="mine"))
     assert (tmp_path / "mine-hf" / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("method", ["full", "dora"])
 def test_llm_foundry_s_own_checkpointer_works(world, finished, tmp_path, method):
-    """It builds the model's class anew, whose name is not to reach `architectures`. (Trap 27.)"""
+    """It builds the model's class again, whose name must not reach `architectures`. (Trap 27.)"""
     callbacks = {
         "spy": {},
         "hf_checkpointer": {"save_folder": str(tmp_path / "stock"), "save_interval": "1dur"},

@@ -1,4 +1,4 @@
-"""A W&B run offline: its file read back, and every promise found in it."""
+"""An offline W&B run: its file is read back and holds every promised key."""
 
 import json
 import subprocess
@@ -15,12 +15,11 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal import datastore
 
 from foundry_ext.comparison.wandb_runs import is_local, local_record
-from foundry_ext.records.record import read_items, read_record
+from foundry_ext.records.record import RECORD_NAME, read_items, read_record
 from foundry_ext.training.loggers.wandb_metrics import (
     AGAINST_TOKENS,
     PROMISED_CONFIG,
     PROMISED_KEYS,
-    RECORD_NAME,
     TOKENS,
     WandBMetrics,
 )
@@ -29,11 +28,11 @@ from tests.training.callbacks.test_run_record import settings
 
 
 def read_back(folder: Path):
-    """All records of an offline run's file, which is whole a moment after the run has ended."""
+    """Return all records of an offline run's file, complete shortly after the run's end."""
     (file,) = folder.glob("run-*.wandb")
     for _ in range(300):
         records = read_records(file)
-        if any(one.HasField("exit") for one in records):
+        if any(record.HasField("exit") for record in records):
             return records
         time.sleep(0.2)
     raise AssertionError(f"{file} was not finished")
@@ -53,12 +52,12 @@ def read_records(file: Path):
 
 
 def offline_in(folder: Path) -> dict:
-    """As WANDB_MODE and WANDB_DIR would have it, but W&B reads those once a process."""
+    """Return arguments to be offline; W&B reads WANDB_MODE and WANDB_DIR once per process."""
     return {"mode": "offline", "dir": str(folder)}
 
 
 def values(items) -> dict:
-    """key -> value of a record's items, nested keys joined."""
+    """Return key -> value of a record's items, with nested keys joined."""
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
@@ -81,7 +80,7 @@ def offline(world, tmp_path_factory):
 
 def test_every_promised_key_is_in_the_file(offline):
     *_, records = offline
-    logged = {key for one in records if one.HasField("history") for key in keys(one)}
+    logged = {key for record in records if record.HasField("history") for key in keys(record)}
     logged |= {key.partition("/")[0] for key in logged if key.endswith("/_type")}  # a table
     missing = [
         promise for promise in PROMISED_KEYS if not any(fnmatch(key, promise) for key in logged)
@@ -94,9 +93,9 @@ def keys(record):
 
 
 def test_values_stand_beside_real_tokens(offline):
-    """In every row that has one of them; steps are those of the trainer."""
+    """Every row with a value has the tokens; steps are the trainer's."""
     *_, records = offline
-    rows = [keys(one) for one in records if one.HasField("history")]
+    rows = [keys(record) for record in records if record.HasField("history")]
     shown = [
         row for row in rows if any(fnmatch(key, name) for key in row for name in AGAINST_TOKENS)
     ]
@@ -105,14 +104,14 @@ def test_values_stand_beside_real_tokens(offline):
         row[TOKENS]: row["learning/target_loss"] for row in rows if "learning/target_loss" in row
     }
     record = read_record(offline[1] / "record.json")
-    expected = {one["real_tokens"]: one["learning"]["target_loss"] for one in record["evaluations"]}
+    expected = {e["real_tokens"]: e["learning"]["target_loss"] for e in record["evaluations"]}
     assert learning == pytest.approx(expected) and len(learning) == 4
     steps = [row["_step"] for row in shown if "learning/target_loss" in row]
     assert steps == [0, 3, 6, 8]
 
 
 def test_tokens_are_in_every_call(monkeypatch):
-    """Not only in the row, which Composer completes with the next batch, if there is one."""
+    """Not only in the row, which Composer completes only with a next batch."""
     seen = []
     monkeypatch.setattr(WandBLogger, "log_metrics", lambda *call: seen.append(call[1:]))
     logger = WandBMetrics(project="p")
@@ -123,32 +122,32 @@ def test_tokens_are_in_every_call(monkeypatch):
 
 def test_metrics_are_defined_against_tokens(offline):
     *_, records = offline
-    defined = [one.metric for one in records if one.HasField("metric")]
+    defined = [record.metric for record in records if record.HasField("metric")]
     names = [metric.name for metric in defined if metric.name]
     assert TOKENS in names
     index = names.index(TOKENS) + 1  # W&B counts from 1 where a metric names its axis
-    axes = {one.glob_name: one.step_metric or one.step_metric_index for one in defined}
+    axes = {m.glob_name: m.step_metric or m.step_metric_index for m in defined}
     for name in AGAINST_TOKENS:
         assert axes[name] in (TOKENS, index), axes
 
 
 def test_runs_are_grouped(offline):
     *_, records = offline
-    (started,) = [one.run for one in records if one.HasField("run")]
+    (started,) = [record.run for record in records if record.HasField("run")]
     assert (started.run_group, started.job_type) == ("trial", "dora")
     assert (started.project, started.display_name) == ("trials", "one")
     config = values(started.config.update)
-    for one in records:
-        if one.HasField("config"):
-            config |= values(one.config.update)
+    for record in records:
+        if record.HasField("config"):
+            config |= values(record.config.update)
     assert [config[key] for key in PROMISED_CONFIG] == ["trial", "dora", 23]
     assert config["optimizer"]["lr"] == 0.01
     assert config["variables"] == {"hub_token": "[redacted]"}
 
 
 def test_no_secret_is_in_the_file(offline):
-    """Nor in what is printed, where llm-foundry shows the whole configuration."""
-    assert not any("planted" in str(one) for one in offline[-1])
+    """Nor in the output, where llm-foundry prints the complete configuration."""
+    assert not any("planted" in str(record) for record in offline[-1])
 
 
 def test_record_and_items_are_the_run_s_files(offline):
@@ -167,7 +166,7 @@ def test_what_the_yaml_says_of_group_and_job_type_wins(world, tmp_path):
     given = {"loggers": {"inmemory": {}, "wandb_metrics": logger}, "save_folder": None}
     kit.run(kit.run_config(world, tmp_path, max_duration="1ba", **given))
     (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (started,) = [one.run for one in read_back(wandb_folder) if one.HasField("run")]
+    (started,) = [record.run for record in read_back(wandb_folder) if record.HasField("run")]
     assert (started.run_group, started.job_type) == ("mine", "my job")
     with pytest.raises(FileNotFoundError, match=r"has no record.json"):
         local_record(wandb_folder)
@@ -189,7 +188,7 @@ except kit.Crash as error:  # as launch.py does
 
 @pytest.mark.more
 def test_a_crashed_run_s_record_is_among_its_files_too(world, tmp_path):
-    """W&B closes itself before Composer does."""
+    """W&B's exit hook runs before Composer's."""
     given = settings(world, tmp_path, save_folder=None)
     given["callbacks"]["spy"] = {"crash_after": 4}
     logger = {"project": "trials", "init_kwargs": offline_in(tmp_path)}
@@ -207,5 +206,5 @@ def test_a_crashed_run_s_record_is_among_its_files_too(world, tmp_path):
     (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
     record = read_record(local_record(wandb_folder))
     assert (record["status"], record["error"]) == ("failed", "Crash: ")
-    assert [one["step"] for one in record["evaluations"]] == [0, 3]
+    assert [entry["step"] for entry in record["evaluations"]] == [0, 3]
     assert read_items(wandb_folder / "files" / "items.jsonl")

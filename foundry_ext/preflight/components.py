@@ -1,21 +1,15 @@
-"""The components that a YAML names, and what is said when one of them cannot be built.
+"""Names and keys of the components that a YAML names, compared with llm-foundry's registries.
 
-llm-foundry builds them one after another from its registries. Names and keys are compared with the
-registries before the first one is built, so that a misspelt key of the optimizer does not wait for
-the data and the model. What a component finds wrong with its values itself is told with the
-section of the YAML it stands in.
+llm-foundry builds the components one after another. Checking all of them first means that a
+misspelt key of the optimizer does not wait for the data and the model.
 """
 
-import contextlib
-import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from foundry_ext.utils.errors import UserError, one_line, suggest
+from foundry_ext.utils.errors import UserError, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +62,6 @@ SECTIONS = {
     ),
 }
 _MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
-_TOKENIZER = (
-    "tokenizer.name must be a local folder with tokenizer.json and tokenizer_config.json, or a name"
-    " on the hub where that can be reached"
-)
 
 
 def check_components(config: Mapping[str, Any]) -> None:
@@ -87,7 +77,7 @@ def check_components(config: Mapping[str, Any]) -> None:
     for key, section in SECTIONS.items():
         if section.registries:
             for place, name, settings in _components(key, config.get(key)):
-                _check_keys(place, settings, section, _registered(place, name, section))
+                _check_keys(place, settings, section, registered(place, name, section))
 
 
 def _components(key: str, content: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -108,7 +98,12 @@ def _components(key: str, content: Any) -> Iterator[tuple[str, str, Mapping[str,
         yield place, str(settings["name"]), others
 
 
-def _registered(place: str, name: str, section: Section) -> Callable[..., Any]:
+def registered(place: str, name: str, section: Section) -> Callable[..., Any]:
+    """Return the class or function registered under `name`.
+
+    Raises:
+        UserError: there is none; names `place` and the nearest known name.
+    """
     import llmfoundry.registry
 
     registries = [getattr(llmfoundry.registry, registry) for registry in section.registries]
@@ -133,63 +128,3 @@ def _check_keys(
         if key not in known:
             hint = suggest(key, sorted(known)) or "; remove or correct it"
             raise UserError(f"{place}: unknown key, {place}.{key}{hint}")
-
-
-@contextlib.contextmanager
-def errors_name_their_section() -> Iterator[None]:
-    """Make errors of llm-foundry's builders say which section of the YAML they are about.
-
-    An error becomes a UserError where the values of the YAML are its likely reason: UserError and
-    OSError of any component, and whatever a component of a library raises. Everything else that
-    our own components raise is a fault of ours, and passes with its traceback.
-    """
-    module: Any = importlib.import_module("llmfoundry.command_utils.train")
-    builders = {section.builder: key for key, section in SECTIONS.items()}
-    before = {builder: getattr(module, builder) for builder in builders}
-    for builder, key in builders.items():
-        setattr(module, builder, _naming(key, before[builder]))
-    try:
-        yield
-    finally:
-        for builder, build in before.items():
-            setattr(module, builder, build)
-
-
-def _naming(key: str, build: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(build)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        name = _name(inspect.signature(build).bind(*args, **kwargs).arguments)
-        try:
-            return build(*args, **kwargs)
-        except Exception as error:
-            if not isinstance(error, UserError | OSError) and _is_ours(key, name):
-                raise
-            where = f"{key} ({name})" if name else key
-            raise UserError(f"{where}: {_describe(key, name, error)}") from error
-
-    return wrapper
-
-
-def _name(arguments: Mapping[str, Any]) -> str:
-    """Return the name of the component that a builder was called for, or "" if it has several."""
-    config = arguments.get("cfg") or arguments.get("eval_loader_config")
-    inside = config.get("name") if isinstance(config, Mapping) else None
-    return str(arguments.get("name") or arguments.get("tokenizer_name") or inside or "")
-
-
-def _is_ours(key: str, name: str) -> bool:
-    if not SECTIONS[key].registries:
-        return False
-    component = _registered(key, name, SECTIONS[key]) if name else None
-    return component is None or getattr(component, "__module__", "").startswith("foundry_ext.")
-
-
-def _describe(key: str, name: str, error: Exception) -> str:
-    text = one_line(error).removesuffix(".")
-    if key == "tokenizer":
-        from huggingface_hub.errors import HFValidationError
-
-        if isinstance(error, OSError | HFValidationError) and not Path(name).is_dir():
-            text = f"no folder here, and the hub does not give it: {text}"
-        text = f"{text}; {_TOKENIZER}"
-    return text if isinstance(error, UserError) else f"{text} [{type(error).__name__}]"

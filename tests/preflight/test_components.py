@@ -1,20 +1,13 @@
-"""Names and keys of a YAML's components, and errors that name the section they come from."""
+"""Names and keys of a YAML's components."""
 
 import copy
-import importlib
 
-import llmfoundry.registry
 import pytest
 
-from foundry_ext.launch.components import (
-    SECTIONS,
-    check_components,
-    errors_name_their_section,
-)
+from foundry_ext.preflight.components import check_components
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.nested import get
 
-train_module = importlib.import_module("llmfoundry.command_utils.train")
 LOADER = {"name": "packed_finetuning", "dataset": {}, "num_workers": 0}
 CONFIG = {
     "model": {"name": "smollm2_packed", "pretrained": False, "init_device": "cpu"},
@@ -64,38 +57,3 @@ def test_a_mistake_is_named(key, value, message):
     with pytest.raises(UserError) as error:
         check_components(changed(key, value))
     assert message in str(error.value)
-
-
-def raising(error: Exception, module: str):
-    def build(**keys):
-        raise error
-
-    build.__module__ = module
-    return build
-
-
-@pytest.mark.parametrize(
-    ("error", "module", "expected"),
-    [
-        (UserError("x: 1; give 2"), "foundry_ext.data", (UserError, "train_loader (odd): x: 1; g")),
-        (OSError("gone"), "foundry_ext.data", (UserError, "train_loader (odd): gone [OSError]")),
-        (ValueError("x"), "other.data", (UserError, "train_loader (odd): x [ValueError]")),
-        (ValueError("a bug"), "foundry_ext.data", (ValueError, "a bug")),
-    ],
-)
-def test_errors_of_building_name_their_section(error, module, expected):
-    builder = train_module.build_dataloader
-    llmfoundry.registry.dataloaders.register("odd", func=raising(error, module))
-    kind, text = expected
-    with pytest.raises(ValueError) as raised, errors_name_their_section():
-        train_module.build_dataloader({"name": "odd"}, None, 1)
-    assert type(raised.value) is kind and text in str(raised.value)
-    assert train_module.build_dataloader is builder
-
-
-def test_every_builder_is_there_and_every_section_checked():
-    """A renamed builder of llm-foundry would be an AttributeError here, and not a silent change."""
-    for section in SECTIONS.values():
-        assert callable(getattr(train_module, section.builder))
-        for registry in section.registries:
-            assert getattr(llmfoundry.registry, registry).get_all()

@@ -1,0 +1,77 @@
+"""Errors of llm-foundry's builders that name the section of the YAML they are about."""
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from foundry_ext.preflight.components import SECTIONS, registered
+from foundry_ext.utils.errors import UserError, one_line
+
+_TOKENIZER = (
+    "tokenizer.name must be a local folder with tokenizer.json and tokenizer_config.json, or a name"
+    " on the hub where that can be reached"
+)
+
+
+@contextlib.contextmanager
+def errors_name_their_section() -> Iterator[None]:
+    """Make errors of llm-foundry's builders say which section of the YAML they are about.
+
+    An error becomes a UserError if values of the YAML are its likely cause: UserError and OSError
+    of any component, and any error of a library's component. Other errors of our own components
+    are bugs and keep their traceback.
+    """
+    module: Any = importlib.import_module("llmfoundry.command_utils.train")
+    builders = {section.builder: key for key, section in SECTIONS.items()}
+    before = {builder: getattr(module, builder) for builder in builders}
+    for builder, key in builders.items():
+        setattr(module, builder, _naming(key, before[builder]))
+    try:
+        yield
+    finally:
+        for builder, build in before.items():
+            setattr(module, builder, build)
+
+
+def _naming(key: str, build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        name = _name(inspect.signature(build).bind(*args, **kwargs).arguments)
+        try:
+            return build(*args, **kwargs)
+        except Exception as error:
+            if not isinstance(error, UserError | OSError) and _is_ours(key, name):
+                raise
+            where = f"{key} ({name})" if name else key
+            raise UserError(f"{where}: {_describe(key, name, error)}") from error
+
+    return wrapper
+
+
+def _name(arguments: Mapping[str, Any]) -> str:
+    """Return the name of the component that a builder was called for, or "" if it has several."""
+    config = arguments.get("cfg") or arguments.get("eval_loader_config")
+    inside = config.get("name") if isinstance(config, Mapping) else None
+    return str(arguments.get("name") or arguments.get("tokenizer_name") or inside or "")
+
+
+def _is_ours(key: str, name: str) -> bool:
+    if not SECTIONS[key].registries:
+        return False
+    component = registered(key, name, SECTIONS[key]) if name else None
+    return component is None or getattr(component, "__module__", "").startswith("foundry_ext.")
+
+
+def _describe(key: str, name: str, error: Exception) -> str:
+    text = one_line(error).removesuffix(".")
+    if key == "tokenizer":
+        from huggingface_hub.errors import HFValidationError
+
+        if isinstance(error, OSError | HFValidationError) and not Path(name).is_dir():
+            text = f"no folder here, and the hub does not give it: {text}"
+        text = f"{text}; {_TOKENIZER}"
+    return text if isinstance(error, UserError) else f"{text} [{type(error).__name__}]"

@@ -1,0 +1,89 @@
+"""Preflight of a run that a YAML file and overrides describe.
+
+Nothing slow is imported before the file has been checked.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from omegaconf import OmegaConf
+
+from foundry_ext.config.loading import load_config
+
+if TYPE_CHECKING:
+    from foundry_ext.preflight.inspect.packs import Inspection
+    from foundry_ext.preflight.plan.plan import Plan
+    from foundry_ext.preflight.verify.verify import Verification
+
+
+def plan_run(path: Path | str, overrides: Sequence[str] = (), *, num_ranks: int = 1) -> "Plan":
+    """Estimate a run's steps, tokens, memory and time without training.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` texts, such as "optimizer.lr=1e-4".
+        num_ranks: processes, one device each, that will train the run.
+
+    Raises:
+        UserError: the configuration is wrong, or the run cannot be planned.
+    """
+    config = _checked(path, overrides)
+    from foundry_ext.preflight.plan.plan import plan_config
+
+    return plan_config(config, name=str(path), num_ranks=num_ranks)
+
+
+def inspect_run(
+    path: Path | str, overrides: Sequence[str] = (), *, loader: str = "train", num_packs: int = 4
+) -> "Inspection":
+    """Return the first packs of a run as the model receives them, and the totals of an epoch.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` texts.
+        loader: "train" or "eval"; of several eval loaders the first.
+        num_packs: packs to return.
+
+    Raises:
+        UserError: the configuration is wrong, or the loader does not pack.
+    """
+    config = _checked(path, overrides)
+    from foundry_ext.preflight.inspect.packs import inspect_config
+
+    return inspect_config(config, name=str(path), loader=loader, num_packs=num_packs)
+
+
+def verify_run(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int = 4,
+    packs: int = 2,
+    tokens: int = 512,
+) -> "Verification":
+    """Check a run's packing and resumption on its own model and data, for a few steps.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` texts.
+        steps: optimizer steps of the uninterrupted run; another run is stopped halfway.
+        packs: packs that are compared with their documents.
+        tokens: tokens of a pack, at most.
+
+    Raises:
+        UserError: the configuration is wrong, or the run cannot be verified.
+    """
+    config = _checked(path, overrides)
+    from foundry_ext.preflight.verify.verify import verify_config
+
+    return verify_config(config, name=str(path), steps=steps, packs=packs, tokens=tokens)
+
+
+def _checked(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the resolved configuration; its components' names and keys are known to be right."""
+    config = OmegaConf.to_container(load_config(Path(path), list(overrides)), resolve=True)
+    from foundry_ext.preflight.components import check_components
+
+    check_components(cast(dict[str, Any], config))
+    return cast(dict[str, Any], config)
