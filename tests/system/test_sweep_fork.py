@@ -16,7 +16,7 @@ from foundry_ext.sweeps.run import run_sweep
 from foundry_ext.training.loggers.metrics_file import read_metrics
 from tests.sweeps.kit import ROOT, enter, names, start_sweep, write_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tests.sweeps.kit import (
     write_sweep,
 )
 
+pytestmark = pytest.mark.more
 SEEDS = {"seed": {"values": [17, 18]}}
 RUNS = ["a-seed_17", "a-seed_18", "b-seed_17", "b-seed_18"]
 
