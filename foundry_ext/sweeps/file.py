@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from foundry_ext.sweeps.parameters import Parameter, parameter
+from foundry_ext.utils.errors import UserError
 
 KEYS = {
     "command",
@@ -75,32 +76,32 @@ def read_sweep(path: Path) -> Sweep:
         content = yaml.safe_load(path.read_text())  # as `wandb sweep` reads it
     # An impossible date or undecodable bytes are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: not a mapping; write method:, program: and parameters:")
+        raise UserError(f"{path}: not a mapping; write method:, program: and parameters:")
     try:
         return _sweep(path, content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _sweep(path: Path, content: Mapping[str, Any]) -> Sweep:
     if "early_terminate" in content:
-        raise ValueError("early_terminate needs W&B's server: use `wandb sweep`, or remove it")
+        raise UserError("early_terminate needs W&B's server: use `wandb sweep`, or remove it")
     unknown = sorted(set(map(str, content)) - KEYS)
     if unknown:
-        raise ValueError(f"unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+        raise UserError(f"unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
     for key in ("method", "program", "parameters"):
         if key not in content:
-            raise ValueError(f"{key} is missing; add it")
+            raise UserError(f"{key} is missing; add it")
     method = content["method"]
     if method == "bayes":
-        raise ValueError("method bayes needs W&B's server: use `wandb sweep`, or grid or random")
+        raise UserError("method bayes needs W&B's server: use `wandb sweep`, or grid or random")
     if method not in ("grid", "random"):
-        raise ValueError(f"method, {method!r}, is neither grid nor random")
+        raise UserError(f"method, {method!r}, is neither grid nor random")
     cap = content.get("run_cap")
     if cap is not None and (type(cap) is not int or cap < 1):
-        raise ValueError(f"run_cap, {cap!r}, is not a whole number above 0")
+        raise UserError(f"run_cap, {cap!r}, is not a whole number above 0")
     parameters = tuple(_parameters(content["parameters"]))
     if method == "grid":
         for entry in parameters:
@@ -120,7 +121,7 @@ def _name(path: Path, given: Any) -> str:
     text = str(given or (path.parent.resolve().name if path.stem == "sweep" else path.stem))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
     if not name:
-        raise ValueError(f"name, {text!r}, has no letter or digit for a folder's name")
+        raise UserError(f"name, {text!r}, has no letter or digit for a folder's name")
     return name
 
 
@@ -128,7 +129,7 @@ def inside(path: str, what: str) -> str:
     """Return `path` if it is inside the current folder, without following symbolic links."""
     relative = os.path.relpath(os.path.normpath(path), os.getcwd())
     if relative.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{what}, {path!r}, is outside this folder; start in the folder above it")
+        raise UserError(f"{what}, {path!r}, is outside this folder; start in the folder above it")
     return path
 
 
@@ -136,14 +137,14 @@ def _command(given: Any) -> tuple[str, ...]:
     if given is None:
         return DEFAULT_COMMAND
     if not isinstance(given, list) or not given:
-        raise ValueError(f"command, {given!r}, is not a list; write one argument an item")
+        raise UserError(f"command, {given!r}, is not a list; write one argument an item")
     command = tuple(map(str, given))
     for chunk in command:
         if "${" in chunk and chunk not in (f"${{{macro}}}" for macro in MACROS):
             known = ", ".join(f"${{{macro}}}" for macro in MACROS)
-            raise ValueError(f"command: {chunk!r} is no macro known here; known: {known}")
+            raise UserError(f"command: {chunk!r} is no macro known here; known: {known}")
     if "${program}" not in command:
-        raise ValueError("command does not hold ${program}; add it")
+        raise UserError("command does not hold ${program}; add it")
     return command
 
 
@@ -151,21 +152,21 @@ def _parameters(entries: Any, above: tuple[str, ...] = ()) -> Iterator[Parameter
     """Yield parameters sorted by name at each level, as W&B flattens nested ones."""
     where = f"parameter {'.'.join(above)}: parameters" if above else "parameters"
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{where} is empty or not a mapping; write name: {{values: [...]}}")
+        raise UserError(f"{where} is empty or not a mapping; write name: {{values: [...]}}")
     for name in sorted(map(str, entries)):
         path = (*above, name)
         entry = entries.get(name)
         if not NAME_PATTERN.fullmatch(name):
-            raise ValueError(
+            raise UserError(
                 f"parameter {name!r} is not a name; use letters, digits, dots, dashes, underscores"
             )
         if not isinstance(entry, dict) or not entry:
-            raise ValueError(
+            raise UserError(
                 f"parameter {'.'.join(path)}: no value; write {name}: {{value: ...}} or values"
             )
         if "parameters" in entry:
             if len(entry) > 1:
-                raise ValueError(f"parameter {'.'.join(path)}: parameters stands alone")
+                raise UserError(f"parameter {'.'.join(path)}: parameters stands alone")
             yield from _parameters(entry["parameters"], path)
         else:
             yield parameter(path, entry)
@@ -181,14 +182,14 @@ def expand(
     """
     caps = [cap for cap in (num_runs, sweep.run_cap) if cap is not None]
     if num_runs is not None and num_runs < 1:
-        raise ValueError(f"number of runs, {num_runs}, is not above 0")
+        raise UserError(f"number of runs, {num_runs}, is not above 0")
     if sweep.method == "grid":
         combinations = itertools.product(*(entry.grid_values() for entry in sweep.parameters))
         chosen = list(itertools.islice(combinations, min(caps, default=None)))
     elif caps:
         chosen = _random_combinations(sweep, min(caps), seed)
     else:
-        raise ValueError(f"{sweep.path}: method random has no end; set run_cap or give --runs")
+        raise UserError(f"{sweep.path}: method random has no end; set run_cap or give --runs")
     return [_nested(sweep.parameters, values) for values in chosen]
 
 
@@ -201,7 +202,7 @@ def _random_combinations(sweep: Sweep, count: int, seed: int) -> list[tuple[Any,
             chosen.append(values)
         if len(chosen) == count:
             return chosen
-    raise ValueError(
+    raise UserError(
         f"{sweep.path}: {count} runs asked for, but {len(chosen)} different ones were drawn; "
         "ask for fewer, or use method grid"
     )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from foundry_ext.utils.errors import UserError
+
 # distribution -> (required keys, optional keys with their defaults)
 DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "constant": (("value",), {}),
@@ -48,7 +50,7 @@ class Parameter:
         return ".".join(self.path)
 
     def grid_values(self) -> list[Any]:
-        """Return the distinct values in the order written, or raise ValueError if uncountable."""
+        """Return the distinct values in the order written, or raise UserError if uncountable."""
         settings = self.settings
         if self.distribution == "constant":
             return [settings["value"]]
@@ -59,7 +61,7 @@ class Parameter:
         if self.distribution == "q_uniform":  # like numpy.arange: excludes the end
             count = math.ceil((settings["max"] - settings["min"]) / settings["q"])
             return [settings["min"] + i * settings["q"] for i in range(count)]
-        raise ValueError(
+        raise UserError(
             f"parameter {self.name}: {self.distribution} has no countable values for method grid; "
             "give values:, or use method random"
         )
@@ -73,7 +75,7 @@ def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
     name = ".".join(path)
     unknown = sorted(set(map(str, entry)) - KEYS)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"parameter {name}: unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}"
         )
     distribution = _distribution(name, entry)
@@ -81,9 +83,9 @@ def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
     given = set(entry) - {"distribution"}
     for key in required:
         if key not in given:
-            raise ValueError(f"parameter {name}: {distribution} needs {key}; add it")
+            raise UserError(f"parameter {name}: {distribution} needs {key}; add it")
     for key in sorted(given - set(required) - set(optional)):
-        raise ValueError(f"parameter {name}: {distribution} does not take {key}; remove it")
+        raise UserError(f"parameter {name}: {distribution} does not take {key}; remove it")
     settings = {**optional, **{key: entry[key] for key in given}}
     _check_settings(name, distribution, settings)
     return Parameter(path, distribution, settings)
@@ -93,12 +95,12 @@ def _distribution(name: str, entry: Mapping[str, Any]) -> str:
     if "distribution" in entry:
         given = entry["distribution"]
         if given in REFUSED:
-            raise ValueError(
+            raise UserError(
                 f"parameter {name}: distribution {given} is not known here, only to W&B's server; "
                 "use `wandb sweep`, or another distribution"
             )
         if given not in DISTRIBUTIONS:
-            raise ValueError(
+            raise UserError(
                 f"parameter {name}: unknown distribution, {given!r}; "
                 f"known: {', '.join(DISTRIBUTIONS)}"
             )
@@ -112,35 +114,35 @@ def _distribution(name: str, entry: Mapping[str, Any]) -> str:
     if "min" in entry or "max" in entry:
         is_integral = all(type(entry.get(key)) is int for key in ("min", "max"))
         return "int_uniform" if is_integral else "uniform"
-    raise ValueError(f"parameter {name}: no value; give value:, values: [...], or min: and max:")
+    raise UserError(f"parameter {name}: no value; give value:, values: [...], or min: and max:")
 
 
 def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -> None:
     if "values" in settings:
         values = settings["values"]
         if not isinstance(values, list) or not values:
-            raise ValueError(f"parameter {name}: values, {values!r}, has no value; list some")
+            raise UserError(f"parameter {name}: values, {values!r}, has no value; list some")
         _check_probabilities(name, values, settings.get("probabilities"))
     for value in settings.get("values", [settings.get("value", 0)]):
         if _holds_none(value):
-            raise ValueError(
+            raise UserError(
                 f"parameter {name}: null reaches a run as the text None; leave the parameter out"
             )
     for key in ("min", "max", "q", "mu", "sigma", "a", "b"):
         number = settings.get(key, 1)
         if isinstance(number, bool) or not isinstance(number, int | float):
             hint = "; YAML reads 1e-4 as text, write 1.0e-4" if isinstance(number, str) else ""
-            raise ValueError(f"parameter {name}: {key}, {number!r}, is not a number{hint}")
+            raise UserError(f"parameter {name}: {key}, {number!r}, is not a number{hint}")
         if key in ("q", "sigma", "a", "b") and number <= 0:
-            raise ValueError(f"parameter {name}: {key}, {number}, is not above 0")
+            raise UserError(f"parameter {name}: {key}, {number}, is not above 0")
     if "min" in settings:
         low, high = settings["min"], settings["max"]
         if not low < high:
-            raise ValueError(f"parameter {name}: min, {low}, is not below max, {high}")
+            raise UserError(f"parameter {name}: min, {low}, is not below max, {high}")
         if "values" in distribution and low <= 0:
-            raise ValueError(f"parameter {name}: min, {low}, is not above 0, as a logarithm needs")
+            raise UserError(f"parameter {name}: min, {low}, is not above 0, as a logarithm needs")
         if distribution == "int_uniform" and not all(type(x) is int for x in (low, high)):
-            raise ValueError(f"parameter {name}: int_uniform, {low} to {high}, wants integers")
+            raise UserError(f"parameter {name}: int_uniform, {low} to {high}, wants integers")
 
 
 def _check_probabilities(name: str, values: list[Any], probabilities: Any) -> None:
@@ -150,7 +152,7 @@ def _check_probabilities(name: str, values: list[Any], probabilities: Any) -> No
         isinstance(p, int | float) and p >= 0 for p in probabilities
     )
     if not numbers or len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1):
-        raise ValueError(
+        raise UserError(
             f"parameter {name}: probabilities, {probabilities!r}, are not {len(values)} numbers "
             "that sum to 1, one for each of values"
         )

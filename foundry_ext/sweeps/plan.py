@@ -11,11 +11,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from foundry_ext.adapters.methods import method_of_config
-from foundry_ext.config.loading import UsageError, load_config, record_path, split_arguments
+from foundry_ext.config.loading import load_config, record_path, split_arguments
 from foundry_ext.records.decisive import DECISIVE, find
 from foundry_ext.records.record import redact
 from foundry_ext.sweeps.file import Sweep, command_line, inside
 from foundry_ext.sweeps.state import read_run_record
+from foundry_ext.utils.errors import UserError
 
 DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
 
@@ -81,13 +82,13 @@ def naming_runs(sweep: str) -> Iterator[None]:
 def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     """Read the YAML and check the overrides of each run, in the order given."""
     if not Path(sweep.program).is_file():
-        raise UsageError(f"{sweep.path}: program, {sweep.program}: no such file here")
+        raise UserError(f"{sweep.path}: program, {sweep.program}: no such file here")
     planned: dict[str, PlannedRun] = {}
     with naming_runs(sweep.name):
         for values in runs:
             run = _plan_run(sweep, values)
             if run.name in planned:
-                raise UsageError(
+                raise UserError(
                     f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, and give "
                     "each YAML its own"
                 )
@@ -95,7 +96,7 @@ def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     owners: dict[Path, str] = {}
     for run in planned.values():
         if run.record in owners:
-            raise UsageError(
+            raise UserError(
                 f"{sweep.path}: runs {owners[run.record]} and {run.name} share {run.folder}; "
                 "put ${run_name} into the YAML's folder"
             )
@@ -107,27 +108,27 @@ def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
     command = command_line(sweep, values)
     arguments = command[command.index(sweep.program) + 1 :]
     if any(argument.startswith("--") for argument in arguments):
-        raise UsageError(
+        raise UserError(
             f"{sweep.path}: command gives {sweep.program} arguments with hyphens; "
             "it takes key=value, which ${args_no_hyphens} writes"
         )
     try:
         files, overrides = split_arguments(arguments)
         if len(files) != 1:
-            raise UsageError(f"{len(files)} YAML files in one run, {files}; give one as config")
+            raise UserError(f"{len(files)} YAML files in one run, {files}; give one as config")
         config = load_config(Path(inside(str(files[0]), "config")), overrides)
     except ValueError as error:
-        raise UsageError(f"{sweep.path}: {error}") from error
+        raise UserError(f"{sweep.path}: {error}") from error
     record = record_path(config)
     if record is None:
-        raise UsageError(
+        raise UserError(
             f"{files[0]}: no run_record under callbacks, which tells a sweep that the run is "
             "finished; add run_record: {path: ${variables.folder}/record.json, experiment: ...}"
         )
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     name = str(resolved.get("run_name") or files[0].stem)
     if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
-        raise UsageError(
+        raise UserError(
             f"{files[0]}: run_name, {name!r}, is no file's name, as logs and locks need; leave out"
             " slashes"
         )

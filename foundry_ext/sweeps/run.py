@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from foundry_ext.config.loading import UsageError
 from foundry_ext.sweeps.file import DEFAULT_SEED, expand, read_sweep
 from foundry_ext.sweeps.fork_launcher import ForkLauncher
 from foundry_ext.sweeps.launchers import SubprocessLauncher, can_fork, threads_each
 from foundry_ext.sweeps.plan import CostEstimate, PlannedRun, SweepRunResult, estimate_costs, plan
 from foundry_ext.sweeps.runner import SweepRunner
 from foundry_ext.sweeps.text import duration, estimate_hours, format_summary, format_sweep
+from foundry_ext.utils.errors import UserError
 
 LAUNCHERS = ("fork", "subprocess")
 
@@ -94,14 +94,14 @@ def _announce(runner: SweepRunner, cost_estimates: Sequence[CostEstimate], launc
 
 def _slots(gpus: Sequence[str], parallel: int | None) -> list[dict[str, str]]:
     if parallel is not None and parallel < 1:
-        raise UsageError(f"parallel, {parallel}, is not above 0")
+        raise UserError(f"parallel, {parallel}, is not above 0")
     if not gpus:
         return [{} for _ in range(parallel or 1)]
     single = [device for group in gpus for device in group.split(",")]
     if len(set(single)) < len(single) or not all(device.strip() for device in single):
-        raise UsageError(f"gpus, {' '.join(gpus)}: a device is named twice or has no number")
+        raise UserError(f"gpus, {' '.join(gpus)}: a device is named twice or has no number")
     if parallel not in (None, len(gpus)):
-        raise UsageError(
+        raise UserError(
             f"parallel, {parallel}: with gpus, there are as many runs at once as groups "
             f"of devices, {len(gpus)}; leave parallel out"
         )
@@ -114,11 +114,11 @@ def _choose_launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequen
     if asked is None:
         return "fork" if forks and not has_gpu else "subprocess"
     if asked not in LAUNCHERS:
-        raise UsageError(f"launcher, {asked!r}, is neither fork nor subprocess")
+        raise UserError(f"launcher, {asked!r}, is neither fork nor subprocess")
     if asked == "fork" and gpus:
-        raise UsageError("launcher fork is for a CPU: a process that uses CUDA cannot be forked")
+        raise UserError("launcher fork is for a CPU: a process that uses CUDA cannot be forked")
     if asked == "fork" and not forks:
-        raise UsageError(
+        raise UserError(
             f"launcher fork is for one rank: {shlex.join(runs[0].command[:4])} ... is not composer "
             "or ${interpreter} and the program alone; use launcher subprocess"
         )
@@ -126,16 +126,16 @@ def _choose_launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequen
 
 
 def _confirm(cost_estimates: Sequence[CostEstimate], parallel: int, limit_hours: float) -> None:
-    """Ask whether to start a sweep over the limit; raise UsageError if the answer is not yes."""
+    """Ask whether to start a sweep over the limit; raise UserError if the answer is not yes."""
     hours = estimate_hours(cost_estimates, parallel)
     if hours is not None and hours <= limit_hours:
         return
     time_text = "an unknown time" if hours is None else f"about {duration(hours * 3600)}"
     if not sys.stdin.isatty():
-        raise UsageError(
+        raise UserError(
             f"the sweep takes {time_text}, the limit is {limit_hours:g} h, and nobody is there to "
             "ask; add --yes, or a higher --limit-hours with --tokens-per-second"
         )
     answer = input(f"It takes {time_text}; the limit is {limit_hours:g} h. Start it? [y/N] ")
     if answer.strip().lower() not in ("y", "yes"):
-        raise UsageError("not started")
+        raise UserError("not started")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.config.loading import UsageError
 from foundry_ext.sweeps.launchers import Job, Launcher, Orphan, Process
 from foundry_ext.sweeps.plan import PlannedRun, SweepRunResult, finished_otherwise
 from foundry_ext.sweeps.state import (
@@ -28,6 +27,7 @@ from foundry_ext.sweeps.state import (
     write_state,
 )
 from foundry_ext.sweeps.text import duration, target_loss, wall_seconds
+from foundry_ext.utils.errors import UserError
 
 FOLDER = Path("outputs/sweeps")
 POLL_SECONDS = 0.2
@@ -81,14 +81,14 @@ class SweepRunner:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Hold the sweep's lock; raise UsageError if another process runs this sweep."""
+        """Hold the sweep's lock; raise UserError if another process runs this sweep."""
         path = self.folder / "lock"
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS
         lock = claim(path)
         while lock is None:
             holder = path.read_text().strip()
             if _is_alive(holder) or time.monotonic() > deadline:
-                raise UsageError(
+                raise UserError(
                     f"sweep {self.name} is running already, as process {holder or 'unknown'}; "
                     f"wait for it or stop it (its lock is {path})"
                 )
@@ -113,7 +113,7 @@ class SweepRunner:
             if record.get("status") == "finished":
                 difference = finished_otherwise(run, record)
                 if difference:
-                    raise UsageError(
+                    raise UserError(
                         f"{run.record} is of a finished run with {difference}; move it away, or "
                         "give the YAML another run_name"
                     )

@@ -14,6 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.utils.atomic import write_text
+from foundry_ext.utils.errors import UserError
+
 STATE_VERSION = 1
 # stopped: by Ctrl-C or SIGTERM to the sweep. killed: by a signal, or gone without a trace.
 STATUSES = ("waiting", "running", "finished", "failed", "stopped", "killed")
@@ -46,12 +49,7 @@ def write_state(path: Path, sweep: str, runs: dict[str, RunState]) -> None:
         "updated": now(),
         "runs": {name: asdict(run) for name, run in runs.items()},
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1))
 
 
 def read_state(path: Path) -> dict[str, RunState]:
@@ -62,13 +60,13 @@ def read_state(path: Path) -> dict[str, RunState]:
     try:
         content = json.loads(path.read_text())
         if content["schema_version"] != STATE_VERSION:
-            raise ValueError(f"schema_version {content['schema_version']}, not {STATE_VERSION}")
+            raise UserError(f"schema_version {content['schema_version']}, not {STATE_VERSION}")
         runs = {str(name): RunState(**run) for name, run in content["runs"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the state of a sweep, {error!r}; {way_out}") from error
+        raise UserError(f"{path}: not the state of a sweep, {error!r}; {way_out}") from error
     for name, run in runs.items():
         if run.status not in STATUSES:
-            raise ValueError(f"{path}: run {name} has status {run.status!r}; {way_out}")
+            raise UserError(f"{path}: run {name} has status {run.status!r}; {way_out}")
     return runs
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from foundry_ext.config.loading import UsageError
 from foundry_ext.sweeps.fork_launcher import ForkLauncher
 from foundry_ext.sweeps.launchers import can_fork, resolve
 from foundry_ext.sweeps.run import run_sweep
 from foundry_ext.sweeps.state import is_free, read_state
+from foundry_ext.utils.errors import UserError
 from tests.sweeps.kit import ROOT, enter, lines, names, run, run_and_kill, wait_for, write_sweep
 
 SEEDS = {"seed": {"values": [17, 18]}}
@@ -77,11 +77,11 @@ def test_forking_is_the_choice_where_it_can_be(folder: Path, monkeypatch: pytest
     path = write_sweep(folder, {}, command=two)
     run_sweep(path, dry_run=True, echo=said.append)
     assert "launcher subprocess" in "".join(said[1:])
-    with pytest.raises(UsageError, match=r"launcher fork is for one rank: composer -n 2 train"):
+    with pytest.raises(UserError, match=r"launcher fork is for one rank: composer -n 2 train"):
         run_sweep(path, launcher="fork")
-    with pytest.raises(UsageError, match="launcher fork is for a CPU"):
+    with pytest.raises(UserError, match="launcher fork is for a CPU"):
         run_sweep(write_sweep(folder, {}), launcher="fork", gpus=["0"])
-    with pytest.raises(UsageError, match="'thread', is neither fork nor subprocess"):
+    with pytest.raises(UserError, match="'thread', is neither fork nor subprocess"):
         run_sweep(write_sweep(folder, {}), launcher="thread")
 
 

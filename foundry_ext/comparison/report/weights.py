@@ -9,6 +9,7 @@ from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.report.document import Block, Figure, Heading, Table
 from foundry_ext.comparison.report.plots import plot_lines
 from foundry_ext.comparison.runs import Run
+from foundry_ext.utils.errors import UserError
 
 _SUMMARY = ("matrices", "median_rank_90", "total_intruders", "relative_change", "k", "epsilon")
 
@@ -17,7 +18,7 @@ def analysis_blocks(comparison: Comparison, folder: Path) -> list[Block]:
     """Return the section on the chosen runs that `foundry-ext analyse` has seen, if there are any.
 
     Raises:
-        ValueError: an analysis.json lacks numbers that this version reads.
+        UserError: an analysis.json lacks numbers that this version reads.
     """
     analysed = [
         (label, run)
@@ -72,7 +73,7 @@ def _summary(run: Run) -> Mapping[str, Any]:
     if not isinstance(summary, Mapping) or any(
         not isinstance(summary.get(key), int | float) for key in _SUMMARY
     ):
-        raise ValueError(
+        raise UserError(
             f"{run.name}: its analysis.json has no summary that this version can read; run"
             " `foundry-ext analyse` again"
         )
