@@ -18,9 +18,11 @@ STAMP := $(VENV)/.installed
 FAMILY := ^(torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+)=
 
 export TOKENIZERS_PARALLELISM = false
+# One process per core, each on one thread: tests/conftest.py sets OMP_NUM_THREADS.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow browser check bench lock hashes audit clean
+.PHONY: help install quickstart test test-all test-slow coverage browser check bench lock hashes audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,8 +44,17 @@ endif
 quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed
 	$(BIN)/python -m experiments.quickstart --seeds $(SEEDS) $(if $(FAST),--fast)
 
-test: install browser ## the default tests: no GPU, no network, a few minutes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: install browser ## the tests to run before a commit: no GPU, no network, under ten minutes on two cores
+	$(PYTEST)
+
+test-all: install browser ## these and whole processes, all methods, every bad input: before a merge
+	$(PYTEST) -m "not gpu and not slow"
+
+test-slow: install ## soaks, fuzzing, dozens of kills, large models: an hour or more
+	$(PYTEST) --dist loadgroup -m "slow and not gpu"
+
+coverage: install browser ## the lines that `make test-all` runs, those of subprocesses not counted
+	$(PYTEST) -m "not gpu and not slow" --cov=foundry_ext --cov-report=term:skip-covered
 
 browser: ## headless Chromium for the tests of pages; without it they are skipped
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -52,9 +63,6 @@ browser: ## headless Chromium for the tests of pages; without it they are skippe
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	fi || true; \
 	command -v chromium >/dev/null || echo "no Chromium: the tests that open a page will be skipped"
-
-test-slow: install ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
 
 check: install ## ruff and pyright, in the pinned world
 	$(BIN)/ruff check .

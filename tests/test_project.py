@@ -1,8 +1,11 @@
 """The files around the code: what is installed, locked and registered."""
 
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
@@ -125,3 +128,18 @@ def test_one_lock_and_one_licence():
     assert not (ROOT / "uv.lock").exists()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path):
+    """Templates, styles and configs too, which only pyproject.toml's package-data brings along."""
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "foundry_ext", tmp_path / "foundry_ext", ignore=ignore)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("foundry_ext/")}
+    files = [path for path in (tmp_path / "foundry_ext").rglob("*") if path.is_file()]
+    assert held == {path.relative_to(tmp_path).as_posix() for path in files}
+    assert "foundry_ext/utils/templates/base.html" in held

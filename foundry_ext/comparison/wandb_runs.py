@@ -52,8 +52,9 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
     """
     if not re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference):
         raise ValueError(f"{reference}: no W&B run; give entity/project/run_id")
-    import wandb
     from wandb.errors import Error
+
+    import wandb
 
     try:
         run = (api or wandb.Api()).run(reference)

@@ -24,7 +24,6 @@ from foundry_ext.utils.nested import get
 
 SUFFIXES = (".yaml", ".yml")
 FILE_KEY = "config="
-UsageError = UserError
 
 
 def first_line(error: OmegaConfBaseException) -> str:

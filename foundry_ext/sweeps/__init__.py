@@ -1,1 +1,1 @@
-"""Grids of runs, started on this machine."""
+"""Grid and random sweeps of runs on this machine."""

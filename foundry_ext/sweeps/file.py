@@ -1,4 +1,4 @@
-"""A sweep file in W&B's own format -> the runs it stands for, as `wandb agent` would start them.
+"""Sweep files in W&B's format, expanded into the runs that `wandb agent` would start.
 
     program: train.py
     method: grid
@@ -7,9 +7,9 @@
       config: {values: [a.yaml, b.yaml]}
       seed: {values: [17, 18]}
 
-is `composer train.py config=a.yaml seed=17`, then seed=18, then b.yaml with both. Parameters go in
-the order of their names and the last one varies fastest, as in W&B's grid search. Every mistake is
-a ValueError that names the file, the key and the way out.
+starts `composer train.py config=a.yaml seed=17`, then seed=18, then b.yaml with both seeds.
+Parameters are sorted by name and the last one varies fastest, as in W&B's grid search. Every
+mistake is a ValueError that names the file, the key and the way out.
 """
 
 import itertools
@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from foundry_ext.sweeps.parameters import Parameter, parameter
+from foundry_ext.utils.errors import UserError
 
 KEYS = {
     "command",
@@ -48,16 +49,18 @@ MACROS = (
     "args_no_boolean_flags",
     "args_json",
 )
-NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # W&B's, for a parameter
+NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # of a parameter, from W&B
 DEFAULT_SEED = 17
-_TRIES_A_RUN = 200
+_TRIES_PER_RUN = 200
 
 
 @dataclass(frozen=True)
 class Sweep:
+    """A checked sweep file."""
+
     path: Path
     name: str
-    """Safe as a folder's name: `name`, or the folder of a file called sweep.yaml."""
+    """A valid folder name: the key `name`, else the file's stem, or its folder for sweep.yaml."""
     method: str
     program: str
     command: tuple[str, ...]
@@ -66,39 +69,39 @@ class Sweep:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The checked file."""
+    """Read and check a sweep file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
         content = yaml.safe_load(path.read_text())  # as `wandb sweep` reads it
-    # A ValueError for a date that is none, as for bytes that are no text.
+    # An impossible date or undecodable bytes are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: not a mapping; write method:, program: and parameters:")
+        raise UserError(f"{path}: not a mapping; write method:, program: and parameters:")
     try:
         return _sweep(path, content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _sweep(path: Path, content: Mapping[str, Any]) -> Sweep:
     if "early_terminate" in content:
-        raise ValueError("early_terminate needs W&B's server: use `wandb sweep`, or remove it")
+        raise UserError("early_terminate needs W&B's server: use `wandb sweep`, or remove it")
     unknown = sorted(set(map(str, content)) - KEYS)
     if unknown:
-        raise ValueError(f"unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
+        raise UserError(f"unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")
     for key in ("method", "program", "parameters"):
         if key not in content:
-            raise ValueError(f"{key} is missing; add it")
+            raise UserError(f"{key} is missing; add it")
     method = content["method"]
     if method == "bayes":
-        raise ValueError("method bayes needs W&B's server: use `wandb sweep`, or grid or random")
+        raise UserError("method bayes needs W&B's server: use `wandb sweep`, or grid or random")
     if method not in ("grid", "random"):
-        raise ValueError(f"method, {method!r}, is neither grid nor random")
+        raise UserError(f"method, {method!r}, is neither grid nor random")
     cap = content.get("run_cap")
     if cap is not None and (type(cap) is not int or cap < 1):
-        raise ValueError(f"run_cap, {cap!r}, is not a whole number above 0")
+        raise UserError(f"run_cap, {cap!r}, is not a whole number above 0")
     parameters = tuple(_parameters(content["parameters"]))
     if method == "grid":
         for entry in parameters:
@@ -118,15 +121,15 @@ def _name(path: Path, given: Any) -> str:
     text = str(given or (path.parent.resolve().name if path.stem == "sweep" else path.stem))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
     if not name:
-        raise ValueError(f"name, {text!r}, has no letter or digit for a folder's name")
+        raise UserError(f"name, {text!r}, has no letter or digit for a folder's name")
     return name
 
 
 def inside(path: str, what: str) -> str:
-    """`path` if it names something in the current folder, symbolic links not followed."""
+    """Return `path` if it is inside the current folder, without following symbolic links."""
     relative = os.path.relpath(os.path.normpath(path), os.getcwd())
     if relative.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{what}, {path!r}, is outside this folder; start in the folder above it")
+        raise UserError(f"{what}, {path!r}, is outside this folder; start in the folder above it")
     return path
 
 
@@ -134,36 +137,36 @@ def _command(given: Any) -> tuple[str, ...]:
     if given is None:
         return DEFAULT_COMMAND
     if not isinstance(given, list) or not given:
-        raise ValueError(f"command, {given!r}, is not a list; write one argument an item")
+        raise UserError(f"command, {given!r}, is not a list; write one argument an item")
     command = tuple(map(str, given))
     for chunk in command:
         if "${" in chunk and chunk not in (f"${{{macro}}}" for macro in MACROS):
             known = ", ".join(f"${{{macro}}}" for macro in MACROS)
-            raise ValueError(f"command: {chunk!r} is no macro known here; known: {known}")
+            raise UserError(f"command: {chunk!r} is no macro known here; known: {known}")
     if "${program}" not in command:
-        raise ValueError("command does not hold ${program}; add it")
+        raise UserError("command does not hold ${program}; add it")
     return command
 
 
 def _parameters(entries: Any, above: tuple[str, ...] = ()) -> Iterator[Parameter]:
-    """In the order of names, level by level, as W&B flattens nested parameters."""
+    """Yield parameters sorted by name at each level, as W&B flattens nested ones."""
     where = f"parameter {'.'.join(above)}: parameters" if above else "parameters"
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{where} is empty or not a mapping; write name: {{values: [...]}}")
+        raise UserError(f"{where} is empty or not a mapping; write name: {{values: [...]}}")
     for name in sorted(map(str, entries)):
         path = (*above, name)
         entry = entries.get(name)
         if not NAME_PATTERN.fullmatch(name):
-            raise ValueError(
+            raise UserError(
                 f"parameter {name!r} is not a name; use letters, digits, dots, dashes, underscores"
             )
         if not isinstance(entry, dict) or not entry:
-            raise ValueError(
+            raise UserError(
                 f"parameter {'.'.join(path)}: no value; write {name}: {{value: ...}} or values"
             )
         if "parameters" in entry:
             if len(entry) > 1:
-                raise ValueError(f"parameter {'.'.join(path)}: parameters stands alone")
+                raise UserError(f"parameter {'.'.join(path)}: parameters stands alone")
             yield from _parameters(entry["parameters"], path)
         else:
             yield parameter(path, entry)
@@ -172,34 +175,34 @@ def _parameters(entries: Any, above: tuple[str, ...] = ()) -> Iterator[Parameter
 def expand(
     sweep: Sweep, *, num_runs: int | None = None, seed: int = DEFAULT_SEED
 ) -> list[dict[str, Any]]:
-    """The parameters of every run, {name: value}; nested ones are a mapping under their first name.
+    """Return the parameters of every run as {name: value}; nested ones are nested mappings.
 
-    `num_runs` and run_cap bound the number; random needs one of them. A combination that a random
-    sweep draws twice counts once.
+    `num_runs` and run_cap limit the number of runs; method random needs at least one of them.
+    A random sweep draws every combination at most once.
     """
     caps = [cap for cap in (num_runs, sweep.run_cap) if cap is not None]
     if num_runs is not None and num_runs < 1:
-        raise ValueError(f"number of runs, {num_runs}, is not above 0")
+        raise UserError(f"number of runs, {num_runs}, is not above 0")
     if sweep.method == "grid":
         combinations = itertools.product(*(entry.grid_values() for entry in sweep.parameters))
         chosen = list(itertools.islice(combinations, min(caps, default=None)))
     elif caps:
         chosen = _random_combinations(sweep, min(caps), seed)
     else:
-        raise ValueError(f"{sweep.path}: method random has no end; set run_cap or give --runs")
+        raise UserError(f"{sweep.path}: method random has no end; set run_cap or give --runs")
     return [_nested(sweep.parameters, values) for values in chosen]
 
 
 def _random_combinations(sweep: Sweep, count: int, seed: int) -> list[tuple[Any, ...]]:
     rng = random.Random(seed)
     chosen: list[tuple[Any, ...]] = []
-    for _ in range(count * _TRIES_A_RUN):
+    for _ in range(count * _TRIES_PER_RUN):
         values = tuple(entry.draw(rng) for entry in sweep.parameters)
         if values not in chosen:
             chosen.append(values)
         if len(chosen) == count:
             return chosen
-    raise ValueError(
+    raise UserError(
         f"{sweep.path}: {count} runs asked for, but {len(chosen)} different ones were drawn; "
         "ask for fewer, or use method grid"
     )
@@ -216,9 +219,9 @@ def _nested(parameters: Sequence[Parameter], values: Sequence[Any]) -> dict[str,
 
 
 def command_line(sweep: Sweep, run: Mapping[str, Any], *, interpreter: str = "python") -> list[str]:
-    """The arguments to start, each an item: no shell reads them.
+    """Return the command of a run as a list of arguments, to be started without a shell.
 
-    Values are written as W&B's agent does, by Python's str: `seed=17`, `optimizer={'lr': 0.1}`.
+    Values are formatted with str, as W&B's agent does: `seed=17`, `optimizer={'lr': 0.1}`.
     """
     plain = [f"{name}={value}" for name, value in run.items()]
     macros = {

@@ -1,7 +1,7 @@
-"""One parameter of a W&B sweep file: what it may be, in a grid and drawn at random.
+"""Parameters of a W&B sweep file: their distributions, grid values and random draws.
 
-Names, defaults and meaning of the distributions are W&B's
-(https://docs.wandb.ai/guides/sweeps/sweep-config-keys); numbers drawn are ours.
+The distributions have the names, defaults and meaning that W&B gives them
+(https://docs.wandb.ai/guides/sweeps/sweep-config-keys). The numbers drawn are not those of W&B.
 """
 
 import math
@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# distribution -> (keys it needs, keys it may have with their defaults)
+from foundry_ext.utils.errors import UserError
+
+# distribution -> (required keys, optional keys with their defaults)
 DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "constant": (("value",), {}),
     "categorical": (("values",), {}),
@@ -30,15 +32,16 @@ REFUSED = ("q_log_uniform", "inv_log_uniform", "inv_log_uniform_values", "q_log_
 KEYS = {
     "distribution",
     "parameters",
-    *(key for needed, optional in DISTRIBUTIONS.values() for key in (*needed, *optional)),
+    *(key for required, optional in DISTRIBUTIONS.values() for key in (*required, *optional)),
 }
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """`path` is one name, or several where `parameters:` are nested."""
+    """A checked parameter of a sweep."""
 
     path: tuple[str, ...]
+    """One name, or several if `parameters:` are nested."""
     distribution: str
     settings: Mapping[str, Any]
 
@@ -47,7 +50,7 @@ class Parameter:
         return ".".join(self.path)
 
     def grid_values(self) -> list[Any]:
-        """Every value, each once, in the order written; ValueError where they are not countable."""
+        """Return the distinct values in the order written, or raise UserError if uncountable."""
         settings = self.settings
         if self.distribution == "constant":
             return [settings["value"]]
@@ -55,10 +58,10 @@ class Parameter:
             return list({str(value): value for value in settings["values"]}.values())
         if self.distribution == "int_uniform":
             return list(range(settings["min"], settings["max"] + 1))
-        if self.distribution == "q_uniform":  # as numpy.arange: without the end
+        if self.distribution == "q_uniform":  # like numpy.arange: excludes the end
             count = math.ceil((settings["max"] - settings["min"]) / settings["q"])
             return [settings["min"] + i * settings["q"] for i in range(count)]
-        raise ValueError(
+        raise UserError(
             f"parameter {self.name}: {self.distribution} has no countable values for method grid; "
             "give values:, or use method random"
         )
@@ -68,21 +71,21 @@ class Parameter:
 
 
 def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
-    """The checked parameter of `entry`; every ValueError names it and says what to write."""
+    """Check `entry` and return its parameter; a ValueError names it and says what to write."""
     name = ".".join(path)
     unknown = sorted(set(map(str, entry)) - KEYS)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"parameter {name}: unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}"
         )
     distribution = _distribution(name, entry)
-    needed, optional = DISTRIBUTIONS[distribution]
+    required, optional = DISTRIBUTIONS[distribution]
     given = set(entry) - {"distribution"}
-    for key in needed:
+    for key in required:
         if key not in given:
-            raise ValueError(f"parameter {name}: {distribution} needs {key}; add it")
-    for key in sorted(given - set(needed) - set(optional)):
-        raise ValueError(f"parameter {name}: {distribution} does not take {key}; remove it")
+            raise UserError(f"parameter {name}: {distribution} needs {key}; add it")
+    for key in sorted(given - set(required) - set(optional)):
+        raise UserError(f"parameter {name}: {distribution} does not take {key}; remove it")
     settings = {**optional, **{key: entry[key] for key in given}}
     _check_settings(name, distribution, settings)
     return Parameter(path, distribution, settings)
@@ -92,12 +95,12 @@ def _distribution(name: str, entry: Mapping[str, Any]) -> str:
     if "distribution" in entry:
         given = entry["distribution"]
         if given in REFUSED:
-            raise ValueError(
+            raise UserError(
                 f"parameter {name}: distribution {given} is not known here, only to W&B's server; "
                 "use `wandb sweep`, or another distribution"
             )
         if given not in DISTRIBUTIONS:
-            raise ValueError(
+            raise UserError(
                 f"parameter {name}: unknown distribution, {given!r}; "
                 f"known: {', '.join(DISTRIBUTIONS)}"
             )
@@ -109,37 +112,37 @@ def _distribution(name: str, entry: Mapping[str, Any]) -> str:
     if "values" in entry:
         return "categorical_w_probabilities" if "probabilities" in entry else "categorical"
     if "min" in entry or "max" in entry:
-        whole = all(type(entry.get(key)) is int for key in ("min", "max"))
-        return "int_uniform" if whole else "uniform"
-    raise ValueError(f"parameter {name}: no value; give value:, values: [...], or min: and max:")
+        is_integral = all(type(entry.get(key)) is int for key in ("min", "max"))
+        return "int_uniform" if is_integral else "uniform"
+    raise UserError(f"parameter {name}: no value; give value:, values: [...], or min: and max:")
 
 
 def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -> None:
     if "values" in settings:
         values = settings["values"]
         if not isinstance(values, list) or not values:
-            raise ValueError(f"parameter {name}: values, {values!r}, has no value; list some")
+            raise UserError(f"parameter {name}: values, {values!r}, has no value; list some")
         _check_probabilities(name, values, settings.get("probabilities"))
     for value in settings.get("values", [settings.get("value", 0)]):
         if _holds_none(value):
-            raise ValueError(
+            raise UserError(
                 f"parameter {name}: null reaches a run as the text None; leave the parameter out"
             )
     for key in ("min", "max", "q", "mu", "sigma", "a", "b"):
         number = settings.get(key, 1)
         if isinstance(number, bool) or not isinstance(number, int | float):
             hint = "; YAML reads 1e-4 as text, write 1.0e-4" if isinstance(number, str) else ""
-            raise ValueError(f"parameter {name}: {key}, {number!r}, is not a number{hint}")
+            raise UserError(f"parameter {name}: {key}, {number!r}, is not a number{hint}")
         if key in ("q", "sigma", "a", "b") and number <= 0:
-            raise ValueError(f"parameter {name}: {key}, {number}, is not above 0")
+            raise UserError(f"parameter {name}: {key}, {number}, is not above 0")
     if "min" in settings:
         low, high = settings["min"], settings["max"]
         if not low < high:
-            raise ValueError(f"parameter {name}: min, {low}, is not below max, {high}")
+            raise UserError(f"parameter {name}: min, {low}, is not below max, {high}")
         if "values" in distribution and low <= 0:
-            raise ValueError(f"parameter {name}: min, {low}, is not above 0, as a logarithm needs")
+            raise UserError(f"parameter {name}: min, {low}, is not above 0, as a logarithm needs")
         if distribution == "int_uniform" and not all(type(x) is int for x in (low, high)):
-            raise ValueError(f"parameter {name}: int_uniform, {low} to {high}, wants integers")
+            raise UserError(f"parameter {name}: int_uniform, {low} to {high}, wants integers")
 
 
 def _check_probabilities(name: str, values: list[Any], probabilities: Any) -> None:
@@ -149,7 +152,7 @@ def _check_probabilities(name: str, values: list[Any], probabilities: Any) -> No
         isinstance(p, int | float) and p >= 0 for p in probabilities
     )
     if not numbers or len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1):
-        raise ValueError(
+        raise UserError(
             f"parameter {name}: probabilities, {probabilities!r}, are not {len(values)} numbers "
             "that sum to 1, one for each of values"
         )
@@ -162,7 +165,7 @@ def _holds_none(value: Any) -> bool:
 
 
 def _quantised(number: float, q: float) -> float:
-    """The multiple of q nearest to number; an int where q is one."""
+    """Return the multiple of q nearest to number; it is an int if q is one."""
     return round(number / q) * q
 
 

@@ -1,4 +1,4 @@
-"""What a sweep is going to do: its runs, each with name, command, configuration and cost."""
+"""The plan of a sweep: the name, command, configuration and estimated cost of each run."""
 
 import os
 import re
@@ -11,28 +11,31 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from foundry_ext.adapters.methods import method_of_config
-from foundry_ext.config.loading import UsageError, load_config, record_path, split_arguments
+from foundry_ext.config.loading import load_config, record_path, split_arguments
 from foundry_ext.records.decisive import DECISIVE, find
 from foundry_ext.records.record import redact
 from foundry_ext.sweeps.file import Sweep, command_line, inside
-from foundry_ext.sweeps.state import read_outcome
+from foundry_ext.sweeps.state import read_run_record
+from foundry_ext.utils.errors import UserError
 
 DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
+    """One run of a sweep, checked but not started."""
+
     name: str
     command: tuple[str, ...]
-    """As in the sweep file, `composer` and `python` unresolved."""
+    """As written in the sweep file: `composer` and `python` are not resolved yet."""
     program: str
     arguments: tuple[str, ...]
-    """Those of the program: one YAML and overrides."""
+    """Arguments of the program: one YAML and overrides."""
     config: dict[str, Any]
-    """Resolved."""
+    """The configuration with all interpolations resolved."""
     record: Path
     settings: Mapping[str, Any]
-    """What the sweep sets, {dotted key: value}, the YAML's name left out."""
+    """Overrides that the sweep sets, as {dotted key: value}."""
 
     @property
     def folder(self) -> Path:
@@ -40,12 +43,12 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How one run stands when the sweep ends."""
+class SweepRunResult:
+    """The state of one run at the end of the sweep."""
 
     name: str
     status: str
-    """finished, failed, stopped, killed, or waiting for one that was never started."""
+    """finished, failed, stopped, killed, or waiting if it was never started."""
     exit_code: int | None
     seconds: float
     record: Path
@@ -53,18 +56,18 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Of one run; None where only the data would tell, or where nothing was measured."""
+class CostEstimate:
+    """Estimated cost of one run; None if it depends on the data or was never measured."""
 
     tokens: float | None
     is_bound: bool
-    """Whether `tokens` is the most it can be: packs may have empty slots."""
+    """Whether `tokens` is an upper bound, because packs may have empty slots."""
     seconds: float | None
 
 
 @contextmanager
 def naming_runs(sweep: str) -> Iterator[None]:
-    """Configurations loaded within get their names as the sweep's runs themselves will."""
+    """Name configurations loaded within this context as runs of the sweep."""
     before = os.environ.get("FOUNDRY_EXT_SWEEP")
     os.environ["FOUNDRY_EXT_SWEEP"] = sweep
     try:
@@ -77,15 +80,15 @@ def naming_runs(sweep: str) -> Iterator[None]:
 
 
 def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
-    """Each run with its YAML read and its overrides checked, in the order given."""
+    """Read the YAML and check the overrides of each run, in the order given."""
     if not Path(sweep.program).is_file():
-        raise UsageError(f"{sweep.path}: program, {sweep.program}: no such file here")
+        raise UserError(f"{sweep.path}: program, {sweep.program}: no such file here")
     planned: dict[str, PlannedRun] = {}
     with naming_runs(sweep.name):
         for values in runs:
-            run = _planned(sweep, values)
+            run = _plan_run(sweep, values)
             if run.name in planned:
-                raise UsageError(
+                raise UserError(
                     f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, and give "
                     "each YAML its own"
                 )
@@ -93,7 +96,7 @@ def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     owners: dict[Path, str] = {}
     for run in planned.values():
         if run.record in owners:
-            raise UsageError(
+            raise UserError(
                 f"{sweep.path}: runs {owners[run.record]} and {run.name} share {run.folder}; "
                 "put ${run_name} into the YAML's folder"
             )
@@ -101,31 +104,31 @@ def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     return list(planned.values())
 
 
-def _planned(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
+def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
     command = command_line(sweep, values)
     arguments = command[command.index(sweep.program) + 1 :]
     if any(argument.startswith("--") for argument in arguments):
-        raise UsageError(
+        raise UserError(
             f"{sweep.path}: command gives {sweep.program} arguments with hyphens; "
             "it takes key=value, which ${args_no_hyphens} writes"
         )
     try:
         files, overrides = split_arguments(arguments)
         if len(files) != 1:
-            raise UsageError(f"{len(files)} YAML files in one run, {files}; give one as config")
+            raise UserError(f"{len(files)} YAML files in one run, {files}; give one as config")
         config = load_config(Path(inside(str(files[0]), "config")), overrides)
     except ValueError as error:
-        raise UsageError(f"{sweep.path}: {error}") from error
+        raise UserError(f"{sweep.path}: {error}") from error
     record = record_path(config)
     if record is None:
-        raise UsageError(
+        raise UserError(
             f"{files[0]}: no run_record under callbacks, which tells a sweep that the run is "
             "finished; add run_record: {path: ${variables.folder}/record.json, experiment: ...}"
         )
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     name = str(resolved.get("run_name") or files[0].stem)
     if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
-        raise UsageError(
+        raise UserError(
             f"{files[0]}: run_name, {name!r}, is no file's name, as logs and locks need; leave out"
             " slashes"
         )
@@ -148,10 +151,11 @@ def _at(config: Any, key: str) -> Any:
 
 
 def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
-    """`seed: 18, not 17` where a finished record is of other settings than the sweep's, or ''.
+    """Return how a finished record differs from the planned run, as `seed: 18, not 17`, or ''.
 
-    What the sweep sets is compared, and of the YAML, which may have been edited since, all that a
-    run's result depends on; what only one of the two has, such as a section added later, is not.
+    The comparison covers the settings of the sweep, and those settings of the YAML that decide a
+    run's result, because the YAML may have been edited since. It skips keys that only one side
+    has, such as a section added later.
     """
     config = record.get("config")
     if not isinstance(config, dict):
@@ -164,41 +168,44 @@ def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
     return ""
 
 
-def _difference(found: Any, wanted: Any, key: str) -> str:
-    """The first one below `key`, in words, or ''."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        below = (_difference(found[k], wanted[k], f"{key}.{k}") for k in wanted if k in found)
+def _difference(recorded: Any, wanted: Any, key: str) -> str:
+    """Return the first difference at or below `key` in words, or ''."""
+    if isinstance(recorded, Mapping) and isinstance(wanted, Mapping):
+        below = (_difference(recorded[k], wanted[k], f"{key}.{k}") for k in wanted if k in recorded)
         return next(filter(None, below), "")
-    if found is None or wanted is None or found == wanted:
+    if recorded is None or wanted is None or recorded == wanted:
         return ""
-    return f"{key}: {found!r}, not {wanted!r}"
+    return f"{key}: {recorded!r}, not {wanted!r}"
 
 
-def costs(runs: Sequence[PlannedRun], *, tokens_per_second: float | None) -> list[Cost]:
-    """Tokens and seconds of each run.
+def estimate_costs(
+    runs: Sequence[PlannedRun], *, tokens_per_second: float | None
+) -> list[CostEstimate]:
+    """Estimate tokens and seconds of each run.
 
-    Seconds are those of finished runs of the same model, method and duration beside them; else
-    tokens over `tokens_per_second`, or over the rate of finished runs of the same model and method.
+    Without `tokens_per_second`, seconds are the mean of finished runs in the same folder with the
+    same model, method and duration. Otherwise they are tokens over `tokens_per_second`, or over
+    the mean rate of finished runs with the same model and method.
     """
     folders = sorted({run.folder.parent for run in runs})
-    seen = [_measured(record) for record in finished_records(folders)]
-    found = []
+    measured = [_measured_cost(record) for record in finished_records(folders)]
+    estimates = []
     for run in runs:
         tokens, is_bound = tokens_of(run.config)
-        whole, rate = kind(run.config, whole=True), kind(run.config, whole=False)
-        same = [seconds for kinds, seconds, _ in seen if kinds[0] == whole]
-        rates = [real / seconds for kinds, seconds, real in seen if kinds[1] == rate and seconds]
+        run_key, rate_key = cost_key(run.config, whole=True), cost_key(run.config, whole=False)
+        times = [seconds for keys, seconds, _ in measured if keys[0] == run_key]
+        rates = [real / secs for keys, secs, real in measured if keys[1] == rate_key and secs]
         seconds = None
-        if tokens_per_second is None and same:
-            seconds = sum(same) / len(same)
+        if tokens_per_second is None and times:
+            seconds = sum(times) / len(times)
         elif tokens is not None and (tokens_per_second or rates):
             seconds = tokens / (tokens_per_second or sum(rates) / len(rates))
-        found.append(Cost(tokens=tokens, is_bound=is_bound, seconds=seconds))
-    return found
+        estimates.append(CostEstimate(tokens=tokens, is_bound=is_bound, seconds=seconds))
+    return estimates
 
 
 def tokens_of(config: Mapping[str, Any]) -> tuple[float | None, bool]:
-    """Tokens a run trains on and whether that is a bound; None for epochs, samples, seconds."""
+    """Return a run's tokens and whether they are a bound; None for epochs, samples, seconds."""
     match = DURATION.fullmatch(str(config.get("max_duration", "")).strip())
     if match is None:
         return None, False
@@ -213,31 +220,34 @@ def tokens_of(config: Mapping[str, Any]) -> tuple[float | None, bool]:
 
 
 def finished_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Of runs in folders below these."""
+    """Return the records of finished runs in subfolders of `folders`."""
     paths = [path for folder in folders for path in sorted(folder.glob("*/record.json"))]
-    records = map(read_outcome, paths)
+    records = map(read_run_record, paths)
     return [record for record in records if record.get("status") == "finished"]
 
 
-def _measured(record: Mapping[str, Any]) -> tuple[tuple[Any, Any], float, float]:
+def _measured_cost(record: Mapping[str, Any]) -> tuple[tuple[Any, Any], float, float]:
     config = record.get("config") or {}
     seconds = float((record.get("time") or {}).get("wall_seconds") or 0)
     real = float((record.get("tokens") or {}).get("real") or 0)
-    return (kind(config, whole=True), kind(config, whole=False)), seconds, real
+    return (cost_key(config, whole=True), cost_key(config, whole=False)), seconds, real
 
 
-def kind(config: Mapping[str, Any], *, whole: bool) -> Any:
-    """What two runs share that take the same time (`whole`), or the same time a token."""
+def cost_key(config: Mapping[str, Any], *, whole: bool) -> Any:
+    """Return a key that is equal for runs that take equal time (`whole`), or equal time per token.
+
+    It holds settings of the configuration alone, not of the machine.
+    """
     model = config.get("model") or {}
     peft_config = model.get("peft_config")
-    kind = [
+    key = [
         model.get("pretrained_model_name_or_path"),
         model.get("config_overrides"),
         method_of_config(peft_config).name,
     ]
     if whole:
         dataset = (config.get("train_loader") or {}).get("dataset") or {}
-        keys = ("max_duration", "global_train_batch_size", "eval_interval")
-        kind += [config.get(key) for key in keys]
-        kind += [dataset.get(key) for key in ("hf_name", "datasets", "pack_tokens")]
-    return kind
+        names = ("max_duration", "global_train_batch_size", "eval_interval")
+        key += [config.get(name) for name in names]
+        key += [dataset.get(name) for name in ("hf_name", "datasets", "pack_tokens")]
+    return key

@@ -1,21 +1,17 @@
-"""A sweep from its file to its summary: what `foundry-ext sweep` and the quickstart call."""
+"""The sweep command: runs a sweep file and prints a summary."""
 
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from foundry_ext.config.loading import UsageError
 from foundry_ext.sweeps.file import DEFAULT_SEED, expand, read_sweep
-from foundry_ext.sweeps.launchers import (
-    ForkLauncher,
-    SubprocessLauncher,
-    can_fork,
-    threads_each,
-)
-from foundry_ext.sweeps.plan import Cost, Outcome, PlannedRun, costs, plan
+from foundry_ext.sweeps.fork_launcher import ForkLauncher
+from foundry_ext.sweeps.launchers import SubprocessLauncher, can_fork, threads_each
+from foundry_ext.sweeps.plan import CostEstimate, PlannedRun, SweepRunResult, estimate_costs, plan
 from foundry_ext.sweeps.runner import SweepRunner
-from foundry_ext.sweeps.text import describe, duration, hours, summary
+from foundry_ext.sweeps.text import duration, estimate_hours, format_summary, format_sweep
+from foundry_ext.utils.errors import UserError
 
 LAUNCHERS = ("fork", "subprocess")
 
@@ -33,106 +29,113 @@ def run_sweep(
     yes: bool = True,
     tokens_per_second: float | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
-) -> list[Outcome]:
-    """Runs what is not finished yet of the sweep file at `path`; all runs, in its order.
+    echo: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> list[SweepRunResult]:
+    """Run the unfinished runs of a sweep file.
 
     Args:
-        launcher: fork or subprocess; None: fork where it can be, on a CPU with one rank.
-        gpus: the devices of each run under way at once, such as ["0", "1"] or ["0,1", "2,3"].
-        parallel: runs at once, without `gpus`; None is one.
-        retry_failed: starts failed runs again; stopped and killed ones always are.
-        num_runs, seed: of method random; num_runs also cuts a grid short.
-        limit_hours, yes: over this estimate, or without one, it asks first unless `yes`.
-        tokens_per_second: of one run, for the estimate; None: from finished runs.
-        dry_run: says what would be started and starts nothing.
-        say: prints one line.
+        path: The sweep file.
+        launcher: "fork" or "subprocess"; None forks if possible, on a CPU with one rank.
+        gpus: The devices of each simultaneous run, such as ["0", "1"] or ["0,1", "2,3"].
+        parallel: Number of runs at once, for use without `gpus`; None means one.
+        retry_failed: Start failed runs again; stopped and killed runs always start again.
+        num_runs: Maximum number of runs; method random needs it or the file's run_cap.
+        seed: Seed of method random.
+        limit_hours: Ask before a sweep whose estimated time is above this or unknown.
+        yes: Never ask.
+        tokens_per_second: Speed of one run, for the estimate; None takes it from finished runs.
+        dry_run: Print what would be started, and start nothing.
+        echo: Prints one line.
+
+    Returns:
+        All runs of the sweep in its order, including those that finished earlier.
 
     Raises:
-        FileNotFoundError, ValueError: before anything is started.
+        FileNotFoundError: There is no file at `path`; nothing was started.
+        ValueError: The sweep or an argument is invalid; nothing was started.
     """
     sweep = read_sweep(Path(path))
     runs = plan(sweep, expand(sweep, num_runs=num_runs, seed=seed))
-    slots, kind = _slots(gpus, parallel), _launcher(launcher, runs, gpus)
-    if kind == "subprocess" and not gpus:
+    slots, launcher = _slots(gpus, parallel), _choose_launcher(launcher, runs, gpus)
+    if launcher == "subprocess" and not gpus:
         slots = [threads_each(len(slots))] * len(slots)
-    runner = SweepRunner(sweep.name, runs, slots=slots, retry_failed=retry_failed, say=say)
+    runner = SweepRunner(sweep.name, runs, slots=slots, retry_failed=retry_failed, echo=echo)
     with runner.locked() as lock:
-        waiting = runner.look()
-        prices = costs(waiting, tokens_per_second=tokens_per_second)
-        _announce(runner, prices, kind)
+        waiting = runner.refresh_states()
+        cost_estimates = estimate_costs(waiting, tokens_per_second=tokens_per_second)
+        _announce(runner, cost_estimates, launcher)
         if dry_run:
             for run in waiting:
-                say(shlex.join(run.command))
-            return runner.outcomes()
+                echo(shlex.join(run.command))
+            return runner.results()
         if waiting and not yes:
-            _ask(prices, len(slots), limit_hours)
+            _confirm(cost_estimates, len(slots), limit_hours)
         log = runner.folder / "fork_server.log"
         fork = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
-        outcomes = runner.run(waiting, fork if kind == "fork" else SubprocessLauncher())
-    for line in summary(outcomes, runner.folder / "report"):
-        say(line)
+        results = runner.run(waiting, fork if launcher == "fork" else SubprocessLauncher())
+    for line in format_summary(results, runner.folder / "report"):
+        echo(line)
     if runner.caught is not None:
         raise KeyboardInterrupt(f"signal {runner.caught}")
-    return outcomes
+    return results
 
 
-def _announce(runner: SweepRunner, prices: Sequence[Cost], launcher: str) -> None:
-    for line in describe(
+def _announce(runner: SweepRunner, cost_estimates: Sequence[CostEstimate], launcher: str) -> None:
+    for line in format_sweep(
         runner.name,
         [runner.states[run.name].status for run in runner.runs],
-        prices,
+        cost_estimates,
         parallel=len(runner.slots),
         launcher=launcher,
         retry_failed=runner.retry_failed,
     ):
-        runner.say(line)
+        runner.echo(line)
 
 
 def _slots(gpus: Sequence[str], parallel: int | None) -> list[dict[str, str]]:
     if parallel is not None and parallel < 1:
-        raise UsageError(f"parallel, {parallel}, is not above 0")
+        raise UserError(f"parallel, {parallel}, is not above 0")
     if not gpus:
         return [{} for _ in range(parallel or 1)]
     single = [device for group in gpus for device in group.split(",")]
     if len(set(single)) < len(single) or not all(device.strip() for device in single):
-        raise UsageError(f"gpus, {' '.join(gpus)}: a device is named twice or has no number")
+        raise UserError(f"gpus, {' '.join(gpus)}: a device is named twice or has no number")
     if parallel not in (None, len(gpus)):
-        raise UsageError(
+        raise UserError(
             f"parallel, {parallel}: with gpus, there are as many runs at once as groups "
             f"of devices, {len(gpus)}; leave parallel out"
         )
     return [{"CUDA_VISIBLE_DEVICES": group} for group in gpus]
 
 
-def _launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequence[str]) -> str:
+def _choose_launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequence[str]) -> str:
     forks = all(can_fork(run.command, run.program) for run in runs)
     has_gpu = bool(gpus) or Path("/dev/nvidia0").exists()
     if asked is None:
         return "fork" if forks and not has_gpu else "subprocess"
     if asked not in LAUNCHERS:
-        raise UsageError(f"launcher, {asked!r}, is neither fork nor subprocess")
+        raise UserError(f"launcher, {asked!r}, is neither fork nor subprocess")
     if asked == "fork" and gpus:
-        raise UsageError("launcher fork is for a CPU: a process that uses CUDA cannot be forked")
+        raise UserError("launcher fork is for a CPU: a process that uses CUDA cannot be forked")
     if asked == "fork" and not forks:
-        raise UsageError(
+        raise UserError(
             f"launcher fork is for one rank: {shlex.join(runs[0].command[:4])} ... is not composer "
             "or ${interpreter} and the program alone; use launcher subprocess"
         )
     return asked
 
 
-def _ask(prices: Sequence[Cost], parallel: int, limit_hours: float) -> None:
-    """Returns if the sweep is to start."""
-    estimate = hours(prices, parallel)
-    if estimate is not None and estimate <= limit_hours:
+def _confirm(cost_estimates: Sequence[CostEstimate], parallel: int, limit_hours: float) -> None:
+    """Ask whether to start a sweep over the limit; raise UserError if the answer is not yes."""
+    hours = estimate_hours(cost_estimates, parallel)
+    if hours is not None and hours <= limit_hours:
         return
-    time_text = "an unknown time" if estimate is None else f"about {duration(estimate * 3600)}"
+    time_text = "an unknown time" if hours is None else f"about {duration(hours * 3600)}"
     if not sys.stdin.isatty():
-        raise UsageError(
+        raise UserError(
             f"the sweep takes {time_text}, the limit is {limit_hours:g} h, and nobody is there to "
             "ask; add --yes, or a higher --limit-hours with --tokens-per-second"
         )
     answer = input(f"It takes {time_text}; the limit is {limit_hours:g} h. Start it? [y/N] ")
     if answer.strip().lower() not in ("y", "yes"):
-        raise UsageError("not started")
+        raise UserError("not started")

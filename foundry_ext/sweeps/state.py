@@ -1,9 +1,9 @@
-"""How far a sweep is: its state file, its locks, and what to do with each run on a restart.
+"""The state file and the locks of a sweep, and the status of its runs after a restart.
 
-`outputs/sweeps/<name>/` holds state.json, written whole at every change; `lock`, which a sweep
-holds while it runs; and a lock a run, which the run itself holds: a child inherits the open file,
-so the lock is free exactly when that process and its forks are gone, whoever else was killed and
-whatever has its pid now.
+`outputs/sweeps/<name>/` holds state.json, which is replaced atomically at every change, and `lock`,
+which the sweep holds while it runs. `locks/` has one file per run, whose lock the run itself holds
+by inheriting the open file. That lock is free exactly when the run and its forks have ended,
+whichever other process was killed and whatever has the run's pid now.
 """
 
 import fcntl
@@ -14,23 +14,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.utils.atomic import write_text
+from foundry_ext.utils.errors import UserError
+
 STATE_VERSION = 1
-# stopped: by Ctrl-C or SIGTERM to the sweep. killed: gone without a word, or by a signal.
+# stopped: by Ctrl-C or SIGTERM to the sweep. killed: by a signal, or gone without a trace.
 STATUSES = ("waiting", "running", "finished", "failed", "stopped", "killed")
 
 
 @dataclass(kw_only=True)
 class RunState:
-    """One run of the sweep, as last seen."""
+    """The last known state of one run."""
 
     status: str = "waiting"
     attempts: int = 0
     pid: int | None = None
     exit_code: int | None = None
-    """Negative: killed by that signal."""
+    """Negative if a signal ended it."""
     started: str | None = None
     seconds: float = 0.0
-    """Of the last attempt."""
+    """Duration of the last attempt."""
     error: str | None = None
 
 
@@ -39,43 +42,40 @@ def now() -> str:
 
 
 def write_state(path: Path, sweep: str, runs: dict[str, RunState]) -> None:
-    """Whole or not at all: a reader, or a restart after kill -9, never finds half a file."""
+    """Write the state file atomically: neither readers nor kill -9 can leave half a file."""
     content = {
         "schema_version": STATE_VERSION,
         "sweep": sweep,
         "updated": now(),
         "runs": {name: asdict(run) for name, run in runs.items()},
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1))
 
 
 def read_state(path: Path) -> dict[str, RunState]:
-    """The runs of the state file, or none where there is no file yet."""
+    """Return the runs of the state file; none if there is no file yet."""
     if not path.exists():
         return {}
     way_out = "move it away to start from the runs' records"
     try:
         content = json.loads(path.read_text())
         if content["schema_version"] != STATE_VERSION:
-            raise ValueError(f"schema_version {content['schema_version']}, not {STATE_VERSION}")
+            raise UserError(f"schema_version {content['schema_version']}, not {STATE_VERSION}")
         runs = {str(name): RunState(**run) for name, run in content["runs"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the state of a sweep, {error!r}; {way_out}") from error
+        raise UserError(f"{path}: not the state of a sweep, {error!r}; {way_out}") from error
     for name, run in runs.items():
         if run.status not in STATUSES:
-            raise ValueError(f"{path}: run {name} has status {run.status!r}; {way_out}")
+            raise UserError(f"{path}: run {name} has status {run.status!r}; {way_out}")
     return runs
 
 
 def claim(path: Path) -> int | None:
-    """A file descriptor that holds the lock at `path` until it and its copies are closed.
+    """Take the lock at `path`.
 
-    None where another process holds it.
+    Returns:
+        A file descriptor that holds the lock until it and all its copies are closed; None if
+        another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -94,8 +94,8 @@ def is_free(path: Path) -> bool:
     return lock is not None
 
 
-def read_outcome(path: Path) -> dict[str, Any]:
-    """The run's record at `path`, or {} where there is none that can be read."""
+def read_run_record(path: Path) -> dict[str, Any]:
+    """Return the run's record at `path`, or {} if it is missing or unreadable."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -104,14 +104,14 @@ def read_outcome(path: Path) -> dict[str, Any]:
 
 
 def status_now(state: RunState, record_status: str | None) -> str:
-    """The status of a run that no process runs, from what the sweep and its record last said.
+    """Return the status of a run without a process, from its last state and its record.
 
-    The record is believed first: a sweep killed at the wrong moment did not see the run's end.
+    The record decides if they differ, because a killed sweep may have missed the run's end.
     """
     if record_status == "finished":
         return "finished"
     if state.status == "running" or record_status == "running":
-        # A run that failed while no sweep watched said so in its record.
+        # A run that failed while no sweep was watching says so in its record.
         return "failed" if record_status == "failed" else "killed"
     if state.status == "waiting" and record_status in ("failed", "stopped"):
         return record_status
@@ -119,7 +119,7 @@ def status_now(state: RunState, record_status: str | None) -> str:
 
 
 def status_at_end(exit_code: int | None, record_status: str | None, *, was_stopped: bool) -> str:
-    """The status of a run that just ended; exit_code None: of a process that was not our child."""
+    """Return the status of a run that just ended; exit_code is None if it was not our child."""
     if record_status == "finished":
         return "finished"
     if was_stopped or record_status == "stopped":
@@ -130,5 +130,5 @@ def status_at_end(exit_code: int | None, record_status: str | None, *, was_stopp
 
 
 def is_started_again(status: str, *, retry_failed: bool) -> bool:
-    """Killed and stopped runs always; failed ones on demand; finished ones never."""
+    """Return whether to start a run: failed ones only if `retry_failed`, finished ones never."""
     return status in ("waiting", "stopped", "killed") or (status == "failed" and retry_failed)

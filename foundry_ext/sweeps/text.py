@@ -1,4 +1,4 @@
-"""What a sweep says: its size and cost before it starts, and a table at its end."""
+"""The messages of a sweep: size and cost before it starts, a table of its runs at the end."""
 
 import os
 import shlex
@@ -6,26 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.sweeps.plan import Cost, Outcome
-from foundry_ext.sweeps.state import read_outcome
+from foundry_ext.sweeps.plan import CostEstimate, SweepRunResult
+from foundry_ext.sweeps.state import read_run_record
 
 
-def describe(
+def format_sweep(
     name: str,
     statuses: Sequence[str],
-    prices: Sequence[Cost],
+    cost_estimates: Sequence[CostEstimate],
     *,
     parallel: int,
     launcher: str,
     retry_failed: bool,
 ) -> list[str]:
-    """What the sweep is and costs, before it starts.
+    """Return lines about the size and the cost of a sweep that is about to start.
 
     Args:
-        statuses: of all runs.
-        prices: of those to start.
+        name: Name of the sweep.
+        statuses: Statuses of all runs.
+        cost_estimates: Estimates for the runs to start.
+        parallel: Number of runs at once.
+        launcher: Name of the launcher.
+        retry_failed: Whether failed runs are started again.
     """
-    parts = [f"{len(prices)} to start", f"{statuses.count('finished')} finished already"]
+    parts = [f"{len(cost_estimates)} to start", f"{statuses.count('finished')} finished already"]
     if statuses.count("running"):
         parts.append(f"{statuses.count('running')} still running")
     if statuses.count("failed") and not retry_failed:
@@ -33,65 +37,66 @@ def describe(
         parts.append(f"{num_failed} failed before (--retry-failed starts them again)")
     how = f"{parallel} at once, launcher {launcher}"
     lines = [f"sweep {name}: {len(statuses)} runs, {', '.join(parts)}; {how}"]
-    if prices:
-        lines.append(f"tokens: {_tokens_text(prices)}; time: {_time_text(prices, parallel)}")
+    if cost_estimates:
+        time_text = _format_time(cost_estimates, parallel)
+        lines.append(f"tokens: {_format_tokens(cost_estimates)}; time: {time_text}")
     return lines
 
 
-def _tokens_text(prices: Sequence[Cost]) -> str:
-    known = [price.tokens for price in prices if price.tokens is not None]
-    if len(known) < len(prices):
-        unknown = len(prices) - len(known)
-        return f"unknown until the data is read, for {unknown} of {len(prices)} runs"
-    bound = "at most " if any(price.is_bound for price in prices) else ""
+def _format_tokens(cost_estimates: Sequence[CostEstimate]) -> str:
+    known = [cost.tokens for cost in cost_estimates if cost.tokens is not None]
+    if len(known) < len(cost_estimates):
+        num_unknown = len(cost_estimates) - len(known)
+        return f"unknown until the data is read, for {num_unknown} of {len(cost_estimates)} runs"
+    bound = "at most " if any(cost.is_bound for cost in cost_estimates) else ""
     return f"{bound}{sum(known):,.0f}"
 
 
-def hours(prices: Sequence[Cost], parallel: int) -> float | None:
-    """Of all runs together; None where one of them is unknown."""
-    seconds = [price.seconds for price in prices if price.seconds is not None]
-    if len(seconds) < len(prices):
+def estimate_hours(cost_estimates: Sequence[CostEstimate], parallel: int) -> float | None:
+    """Return the estimated duration of all runs together; None if one of them is unknown."""
+    seconds = [cost.seconds for cost in cost_estimates if cost.seconds is not None]
+    if len(seconds) < len(cost_estimates):
         return None
     return sum(seconds) / min(parallel, max(1, len(seconds))) / 3600
 
 
-def _time_text(prices: Sequence[Cost], parallel: int) -> str:
-    estimate = hours(prices, parallel)
-    if estimate is None and any(price.tokens is None for price in prices):
+def _format_time(cost_estimates: Sequence[CostEstimate], parallel: int) -> str:
+    hours = estimate_hours(cost_estimates, parallel)
+    if hours is None and any(cost.tokens is None for cost in cost_estimates):
         return "unknown until the first runs have finished"
-    if estimate is None:
+    if hours is None:
         return "unknown, no finished run of each model and method to go by (--tokens-per-second)"
-    return f"about {duration(estimate * 3600)}"
+    return f"about {duration(hours * 3600)}"
 
 
-def summary(outcomes: Sequence[Outcome], report: Path) -> list[str]:
-    """A table of all runs, and the command that compares them."""
-    finished = [outcome for outcome in outcomes if outcome.status == "finished"]
-    width = max(len(outcome.name) for outcome in outcomes)
+def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]:
+    """Return a table of all runs and the command that compares the finished ones."""
+    finished = [result for result in results if result.status == "finished"]
+    width = max(len(result.name) for result in results)
     lines = [
-        f"{len(finished)} of {len(outcomes)} runs finished",
+        f"{len(finished)} of {len(results)} runs finished",
         f"  {'run':<{width}}  {'status':<8}  {'target loss':>11}  {'time':>10}",
     ]
-    for outcome in outcomes:
-        loss = target_loss(read_outcome(outcome.record)) if outcome in finished else None
+    for result in results:
+        loss = target_loss(read_run_record(result.record)) if result in finished else None
         loss_text = "-" if loss is None else f"{loss:.4f}"
-        time_text = duration(outcome.seconds) if outcome.seconds else "-"
+        time_text = duration(result.seconds) if result.seconds else "-"
         lines.append(
-            f"  {outcome.name:<{width}}  {outcome.status:<8}  {loss_text:>11}  {time_text:>10}"
+            f"  {result.name:<{width}}  {result.status:<8}  {loss_text:>11}  {time_text:>10}"
         )
     if len(finished) > 1:
-        folders = [os.fspath(outcome.record.parent) for outcome in finished]
+        folders = [os.fspath(result.record.parent) for result in finished]
         lines.append(f"compare: foundry-ext compare {shlex.join(folders)} --out {report}")
     return lines
 
 
 def wall_seconds(record: Mapping[str, Any]) -> float:
-    """Of the run so far, as its record says; 0 where it does not."""
+    """Return the run's duration so far from its record; 0 if the record lacks it."""
     return float((record.get("time") or {}).get("wall_seconds") or 0.0)
 
 
 def target_loss(record: Mapping[str, Any]) -> float | None:
-    """The last loss on the first set of documents that the run is to learn, if it was measured."""
+    """Return the last loss on the first learning set, or None if it was not measured."""
     evaluations = record.get("evaluations") or []
     config = record.get("config") or {}
     forgetting = (config.get("callbacks") or {}).get("forgetting") or {}
@@ -104,7 +109,7 @@ def target_loss(record: Mapping[str, Any]) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `7 min`, `2 h 05 min`."""
+    """Return a duration as `42 s`, `7 min` or `2 h 05 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -90,7 +91,7 @@ def check_embeddings(num_tokens: int, vocabulary: int) -> None:
         )
 
 
-def check_vocabulary(config: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn of a tokenizer that has far fewer tokens than the model.
 
     A few fewer are usual because vocabularies are rounded up.

@@ -384,8 +384,15 @@ def make_layer():
     return model.base_model.model, (cos, sin, attend)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "autocast"),
+    [
+        pytest.param("aot_eager", False, id="aot_eager-fp32"),
+        pytest.param("aot_eager", True, id="aot_eager-bf16"),
+        pytest.param("inductor", False, id="inductor-fp32", marks=pytest.mark.slow),
+        pytest.param("inductor", True, id="inductor-bf16", marks=pytest.mark.more),
+    ],
+)
 def test_a_layer_compiles_whole(backend, autocast, only_fast):
     layer, rest = make_layer()
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1))

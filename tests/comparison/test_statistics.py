@@ -19,6 +19,7 @@ from foundry_ext.comparison.statistics import (
     two_level_bootstrap,
     unpaired_seeds_and_items,
 )
+from tests.tiers import one_of
 
 
 def within_binomial_error(hits: int, trials: int, share: float) -> bool:
@@ -163,10 +164,11 @@ def crossed(rng: np.random.Generator, seeds: int, items: int, sizes) -> np.ndarr
 SHARES = [(0.5, 1.0, 0.5), (0.15, 1.0, 0.5), (0.0, 1.0, 0.3), (0.05, 0.0, 1.0)]
 
 
+@pytest.mark.parametrize("trials", one_of([80, 250], 80))
 @pytest.mark.parametrize("sizes", SHARES)
-def test_interval_over_three_seeds_and_items_covers(sizes):
+def test_interval_over_three_seeds_and_items_covers(sizes, trials):
     rng = np.random.default_rng(11)
-    trials, covered, found = 250, 0, 0
+    covered = found = 0
     for trial in range(trials):
         values = crossed(rng, 3, 60, sizes)
         interval = seeds_and_items(values, np.ones(60), seed=trial)

@@ -19,8 +19,16 @@ from foundry_ext.data.dataloader import (
     build_packed_text_dataloader,
 )
 from foundry_ext.packing.algorithm import most_documents
+from foundry_ext.packing.batch import join_packs, split_batch
 from foundry_ext.utils.constants import IGNORE_INDEX
-from tests.data.kit import assert_batches_equal, build, split_documents, walk
+from tests.data.kit import (
+    assert_batches_equal,
+    assert_packs_equal,
+    build,
+    random_packs,
+    split_documents,
+    walk,
+)
 
 SHARED_ROWS = Path(__file__).parents[3] / "shared/data/train/gsm8k_train.jsonl"
 BUILDERS = {
@@ -64,6 +72,17 @@ def test_built_as_llm_foundry_builds_it(tokenizer, dataset):
     section = {"name": "packed_finetuning", "dataset": dataset, "num_workers": 0}
     spec = build_dataloader(section, tokenizer, 2)
     assert_batches_equal(walk(spec), walk(build(tokenizer, dataset)))
+
+
+def test_composers_own_split_would_cut_the_offsets():
+    """Trap 1: Composer's default split of a joined batch is wrong and raises no error."""
+    from composer.core.data_spec import default_split_batch
+
+    whole = join_packs(random_packs(4, seed=5))
+    first = default_split_batch(whole, 1)[0]
+    assert first["cu_seqlens"][-1] != first["input_ids"].shape[1]
+    (kept,) = split_batch(whole, 1)
+    assert_packs_equal(kept, whole)
 
 
 def test_what_composer_reads(tokenizer, dataset):

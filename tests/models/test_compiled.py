@@ -192,7 +192,7 @@ def test_unknown(scope, mode, tiny_config):
         compile_model(SmolLM2ForCausalLM(tiny_config()), scope=scope, mode=mode)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_generated_code(tiny_config):
     """The real compiler, losses of 20 steps: within fp32 rounding of eager."""
     config = tiny_config()
@@ -211,7 +211,7 @@ def test_generated_code(tiny_config):
     assert models[0] == pytest.approx(models[1], rel=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_loss(dtype, monkeypatch):
     """Chunks of three sizes, the last of one row; one graph, or two for the first size."""

@@ -26,6 +26,7 @@ from foundry_ext.models.memory import (
 from foundry_ext.models.memory import count_layer as count
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.preflight.plan.model import PlannedModel
+from tests.tiers import one_of
 
 ROOT = Path(__file__).parents[2]
 # Small, with parts of different sizes, so that confusing two of them shows.
@@ -129,7 +130,7 @@ def check(model: PlannedModel, precision: str, tokens: int, checkpointing: bool)
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of(METHODS, "dora"))
 def test_the_peak_is_the_allocators(method: str, precision: str, checkpointing: bool, monkeypatch):
     import foundry_ext.models.loss as loss
     import foundry_ext.models.memory as memory
@@ -163,10 +164,11 @@ def test_parameters_are_those_of_the_built_model():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("8 GB")
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_smollm2_135m(method: str, precision: str):
-    """2048 tokens through all 30 layers; 3 GB and a minute each."""
+    """2048 tokens through all 30 layers; 8 GB and a minute each, so one at a time."""
     model = planned(method, shape={}, rank=64)
     assert 0.95 < check(model, precision, 2048, False) < 1.05
 
@@ -191,6 +193,7 @@ print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's counts")
 def test_the_process_grows_by_it():
     """A second measurement: the operating system's, of a separate process."""
@@ -260,7 +263,7 @@ def _largest(size: str, method: str, rank: int, card: float, checkpointing: bool
     return largest_pack(peak, card * GIB)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_of(METHODS, "dora"))
 @pytest.mark.parametrize("size", ["smollm2-135m", "smollm2-360m", "smollm2-1.7b"])
 def test_shipped_packs_fit_the_cards_they_are_for(size: str, method: str, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "yamls"))

@@ -221,7 +221,7 @@ def test_logits_to_keep(make_pair, make_documents, make_padded):
         assert torch.equal(last, whole[:, -2:])
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_smollm2_135m(shipped_config, make_pair, make_documents, make_pack, make_padded):
     """The complete 135M with random weights: 134.5 million gradients, one by one."""
     config = shipped_config("smollm2-135m")

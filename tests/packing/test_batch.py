@@ -12,7 +12,7 @@ from foundry_ext.packing.batch import (
 )
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.utils.constants import IGNORE_INDEX
-from tests.data.kit import MAX_SEQ_LEN, assert_packs_equal, document, random_packs, split_documents
+from tests.data.kit import MAX_SEQ_LEN, document, random_packs, split_documents
 
 TENSORS = ("input_ids", "position_ids", "labels")
 
@@ -65,17 +65,6 @@ def test_positions_restart_exactly_where_offsets_say(size: int):
         starts = np.flatnonzero(microbatch["position_ids"][0].numpy() == 0)
         assert starts.tolist() == microbatch["cu_seqlens"][:-1].tolist()
         assert (microbatch["labels"][0, starts] == IGNORE_INDEX).all()
-
-
-def test_composers_own_split_would_cut_the_offsets():
-    """Trap 1: Composer's default split of a joined batch is wrong and raises no error."""
-    from composer.core.data_spec import default_split_batch
-
-    whole = join_packs(random_packs(4, seed=5))
-    first = default_split_batch(whole, 1)[0]
-    assert first["cu_seqlens"][-1] != first["input_ids"].shape[1]
-    (kept,) = split_batch(whole, 1)
-    assert_packs_equal(kept, whole)
 
 
 def test_a_single_pack_is_a_batch_of_one():

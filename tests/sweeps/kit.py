@@ -193,5 +193,5 @@ class Said(list[str]):
 def run(path: Path, **settings: Any) -> tuple[dict[str, str], Said]:
     """{run: status} and what was printed, of a sweep of subprocesses."""
     said = Said()
-    outcomes = run_sweep(path, launcher="subprocess", say=said, **settings)
+    outcomes = run_sweep(path, launcher="subprocess", echo=said, **settings)
     return {outcome.name: outcome.status for outcome in outcomes}, said

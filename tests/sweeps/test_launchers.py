@@ -1,6 +1,4 @@
-"""The two launchers and the server that forks, which here imports nothing; test_sweep_fork.py has
-it import the trainer.
-"""
+"""The two launchers. The fork server imports nothing here; in test_sweep_fork.py, the trainer."""
 
 import json
 import os
@@ -12,23 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from foundry_ext.config.loading import UsageError
-from foundry_ext.sweeps.launchers import ForkLauncher, can_fork, resolve
+from foundry_ext.sweeps.fork_launcher import ForkLauncher
+from foundry_ext.sweeps.launchers import can_fork, resolve
 from foundry_ext.sweeps.run import run_sweep
 from foundry_ext.sweeps.state import is_free, read_state
+from foundry_ext.utils.errors import UserError
 from tests.sweeps.kit import ROOT, enter, lines, names, run, run_and_kill, wait_for, write_sweep
 
 SEEDS = {"seed": {"values": [17, 18]}}
-SERVER = (
-    "-c",
-    "import sys; from foundry_ext.sweeps import fork_server as s; s.import_all = lambda: None;"
-    "sys.exit(s.main())",
-)
+LIGHT = "import os; os.write(1, b'ready')"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(ForkLauncher, "SERVER", SERVER)
+    (tmp_path / "preloaded.py").write_text(LIGHT)
+    monkeypatch.setattr(ForkLauncher, "PRELOAD", "preloaded")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return enter(tmp_path, monkeypatch)
 
@@ -36,18 +32,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 CODE = """
 import sys
 from foundry_ext.cli.main import main
-from foundry_ext.sweeps.launchers import ForkLauncher
-ForkLauncher.SERVER = {server!r}
+from foundry_ext.sweeps.fork_launcher import ForkLauncher
+ForkLauncher.PRELOAD = "preloaded"
+{more}
 sys.exit(main("sweep sweep.yaml --launcher {launcher} --parallel 2 --yes".split()))
 """
 
 
-def start(
-    folder: Path, server: tuple[str, ...] = SERVER, launcher: str = "fork"
-) -> subprocess.Popen[str]:
+def start(folder: Path, launcher: str = "fork", more: str = "") -> subprocess.Popen[str]:
     """`foundry-ext sweep sweep.yaml --launcher fork --parallel 2 --yes`, with the light server."""
     return subprocess.Popen(
-        [sys.executable, "-c", CODE.format(server=server, launcher=launcher)],
+        [sys.executable, "-c", CODE.format(launcher=launcher, more=more)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -56,7 +51,8 @@ def start(
     )
 
 
-def test_forked_runs_end_as_subprocesses_do(folder: Path):
+def test_forked_runs_end_as_subprocesses_do(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "3")  # of whoever started the sweep
     path = write_sweep(folder, {**SEEDS, "variables.behaviour": {"values": ["good", "fail"]}})
     outcomes = run_sweep(path, launcher="fork", parallel=2)
     ended = {(one.status, one.exit_code) for one in outcomes if "fail" in one.name}
@@ -74,18 +70,18 @@ def test_forked_runs_end_as_subprocesses_do(folder: Path):
 
 def test_forking_is_the_choice_where_it_can_be(folder: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    run_sweep(write_sweep(folder, {}), dry_run=True, say=said.append)
+    run_sweep(write_sweep(folder, {}), dry_run=True, echo=said.append)
     expected = "subprocess" if Path("/dev/nvidia0").exists() else "fork"
     assert f"launcher {expected}" in said[0]
     two = ["composer", "-n", "2", "${program}", "${args_no_hyphens}"]
     path = write_sweep(folder, {}, command=two)
-    run_sweep(path, dry_run=True, say=said.append)
+    run_sweep(path, dry_run=True, echo=said.append)
     assert "launcher subprocess" in "".join(said[1:])
-    with pytest.raises(UsageError, match=r"launcher fork is for one rank: composer -n 2 train"):
+    with pytest.raises(UserError, match=r"launcher fork is for one rank: composer -n 2 train"):
         run_sweep(path, launcher="fork")
-    with pytest.raises(UsageError, match="launcher fork is for a CPU"):
+    with pytest.raises(UserError, match="launcher fork is for a CPU"):
         run_sweep(write_sweep(folder, {}), launcher="fork", gpus=["0"])
-    with pytest.raises(UsageError, match="'thread', is neither fork nor subprocess"):
+    with pytest.raises(UserError, match="'thread', is neither fork nor subprocess"):
         run_sweep(write_sweep(folder, {}), launcher="thread")
 
 
@@ -100,12 +96,87 @@ def test_commands_are_those_of_this_environment():
 
 
 def test_a_server_that_dies_is_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ForkLauncher, "SERVER", ("-c", "raise SystemExit(7)"))
+    (folder / "preloaded.py").write_text("raise SystemExit(7)")
     with pytest.raises(ChildProcessError, match=r"exit code 7; see .*fork_server\.log"):
         run_sweep(write_sweep(folder, SEEDS), launcher="fork")
-    monkeypatch.setattr(ForkLauncher, "SERVER", SERVER)
+    (folder / "preloaded.py").write_text(LIGHT)
     outcomes = run_sweep(folder / "sweep.yaml", launcher="fork", parallel=4)
     assert {one.status for one in outcomes} == {"finished"}
+
+
+def test_an_import_that_fails_is_in_the_log_of_the_server(folder: Path):
+    (folder / "composer.py").write_text("import no_such_module")
+    (folder / "preloaded.py").write_text("import foundry_ext.sweeps.preload")
+    write_sweep(folder, SEEDS)
+    sweep = start(folder)
+    out, _ = sweep.communicate(timeout=30)
+    assert sweep.returncode == 2, out
+    assert "exit code 1; see outputs/sweeps/stand-in/fork_server.log" in out
+    log = (folder / "outputs/sweeps/stand-in/fork_server.log").read_text()
+    assert "No module named 'no_such_module'" in log
+
+
+def test_runs_outlive_a_server_that_is_killed(folder: Path):
+    path = write_sweep(folder, {"variables.seconds": {"value": 5}})
+    sweep = start(folder)
+    wait_for(lambda: len(list(folder.glob("outputs/*/record.json"))) == 2)
+    os.kill(server_of(sweep.pid), signal.SIGKILL)
+    out, _ = sweep.communicate(timeout=20)
+    assert sweep.returncode == 2 and "exit code -9; see outputs/sweeps/" in out
+    statuses, said = run(path)
+    assert set(statuses.values()) == {"finished"}
+    assert "0 to start, 0 finished already, 2 still running" in said[0]
+    assert [len(lines(folder, name, "starts")) for name in statuses] == [1, 1]
+
+
+def server_of(sweep: int) -> int:
+    children = Path(f"/proc/{sweep}/task/{sweep}/children").read_text().split()
+    (server,) = [
+        int(pid) for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return server
+
+
+UNGUARDED = """
+from foundry_ext.sweeps.fork_launcher import ForkLauncher
+from foundry_ext.sweeps.run import run_sweep
+ForkLauncher.PRELOAD = "preloaded"
+for name in ("sweep.yaml", "second.yaml"):
+    print(*(result.status for result in run_sweep(name, launcher="fork")))
+"""
+
+
+def test_a_script_without_a_main_guard_runs_two_sweeps(folder: Path):
+    path = write_sweep(folder, {"seed": {"value": 17}})
+    second = path.read_text().replace("stand-in", "second").replace("17", "18")
+    (folder / "second.yaml").write_text(second)
+    (folder / "script.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nfinished finished\n") == 2
+
+
+PROCESS = """
+import atexit, multiprocessing, os, signal, sys
+atexit.register(print, "at exit")
+print(sys.argv, sys.path[0], __name__)
+print(multiprocessing.get_start_method(), multiprocessing.current_process().name)
+print(os.getsid(0) == os.getpid(), os.path.samestat(os.fstat(0), os.stat(os.devnull)))
+print(signal.getsignal(signal.SIGINT), int(signal.getsignal(signal.SIGTERM)))
+raise KeyError("planted")
+"""
+
+
+@pytest.mark.parametrize("launcher", ["fork", "subprocess"])
+def test_the_process_of_a_run(folder: Path, launcher: str):
+    path = write_sweep(folder, {"config": {"value": "a.yaml"}})
+    (folder / "train.py").write_text(PROCESS)
+    (result,) = run_sweep(path, launcher=launcher)
+    assert (result.status, result.exit_code) == ("failed", 1)
+    log = result.log.read_text()
+    assert f"['train.py', 'config=a.yaml'] {folder.resolve()} __main__\nfork MainProcess\n" in log
+    assert "\nTrue True\n<built-in function default_int_handler> 0\n" in log
+    assert "KeyError: 'planted'\n" in log and "at exit\n" in log
 
 
 def test_ctrl_c_ends_forked_runs(folder: Path):
@@ -122,8 +193,8 @@ def test_ctrl_c_ends_forked_runs(folder: Path):
 
 def test_ctrl_c_does_not_wait_for_imports(folder: Path):
     write_sweep(folder, {})
-    slow = SERVER[1].replace("lambda: None", "lambda: __import__('time').sleep(60)")
-    sweep = start(folder, ("-c", slow))
+    (folder / "preloaded.py").write_text("import time; time.sleep(60)")
+    sweep = start(folder)
     wait_for((folder / "outputs/sweeps/stand-in/fork_server.log").exists)
     time.sleep(0.3)
     sweep.send_signal(signal.SIGINT)
@@ -155,8 +226,12 @@ def test_what_a_killed_sweep_left_running_is_waited_for(folder: Path, launcher: 
     path = write_sweep(folder, {"variables.seconds": {"value": 4}})
     sweep = start(folder, launcher=launcher)
     wait_for(lambda: len(list(folder.glob("outputs/*/record.json"))) == 2)
+    server = server_of(sweep.pid) if launcher == "fork" else None
     sweep.kill()
     sweep.communicate()
+    # The server leaves with its sweep, before its children end. A zombie has no command line.
+    cmdline = Path(f"/proc/{server}/cmdline")
+    wait_for(lambda: not cmdline.exists() or not cmdline.read_bytes(), 3.0)
     locks = list((folder / "outputs/sweeps/stand-in/locks").iterdir())
     assert len(locks) == 2 and not any(map(is_free, locks))
     statuses, said = run(path)
@@ -164,6 +239,43 @@ def test_what_a_killed_sweep_left_running_is_waited_for(folder: Path, launcher: 
     assert "0 to start, 0 finished already, 2 still running" in said[0]
     assert sum("still running since an earlier sweep" in line for line in said) == 2
     assert [len(lines(folder, name, "starts")) for name in statuses] == [1, 1]
+
+
+KILLED_WITHIN_A_REQUEST = """
+import os
+from multiprocessing import forkserver
+request = forkserver.connect_to_new_process
+forkserver.connect_to_new_process = lambda fds: request(fds) and os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_sweep_killed_within_a_request_to_fork_leaves_nothing(folder: Path):
+    path = write_sweep(folder, {})
+    sweep = start(folder, more=KILLED_WITHIN_A_REQUEST)
+    sweep.communicate(timeout=30)
+    assert sweep.returncode == -signal.SIGKILL
+    statuses, said = run(path)
+    assert statuses == {"a": "finished", "b": "finished"}
+    assert "2 to start" in said[0]
+
+
+@pytest.mark.parametrize("launcher", ["fork", "subprocess"])
+def test_ctrl_c_ends_what_a_killed_sweep_left_running(folder: Path, launcher: str):
+    write_sweep(folder, {"variables.seconds": {"value": 60}})
+    state = folder / "outputs/sweeps/stand-in/state.json"
+    sweep = start(folder, launcher=launcher)
+    wait_for(lambda: len(list(folder.glob("outputs/*/record.json"))) == 2)
+    wait_for(lambda: all(one.pid for one in read_state(state).values()))
+    sweep.kill()
+    sweep.communicate()
+    sweep = start(folder, launcher=launcher)
+    assert sweep.stdout is not None
+    wait_for(lambda: "waiting for it" in sweep.stdout.readline())
+    sweep.send_signal(signal.SIGINT)
+    out, _ = sweep.communicate(timeout=20)
+    assert sweep.returncode == 130, out
+    assert {one.status for one in read_state(state).values()} == {"stopped"}
+    assert out.count("ending 2 runs") == 1
 
 
 def test_a_forking_sweep_killed_at_random_moments_ends_with_every_run_once(folder: Path):

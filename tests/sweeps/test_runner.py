@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foundry_ext.config.loading import UsageError
+from foundry_ext.utils.errors import UserError
 from tests.sweeps.kit import enter, lines, names, run, start_sweep, write_sweep
 
 SEEDS = {"seed": {"values": [17, 18]}}
@@ -110,7 +110,7 @@ def test_devices_and_threads_are_shared_out(folder: Path, monkeypatch: pytest.Mo
 )
 def test_what_cannot_start_says_why(folder: Path, settings, message: str):
     path = write_sweep(folder, SEEDS)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UserError, match=message):
         run(path, **settings)
     assert names(folder) == []
 
@@ -181,7 +181,7 @@ def test_a_finished_record_of_other_settings_is_not_taken_for_this_run(folder: P
     content = json.loads(record.read_text())
     content["config"]["seed"] = 18
     record.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="finished run with seed: 18, not 17; move it away"):
+    with pytest.raises(UserError, match="finished run with seed: 18, not 17; move it away"):
         run(path)
 
 
@@ -204,7 +204,7 @@ def test_a_yaml_edited_since_is_not_passed_over(folder: Path, before: str, after
     if named is None:  # no part of what a result depends on
         assert "2 finished already" in run(path)[1][0]
         return
-    with pytest.raises(UsageError, match=re.escape(named)):
+    with pytest.raises(UserError, match=re.escape(named)):
         run(path)
 
 
@@ -214,6 +214,6 @@ def test_a_run_name_leads_to_no_other_folder(folder: Path):
         text = (folder / f"{name}.yaml").read_text()
         text = text.replace(f"run_name: {name}\n", f"run_name: ../../../../{name}\n")
         (folder / f"{name}.yaml").write_text(text.replace("outputs/${run_name}", f"outputs/{name}"))
-    with pytest.raises(UsageError, match=r"run_name, '\.\./\.\./\.\./\.\./a', is no file's name"):
+    with pytest.raises(UserError, match=r"run_name, '\.\./\.\./\.\./\.\./a', is no file's name"):
         run(path)
     assert not (folder / "outputs").exists()

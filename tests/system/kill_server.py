@@ -1,4 +1,4 @@
-"""Starts one run over and over, and kills it: python kill_server.py FOLDER.
+"""Starts one run over and over, and kills it: main(FOLDER), in a preloaded process.
 
 FOLDER/job.json has the world, the run's settings for kit.run_config, and the kills: a number is the
 seconds after the run began to train, "save" the moment when a checkpoint is being written, and
@@ -122,7 +122,3 @@ def read_progress(folder: Path) -> int:
 def finish(folder: Path, met: dict[str, Any], code: int) -> None:
     (folder / "result.json").write_text(json.dumps({**met, "code": code}))
     sys.exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Runs on several ranks, over gloo on the CPU, by Composer's own launcher."""
+"""Runs on several ranks, over gloo on the CPU: forked, or started by Composer's own launcher."""
 
 import json
 import os
@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.system import preloaded, rank_worker
+from tests.system.preloaded import ROOT
+
+TIMEOUT = 400  # seconds
 # torch 2.7's FSDP2 over gloo adds gradients up over ranks, where later ones, and NCCL on GPUs,
 # average (trap 39, pytorch#162338).
 ADDS_UP = version("torch").startswith("2.7.")
@@ -22,15 +25,42 @@ ADDS_UP = version("torch").startswith("2.7.")
 def launch(world, folder, num_ranks, runs, *, nodes=1, **variables):
     """The results of `runs`, each a call of kit.run_config, on that many ranks.
 
-    A key `world` of a run replaces paths of the world; for `spoil` see rank_worker.py. Several
-    `nodes` are as many launchers, which know of one another by address and port alone.
+    A key `world` of a run replaces paths of the world; for `spoil` see rank_worker.py. Ranks are
+    forked, with the variables that Composer's launcher would set. Several `nodes` are as many
+    launchers, which know of one another by address and port alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str(path) for name, path in asdict(world).items()}
     (folder / "job.json").write_text(json.dumps({"world": paths, "runs": runs}))
-    worker = str(Path(__file__).with_name("rank_worker.py"))
-    run_launchers([worker, str(folder)], folder, num_ranks, nodes=nodes, **variables)
+    if nodes == 1:
+        fork_ranks(folder, num_ranks, **variables)
+    else:
+        worker = str(Path(__file__).with_name("rank_worker.py"))
+        run_launchers([worker, str(folder)], folder, num_ranks, nodes=nodes, **variables)
     return torch.load(folder / "result.pt", weights_only=False)
+
+
+def fork_ranks(folder, num_ranks, **variables):
+    """rank_worker.py's `main(folder)` as that many forked ranks; all must end well."""
+    common = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "NODE_RANK": "0"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
+    logs = [folder / f"log{rank}.txt" for rank in range(num_ranks)]
+    ranks = [
+        preloaded.start(
+            *(rank_worker.main, folder),
+            log=log,
+            folder=folder,
+            **common,
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, log in enumerate(logs)
+    ]
+    codes = preloaded.wait(ranks, TIMEOUT)
+    assert codes == [0] * num_ranks, last_lines(logs)
+
+
+def last_lines(logs):
+    return "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 def run_launchers(script, folder, num_ranks, *, nodes=1, **variables):
@@ -42,12 +72,12 @@ def run_launchers(script, folder, num_ranks, *, nodes=1, **variables):
     logs = [folder / f"log{node}.txt" for node in range(nodes)]
     processes = []
     for node, log in enumerate(logs):
-        more, here = [], ROOT
+        # llm-foundry's ranks signal by a file in the working directory, of one name for all nodes
+        # and runs: in a shared one the second to remove it fails (0.22, build_tokenizer).
+        more, here = [], folder / f"node{node}"
+        here.mkdir()
         if nodes > 1:
-            # llm-foundry's ranks signal by a file in the working directory, of one name for all
-            # nodes: in a shared one the second to remove it fails (0.22, build_tokenizer).
-            more, here = [*where, "--node_rank", str(node)], folder / f"node{node}"
-            here.mkdir()
+            more = [*where, "--node_rank", str(node)]
         with log.open("w") as file:
             processes.append(
                 subprocess.Popen(
@@ -58,7 +88,7 @@ def run_launchers(script, folder, num_ranks, *, nodes=1, **variables):
                     stderr=subprocess.STDOUT,
                 )
             )
-    end = time.monotonic() + 400
+    end = time.monotonic() + TIMEOUT
     try:
         codes = [one.wait(max(1.0, end - time.monotonic())) for one in processes]
     finally:
@@ -66,8 +96,7 @@ def run_launchers(script, folder, num_ranks, *, nodes=1, **variables):
             if one.poll() is None:
                 one.send_signal(signal.SIGINT)  # on which it ends its ranks
                 one.wait()
-    text = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert codes == [0] * nodes, text
+    assert codes == [0] * nodes, last_lines(logs)
 
 
 def free_port():

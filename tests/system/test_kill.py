@@ -5,22 +5,20 @@ document once an epoch, in every attempt in the same batch. (Traps 31, 40, 41.)
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 
 from foundry_ext.records.record import read_items, read_record
-from tests.system.ranks import ROOT
+from tests.system import kill_server, preloaded
 from tests.training import kit
 
+pytestmark = pytest.mark.more
 NUM_DOCUMENTS = 300
+TIMEOUT = 1500  # seconds for all attempts of a run
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +71,9 @@ def run(world, folder, method, workers, kills=(), seed=0):
         "seed": seed,
     }
     (folder / "job.json").write_text(json.dumps(job))
-    server = str(Path(__file__).with_name("kill_server.py"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, server, str(folder)], check=True, cwd=ROOT, env=environment)
+    log = folder / "server_log"
+    server = preloaded.start(kill_server.main, folder, log=log, folder=folder)
+    assert preloaded.wait([server], TIMEOUT) == [0], log.read_text()
     result = json.loads((folder / "result.json").read_text())
     assert result["code"] == 0, (folder / "log").read_text()[-5000:]
     return result

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from foundry_ext.checkpoints.files import damage
-from tests.system.ranks import ROOT
+from tests.system.ranks import ROOT, fork_ranks
 from tests.training import kit
 
 LIMIT = 60  # seconds
 
 
-def start(world, folder, fsdp, last=100_000):
-    """A run of two ranks to batch `last`: steps, evaluations, checkpoints, a record."""
+def write_job(world, folder, fsdp, last=100_000):
+    """To batch `last`, for rank_worker.py: steps, evaluations, checkpoints, a record."""
     loader = kit.loader_config(world.rows, shuffle=True)
     settings = {
         "callbacks": {
@@ -45,13 +45,16 @@ def start(world, folder, fsdp, last=100_000):
     }
     paths = {name: str(path) for name, path in asdict(world).items()}
     (folder / "job.json").write_text(json.dumps({"world": paths, "runs": {"run": settings}}))
+
+
+def start(folder, **variables):
+    """Composer's launcher with two ranks of what is written in the folder."""
     worker = str(Path(__file__).with_name("rank_worker.py"))
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", worker, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"FSDP_VERSION": "2"} if fsdp else {}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
 
 
@@ -60,11 +63,22 @@ def batches_saved(folder):
     return max((int(name.removeprefix("ba")) for name in found), default=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "fsdp"),
+    [
+        pytest.param(rank, fsdp, marks=mark, id=f"{rank}-{'fsdp2' if fsdp else 'ddp'}")
+        for rank, fsdp, mark in (
+            (0, False, pytest.mark.slow),
+            (0, True, pytest.mark.slow),
+            (1, False, pytest.mark.more),
+            (1, True, pytest.mark.slow),
+        )
+    ],
+)
 def test_a_killed_rank_ends_the_others(world, tmp_path, rank, fsdp):
-    launcher = start(world, tmp_path, fsdp)
+    variables = {"FSDP_VERSION": "2"} if fsdp else {}
+    write_job(world, tmp_path, fsdp)
+    launcher = start(tmp_path, **variables)
     left = []
     try:
         end = time.monotonic() + 200
@@ -91,15 +105,15 @@ def test_a_killed_rank_ends_the_others(world, tmp_path, rank, fsdp):
     assert code != 0 and not alive
     assert f"Rank {rank} crashed with exit code -9" in text
     assert record["status"] == "failed" or rank == 0, "rank 0 writes it, if it lives to do so"
-    assert_goes_on(world, tmp_path, fsdp)
+    # The same run, but that this one is to end.
+    saved = batches_saved(tmp_path)
+    assert damage(tmp_path / "checkpoints/latest-rank0.pt") is None
+    write_job(world, tmp_path, fsdp, last=saved + 3)
+    fork_ranks(tmp_path, 2, **variables)
+    assert_went_on(tmp_path, saved)
 
 
-def assert_goes_on(world, folder, fsdp):
-    """The same command, but that this one is to end."""
-    saved = batches_saved(folder)
-    assert damage(folder / "checkpoints/latest-rank0.pt") is None
-    again = start(world, folder, fsdp, last=saved + 3)
-    assert again.wait(200) == 0, (folder / "log").read_text()
+def assert_went_on(folder, saved):
     (run,) = torch.load(folder / "result.pt", weights_only=False).values()
     assert 3 <= len(run["losses"]) <= 4, "the newest may not have been linked yet"
     assert batches_saved(folder) == saved + 3

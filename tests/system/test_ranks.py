@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from tests.system.ranks import ADDS_UP, launch
 from tests.training import kit
 
+pytestmark = pytest.mark.more
 METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
     """Gradients, metrics and counters of an epoch; then an adapter's run that one rank began."""
     common = {"global_train_batch_size": 2 * num_ranks, "eval_interval": "1ep"}
@@ -60,7 +61,6 @@ def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
     assert on.losses[0] < here.losses[0]
 
 
-@pytest.mark.slow
 def test_fsdp2_shards_what_one_rank_trains(world, tmp_path):
     """Losses and exports equal; gradients too, but for those that are added up."""
     factor = 2 if ADDS_UP else 1

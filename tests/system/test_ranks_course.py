@@ -14,6 +14,7 @@ import torch
 from tests.system.ranks import ADDS_UP, launch
 from tests.training import kit
 
+pytestmark = pytest.mark.more
 # torch 2.7's sum of gradients is hidden by Adam; clipping would show it.
 COMMON = {
     "global_train_batch_size": 4,
@@ -24,7 +25,13 @@ COMMON = {
 EPS = 1e-8  # Adam's
 FSDP = {"fsdp_config": {"state_dict_type": "full"}}
 ADAPTER = {"method": "dora"}
-WAYS = [(2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2")]
+SLOW = pytest.mark.slow
+WAYS = [
+    (2, "ddp"),
+    pytest.param(4, "ddp", marks=SLOW),
+    (2, "fsdp2"),
+    pytest.param(4, "fsdp2", marks=SLOW),
+]
 
 
 def variables(way):
@@ -50,7 +57,6 @@ def alone(world, tmp_path_factory):
     return {name: kit.run(kit.run_config(world, folder, **one)) for name, one in runs.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "way"), WAYS)
 def test_a_course(world, alone, tmp_path, num_ranks, way):
     more = sharded(num_ranks, way)
@@ -96,7 +102,6 @@ def check_documents(run, reference):
     assert run["clock"] == [2 * len(once), 2 * sum(map(len, once))]
 
 
-@pytest.mark.slow
 def test_two_nodes(world, alone, tmp_path):
     """Two launchers, as on two machines, with a rank each."""
     found = launch(world, tmp_path, 2, {"full": COMMON}, nodes=2)
@@ -153,8 +158,15 @@ def odd_alone(world, odd, tmp_path_factory):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_ranks", "way"), [(2, "ddp"), (3, "ddp"), (4, "ddp"), (4, "fsdp2")])
+@pytest.mark.parametrize(
+    ("num_ranks", "way"),
+    [
+        (2, "ddp"),
+        pytest.param(3, "ddp", marks=SLOW),
+        pytest.param(4, "ddp", marks=SLOW),
+        (4, "fsdp2"),
+    ],
+)
 def test_odd_amounts(world, odd, odd_alone, tmp_path, num_ranks, way):
     runs = odd_runs(world, odd, num_ranks)
     runs = {name: {**one, **sharded(num_ranks, way)} for name, one in runs.items()}
@@ -173,7 +185,6 @@ def test_odd_amounts(world, odd, odd_alone, tmp_path, num_ranks, way):
 # --- checkpoints of 2 ranks ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_what_two_ranks_saved_goes_on_on_one_and_four(world, alone, tmp_path, way):
     """Mid-epoch, with the optimizer's state."""
@@ -229,7 +240,6 @@ def rescaled(path, ratio):
 # --- the guard -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_all_ranks_stop_and_skip_together(world, alone, tmp_path, way):
     """Though one rank alone has the document that goes wrong."""

@@ -207,6 +207,7 @@ def record(tmp_path_factory) -> dict[str, Any]:
 # --- secrets -------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_secrets_are_in_no_file_and_no_output(world, tmp_path: Path):
     """Planted in the environment and in the YAML; everything that a run leaves behind is searched,
     its checkpoints and W&B's files too."""

@@ -42,13 +42,16 @@ def handles() -> tuple[int, int, int]:
 class Curve:
     """Allocated memory at some steps, of this process (0) and its workers (1, 2, ...)."""
 
+    others: set[int] = field(default_factory=lambda: set(children()))
+    """Child processes of earlier tests."""
     steps: list[int] = field(default_factory=list)
     sizes: list[list[int]] = field(default_factory=list)
 
     def look(self, step: int) -> None:
         gc.collect()
         self.steps.append(step)
-        self.sizes.append([anonymous_bytes(pid) for pid in ("self", *sorted(children()))])
+        workers = sorted(set(children()) - self.others)
+        self.sizes.append([anonymous_bytes(pid) for pid in ("self", *workers)])
 
     def slopes(self) -> list[float]:
         """Bytes a step by least squares over the second half; in the first, caches fill."""

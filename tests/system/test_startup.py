@@ -11,7 +11,7 @@ from benchmarks.startup import _BUILDERS, PARTS, Marks
 ROOT = Path(__file__).parents[2]
 SLOW = {
     *("torch", "numpy", "pandas", "scipy", "matplotlib", "pyarrow", "datasets", "transformers"),
-    *("peft", "wandb", "composer", "llmfoundry", "streaming", "tokenizers"),
+    *("peft", "wandb", "composer", "llmfoundry", "streaming", "tokenizers", "jinja2"),
 }
 # Rooms and modules that follow a run or come before one.
 NOT_FOR_TRAINING = {
@@ -68,7 +68,7 @@ assert configs and not complaints
     assert not packages(loaded_by(code)) & SLOW
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_beyond_llm_foundry_a_run_loads_peft_and_little_else():
     """Ours on top of what llm-foundry has imported by then, all packages of it."""
     code = "import llmfoundry.command_utils"
@@ -109,7 +109,7 @@ def test_every_part_has_its_row():
     assert set(_BUILDERS.values()) <= PARTS.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_start_is_measured(tmp_path, capsys):
     from benchmarks.startup import main
 

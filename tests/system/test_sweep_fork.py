@@ -16,13 +16,13 @@ from foundry_ext.sweeps.run import run_sweep
 from foundry_ext.training.loggers.metrics_file import read_metrics
 from tests.sweeps.kit import ROOT, enter, names, start_sweep, write_sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer_folder: Path, make_rows, monkeypatch) -> Path:
     """A real train.py and two YAMLs of runs of 20,000 parameters, LoRA with dropout one of them."""
-    from tests.composer import kit
+    from tests.training import kit
 
     world = kit.make_world(tmp_path, tokenizer_folder, make_rows)
     write_sweep(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from foundry_ext.config.loading import UsageError
 from foundry_ext.sweeps.state import is_free, read_state
+from foundry_ext.utils.errors import UserError
 from tests.sweeps.kit import (
     enter,
     lines,
@@ -19,6 +19,7 @@ from tests.sweeps.kit import (
     write_sweep,
 )
 
+pytestmark = pytest.mark.more
 SEEDS = {"seed": {"values": [17, 18]}}
 RUNS = ["a-seed_17", "a-seed_18", "b-seed_17", "b-seed_18"]
 
@@ -51,7 +52,7 @@ def test_two_sweeps_of_one_name_do_not_run_at_once(folder: Path):
     path = write_sweep(folder, {"variables.seconds": {"value": 30}})
     sweep = start_sweep(folder, "--yes", "--launcher", "subprocess")
     wait_for(lambda: names(folder))
-    with pytest.raises(UsageError, match=f"is running already, as process {sweep.pid}"):
+    with pytest.raises(UserError, match=f"is running already, as process {sweep.pid}"):
         run(path)
     sweep.send_signal(signal.SIGINT)
     sweep.communicate(timeout=30)

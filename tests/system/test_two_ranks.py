@@ -16,6 +16,7 @@ from streaming import MDSWriter
 from tests.data.kit import build, split_documents, walk
 from tests.system.two_ranks import STOP_AFTER
 
+pytestmark = pytest.mark.more
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240  # seconds; a rank that waits for ever is ended
 # A line in a file for each row that was tokenised, by whichever process.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foundry_ext.models.compiled import graphs_compiled
+from tests.tiers import one_of
 from tests.training import kit
 
 
@@ -18,7 +19,9 @@ def without_code_generation(monkeypatch):
 
 
 # DoRA computes norms of weights that change in place, LoRA has dropout: both are traced too.
-@pytest.mark.parametrize(("method", "graphs"), [("full", 1), ("lora", 2), ("dora", 2)])
+@pytest.mark.parametrize(
+    ("method", "graphs"), one_of([("full", 1), ("lora", 2), ("dora", 2)], ("lora", 2))
+)
 def test_two_epochs_with_evaluations(world, tmp_path, method, graphs, without_code_generation):
     """Losses equal the uncompiled run's, and nothing is compiled again.
 

@@ -8,6 +8,7 @@ batch is split must not matter. (Traps 5, 6, 18.)
 import pytest
 import torch
 
+from tests.tiers import one_of
 from tests.training import kit
 
 
@@ -63,7 +64,7 @@ def test_of_one_pack_that_holds_the_batch(world, tmp_path):
     assert_gradients_are_theirs(run, theirs)
 
 
-@pytest.mark.parametrize("method", kit.ADAPTERS)
+@pytest.mark.parametrize("method", one_of(kit.ADAPTERS, "dora"))
 def test_of_adapters(world, tmp_path, adapters, method):
     run, theirs = captured(world, tmp_path, adapters[method], device_train_microbatch_size=3)
     assert_gradients_are_theirs(run, theirs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from composer.core import Callback
 
+from tests.tiers import one_of
 from tests.training import kit
 
 STEPS = 150
@@ -74,7 +75,7 @@ def holdings(world, folder, method: str, *, leak: bool = False) -> Holdings:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["full", "dora"])
+@pytest.mark.parametrize("method", one_of(["full", "dora"], "dora"))
 def test_nothing_is_kept_from_step_to_step(world, tmp_path, method: str):
     """The data has about 5 batches, so the run has dozens of epochs."""
     spy = holdings(world, tmp_path, method)
@@ -84,6 +85,7 @@ def test_nothing_is_kept_from_step_to_step(world, tmp_path, method: str):
     assert later[3] - elements < BETWEEN / 5
 
 
+@pytest.mark.more
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_kept_from_step_to_step_is_seen(world, tmp_path):
     spy = holdings(world, tmp_path, "full", leak=True)

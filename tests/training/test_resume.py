@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from foundry_ext.data.documents import Documents
+from tests.tiers import one_of
 from tests.training import kit
 
 LAST = 8
@@ -30,7 +31,7 @@ def resumed(world, folder, method, settings, path, **overrides):
     )
 
 
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 @pytest.mark.parametrize("batch", [2, 4, 5])
 def test_from_the_middle_and_from_the_end_of_an_epoch(world, finished, tmp_path, method, batch):
     """LoRA has dropout here, whose random numbers continue as if nothing had happened."""
@@ -46,7 +47,7 @@ def test_from_the_middle_and_from_the_end_of_an_epoch(world, finished, tmp_path,
             assert torch.equal(right["DecoupledAdamW"]["state"][name][key], value), (name, key)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", one_of(["full", "lora"], "lora"))
 def test_from_a_checkpoint_taken_between_epochs(world, finished, tmp_path, method):
     """`save_interval: 1ep` saves when the clock is already in the next epoch."""
     reference = finished(method)
@@ -57,7 +58,7 @@ def test_from_a_checkpoint_taken_between_epochs(world, finished, tmp_path, metho
     assert_ends_like(run, reference.run, after=4)
 
 
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 def test_autoresume_after_a_crash(world, finished, tmp_path, method):
     """Started again with the same YAML, a run repeats the batches after the newest checkpoint."""
     reference = finished(method)
@@ -115,7 +116,7 @@ def test_a_checkpoint_that_lost_one_matrix_is_refused(world, finished, tmp_path)
         resumed(world, tmp_path, "dora", settings, tmp_path / "part.pt")
 
 
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 def test_weights_alone_start_a_new_run(world, finished, tmp_path, method):
     """`load_weights_only: true` loads strictly, also from an adapter's checkpoint."""
     reference = finished(method)

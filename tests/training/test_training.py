@@ -9,10 +9,11 @@ from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from composer.optim import DecoupledAdamW
 
+from tests.tiers import one_of
 from tests.training import kit
 
 
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 def test_the_loss_falls_and_only_the_method_s_weights_move(world, finished, method):
     run = finished(method).run
     assert np.mean(run.losses[-2:]) < np.mean(run.losses[:2]) - 0.3
@@ -26,7 +27,7 @@ def test_the_loss_falls_and_only_the_method_s_weights_move(world, finished, meth
             assert torch.equal(weight, before[name]), name
 
 
-@pytest.mark.parametrize("method", kit.ADAPTERS)
+@pytest.mark.parametrize("method", one_of(kit.ADAPTERS, "lora"))
 def test_every_adapter_matrix_moves(finished, method):
     folder = finished(method).folder
     early, late = (

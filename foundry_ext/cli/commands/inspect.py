@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     inspection = inspect_run(
         files[0], overrides, loader=arguments.loader, num_packs=arguments.packs
     )
-    from foundry_ext.preflight.inspect.page import render  # slow, so after the check
+    from foundry_ext.preflight.inspect.page import format_inspection  # slow, so after the check
 
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(render(inspection), encoding="utf-8")
+    arguments.out.write_text(format_inspection(inspection), encoding="utf-8")
     epoch = inspection.epoch
     print(
         f"{arguments.out}: {len(inspection.packs)} of {epoch.num_packs:,} packs;"

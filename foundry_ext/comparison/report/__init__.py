@@ -1,1 +1,1 @@
-"""The pages, tables and plots that a comparison writes."""
+"""Pages, tables and plots of a comparison."""

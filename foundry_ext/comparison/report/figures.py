@@ -1,11 +1,12 @@
-"""How figures look and are written: PNG and SVG, no display needed."""
+"""Style of the figures. They are written as PNG and SVG and need no display."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# After Okabe and Ito, and Tol: distinct under the common colour blindnesses; markers in grey.
+# From Okabe and Ito, and from Tol: distinct under the common kinds of colour blindness. The
+# markers tell methods apart in greyscale.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#56B4E9", "#444444")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FAINT = "#8a8a8a"
@@ -25,9 +26,8 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    # Names are shown as they are, whatever is in them; the same figures give the same bytes.
-    "text.parse_math": False,
-    "svg.hashsalt": "foundry-ext",
+    "text.parse_math": False,  # a $ in a name is a $
+    "svg.hashsalt": "foundry-ext",  # equal figures give equal bytes
     "svg.fonttype": "path",
 }
 
@@ -36,7 +36,10 @@ _STYLE: dict[Any, Any] = {
 def new_figure(
     folder: Path, name: str, size: tuple[float, float], columns: int = 1
 ) -> Iterator[Any]:
-    """Axes to draw on, then folder/name.png and .svg."""
+    """Yield axes to draw on, then write folder/name.png and folder/name.svg.
+
+    With several columns, yield an array of axes.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,7 +54,7 @@ def new_figure(
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each method, in order."""
+    """Return a colour and a marker per label."""
     return {
         label: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
         for i, label in enumerate(labels)
@@ -59,7 +62,10 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def log_ticks(axes: Any) -> None:
-    """1, 2 and 5 of each decade, written out: mathematical notation is off for names' sake."""
+    """Make the x axis logarithmic, with ticks at 1, 2 and 5 in each decade.
+
+    Ticks are plain numbers, because mathematical notation is off (see _STYLE).
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
@@ -70,6 +76,7 @@ def log_ticks(axes: Any) -> None:
 
 
 def thousands(value: float, _position: int) -> str:
+    """Format a tick in thousands, millions or billions."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

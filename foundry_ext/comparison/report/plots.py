@@ -1,4 +1,4 @@
-"""The report's plots: a colour and a marker a method, intervals, which way is better."""
+"""Plots of the report. A method keeps its colour and marker in all of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from foundry_ext.comparison.runs import Run
 
 
 def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
-    """A point per run, the chosen learning rate's mean with its intervals, the Pareto front."""
+    """Plot every run, each method's mean with its intervals, and the Pareto front."""
     x, y = comparison.learning, comparison.forgetting
     style = styles(list(comparison.groups))
     with new_figure(folder, "tradeoff", (6.6, 4.6)) as axes:
@@ -22,26 +22,27 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         ]
         axes.step(
             *zip(*front, strict=True),
-            where="pre",  # up, then right: between two points the second is the best attained
+            where="pre",  # up, then right: between two points, the second is the best reached
             color=FAINT,
             linestyle=(0, (4, 3)),
             linewidth=1.1,
             label="Pareto front",
             zorder=1,
         )
-        _base_model(axes, comparison)
+        _mark_base_model(axes, comparison)
         for label, runs in comparison.groups.items():
-            own = style[label]
             values = [
                 (final_value(run, x) * x.scale, final_value(run, y) * y.scale) for run in runs
             ]
-            axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **own)
+            axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **style[label])
             path = [
                 (point.learning * x.scale, point.forgetting * y.scale)
                 for point in points({label: runs}, x, y)  # by learning rate
             ]
-            axes.plot(*zip(*path, strict=True), color=own["color"], lw=0.8, alpha=0.5, zorder=2)
-            _mean_with_intervals(axes, comparison, label, own)
+            axes.plot(
+                *zip(*path, strict=True), color=style[label]["color"], lw=0.8, alpha=0.5, zorder=2
+            )
+            _plot_mean(axes, comparison, label, style[label])
         _label_axes(axes, x, y)
         axes.set_title(
             "better: to the right (learns more) and down (forgets less)", color="#555555"
@@ -51,8 +52,8 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         _label_rates(axes, comparison)
 
 
-def _base_model(axes: Any, comparison: Comparison) -> None:
-    """A star at the origin, unless that would press the runs into a corner of the plot."""
+def _mark_base_model(axes: Any, comparison: Comparison) -> None:
+    """Draw a star at the origin, unless that would squeeze the runs into a corner of the plot."""
     x, y = comparison.learning, comparison.forgetting
     ends = [
         (final_value(run, x), final_value(run, y))
@@ -75,22 +76,24 @@ def _base_model(axes: Any, comparison: Comparison) -> None:
 
 
 def _label_rates(axes: Any, comparison: Comparison) -> None:
-    """Learning rates beside their points, where they hide the least; chosen ones are in the"
-    " legend."""
+    """Write learning rates beside their points, on the side with the most room.
+
+    The chosen ones are in the legend.
+    """
     x, y = comparison.learning, comparison.forgetting
-    axes.figure.canvas.draw()  # settles the layout, so that data have places in points
-    every = points(comparison.groups, x, y)
-    at = axes.transData.transform([(p.learning * x.scale, p.forgetting * y.scale) for p in every])
-    at = at * 72 / axes.figure.dpi
-    taken = list(at)
-    for point, place in zip(every, at, strict=True):
+    axes.figure.canvas.draw()  # settles the layout, which maps data to pixels
+    all_points = points(comparison.groups, x, y)
+    data = [(point.learning * x.scale, point.forgetting * y.scale) for point in all_points]
+    positions = axes.transData.transform(data) * 72 / axes.figure.dpi
+    taken = list(positions)
+    for point, position in zip(all_points, positions, strict=True):
         if point.learning_rate == comparison.best[point.label].learning_rate:
             continue
         text = f"{point.learning_rate:g}"
         half = 2.2 * len(text)
         sides = [(half + 5, 0), (-half - 5, 0), (0, 8), (0, -8), (half + 5, 8), (-half - 5, -8)]
-        side = max(sides, key=lambda s: min(_gap(place + np.array(s), other) for other in taken))
-        taken.append(place + np.array(side))
+        side = max(sides, key=lambda s: min(_gap(position + np.array(s), t) for t in taken))
+        taken.append(position + np.array(side))
         axes.annotate(
             text,
             (point.learning * x.scale, point.forgetting * y.scale),
@@ -104,12 +107,17 @@ def _label_rates(axes: Any, comparison: Comparison) -> None:
 
 
 def _gap(first: np.ndarray, second: np.ndarray) -> float:
-    """Distance between two labels' middles, in label sizes: they are wider than high."""
+    """Return the distance between two labels' centres in label sizes, at most 1.5.
+
+    Labels are wider than high.
+    """
     return float(min(np.hypot((first[0] - second[0]) / 18, (first[1] - second[1]) / 7), 1.5))
 
 
-def _mean_with_intervals(axes: Any, comparison: Comparison, label: str, own: Mapping) -> None:
-    x, y = (comparison.summary(label, one) for one in (comparison.learning, comparison.forgetting))
+def _plot_mean(axes: Any, comparison: Comparison, label: str, style: Mapping) -> None:
+    """Draw a method's mean at its chosen learning rate with both intervals."""
+    x = comparison.summary(label, comparison.learning)
+    y = comparison.summary(label, comparison.forgetting)
     bars = {}
     for name, summary in (("xerr", x), ("yerr", y)):
         if summary.interval is not None:
@@ -128,99 +136,98 @@ def _mean_with_intervals(axes: Any, comparison: Comparison, label: str, own: Map
         linestyle="",
         label=f"{label}, lr {comparison.best[label].learning_rate:g}",
         zorder=4,
-        **own,
+        **style,
     )
 
 
 def plot_curves(comparison: Comparison, folder: Path) -> None:
-    """Learning and forgetting against real tokens, at the chosen learning rates."""
+    """Plot learning and forgetting against real tokens, at the chosen learning rates."""
     style = styles(list(comparison.groups))
-    with new_figure(folder, "curves", (7.6, 3.4), columns=2) as both:
-        for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
+    with new_figure(folder, "curves", (7.6, 3.4), columns=2) as panels:
+        for axes, measure in zip(panels, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.chosen.items():
-                own = style[label]
                 curves = [curve(run, measure) for run in runs]
-                for one in curves:
+                color = style[label]["color"]
+                for run_curve in curves:
+                    tokens, values = run_curve.T
+                    axes.plot(tokens, values * measure.scale, color=color, alpha=0.3, lw=0.8)
+                for index, mean in enumerate(_mean_curves(curves)):
+                    tokens, values = mean.T
+                    name = None if index else label  # one entry per method in the legend
                     axes.plot(
-                        one[:, 0], one[:, 1] * measure.scale, color=own["color"], alpha=0.3, lw=0.8
-                    )
-                for number, mean in enumerate(_mean_curves(curves)):
-                    name = None if number else label
-                    axes.plot(
-                        mean[:, 0], mean[:, 1] * measure.scale, markersize=5, label=name, **own
+                        tokens, values * measure.scale, markersize=5, label=name, **style[label]
                     )
             axes.set_xlabel("real tokens")
             axes.xaxis.set_major_formatter(thousands)
-            axes.set_ylabel(f"{measure.subject}, {measure.unit}")
-            better = "higher" if measure.role == "learning" else "lower"
-            axes.set_title(f"{measure.role}: {better} is better")
-        both[0].legend(loc="best")
+            _label_panel(axes, measure)
+        panels[0].legend(loc="best")
 
 
 def _mean_curves(curves: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The mean, once; each curve where --allow let them have another number of evaluations."""
-    if len({len(one) for one in curves}) > 1:
+    """Return the mean curve alone, or every curve if their lengths differ.
+
+    They differ where --allow let runs have other numbers of evaluations.
+    """
+    if len({len(run_curve) for run_curve in curves}) > 1:
         return list(curves)
     return [np.mean(curves, axis=0)]
 
 
 def plot_learning_rates(comparison: Comparison, folder: Path) -> None:
-    """Final learning and forgetting by learning rate; the chosen one ringed, an edge marked."""
+    """Plot final learning and forgetting by learning rate.
+
+    The chosen rate is ringed, and marked if it lies at the edge of the grid.
+    """
     style = styles(list(comparison.groups))
-    with new_figure(folder, "learning_rates", (7.6, 3.6), columns=2) as both:
-        for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
+    with new_figure(folder, "learning_rates", (7.6, 3.6), columns=2) as panels:
+        for axes, measure in zip(panels, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.groups.items():
-                _rate_response(axes, comparison, label, runs, measure, style[label])
+                _plot_rates(axes, comparison, label, runs, measure, style[label])
             log_ticks(axes)
             axes.set_xlabel("learning rate")
-            axes.set_ylabel(f"{measure.subject}, {measure.unit}")
-            better = "higher" if measure.role == "learning" else "lower"
-            axes.set_title(f"{measure.role}: {better} is better")
+            _label_panel(axes, measure)
             axes.margins(0.1, 0.14)
-        both[0].legend(loc="best", fontsize=8)
+        panels[0].legend(loc="best", fontsize=8)
 
 
-def _rate_response(
+def _plot_rates(
     axes: Any,
     comparison: Comparison,
     label: str,
     runs: Sequence[Run],
     measure: Measure,
-    own: Mapping,
+    style: Mapping,
 ) -> None:
+    """Draw one method's runs and their means by learning rate."""
     by_rate: dict[float, list[float]] = {}
     for run in runs:
         by_rate.setdefault(run.learning_rate, []).append(final_value(run, measure) * measure.scale)
-    rates = sorted(by_rate)
-    for rate in rates:
-        axes.scatter(
-            [rate] * len(by_rate[rate]), by_rate[rate], s=12, alpha=0.4, linewidths=0, **own
-        )
-    means = {rate: float(np.mean(by_rate[rate])) for rate in rates}
-    axes.plot(rates, list(means.values()), markersize=5, label=label, **own)
+    for rate, values in sorted(by_rate.items()):
+        axes.scatter([rate] * len(values), values, s=12, alpha=0.4, linewidths=0, **style)
+    means = {rate: float(np.mean(values)) for rate, values in sorted(by_rate.items())}
+    axes.plot(list(means), list(means.values()), markersize=5, label=label, **style)
     best = comparison.best[label]
-    at = (best.learning_rate, means[best.learning_rate])
-    axes.plot(
-        *at, marker="o", markersize=13, markerfacecolor="none", color=own["color"], linestyle=""
-    )
+    chosen = (best.learning_rate, means[best.learning_rate])
+    color = style["color"]
+    axes.plot(*chosen, marker="o", markersize=13, markerfacecolor="none", color=color, linestyle="")
     if best.edge is not None:
         axes.annotate(
             "edge of\nthe grid",
-            at,
+            chosen,
             (0, 9),
             textcoords="offset points",
             ha="center",
             fontsize=7,
-            color=own["color"],
+            color=color,
         )
 
 
 def plot_differences(comparison: Comparison, folder: Path) -> None:
-    """Every pair's difference with its interval; filled where it is distinguishable from 0."""
+    """Plot every pair's difference with its interval, filled if distinguishable from 0."""
     measures = (comparison.learning, comparison.forgetting)
     rows = len(comparison.pairs_of(measures[0]))
-    with new_figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as both:
-        for axes, measure in zip(both, measures, strict=True):
+    with new_figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as panels:
+        for axes, measure in zip(panels, measures, strict=True):
             pairs = comparison.pairs_of(measure)
             for row, pair in enumerate(reversed(pairs)):
                 filled = "#222222" if pair.is_distinguishable else "white"
@@ -237,12 +244,18 @@ def plot_differences(comparison: Comparison, folder: Path) -> None:
                     zorder=3,
                 )
             names = [f"{pair.first} − {pair.second}" for pair in reversed(pairs)]
-            axes.set_yticks(range(rows), names if axes is both[0] else [""] * rows)
+            axes.set_yticks(range(rows), names if axes is panels[0] else [""] * rows)
             axes.set_ylim(-0.6, rows - 0.4)
             axes.axvline(0, color="#555555", linewidth=0.9)
             axes.grid(axis="y", visible=False)
             axes.set_xlabel(f"difference in {measure.subject}, {measure.unit}")
             axes.set_title(measure.role)
+
+
+def _label_panel(axes: Any, measure: Measure) -> None:
+    axes.set_ylabel(f"{measure.subject}, {measure.unit}")
+    better = "higher" if measure.role == "learning" else "lower"
+    axes.set_title(f"{measure.role}: {better} is better")
 
 
 def _label_axes(axes: Any, x: Measure, y: Measure) -> None:
@@ -255,13 +268,15 @@ def plot_lines(
     lines: Sequence[tuple[str, int, Sequence[tuple[float, float]]]],
     folder: Path,
 ) -> None:
-    """Learning against forgetting along the lines from the base to tuned weights.
+    """Plot learning against forgetting on the lines from the base weights to tuned ones.
 
     Args:
-        lines: (method's label, seed, its points).
+        comparison: the comparison, for its measures and methods.
+        lines: (method's label, seed, points) per run.
+        folder: where interpolation.png and .svg are written.
     """
     x, y = comparison.learning, comparison.forgetting
-    own = styles(list(comparison.groups))
+    style = styles(list(comparison.groups))
     with new_figure(folder, "interpolation", (6.0, 4.0)) as axes:
         for label, seed, line in lines:
             learned, forgot = np.array(line).T
@@ -270,7 +285,7 @@ def plot_lines(
                 forgot * y.scale,
                 markersize=5,
                 label=f"{label}, seed {seed}",
-                **own[label],
+                **style[label],
             )
         _label_axes(axes, x, y)
         axes.legend(loc="best", fontsize=8)

@@ -1,4 +1,4 @@
-"""The comparison in words and tables; folder with comparison.md, index.html, .json and plots."""
+"""The report of a comparison: its text, and the folder with its pages, data and plots."""
 
 from pathlib import Path
 
@@ -7,23 +7,29 @@ from foundry_ext.comparison.report import plots
 from foundry_ext.comparison.report.document import (
     Block,
     Bullets,
-    Document,
     Figure,
     Heading,
     Paragraph,
+    ReportDocument,
     Subheading,
-    markdown,
-    page,
+    format_html,
+    format_markdown,
 )
 from foundry_ext.comparison.report.tables import cost_blocks, measure_blocks, run_blocks
 from foundry_ext.comparison.report.tradeoff import matched_blocks, tradeoff_blocks
 from foundry_ext.comparison.report.weights import analysis_blocks
-from foundry_ext.comparison.report.wording import listed, seed_list, seeds_used, spread
+from foundry_ext.comparison.report.wording import (
+    format_range,
+    format_seeds,
+    format_seeds_and_items,
+    join_names,
+)
 from foundry_ext.comparison.statistics import MIN_SEEDS
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """Writes comparison.md, index.html, comparison.json and each plot as PNG and SVG."""
+def write_report(comparison: Comparison, folder: Path | str) -> None:
+    """Write comparison.md, index.html, comparison.json and each plot as PNG and SVG."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plots.plot_tradeoff(comparison, folder)
     plots.plot_curves(comparison, folder)
@@ -40,14 +46,14 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         *measure_blocks(comparison),
         *cost_blocks(comparison),
         *analysis_blocks(comparison, folder),
-        *_methods(comparison),
+        *_statistics(),
         *run_blocks(comparison),
     ]
-    title = listed(list(comparison.groups))
-    document = Document(f"{title}: learning and forgetting", blocks)
+    title = join_names(list(comparison.groups))
+    document = ReportDocument(f"{title}: learning and forgetting", blocks)
     write_json(folder / "comparison.json", comparison)
-    (folder / "comparison.md").write_text(markdown(document))
-    (folder / "index.html").write_text(page(document, folder))
+    (folder / "comparison.md").write_text(format_markdown(document))
+    (folder / "index.html").write_text(format_html(document, folder))
 
 
 def _opening(comparison: Comparison) -> list[Block]:
@@ -59,15 +65,15 @@ def _opening(comparison: Comparison) -> list[Block]:
     tokens = [record["tokens"]["real"] for record in records]
     bases = {record["model"]["name"] for record in records}
     methods = f"{len(comparison.groups)} methods" if len(comparison.groups) > 1 else "one method"
+    base = "one base model" if len(bases) == 1 else join_names(sorted(bases))
     text = (
-        f"{len(runs)} runs of {methods} on"
-        f" {listed(data)} ({', '.join(experiments)}), {spread(steps)} steps, {spread(tokens)} real"
-        f" tokens each, from {'one base model' if len(bases) == 1 else listed(sorted(bases))}. All"
-        " values are changes against a run's own step 0, the base model: positive learning is more"
-        " learned, positive forgetting more forgotten."
+        f"{len(runs)} runs of {methods} on {join_names(data)} ({', '.join(experiments)}),"
+        f" {format_range(steps)} steps, {format_range(tokens)} real tokens each, from {base}. All"
+        " values are changes from a run's own step 0, the base model. Positive learning means that"
+        " more was learned, positive forgetting that more was forgotten."
     )
     blocks: list[Block] = [Paragraph(text), *map(Paragraph, caveats(comparison))]
-    blocks += [Paragraph(text) for text in _diverged_where_compared(comparison)]
+    blocks += map(Paragraph, _diverged_at_chosen_rate(comparison))
     if comparison.accepted:
         blocks.append(Paragraph("Accepted by --allow, and so possible causes of any difference:"))
         blocks.append(Bullets(comparison.accepted))
@@ -75,37 +81,38 @@ def _opening(comparison: Comparison) -> list[Block]:
 
 
 def caveats(comparison: Comparison) -> list[str]:
-    """What the runs at hand do not allow to be said, a sentence each."""
+    """Return a sentence per claim that these runs cannot support."""
     texts = []
     if not comparison.is_in_general:
         few = [label for label, group in comparison.chosen.items() if len(group) < MIN_SEEDS]
         texts.append(
-            f"{listed(few)}: fewer than {MIN_SEEDS} seeds. No claim about these methods in"
-            " general is made; intervals that involve them are over items and speak of these"
-            " runs alone."
+            f"{join_names(few)}: fewer than {MIN_SEEDS} seeds. No claim about these methods in"
+            " general is made. Intervals that involve them are over items and hold for these"
+            " runs only."
         )
     untuned = [label for label, best in comparison.best.items() if len(best.means) == 1]
     if untuned:
         texts.append(
-            f"{listed(untuned)}: one learning rate was run, so it is not chosen and not tuned, and"
-            " differences may be the learning rate's."
+            f"{join_names(untuned)}: one learning rate was run, so it is not chosen and not tuned,"
+            " and differences may come from the learning rate."
         )
     if len(comparison.groups) == 1:
-        texts.append("Only one method is here: a report of it, not a comparison.")
+        texts.append("Only one method was given: this is a report of it, not a comparison.")
     return texts
 
 
-def _diverged_where_compared(comparison: Comparison) -> list[str]:
+def _diverged_at_chosen_rate(comparison: Comparison) -> list[str]:
+    """Return a sentence per method whose means leave diverged runs out."""
     texts = []
     for label, runs in comparison.diverged.items():
         rate = comparison.best[label].learning_rate
         seeds = sorted(run.seed for run in runs if run.learning_rate == rate)
         if seeds:
-            whole = len(comparison.chosen[label])
+            num_runs = len(comparison.chosen[label]) + len(seeds)
             texts.append(
-                f"{label}: {len(seeds)} of {whole + len(seeds)} runs at its chosen learning rate"
-                f" diverged ({seed_list(seeds)}) and are in no mean, so all that is said of"
-                f" {label} is of the runs that did not."
+                f"{label}: {len(seeds)} of {num_runs} runs at its chosen learning rate diverged"
+                f" ({format_seeds(seeds)}). Means leave them out, so everything said about {label}"
+                " holds only for the runs that did not diverge."
             )
     return texts
 
@@ -121,9 +128,9 @@ def _findings(comparison: Comparison) -> list[Block]:
         Figure(
             "differences",
             "Differences between methods at their chosen learning rates, with 95 % intervals"
-            f" ({seeds_used(comparison)}). Filled: distinguishable from 0 at 5 % after Holm's"
-            " correction over the pairs; hollow: not. Right of 0, the method named first learns"
-            " more (left panel) or forgets more (right panel).",
+            f" ({format_seeds_and_items(comparison)}). Filled: distinguishable from 0 at 5 % after"
+            " Holm's correction over the pairs; hollow: not. Right of 0, the method named first"
+            " learns more (left panel) or forgets more (right panel).",
         )
     )
     return blocks
@@ -135,8 +142,8 @@ def _curves(comparison: Comparison) -> list[Block]:
         Figure(
             "curves",
             "Learning (left, higher is better) and forgetting (right, lower is better) against real"
-            " tokens at the chosen learning rates: thick, the mean over seeds; thin, each seed"
-            f" ({seeds_used(comparison)}).",
+            " tokens at the chosen learning rates. Thick: the mean over seeds; thin: each seed"
+            f" ({format_seeds_and_items(comparison)}).",
         ),
     ]
 
@@ -145,9 +152,11 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
     sentences = []
     for label, best in comparison.best.items():
         grid = ", ".join(f"{rate:g}" for rate in best.means)
-        seeds = seed_list(best.seeds)
-        lost = [f"{run.learning_rate:g} (seed {run.seed})" for run in comparison.diverged[label]]
-        end = f" Diverged: {', '.join(lost)}." if lost else ""
+        seeds = format_seeds(best.seeds)
+        diverged = [
+            f"{run.learning_rate:g} (seed {run.seed})" for run in comparison.diverged[label]
+        ]
+        end = f" Diverged: {', '.join(diverged)}." if diverged else ""
         if len(best.means) == 1:
             text = f"{label}: only {grid} was run, so its learning rate is not tuned."
             sentences.append(text + end)
@@ -166,7 +175,7 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
         Figure(
             "learning_rates",
             "Learning (left, higher is better) and forgetting (right, lower is better) at the end,"
-            " by learning rate: lines join means over seeds, small points are runs. Ringed: chosen,"
+            " by learning rate. Lines join means over seeds, small points are runs. Ringed: chosen,"
             " by mean learning.",
         ),
         Bullets(sentences),
@@ -175,29 +184,30 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
         blocks.append(
             Paragraph(
                 "Each method's learning rate was chosen on the same held-out items that are"
-                " reported, so its learning is a little flattered (winner's curse), the more so the"
-                " larger its grid and the fewer its seeds."
+                " reported, so its learning is slightly overestimated (winner's curse), and more so"
+                " with a larger grid or fewer seeds."
             )
         )
     return blocks
 
 
-def _methods(comparison: Comparison) -> list[Block]:
+def _statistics() -> list[Block]:
     return [
         Heading("How it was computed"),
         Bullets(
             [
-                f"With {MIN_SEEDS} seeds or more, intervals let seeds and items vary: a t interval"
-                " of the seeds' means and a bootstrap over items, half-widths added in quadrature."
-                " A bootstrap over so few seeds is far too narrow; its limits (two_level) are in"
-                " comparison.json for reference.",
+                f"With {MIN_SEEDS} seeds or more, intervals cover both seeds and items: a t"
+                " interval of the seeds' means and a bootstrap over items, half-widths added in"
+                " quadrature. A bootstrap over so few seeds is far too narrow; its limits"
+                " (two_level) are in comparison.json for reference.",
                 f"With fewer than {MIN_SEEDS} seeds, intervals are BCa bootstraps over items (4,000"
-                " resamples, fixed seed) and speak of these runs alone.",
-                "Differences are paired by item always and by seed where both methods ran the same"
-                " seeds. A difference reads distinguishable where its 95 % interval leaves out 0"
-                " and its p-value, corrected over the pairs of that measure by Holm's method, is"
-                " under 5 %.",
-                "Of one run each, right and wrong answers are compared by McNemar's exact test.",
+                " resamples, fixed seed) and hold for these runs only.",
+                "Differences are always paired by item, and by seed if both methods ran the same"
+                " seeds. A difference is called distinguishable if its 95 % interval excludes 0 and"
+                " its p-value, corrected by Holm's method over the pairs of that measure, is below"
+                " 5 %.",
+                "With one run per method, right and wrong answers are compared by McNemar's exact"
+                " test.",
                 "Not distinguishable does not mean equal: see how many seeds or items it would"
                 " take.",
             ]

@@ -1,7 +1,8 @@
-"""The report's tables: every measure, pairs of methods, cost, runs."""
+"""Tables of the report: every measure, pairs of methods, cost, runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.measures import Measure
@@ -15,38 +16,40 @@ from foundry_ext.comparison.report.document import (
     Table,
 )
 from foundry_ext.comparison.report.wording import (
-    NONE,
-    limits,
-    mean_and_range,
-    mean_or_none,
-    needed,
-    p_value,
-    seed_list,
-    seeds_used,
-    with_limits,
+    NO_VALUE,
+    format_interval,
+    format_mean,
+    format_mean_and_interval,
+    format_mean_and_range,
+    format_needed,
+    format_p_value,
+    format_seeds,
+    format_seeds_and_items,
 )
 
 
 def measure_blocks(comparison: Comparison) -> list[Block]:
+    """Return the section on every measure: all means, then a table of pairs per measure."""
     blocks: list[Block] = [Heading("Every measure")]
     labels = list(comparison.groups)
     rows = []
     for measure in comparison.measures:
-        cells = [comparison.summary(label, measure) for label in labels]
-        items = next((one.num_items for one in cells if one.num_items), None)
+        summaries = [comparison.summary(label, measure) for label in labels]
+        items = next((summary.num_items for summary in summaries if summary.num_items), None)
         rows.append(
             [
                 f"{measure.title}, {measure.unit}",
-                *[with_limits(measure, one.mean, one.interval) for one in cells],
-                f"{items:,}" if items else NONE,
+                *[format_mean_and_interval(measure, s.mean, s.interval) for s in summaries],
+                f"{items:,}" if items else NO_VALUE,
             ]
         )
     blocks.append(
         Table(
-            ["change against step 0", *labels, "items"],
+            ["change from step 0", *labels, "items"],
             rows,
-            f"Means at the chosen learning rates with 95 % intervals ({seeds_used(comparison)})."
-            " More learning and less forgetting is better.",
+            "Means at the chosen learning rates with 95 % intervals"
+            f" ({format_seeds_and_items(comparison)}). More learning and less forgetting is"
+            " better.",
         )
     )
     for measure in comparison.measures:
@@ -63,7 +66,7 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
 
 
 def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
-    columns = ["first − second", "difference", "95 % interval", "p (Holm)", "reads"]
+    columns = ["first − second", "difference", "95 % interval", "p (Holm)", "verdict"]
     in_general = any(pair.in_general for pair in pairs)
     columns += ["seeds needed", "items needed"] if in_general else ["items needed"]
     rows = []
@@ -71,23 +74,20 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
         cells = [
             f"{pair.first} − {pair.second}",
             measure.show(pair.difference, signed=True),
-            limits(measure, pair.interval, signed=True) if pair.interval else NONE,
-            p_value(pair.adjusted_p),
+            format_interval(measure, pair.interval, signed=True) if pair.interval else NO_VALUE,
+            format_p_value(pair.adjusted_p),
             "distinguishable" if pair.is_distinguishable else "not distinguishable",
         ]
         if in_general:
-            cells.append(needed(pair.seeds_needed, min(map(len, pair.seeds))))
-        cells.append(needed(pair.items_needed, pair.num_items or 0))
+            cells.append(format_needed(pair.seeds_needed, min(map(len, pair.seeds))))
+        cells.append(format_needed(pair.items_needed, pair.num_items or 0))
         rows.append(cells)
-    caption = f"{measure.title}, {measure.unit}; {_basis(pairs)}"
-    caption += (
-        " Needed: for a difference of the observed size to be found with 80 % power at two-sided"
-    )
-    caption += " 5 %"
+    caption = f"{measure.title}, {measure.unit}; {_basis(pairs)} Needed: to find a difference of"
+    caption += " the observed size with 80 % power at two-sided 5 %"
     num_tests = pairs[0].num_tests
     caption += f", divided by the {num_tests} pairs (Bonferroni)" if num_tests > 1 else ""
-    caption += ", more of the one while the other stays as it is" if in_general else ""
-    caption += "; –: no number of it would do."
+    caption += ", if the other number stays fixed" if in_general else ""
+    caption += f"; {NO_VALUE}: no number suffices."
     return Table(columns, rows, caption)
 
 
@@ -100,87 +100,81 @@ def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
         name = f"{pair.first}, {pair.second}"
         counts = [f"{count:,}" for count in (test.only_first, test.only_second, test.num_items)]
         used = str(seeds[0]) if seeds[0] == seeds[1] else f"{seeds[0]}, {seeds[1]}"
-        rows.append([name, used, *counts, p_value(test.p), p_value(pair.adjusted_mcnemar)])
+        p_values = [format_p_value(p) for p in (test.p, pair.adjusted_mcnemar)]
+        rows.append([name, used, *counts, *p_values])
+    columns = ["first, second", "seed", "only first right", "only second right", "items"]
     return Table(
-        [
-            "first, second",
-            "seed",
-            "only first right",
-            "only second right",
-            "items",
-            "p",
-            "p (Holm)",
-        ],
+        [*columns, "p", "p (Holm)"],
         rows,
-        f"McNemar's exact test on {measure.subject}: answers right at the end of one run of each"
-        " method. It speaks of these two runs; the table above, where it lets seeds vary, of more.",
+        f"McNemar's exact test on {measure.subject}: answers right at the end of one run per"
+        " method. It holds for these two runs only; the table above covers more where it uses"
+        " several seeds.",
     )
 
 
 def _basis(pairs: Sequence[Pair]) -> str:
-    """Seeds and items used, and of which pairs where that differs."""
-    named: dict[str, list[str]] = {}
+    """Return the seeds and items used, naming the pairs if these differ between pairs."""
+    pairs_by_text: dict[str, list[str]] = {}
     for pair in pairs:
         first, second = pair.seeds
-        text = seed_list(first)
-        text += " paired" if first == second else f" with {seed_list(second)} unpaired"
+        text = format_seeds(first)
+        text += " paired" if first == second else f" with {format_seeds(second)} unpaired"
         text += f", {pair.num_items:,} paired items" if pair.num_items else ", no items"
-        named.setdefault(text, []).append(f"{pair.first} − {pair.second}")
-    if len(named) == 1:
-        return f"{next(iter(named))}."
-    return "; ".join(f"{text} ({', '.join(names)})" for text, names in named.items()) + "."
+        pairs_by_text.setdefault(text, []).append(f"{pair.first} − {pair.second}")
+    if len(pairs_by_text) == 1:
+        return f"{next(iter(pairs_by_text))}."
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in pairs_by_text.items()) + "."
 
 
 def cost_blocks(comparison: Comparison) -> list[Block]:
-    rows = []
-    devices = set()
-    for label, runs in comparison.chosen.items():
-        records = [run.record for run in runs]
-        devices |= {
-            f"{r['environment']['world_size']} × {r['environment']['device']}" for r in records
-        }
-        model = records[0]["model"]
-        memory = [record["peak_memory_bytes"] for record in records]
-        mfu = [record["throughput"]["mfu"] for record in records]
-        rate = [record["throughput"]["real_tokens_per_second"] for record in records]
-        share = model["trainable_parameters"] / model["parameters"]
-        scale = model["effective_scale"]
-        adapter = model["rank"] is not None
-        rows.append(
-            [
-                label,
-                mean_and_range([r["time"]["train_seconds"] for r in records], "{:,.1f}"),
-                mean_and_range(rate, "{:,.0f}"),
-                mean_or_none(mfu, "{:.1%}"),
-                mean_or_none([None if one is None else one / 2**30 for one in memory], "{:.2f}"),
-                f"{model['trainable_parameters']:,} ({share:.1%})",
-                f"{model['rank']} / {model['alpha']:g}" if adapter else NONE,
-                f"{scale:.3g}" if scale is not None else NONE,
-            ]
-        )
+    """Return the section on time, memory and size, over the runs at the chosen learning rates."""
+    rows = [
+        _cost_row(label, [run.record for run in runs]) for label, runs in comparison.chosen.items()
+    ]
     columns = ["method", "training, s", "real tokens/s", "MFU", "peak memory, GiB"]
     columns += ["trainable parameters", "rank / α", "effective scale"]
+    environments = [
+        run.record["environment"] for runs in comparison.chosen.values() for run in runs
+    ]
+    devices = {f"{env['world_size']} × {env['device']}" for env in environments}
     where = f"On {'; '.join(sorted(devices))}."
     if len(devices) > 1:
-        where += " These differ, so times and speeds do not compare the methods."
-    where += _overlap(comparison)
+        where += " These differ, so times and speeds say nothing about the methods."
     return [
         Heading("Cost"),
         Table(
             columns,
             rows,
-            "Means over the runs at the chosen learning rates, with the range where that is over"
-            " 10 %. Training seconds are those of training steps alone, without evaluation. Peak"
-            " memory is of the whole run: for KL, full fine-tuning holds a copy of its base model"
-            " beside it, an adapter only has to be switched off."
-            " Effective scale is what the adapter's"
-            f" product BA is multiplied by: α/r, for rsLoRA α/√r. {where}",
+            "Means over the runs at the chosen learning rates, with the range if it exceeds 10 %."
+            " Training seconds count training steps only, without evaluation. Peak memory covers"
+            " the whole run: for KL, full fine-tuning keeps a copy of its base model, while an"
+            " adapter only has to be switched off. Effective scale is the factor on the adapter's"
+            f" product BA: α/r, or α/√r for rsLoRA. {where}{_overlap(comparison)}",
         ),
     ]
 
 
+def _cost_row(label: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    model = records[0]["model"]
+    share = model["trainable_parameters"] / model["parameters"]
+    scale = model["effective_scale"]
+    throughputs = [record["throughput"] for record in records]
+    memory = [record["peak_memory_bytes"] for record in records]
+    gibibytes = [size / 2**30 for size in memory if size is not None]
+    return [
+        label,
+        format_mean_and_range([record["time"]["train_seconds"] for record in records], "{:,.1f}"),
+        format_mean_and_range([rate["real_tokens_per_second"] for rate in throughputs], "{:,.0f}"),
+        format_mean([rate["mfu"] for rate in throughputs], "{:.1%}"),
+        format_mean(gibibytes, "{:.2f}"),
+        f"{model['trainable_parameters']:,} ({share:.1%})",
+        f"{model['rank']} / {model['alpha']:g}" if model["rank"] is not None else NO_VALUE,
+        f"{scale:.3g}" if scale is not None else NO_VALUE,
+    ]
+
+
 def _overlap(comparison: Comparison) -> str:
-    """A sentence where runs were under way at the same time, for then they may share a device."""
+    """Return a warning if runs overlapped in time, because they may have shared a device."""
     spans = {
         id(run.record): (run.record["started"], run.record["ended"] or run.record["updated"])
         for runs in comparison.groups.values()
@@ -188,23 +182,24 @@ def _overlap(comparison: Comparison) -> str:
     }
     chosen = [id(run.record) for runs in comparison.chosen.values() for run in runs]
     times = {key: tuple(map(datetime.fromisoformat, span)) for key, span in spans.items()}
-    shared = sum(
+    num_overlapping = sum(
         any(
-            other != one and times[one][0] < end and start < times[one][1]
+            other != run and times[run][0] < end and start < times[run][1]
             for other, (start, end) in times.items()
         )
-        for one in chosen
+        for run in chosen
     )
-    if not shared:
+    if not num_overlapping:
         return ""
     return (
-        f" {shared} of these {len(chosen)} runs were under way while another one compared here was;"
-        " if on one device, they slowed each other, and their times and speeds do not compare the"
-        " methods."
+        f" {num_overlapping} of these {len(chosen)} runs were under way while another run compared"
+        " here was. If they shared a device, they slowed each other down, and their times and"
+        " speeds say nothing about the methods."
     )
 
 
 def run_blocks(comparison: Comparison) -> list[Block]:
+    """Return the section that lists every run, its code, and the runs left out."""
     rows = []
     for label, runs in comparison.groups.items():
         for run in runs:
@@ -217,28 +212,34 @@ def run_blocks(comparison: Comparison) -> list[Block]:
         Table(
             ["run", "method", "learning rate", "seed", "chosen"],
             rows,
-            "Every run compared; findings are of the chosen ones.",
+            "Every run compared. The findings use the chosen ones.",
         ),
     ]
-    blocks.append(Paragraph(_made_with(comparison)))
+    blocks.append(Paragraph(_code_versions(comparison)))
     if comparison.left_out:
         blocks.append(Paragraph("Left out:"))
-        blocks.append(Bullets([f"{name}: {why}" for name, why in comparison.left_out.items()]))
+        reasons = [f"{name}: {reason}" for name, reason in comparison.left_out.items()]
+        blocks.append(Bullets(reasons))
     return blocks
 
 
-def _made_with(comparison: Comparison) -> str:
-    """The code's commits, and packages of which runs had different versions."""
-    made = [run.record["environment"] for runs in comparison.groups.values() for run in runs]
+def _code_versions(comparison: Comparison) -> str:
+    """Return the commits of the runs' code, and packages whose versions differ between runs."""
+    environments = [
+        run.record["environment"] for runs in comparison.groups.values() for run in runs
+    ]
     commits: dict[str, int] = {}
-    for one in made:
-        name = f"commit {one['commit'][:7]}" if one["commit"] else "no commit"
-        name += " with uncommitted changes" if one["dirty"] else ""
+    for environment in environments:
+        name = f"commit {environment['commit'][:7]}" if environment["commit"] else "no commit"
+        name += " with uncommitted changes" if environment["dirty"] else ""
         commits[name] = commits.get(name, 0) + 1
     text = f"Runs by code: {'; '.join(f'{name} ({count})' for name, count in commits.items())}."
-    names = sorted({name for one in made for name in one["packages"]})
-    versions = {name: sorted({one["packages"].get(name, "none") for one in made}) for name in names}
-    differing = [f"{name} {', '.join(found)}" for name, found in versions.items() if len(found) > 1]
+    packages = [environment["packages"] for environment in environments]
+    differing = []
+    for name in sorted(set().union(*packages)):
+        versions = sorted({installed.get(name, "none") for installed in packages})
+        if len(versions) > 1:
+            differing.append(f"{name} {', '.join(versions)}")
     if differing:
         text += f" Packages that differ: {'; '.join(differing)}."
     if len(commits) > 1 or differing:

@@ -1,4 +1,4 @@
-"""The report's section on what training did to the weights: analysis.json beside the records."""
+"""Section on what training did to the weights, from analysis.json beside the records."""
 
 import math
 from collections.abc import Mapping
@@ -9,15 +9,16 @@ from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.report.document import Block, Figure, Heading, Table
 from foundry_ext.comparison.report.plots import plot_lines
 from foundry_ext.comparison.runs import Run
+from foundry_ext.utils.errors import UserError
 
 _SUMMARY = ("matrices", "median_rank_90", "total_intruders", "relative_change", "k", "epsilon")
 
 
 def analysis_blocks(comparison: Comparison, folder: Path) -> list[Block]:
-    """Of the chosen runs that `foundry-ext analyse` has been run on; nothing where there are none.
+    """Return the section on the chosen runs that `foundry-ext analyse` has seen, if there are any.
 
     Raises:
-        ValueError: an analysis.json without the figures of this version.
+        UserError: an analysis.json lacks numbers that this version reads.
     """
     analysed = [
         (label, run)
@@ -46,10 +47,10 @@ def analysis_blocks(comparison: Comparison, folder: Path) -> list[Block]:
             ["run", "rank for 90 %", "intruders", "matrices", "size of the change"],
             rows,
             "Rank for 90 %: singular values that hold 90 % of the energy of a matrix's change,"
-            " median over the matrices analysed. Intruders: new leading singular vectors, of each"
-            f" tuned matrix's first {summary['k']}, whose cosine with every old one is under"
-            f" {summary['epsilon']:g}; all matrices together. Size: norm of the change over that of"
-            " the weights.",
+            " median over the matrices analysed. Intruders: how many of each tuned matrix's first"
+            f" {summary['k']} singular vectors have a cosine below {summary['epsilon']:g} with"
+            " every old one; all matrices together. Size: norm of the change over that of the"
+            " weights.",
         ),
     ]
     lines = [(label, run.seed, _line(comparison, run)) for label, run in analysed]
@@ -60,7 +61,7 @@ def analysis_blocks(comparison: Comparison, folder: Path) -> list[Block]:
             Figure(
                 "interpolation",
                 "Learning against forgetting along the line from the base model (0) to the tuned"
-                " weights (1), one point a step of alpha; lower right is better. One run each, no"
+                " weights (1), one point per step of alpha; lower right is better. One run each, no"
                 " intervals.",
             )
         )
@@ -72,20 +73,23 @@ def _summary(run: Run) -> Mapping[str, Any]:
     if not isinstance(summary, Mapping) or any(
         not isinstance(summary.get(key), int | float) for key in _SUMMARY
     ):
-        raise ValueError(
-            f"{run.name}: its analysis.json has no summary that this version reads; write it anew"
-            " with `foundry-ext analyse`"
+        raise UserError(
+            f"{run.name}: its analysis.json has no summary that this version can read; run"
+            " `foundry-ext analyse` again"
         )
     return summary
 
 
 def _line(comparison: Comparison, run: Run) -> list[tuple[float, float]]:
-    """(learning, forgetting) at rising alpha, in the measures of the trade-off."""
+    """Return (learning, forgetting) by rising alpha, in the measures of the trade-off.
+
+    Return nothing if a point lacks one of the two.
+    """
     x, y = comparison.learning.key, comparison.forgetting.key
-    found = []
+    points = []
     for point in (run.analysis or {}).get("line") or []:
         learned, forgot = point["learning"].get(x), point["forgetting"].get(y)
         if learned is None or forgot is None or not math.isfinite(learned + forgot):
             return []
-        found.append((point["alpha"], learned, forgot))
-    return [(learned, forgot) for _, learned, forgot in sorted(found)]
+        points.append((point["alpha"], learned, forgot))
+    return [(learned, forgot) for _, learned, forgot in sorted(points)]

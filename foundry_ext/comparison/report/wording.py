@@ -1,4 +1,4 @@
-"""Numbers and lists as the report writes them."""
+"""Formats of numbers and lists in the report."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -8,71 +8,80 @@ from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.measures import Measure
 from foundry_ext.comparison.statistics import Interval
 
-NONE = "–"
+NO_VALUE = "–"
 
 
-def with_limits(measure: Measure, mean: float, interval: Interval | None) -> str:
+def format_mean_and_interval(measure: Measure, mean: float, interval: Interval | None) -> str:
+    """Return e.g. "3.871 [3.823, 3.919]", or the mean alone."""
     shown = measure.show(mean)
-    return f"{shown} {limits(measure, interval)}" if interval else shown
+    return f"{shown} {format_interval(measure, interval)}" if interval else shown
 
 
-def limits(measure: Measure, interval: Interval, *, signed: bool = False) -> str:
+def format_interval(measure: Measure, interval: Interval, *, signed: bool = False) -> str:
+    """Return e.g. "[3.823, 3.919]", with plus signs if `signed`."""
     low, high = (measure.show(end, signed=signed) for end in (interval.low, interval.high))
     return f"[{low}, {high}]"
 
 
-def seeds_used(comparison: Comparison) -> str:
-    """E.g. "seeds 17, 18, 19, 120 items" """
+def format_seeds_and_items(comparison: Comparison) -> str:
+    """Return what the chosen runs are measured on: "seeds 17, 18; 120 items of target"."""
     used = {label: tuple(run.seed for run in runs) for label, runs in comparison.chosen.items()}
     if len(set(used.values())) == 1:
-        text = seed_list(next(iter(used.values())))
+        text = format_seeds(next(iter(used.values())))
     else:
-        text = "; ".join(f"{label}: {seed_list(seeds)}" for label, seeds in used.items())
+        text = "; ".join(f"{label}: {format_seeds(seeds)}" for label, seeds in used.items())
     items = {
-        one.measure.set_name: one.num_items
-        for one in comparison.summaries
-        if one.num_items and one.measure in (comparison.learning, comparison.forgetting)
+        summary.measure.set_name: summary.num_items
+        for summary in comparison.summaries
+        if summary.num_items and summary.measure in (comparison.learning, comparison.forgetting)
     }
     counts = ", ".join(f"{count:,} items of {name}" for name, count in items.items())
     return f"{text}; {counts or 'no items'}"
 
 
-def seed_list(seeds: Sequence[int]) -> str:
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Return e.g. "seeds 17, 18"."""
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
+    """Return e.g. "full, LoRA and DoRA"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def spread(counts: Sequence[int]) -> str:
-    """One count, or the least and the most."""
+def format_range(counts: Sequence[int]) -> str:
+    """Return the count if all are equal, else the smallest and the largest."""
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def mean_or_none(values: Sequence[Any], form: str) -> str:
+def format_mean(values: Sequence[Any], form: str) -> str:
+    """Return the mean of the values that are not None, or a dash if there are none."""
     known = [value for value in values if value is not None]
-    return form.format(fmean(known)) if known else NONE
+    return form.format(fmean(known)) if known else NO_VALUE
 
 
-def mean_and_range(values: Sequence[Any], form: str) -> str:
-    """The mean, and the least and the most where they are more than 10 % apart."""
+def format_mean_and_range(values: Sequence[Any], form: str) -> str:
+    """Return the mean, and the range if it is wider than 10 %."""
     known = [value for value in values if value is not None]
     if not known or max(known) <= 1.1 * min(known):
-        return mean_or_none(values, form)
+        return format_mean(values, form)
     low, high = form.format(min(known)), form.format(max(known))
-    return f"{mean_or_none(values, form)} ({low} to {high})"
+    return f"{format_mean(values, form)} ({low} to {high})"
 
 
-def needed(number: int | None, used: int) -> str:
-    """What a difference would need; a number below that used only says that it is enough."""
-    if number is None:
-        return NONE
-    return f"≤ {used:,}" if number <= used else f"{number:,}"
+def format_needed(count: int | None, used: int) -> str:
+    """Return how many seeds or items a difference needs.
+
+    A count up to `used` is shown as "≤ used", because it only says that those were enough.
+    """
+    if count is None:
+        return NO_VALUE
+    return f"≤ {used:,}" if count <= used else f"{count:,}"
 
 
-def p_value(value: float | None) -> str:
+def format_p_value(value: float | None) -> str:
+    """Return a p-value to three decimals, or a dash if there is none."""
     if value is None:
-        return NONE
+        return NO_VALUE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,1 +1,1 @@
-"""Shows the first packs of a run as the model receives them."""
+"""The first packs of a run as the model receives them, as a page."""

@@ -1,11 +1,12 @@
-"""The first packs of a run, exactly as its model gets them, and the totals of an epoch.
+"""The first packs of a run, exactly as its model receives them, and the totals of an epoch.
 
-Packs come from the same builder, sampler and collator as in training; what is said of a token,
-its position, its document and whether it carries loss, is read off the pack's own tensors.
+Packs come from the same builder, sampler and collator as in training. A token's position, its
+document and whether it carries loss are read from the pack's own tensors.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.documents import Outcome
 from foundry_ext.packing.batch import Pack
 from foundry_ext.utils.constants import IGNORE_INDEX
+from foundry_ext.utils.errors import UserError
 
 LOADERS = ("train", "eval")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -29,17 +31,17 @@ class TokenView:
     id: int
     position: int
     has_loss: bool
-    """Whether the model is to predict this token from those before it in its document."""
+    """Whether the model learns to predict this token from those before it in its document."""
 
 
 @dataclass(frozen=True)
 class DocumentView:
     index: int
-    """Which document of the data."""
+    """Index of the document in the data."""
     source: str
     outcome: str
     num_truncated_tokens: int
-    """Tokens of its row that are not here, under `overlong: truncate`."""
+    """Tokens of its row that `overlong: truncate` removed."""
     tokens: list[TokenView]
 
     @property
@@ -50,11 +52,10 @@ class DocumentView:
 @dataclass(frozen=True)
 class PackView:
     batch: int
-    place: int
-    """In its batch, from 0."""
+    index_in_batch: int
     documents: list[DocumentView]
     num_computed_tokens: int
-    """Tokens the model computes, those that fill a fixed shape or an empty pack included."""
+    """Tokens the model computes, including those that fill a fixed shape or an empty pack."""
     capacity: int
     num_tokens: int
     num_loss_tokens: int
@@ -66,7 +67,7 @@ class PackView:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Of the first epoch; every other one has the same documents."""
+    """Totals of the first epoch. Every epoch has the same documents."""
 
     num_documents: int
     num_tokens: int
@@ -74,11 +75,11 @@ class Epoch:
     num_packs: int
     num_batches: int
     batch_packs: int
-    """Packs of a global batch."""
+    """Packs per global batch."""
     capacity: int
     max_seq_len: int
     longest: int
-    """Tokens of the longest document."""
+    """Tokens in the longest document."""
 
     @property
     def packing_efficiency(self) -> float:
@@ -86,44 +87,57 @@ class Epoch:
 
     @property
     def num_empty_packs(self) -> int:
-        """Without a token or weight; they complete the last global batch."""
+        """Packs without tokens or weight that complete the last global batch."""
         return max(self.num_batches * self.batch_packs - self.num_packs, 0)
 
 
 @dataclass(frozen=True)
 class Inspection:
     name: str
-    """Of the YAML."""
+    """Name of the YAML."""
     loader: str
     tokenizer: str
     epoch: Epoch
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """PackedDataset's description: name, split, revision, documents, tokens, counts of each."""
+    """PackedDataset's description: per source name, split, revision, documents, tokens, counts."""
     packs: list[PackView] = field(default_factory=list)
 
 
 def inspect_config(
     config: Mapping[str, Any], *, name: str, loader: str = "train", num_packs: int = 4
 ) -> Inspection:
-    """Builds a loader of a resolved configuration and looks at its first packs.
+    """Build a loader of a resolved configuration and return its first packs.
 
     Args:
-        name: of the YAML, for the page's title.
-        loader: train or eval; of several eval loaders the first.
+        config: the resolved configuration.
+        name: name of the YAML, for the page's title.
+        loader: "train", or "eval" for the first eval loader.
+        num_packs: how many packs to return.
 
     Raises:
-        ValueError: no such loader, or one that is not packed; what the loader itself refuses.
+        UserError: the loader is missing or not packed, or its builder rejects the configuration.
     """
     if num_packs < 1:
-        raise ValueError(f"packs: {num_packs} is below 1")
+        raise UserError(f"packs: must be at least 1, not {num_packs}")
     tokenizer = open_tokenizer(config)
     batches, dataset = open_loader(config, loader, tokenizer)
     dataset.sampler.set_epoch(0)
     packs = []
-    for number, batch in enumerate(batches):
-        chosen = dataset.sampler.batch(number)
-        for place, (pack, indices) in enumerate(zip(batch, chosen, strict=True)):
-            packs.append(_view(pack, indices, dataset, tokenizer, number, place))
+    for batch_index, batch in enumerate(batches):
+        indices_of_packs = dataset.sampler.batch(batch_index)
+        for index, (pack, indices) in enumerate(zip(batch, indices_of_packs, strict=True)):
+            documents = _document_views(pack, indices, dataset, tokenizer)
+            packs.append(
+                PackView(
+                    batch=batch_index,
+                    index_in_batch=index,
+                    documents=documents,
+                    num_computed_tokens=pack["input_ids"].shape[1],
+                    capacity=dataset.sampler.capacity,
+                    num_tokens=pack["num_tokens"],
+                    num_loss_tokens=pack["num_loss_tokens"],
+                )
+            )
         if len(packs) >= num_packs:
             break
     return Inspection(
@@ -137,7 +151,7 @@ def inspect_config(
 
 
 def open_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """As training builds it."""
+    """Return the tokenizer as training builds it."""
     section = config["tokenizer"]
     return build_tokenizer(section["name"], dict(section.get("kwargs") or {}))
 
@@ -145,13 +159,15 @@ def open_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def open_loader(
     config: Mapping[str, Any], loader: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Any, PackedDataset]:
-    """A loader, as training builds it but for its workers, and what it reads.
+    """Return a loader as training builds it, but without workers, and its dataset.
 
     Args:
-        loader: train or eval; of several eval loaders the first.
+        config: the resolved configuration.
+        loader: "train", or "eval" for the first eval loader.
+        tokenizer: the run's tokenizer.
 
     Raises:
-        ValueError: no such loader, or one that is not packed; what the loader itself refuses.
+        UserError: the loader is missing or not packed, or its builder rejects the configuration.
     """
     section, size = _section(config, loader)
     spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
@@ -161,35 +177,32 @@ def open_loader(
 
 
 def _section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], int]:
-    """The loader's section, and packs of a batch on all devices together."""
+    """Return the loader's section, and the number of packs in a batch over all devices."""
     section: Any = config.get(f"{loader}_loader")
     if isinstance(section, list):
         section = {key: value for key, value in section[0].items() if key != "label"}
     if not section:
-        raise ValueError(f"{loader}_loader: there is none in this YAML")
+        raise UserError(f"{loader}_loader: this YAML has none")
     if not str(section.get("name")).startswith("packed_"):
-        raise ValueError(
-            f"{loader}_loader.name: {section.get('name')!r} makes no packs; packed_finetuning and"
-            " packed_text do"
+        raise UserError(
+            f"{loader}_loader.name: must be packed_finetuning or packed_text, not"
+            f" {section.get('name')!r}, which makes no packs"
         )
     key = "global_train_batch_size" if loader == "train" else "device_eval_batch_size"
     return dict(section), config.get(key, 1)
 
 
-def _view(
-    pack: Pack,
-    indices: np.ndarray,
-    dataset: PackedDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: int,
-    place: int,
-) -> PackView:
+def _document_views(
+    pack: Pack, indices: np.ndarray, dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase
+) -> list[DocumentView]:
+    """Return the documents of a pack; `indices` are their indices in the data."""
     ids, positions, labels = (
         pack[key][0].tolist() for key in ("input_ids", "position_ids", "labels")
     )
-    ends = pack["cu_seqlens"].tolist()
-    documents = []
-    for number, index in enumerate(map(int, indices)):
+    bounds = pairwise(pack["cu_seqlens"].tolist())
+    views = []
+    # cu_seqlens may continue after the last document, over tokens that fill a fixed shape.
+    for index, (start, end) in zip(map(int, indices), bounds, strict=False):
         tokens = [
             TokenView(
                 text=token_text(ids[at], tokenizer),
@@ -197,30 +210,18 @@ def _view(
                 position=positions[at],
                 has_loss=labels[at] != IGNORE_INDEX,
             )
-            for at in range(ends[number], ends[number + 1])
+            for at in range(start, end)
         ]
-        outcome, num_truncated_tokens = (
-            int(values[index])
-            for values in (dataset.documents.outcomes, dataset.documents.num_truncated_tokens)
-        )
-        documents.append(
+        views.append(
             DocumentView(
                 index=index,
                 source=_source_of(dataset, index),
-                outcome=Outcome(outcome).name.lower(),
-                num_truncated_tokens=num_truncated_tokens,
+                outcome=Outcome(int(dataset.documents.outcomes[index])).name.lower(),
+                num_truncated_tokens=int(dataset.documents.num_truncated_tokens[index]),
                 tokens=tokens,
             )
         )
-    return PackView(
-        batch=batch,
-        place=place,
-        documents=documents,
-        num_computed_tokens=len(ids),
-        capacity=dataset.sampler.capacity,
-        num_tokens=pack["num_tokens"],
-        num_loss_tokens=pack["num_loss_tokens"],
-    )
+    return views
 
 
 def _source_of(dataset: PackedDataset, index: int) -> str:
@@ -229,7 +230,7 @@ def _source_of(dataset: PackedDataset, index: int) -> str:
 
 
 def token_text(token: int, tokenizer: Any) -> str:
-    """What a token stands for; one that is no whole character as its bytes, <E2><82>."""
+    """Return a token's text, or its bytes as <E2><82> if it is not a whole character."""
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if "\ufffd" not in text:
         return text
@@ -240,9 +241,10 @@ def token_text(token: int, tokenizer: Any) -> str:
 
 
 def totals_of(dataset: PackedDataset) -> Epoch:
+    """Return the totals of the dataset's first epoch."""
     documents, sampler = dataset.documents, dataset.sampler
     used = np.flatnonzero(documents.lengths)
-    # Nothing comes before a document's first token to predict it.
+    # A document's first token has nothing before it to be predicted from.
     num_loss = sum(int(documents[int(index)].loss_mask[1:].sum()) for index in used)
     return Epoch(
         num_documents=len(used),

@@ -12,7 +12,7 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.preflight.plan.course import Course
 from foundry_ext.preflight.plan.model import PlannedModel, Speed, measure_speed
 from foundry_ext.records.record import redact
-from foundry_ext.sweeps.plan import finished_records, kind
+from foundry_ext.sweeps.plan import cost_key, finished_records
 from foundry_ext.utils.environment import device_name
 
 # Of a named card's dense bf16 peak. Not measured.
@@ -111,7 +111,7 @@ def _is_similar(record: Mapping[str, Any], config: Mapping[str, Any], device: st
         model = one.get("model") or {}
         dataset = (one.get("train_loader") or {}).get("dataset") or {}
         return [
-            kind(one, whole=False),
+            cost_key(one, whole=False),
             one.get("precision"),
             (model.get("peft_config") or {}).get("r"),
             dataset.get("pack_tokens"),

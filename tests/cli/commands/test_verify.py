@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from foundry_ext.cli.main import main
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.packing.collator import PackCollator
+from tests.tiers import one_of
 from tests.training import kit
 
 
@@ -35,7 +36,7 @@ def failed(out: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "dora"))
 def test_what_is_right_is_verified_and_leaves_nothing(verify, method: str):
     code, out = verify(method)
     assert code == 0, out

@@ -6,9 +6,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from foundry_ext.comparison.comparison import Comparison, compare_runs
-from foundry_ext.comparison.report.document import Document, Paragraph, Table, inline_svg, markdown
+from foundry_ext.comparison.report.document import (
+    Paragraph,
+    ReportDocument,
+    Table,
+    format_markdown,
+    inline_svg,
+)
 from foundry_ext.comparison.report.plots import plot_tradeoff
 from foundry_ext.comparison.report.report import write_report
 from foundry_ext.comparison.runs import load_runs
@@ -81,7 +88,7 @@ def test_both_texts_say_what_was_found(report: Path, comparison: Comparison):
         "8 / 16",
     ):
         assert said in text, said
-        assert said.replace("'", "&#x27;") in page, said
+        assert escape(said) in page, said
     assert "No claim about these methods" not in text
     assert len(re.findall("<svg", page)) == len(PLOTS)
 
@@ -248,8 +255,8 @@ def test_no_name_becomes_markup(tmp_path: Path):
 
 
 def test_markdown_keeps_a_text_on_its_line():
-    document = Document("a\n# b", [Paragraph("x\n\n- y"), Table(["n"], [["1\n| 2"]], "c")])
-    lines = markdown(document).splitlines()
+    document = ReportDocument("a\n# b", [Paragraph("x\n\n- y"), Table(["n"], [["1\n| 2"]], "c")])
+    lines = format_markdown(document).splitlines()
     assert lines[0] == r"# a \# b" and "x - y" in lines and r"| 1 \| 2 |" in lines
 
 

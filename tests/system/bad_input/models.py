@@ -131,7 +131,7 @@ MODELS = [
     Case("unknown architecture", model(_config(model_type="foo")),
          (_MODEL, "architecture that transformers does not know", "use hf_causal_lm")),
     Case("weights of another shape", model(_config(hidden_size=64)),
-         ("does not fit its configuration", "embed_tokens", "config_overrides may not")),
+         ("does not fit its configuration", "embed_tokens", "config_overrides must not")),
     Case("model folder missing", change(model__pretrained_model_name_or_path="/no/model"),
          (_MODEL + "/no/model is not a local folder", *_NEEDED)),
     Case("backend", change(model__attention_backend="flash"),

@@ -1,6 +1,6 @@
 """Whatever is wrong with what a user gives: one line that says what, where and what to do.
 
-The cases are the table in table.py; `python -m pytest tests/bad_input -k NAME` runs some of them.
+The cases are the table in table.py; `pytest -m more tests/system/bad_input -k NAME` runs some.
 """
 
 import pytest
@@ -8,6 +8,8 @@ import pytest
 from tests.system.bad_input import table
 from tests.system.bad_input.bench import Bench, environment
 from tests.training import kit
+
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture(scope="module")

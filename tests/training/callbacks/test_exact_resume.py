@@ -4,6 +4,7 @@
 """
 
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -58,6 +59,22 @@ def crash(world, reference, folder, method="full", after=5, **overrides):
         kit.run(config(world, reference, folder, method, callbacks=callbacks, **overrides))
 
 
+@pytest.fixture(scope="module")
+def crashed(world, finished, tmp_path_factory):
+    """crashed(folder, method, after): what such a run leaves; it is trained once and copied."""
+
+    @functools.cache
+    def made(method, after):
+        folder = tmp_path_factory.mktemp("crashed")
+        crash(world, finished(method), folder, method, after)
+        return folder / "checkpoints"
+
+    def get(folder, method="full", after=5):
+        shutil.copytree(made(method, after), folder / "checkpoints", symlinks=True)
+
+    return get
+
+
 def with_record(folder) -> dict:
     record = {"path": str(folder / "record.json"), "experiment": "x"}
     return {"callbacks": {"run_record": record}, "log_config": True}
@@ -66,10 +83,10 @@ def with_record(folder) -> dict:
 # --- saving --------------------------------------------------------------------------------------
 
 
-def test_keeps_as_many_as_asked_over_several_starts(world, finished, tmp_path):
+def test_keeps_as_many_as_asked_over_several_starts(world, finished, crashed, tmp_path):
     """Stock Composer forgets the checkpoints of earlier processes."""
     reference = finished("full")
-    crash(world, reference, tmp_path, after=4)
+    crashed(tmp_path, after=4)
     run = kit.run(config(world, reference, tmp_path))
     # The crash came before the checkpoint of its batch.
     assert_ends_like(run, reference.run, after=3)
@@ -129,9 +146,11 @@ def test_a_full_disk_is_one_error(world, finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "empty", "flipped", "link gone"])
-def test_a_corrupted_newest_checkpoint_is_skipped(world, finished, tmp_path, caplog, capsys, spoil):
+def test_a_corrupted_newest_checkpoint_is_skipped(
+    world, finished, crashed, tmp_path, caplog, capsys, spoil
+):
     reference = finished("lora")
-    crash(world, reference, tmp_path, "lora", after=6)
+    crashed(tmp_path, "lora", after=6)
     folder = tmp_path / "checkpoints"
     newest = folder / "ep1-ba5-rank0.pt"
     content = newest.read_bytes()
@@ -196,10 +215,10 @@ def test_a_corrupted_load_path_is_named(world, finished, tmp_path):
         ({"train_loader__dataset__hf_name": "eval"}, "documents' tokens and labels: .*, now"),
     ],
 )
-def test_what_changed_is_named(world, finished, tmp_path, change, message):
+def test_what_changed_is_named(world, finished, crashed, tmp_path, change, message):
     """LoRA and rsLoRA have weights of the same names and shapes: nothing else would notice."""
     reference = finished("lora")
-    crash(world, reference, tmp_path, "lora", after=3)
+    crashed(tmp_path, "lora", after=3)
     other = tmp_path / "other"
     shutil.copytree(world.base, other)
     places = {"eval": str(world.eval_rows), "other": str(other)}
@@ -209,9 +228,9 @@ def test_what_changed_is_named(world, finished, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("change", [{"device_train_microbatch_size": 3}, {"eval_interval": 0}])
-def test_what_decides_no_batch_may_change(world, finished, tmp_path, change):
+def test_what_decides_no_batch_may_change(world, finished, crashed, tmp_path, change):
     reference = finished("full")
-    crash(world, reference, tmp_path, after=6)
+    crashed(tmp_path, after=6)
     run = kit.run(config(world, reference, tmp_path, **change))
     assert run.losses == pytest.approx(reference.run.losses[5:], rel=1e-5)
     for batch, expected in zip(run.spy.batches, reference.run.spy.batches[5:], strict=True):
@@ -248,9 +267,11 @@ def test_the_same_duration_in_other_words_is_the_same(world, finished, tmp_path,
     assert "max_duration" not in caplog.text
 
 
-def test_a_secret_s_variable_set_meanwhile_changes_nothing(world, finished, tmp_path, monkeypatch):
+def test_a_secret_s_variable_set_meanwhile_changes_nothing(
+    world, finished, crashed, tmp_path, monkeypatch
+):
     reference = finished("full")
-    crash(world, reference, tmp_path, after=3)
+    crashed(tmp_path, after=3)
     monkeypatch.setenv("SECRETS_DIR", str(world.base.parent))
     assert_ends_like(kit.run(config(world, reference, tmp_path)), reference.run, after=2)
 
@@ -266,9 +287,9 @@ def test_other_files_beside_checkpoints_are_ignored(world, finished, tmp_path):
     kit.run(config(world, reference, tmp_path, max_duration="1ba", **begin))
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_start_again(world, finished, tmp_path):
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(world, finished, crashed, tmp_path):
     reference = finished("full")
-    crash(world, reference, tmp_path, after=3)
+    crashed(tmp_path, after=3)
     for path in (tmp_path / "checkpoints").glob("ep*"):
         path.unlink()
     with pytest.raises(ValueError, match="there are checkpoints, but none is named like save_fil"):

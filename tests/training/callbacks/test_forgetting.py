@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.system.test_ranks import launch
+from tests.tiers import one_of
 from tests.training import kit
 from tests.training.callbacks.forgetting_kit import callback, config, make_sets, read
 
@@ -28,7 +29,7 @@ def measured(world, sets, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+@pytest.mark.parametrize("method", one_of(["full", "lora", "dora"], "lora"))
 def test_figures(world, measured, method):
     """Loss equals Composer's own evaluation, KL the one from logits, at step 0 and later."""
     run, folder = measured(method)
@@ -80,7 +81,7 @@ def _check_kl(world, run, documents):
         assert item["kl"] == pytest.approx(kl, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", one_of(["full", "lora"], "lora"))
 def test_training_does_not_notice(world, measured, tmp_path, method):
     """Losses, weights and dropout's random numbers are the same, bit for bit."""
     run, _ = measured(method)
@@ -129,7 +130,7 @@ def test_step_0_is_measured_without_eval_first(world, sets, measured, tmp_path):
     assert first["metrics"]["target/loss"] == expected
 
 
-@pytest.mark.parametrize("method", ["full", "dora"])
+@pytest.mark.parametrize("method", one_of(["full", "dora"], "dora"))
 def test_resumed_run_goes_on_measuring(world, sets, measured, tmp_path, method):
     """A resumed run ends like an uninterrupted one.
 
@@ -182,7 +183,7 @@ def test_weights_only_start_from_the_checkpoint(world, sets, measured, tmp_path)
     assert callback(run).evaluations[0]["metrics"]["source/kl"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_measure_what_one_does(world, sets, measured, tmp_path, num_ranks):
     """Ranks share the packs, and the losses under DDP are as without the callback."""

@@ -279,7 +279,7 @@ def test_without_its_configuration_a_run_is_refused(world, tmp_path):
         kit.run(kit.run_config(world, tmp_path, **given))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_two_ranks_write_one_record(world, tmp_path):
     """The counts equal those of one rank with the same global batch."""
     records = {}

@@ -13,6 +13,7 @@ from foundry_ext.checkpoints.export import export_checkpoint
 from foundry_ext.training.callbacks.throughput import PackedThroughput, as_text
 from foundry_ext.training.loggers.metrics_file import read_metrics
 from foundry_ext.training.meter import StepCounts, over_ranks
+from tests.tiers import one_of
 from tests.training import kit
 
 # --- packed_throughput ---------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def assert_same_model(ours, theirs):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 def test_the_exported_folder_loads_in_stock_libraries(world, finished, method):
     reference = finished(method)
     trained = reference.run.trainer.state.model
@@ -222,7 +223,7 @@ def test_the_exported_folder_loads_in_stock_libraries(world, finished, method):
     assert tokenizer(text)["input_ids"] == kit.load_tokenizer(world)(text)["input_ids"]
 
 
-@pytest.mark.parametrize("method", kit.METHODS)
+@pytest.mark.parametrize("method", one_of(kit.METHODS, "lora"))
 def test_callback_and_command_write_the_same_folder(world, finished, tmp_path, method):
     reference = finished(method)
     ours = reference.folder / "hf"

@@ -186,7 +186,7 @@ except kit.Crash as error:  # as launch.py does
 """
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_crashed_run_s_record_is_among_its_files_too(world, tmp_path):
     """W&B's exit hook runs before Composer's."""
     given = settings(world, tmp_path, save_folder=None)
