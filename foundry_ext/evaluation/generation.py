@@ -75,14 +75,12 @@ class Problem:
 
 
 def parse_problem(row: dict[str, Any], place: str) -> Problem:
-    """Return the problem in a row of GSM8K or of llm-foundry.
+    """Return the problem in a row of GSM8K, {question, answer}, or of llm-foundry.
 
-    Args:
-        row: {question, answer}, or {context, answer} with optional aliases and chain_of_thought.
-        place: file and row, for the error.
+    llm-foundry's is {context, answer} with optional aliases and chain_of_thought.
 
     Raises:
-        UserError: the row has neither form; names the place.
+        UserError: the row has neither form; names `place`, its file and index.
     """
     answer = row.get("answer")
     if isinstance(answer, str) and isinstance(row.get("question"), str):

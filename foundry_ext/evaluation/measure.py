@@ -53,12 +53,7 @@ class EvalSet(Protocol):
 def build_sets(
     configs: Sequence[EvalSetConfig], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[EvalSet]:
-    """Read and encode every set.
-
-    Args:
-        configs: as returned by `parse_sets`.
-        tokenizer: the model's.
-        max_length: positions of the model, in tokens; longer prompts are cut from the left.
+    """Read and encode every set; prompts longer than `max_length` tokens are cut from the left.
 
     Raises:
         UserError: a file or loader does not hold what its type needs.
@@ -87,12 +82,8 @@ def measure(
 ) -> tuple[dict[str, float], list[Item]]:
     """Measure every set; the model and the random state are afterwards as they were.
 
-    Args:
-        sets: as returned by `build_sets`.
-        model: the model to measure.
-        base: the model that KL is measured from; without it KL is left out.
-        shard: this process's part.
-        gather: returns the items of all ranks; every rank calls it once per set.
+    KL is measured from `base`, and left out without it. Every rank calls `gather` once per set to
+    get the items of all ranks.
 
     Returns:
         Figures by `<set>/<metric>`, and all items, each with its "set".

@@ -31,15 +31,10 @@ def set_metrics(items: Sequence[Item]) -> dict[str, float]:
 def changes(
     configs: Iterable[EvalSetConfig], start: Mapping[str, float], now: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
-    """Return what was learned and forgotten between two measurements.
+    """Return what was learned and forgotten between figures at step 0 and now.
 
-    Example: {"learning": {"target_loss": ...}, "forgetting": {"source_kl": ...,
-    "mean_accuracy": ...}}.
-
-    Args:
-        configs: the sets that were measured.
-        start: figures at step 0, by `<set>/<metric>`.
-        now: figures now, likewise.
+    Example: {"learning": {"target_loss": ...}, "forgetting": {"source_kl": ..., "mean_accuracy":
+    ...}} of figures by `<set>/<metric>`.
     """
     result: dict[str, dict[str, float]] = {"learning": {}, "forgetting": {}}
     lost_accuracies = []

@@ -61,14 +61,11 @@ class Question:
 
 
 def parse_question(row: dict[str, Any], place: str) -> Question:
-    """Return the question in a row.
-
-    Args:
-        row: {query, choices, gold} or {context_options, continuation, gold}.
-        place: file and row, for the error.
+    """Return the question in {query, choices, gold} or {context_options, continuation, gold}.
 
     Raises:
-        UserError: the row has neither form, or gold is not the index of a choice; names the place.
+        UserError: the row has neither form, or gold is not the index of a choice; names `place`,
+            its file and index.
     """
     if "choices" in row and "query" in row:
         choices = tuple(Choice(row["query"], text) for text in row["choices"])
@@ -93,19 +90,14 @@ def encode(
     *,
     max_length: int,
 ) -> tuple[list[Document], int]:
-    """Return documents in which only the continuation has labels, and how many were truncated.
+    """Return (context, continuation) pairs as documents, and how many were truncated.
 
-    As in the harness, context and continuation are tokenised together; the context is tokenised
-    alone as well, and its number of tokens is where the continuation starts. Spaces at the end of
-    the context are moved to the continuation because tokenizers join a space to the word after it.
-    (llm-foundry tokenises the two separately and drops the spaces.) An empty context becomes the
-    begin-of-text token.
-
-    Args:
-        tokenizer: the model's.
-        pairs: (context, continuation) texts.
-        max_length: positions of the model. Longer documents are cut from the left; their last token
-            does not count because nothing is predicted from it.
+    Only the continuation has labels. As in the harness, both are tokenised together; the context is
+    tokenised alone as well, and its number of tokens is where the continuation starts. Spaces at
+    the end of the context are moved to the continuation because tokenizers join a space to the word
+    after it. (llm-foundry tokenises the two separately and drops the spaces.) An empty context
+    becomes the begin-of-text token. Documents above `max_length` tokens are cut from the left; the
+    last token does not count because nothing is predicted from it.
 
     Raises:
         UserError: a continuation has no token, or more than `max_length`.

@@ -48,17 +48,9 @@ def score_documents(
 ) -> Iterator[DocumentScore]:
     """Yield the scores of this rank's documents.
 
-    Packs depend on lengths and capacity only, not on the number of ranks, so a document is always
-    computed together with the same others and rounds alike.
-
-    Args:
-        model: the model to score with.
-        indices: [n], the documents to score.
-        lengths: [n], their tokens.
-        make_pack: returns the pack of these documents, end to end.
-        capacity: tokens that a pack may hold; no document is longer.
-        base: the model that KL is measured from.
-        shard: this process's part.
+    `indices` [n] are the documents and `lengths` [n] their tokens, each at most `capacity`. Packs
+    depend on these only, not on the number of ranks, so a document is always computed together with
+    the same others and rounds alike. `make_pack` lays documents end to end.
     """
     device = model.device
     plan = pack(lengths, capacity, seed=0, epoch=0)

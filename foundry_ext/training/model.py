@@ -106,7 +106,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             use_auth_token=use_auth_token,
             init_device=init_device,
             config_overrides=config_overrides,
-            shift_labels=True,
+            shift_labels=True,  # labels come unshifted, and the loss shifts them
             peft_config=peft_config,
             allow_embedding_resizing=allow_embedding_resizing,
             use_train_metrics=False,

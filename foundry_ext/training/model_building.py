@@ -24,11 +24,6 @@ from foundry_ext.utils.errors import UserError
 def read_config(name: str, overrides: dict[str, Any], *, use_auth_token: bool) -> LlamaConfig:
     """Return a model's configuration with overrides; a shipped shape needs no network.
 
-    Args:
-        name: hub name, local folder, or a shape shipped with the package.
-        overrides: `config_overrides` of the YAML.
-        use_auth_token: whether to use the hub's login.
-
     Raises:
         UserError: the configuration cannot be read, or is not a Llama-shaped model's.
     """
@@ -87,12 +82,7 @@ def build_decoder(
 
 
 def prepare_adapter(model: PeftModelForCausalLM, frozen_dtype: str) -> None:
-    """Make an adapter, new or loaded, fit for training and for Composer's checkpoints; in place.
-
-    Args:
-        model: the decoder with the adapter.
-        frozen_dtype: fp32 or bf16, what the frozen linears are stored in.
-    """
+    """Make an adapter, new or loaded, fit for training and Composer's checkpoints, in place."""
     for config in model.peft_config.values():
         # Composer makes it a plain string, which peft 0.16 cannot save.
         config.peft_type = PeftType(config.peft_type)

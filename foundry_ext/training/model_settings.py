@@ -1,4 +1,7 @@
-"""Checks of the settings of `smollm2_packed`, made before the slow parts of building a model."""
+"""Checks of the settings of `smollm2_packed`, made before the slow parts of building a model.
+
+Each raises a UserError that names the key, its value and the way out.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -19,11 +22,7 @@ log = logging.getLogger(__name__)
 def check_unsupported(
     *, use_train_metrics: bool, load_in_8bit: bool, trust_remote_code: bool
 ) -> None:
-    """Refuse arguments of `hf_causal_lm` that are impossible here.
-
-    Raises:
-        UserError: train metrics or 8-bit weights are asked for.
-    """
+    """Refuse arguments of `hf_causal_lm` that are impossible here."""
     if use_train_metrics:
         raise UserError(
             "use_train_metrics: true needs logits, which training does not compute; set it to false"
@@ -39,11 +38,7 @@ def check_unsupported(
 
 
 def check_backend(backend: str, *, dropout: bool = False) -> None:
-    """Refuse an attention backend that this machine lacks, or that has no dropout if it is needed.
-
-    Raises:
-        UserError: names the backend and the ones to choose from.
-    """
+    """Refuse an attention backend that this machine lacks, or that has no dropout if needed."""
     # The trainer's device is not known yet, but it is the GPU if there is one.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     resolve_backend(backend, device=device, dtype=torch.bfloat16, dropout=dropout)
@@ -52,16 +47,7 @@ def check_backend(backend: str, *, dropout: bool = False) -> None:
 def check_adapter(
     peft_config: Mapping[str, Any] | None, saved: str | None, *, allow_embedding_resizing: bool
 ) -> None:
-    """Refuse two adapters, and an adapter on embeddings that grow.
-
-    Args:
-        peft_config: settings of a new adapter.
-        saved: a saved adapter to continue, with its own settings.
-        allow_embedding_resizing: whether missing tokens get new rows.
-
-    Raises:
-        UserError: names the key to leave out.
-    """
+    """Refuse a new and a saved adapter together, and an adapter on embeddings that grow."""
     if saved is not None and peft_config is not None:
         raise UserError(
             f"pretrained_lora_id_or_path: {saved} brings its own configuration; leave out"
@@ -75,16 +61,7 @@ def check_adapter(
 
 
 def check_pretrained(name: str, device: str, init_device: str) -> None:
-    """Refuse pretrained weights that do not exist, or on a device that holds none.
-
-    Args:
-        name: `pretrained_model_name_or_path`.
-        device: this rank's, cpu or meta.
-        init_device: the setting that it comes from: cpu, meta or mixed.
-
-    Raises:
-        UserError: the model is a shape without weights, or the device is meta on every rank.
-    """
+    """Refuse pretrained weights for a shape without any, or if every rank is on meta."""
     if device == "meta" and init_device != "mixed":
         raise UserError("init_device: meta holds no weights; use cpu or mixed with pretrained")
     if shipped_config(name):
@@ -95,15 +72,7 @@ def check_pretrained(name: str, device: str, init_device: str) -> None:
 
 
 def check_heads(config: LlamaConfig, stored: LlamaConfig) -> None:
-    """Refuse overrides of attention heads on pretrained weights, which may fit all the same.
-
-    Args:
-        config: the configuration with overrides.
-        stored: the configuration that the weights were trained with.
-
-    Raises:
-        UserError: names the override to leave out.
-    """
+    """Refuse other attention heads than the stored ones; the weights may fit nevertheless."""
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         if getattr(config, key) != getattr(stored, key):
             raise UserError(
@@ -113,11 +82,7 @@ def check_heads(config: LlamaConfig, stored: LlamaConfig) -> None:
 
 
 def check_embeddings(num_tokens: int, vocabulary: int) -> None:
-    """Refuse a tokenizer that has ids without an embedding.
-
-    Raises:
-        UserError: names both sizes.
-    """
+    """Refuse a tokenizer that has ids without an embedding."""
     if num_tokens > vocabulary:
         raise UserError(
             f"tokenizer: its {num_tokens} tokens are more than the model's {vocabulary}; name the"

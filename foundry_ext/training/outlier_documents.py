@@ -49,12 +49,8 @@ def measure_documents(
     """Measure every document of the current batch on all ranks. A collective.
 
     The model is in evaluation mode, so no random number is drawn. It takes about as long as the
-    step did, or several times that if documents are short.
-
-    Args:
-        state: the trainer's.
-        dataset: the dataset that is trained on.
-        measure_gradients: must be false under FSDP, whose backward pass sums over ranks.
+    step did, or several times that if documents are short. Gradients cannot be measured under FSDP,
+    whose backward pass sums over ranks.
     """
     batch = [int(index) for pack in dataset.sampler.batch(dataset.next_batch - 1) for index in pack]
     packs = [dataset[np.array([index])] for index in batch]

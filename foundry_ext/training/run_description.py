@@ -83,15 +83,9 @@ def describe_evaluation_data(state: State, sets: Iterable[EvalSet] = ()) -> dict
     return loaders | {eval_set.config.name: eval_set.description for eval_set in sets}
 
 
-def describe_model(state: State, config: dict[str, Any], method: Method) -> dict[str, Any]:
-    """Return the record's `model`.
-
-    Args:
-        state: the trainer's.
-        config: as llm-foundry logs it, with its counts of parameters from before the model is
-            wrapped or sharded.
-        method: the run's.
-    """
+def describe_model(config: dict[str, Any], method: Method) -> dict[str, Any]:
+    """Return the record's `model`."""
+    # llm-foundry logs its counts with the configuration, from before the model is sharded.
     targets, init = method.target_modules, method.init
     if isinstance(init, bool):  # peft's unnamed ones: True sets B to zero, False draws A and B
         init = "default" if init else "random"

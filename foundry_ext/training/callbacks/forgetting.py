@@ -123,7 +123,7 @@ class Forgetting(Callback):
             return
         path = Path(self.items_path.format(run_name=state.run_name))
         self.items_path = str(path)
-        open_lines(path, resumed=resumed).close()
+        open_lines(path, resumed=resumed).close()  # emptied, or cut after its last complete line
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if not state.evaluators:

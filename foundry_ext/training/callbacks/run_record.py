@@ -105,7 +105,7 @@ class RunRecord(StepTimer):
                 "train": describe_loader(dataset),
                 "eval": describe_evaluation_data(state, forgetting.sets if forgetting else ()),
             },
-            model=describe_model(state, config, method),
+            model=describe_model(config, method),
             items=self._relative_items_path(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])

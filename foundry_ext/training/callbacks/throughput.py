@@ -101,11 +101,7 @@ class PackedThroughput(StepTimer):
 
 
 def as_text(logged: dict[str, float]) -> str:
-    """Return the figures in a line.
-
-    Example: `81,234 real tokens/s (40,617 with loss), MFU 35.2 %, packs 99.1 % full, data wait
-    0.2 %`.
-    """
+    """Return the figures in a line: `81,234 real tokens/s (40,617 with loss), MFU 35.2 %, ...`."""
     mfu = logged.get("throughput/device/mfu")
     return ", ".join(
         [

@@ -40,7 +40,7 @@ class MetricsFile(LoggerDestination):
         clock = self.state.timestamp
         line = {"batch": clock.batch.value, "token": clock.token.value, **numbers}
         self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.file.flush()  # so that a kill loses no line
 
     def post_close(self) -> None:
         if self.file is not None:
@@ -49,11 +49,9 @@ class MetricsFile(LoggerDestination):
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Return each metric's values by batch; of two values for a batch, the later one.
+    """Return values by metric and batch, such as {"loss/train/total": {0: 8.3, 1: 8.1}}.
 
-    A last line that a killed run left unfinished is skipped.
-
-    Example: {"loss/train/total": {0: 8.3, 1: 8.1}}.
+    Of two values for a batch the later one counts. An unfinished last line is skipped.
     """
     metrics: dict[str, dict[int, float]] = {}
     for _, values in read_lines(path, growing=True):

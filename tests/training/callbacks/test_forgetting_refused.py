@@ -23,7 +23,7 @@ def sets(world, tmp_path_factory):
         ({"target": {"type": "perplexity"}}, "'perplexity'; choose one of documents"),
         ({"target": {"loader": {"name": "finetuning", "dataset": {"split": "x"}}}}, "'finetuning'"),
         ({"choice": {"path": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
-        ({"choice": {"num_fewshot": 5}}, "more than 5 rows"),
+        ({"choice": {"num_fewshot": 5}}, "num_fewshot: 5 .* file's 5 rows"),
         ({"choice": {"metric": "f1"}}, "choose acc or acc_norm"),
         ({"problems": {"max_new_tokens": 128}}, "leaves no room"),
     ],
