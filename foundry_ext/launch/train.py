@@ -31,7 +31,6 @@ from foundry_ext.config.loading import (
 )
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
-from foundry_ext.records.record import mark_failed
 from foundry_ext.utils.redaction import redact
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run]
@@ -196,6 +195,8 @@ def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> An
     try:
         return train(config)
     except BaseException as error:  # Ctrl-C and sys.exit end a run too
+        from foundry_ext.records.record import mark_failed  # not for a mere check of a YAML
+
         path = record_path(config)
         if path is not None:
             mark_failed(path, error)

@@ -17,7 +17,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_environment(*, device_kind: str, world_size: int) -> dict[str, Any]:
-    """The `environment` of a run's record, see records/record.py.
+    """The `environment` of a run's record, see records/schema.py.
 
     Args:
         device_kind: "cpu" or "cuda", what the run computes on.

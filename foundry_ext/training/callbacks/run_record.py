@@ -1,4 +1,4 @@
-"""Writes the run's record, whose keys records/record.py explains."""
+"""Writes the run's record, whose keys records/schema.py explains."""
 
 import os
 import sys
