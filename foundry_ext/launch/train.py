@@ -20,7 +20,6 @@ from foundry_ext.config.loading import check_several, load_config, record_path, 
 from foundry_ext.launch.building import errors_name_their_section
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
-from foundry_ext.records.record import mark_failed
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.redaction import redact
 
@@ -187,6 +186,8 @@ def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> An
     try:
         return train(config)
     except BaseException as error:  # Ctrl-C and sys.exit end a run too
+        from foundry_ext.records.record import mark_failed  # not for a mere check of a YAML
+
         path = record_path(config)
         if path is not None:
             mark_failed(path, error)

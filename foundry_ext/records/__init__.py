@@ -1,1 +1,1 @@
-"""The record of a run, and the settings that decide its result. Works without torch."""
+"""The record of a run, and the settings that its result depends on. Works without torch."""

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 from foundry_ext.adapters.methods import method_of_config
 from foundry_ext.config.loading import load_config, record_path, split_arguments
-from foundry_ext.records.decisive import DECISIVE, find
-from foundry_ext.records.record import redact
+from foundry_ext.records.result_settings import RESULT_SETTINGS, value_at
 from foundry_ext.sweeps.file import Sweep, command_line, inside
 from foundry_ext.sweeps.state import read_run_record
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.redaction import redact
 
 DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
 
@@ -161,8 +161,8 @@ def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
     if not isinstance(config, dict):
         return ""
     planned = redact(run.config)
-    for key in (*run.settings, *DECISIVE):
-        difference = _difference(find(config, key), find(planned, key), key)
+    for key in (*run.settings, *RESULT_SETTINGS):
+        difference = _difference(value_at(config, key), value_at(planned, key), key)
         if difference:
             return difference
     return ""

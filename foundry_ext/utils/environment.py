@@ -18,7 +18,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_environment(*, device_kind: str, world_size: int) -> dict[str, Any]:
-    """Return the `environment` of a run's record; records/record.py describes its keys.
+    """Return the `environment` of a run's record; records/schema.py describes its keys.
 
     Args:
         device_kind: "cpu" or "cuda", the device of the run.

@@ -22,6 +22,7 @@ from foundry_ext.records.record import (
     validate,
     write_record,
 )
+from foundry_ext.records.schema import Record
 from foundry_ext.utils.redaction import REDACTED, is_secret_name
 
 ROOT = Path(__file__).parents[2]
@@ -98,19 +99,22 @@ def test_a_diverged_run_has_a_record(record, tmp_path):
 @pytest.mark.parametrize(
     "place, value, names",
     [
-        ("seed", "17", "seed: '17' is no int"),
-        ("seed", True, "seed: True is no int"),
-        ("learning_rate", None, "learning_rate: None is no int or float"),
-        ("tokens.real", 1.5, "tokens.real: 1.5 is no int"),
-        ("environment.packages", {"torch": 2.7}, "environment.packages.torch: 2.7 is no str"),
-        ("environment.dirty", 1, "environment.dirty: 1 is no bool or null"),
+        ("seed", "17", "seed: '17' must be a valid integer$"),
+        ("seed", True, "seed: True must be a valid integer$"),
+        ("learning_rate", None, "learning_rate: None must be a valid number$"),
+        ("tokens.real", 1.5, "tokens.real: 1.5 must be a valid integer$"),
+        ("environment.packages", {"torch": 2.7}, "environment.packages.torch: 2.7 must be a valid"),
+        ("environment.dirty", 1, "environment.dirty: 1 must be a valid boolean$"),
+        ("config", [1], r"config: \[1\] must be a valid dictionary$"),
+        ("time", 3, "time: 3 must be a valid dictionary$"),
         ("data.eval", {"a": {}}, "data.eval.a.name: missing"),
-        ("evaluations", {}, "evaluations: {} is no list"),
-        ("evaluations.0.learning", {"target_loss": "1"}, "evaluations.0.learning.target_loss"),
-        ("status", "done", "status: 'done' is none of running, finished"),
-        ("items", "../other/items.jsonl", "items: '../other/items.jsonl' leaves"),
-        ("items", "/etc/passwd", "items: '/etc/passwd' leaves"),
-        ("remarks", "hm", "remarks: no key of a run record"),
+        ("evaluations", {}, "evaluations: {} must be a valid list$"),
+        ("evaluations.0.learning", {"target_loss": "1"}, "evaluations.0.learning.target_loss: '1'"),
+        ("status", "done", "status: 'done' must be 'running', 'finished', 'failed' or 'stopped'$"),
+        ("items", "../other/items.jsonl", "items: '../other/items.jsonl' must not leave the rec"),
+        ("items", "/etc/passwd", "items: '/etc/passwd' must not leave the record's folder; give"),
+        ("items", "a" * 201, "items: 'aaa.*' must have at most 200 characters$"),
+        ("remarks", "hm", "remarks: not a key of a run record"),
         ("schema_version", 2, "schema_version: 2; this version of foundry_ext reads 1"),
     ],
 )
@@ -139,11 +143,42 @@ def test_a_missing_key_is_named(record, key):
         validate(record)
 
 
+def test_unknown_keys_of_sections_are_kept(record, tmp_path):
+    """A later version may add some; only the top level is closed."""
+    record["model"]["remarks"] = record["evaluations"][0]["remarks"] = "hm"
+    write_record(tmp_path / "record.json", record)
+    assert read_record(tmp_path / "record.json") == record
+
+
+def test_numbers_and_texts_that_json_can_hold(record, tmp_path):
+    """Integers for floats, and the undecodable bytes of a path in an error's text."""
+    record.update(learning_rate=1, error="no file \udcff", peak_memory_bytes=2**70)
+    record["throughput"].update(real_tokens_per_second=math.inf, mfu=0)
+    write_record(tmp_path / "record.json", record)
+    assert read_record(tmp_path / "record.json") == record
+
+
+def test_every_key_is_explained():
+    def leaves(schema, name):
+        for key, field in schema.get("properties", {}).items():
+            section = definitions.get(field.get("$ref", "").rpartition("/")[2])
+            assert (section or field).get("description"), f"{name}.{key}"
+            yield from leaves(section, key) if section else [key]
+
+    schema = Record.model_json_schema()
+    definitions = schema["$defs"]
+    assert {"seed", "real", "fill", "wall_seconds"} <= set(leaves(schema, "record"))
+    for name in ("Evaluation", "Loader"):  # in lists and mappings
+        assert list(leaves(definitions[name], name))
+
+
 def test_a_record_of_before_data_wait_was_recorded_is_read(record):
     del record["throughput"]["waiting_for_data"]
     validate(record)
     record["throughput"]["waiting_for_data"] = "much"
-    with pytest.raises(ValueError, match=r"^throughput\.waiting_for_data: 'much' is no int"):
+    with pytest.raises(
+        ValueError, match=r"^throughput\.waiting_for_data: 'much' must be a valid number"
+    ):
         validate(record)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from foundry_ext.comparison.comparison import Comparison, points
-from foundry_ext.comparison.measures import Measure, curve, final_value
+from foundry_ext.comparison.metrics import Metric, curve, final_value
 from foundry_ext.comparison.report.figures import FAINT, log_ticks, new_figure, styles, thousands
 from foundry_ext.comparison.runs import Run
 
@@ -121,12 +121,12 @@ def _plot_mean(axes: Any, comparison: Comparison, label: str, style: Mapping) ->
     bars = {}
     for name, summary in (("xerr", x), ("yerr", y)):
         if summary.interval is not None:
-            scale = summary.measure.scale
+            scale = summary.metric.scale
             below, above = summary.mean - summary.interval.low, summary.interval.high - summary.mean
             bars[name] = [[max(0.0, below) * scale], [max(0.0, above) * scale]]
     axes.errorbar(
-        x.mean * x.measure.scale,
-        y.mean * y.measure.scale,
+        x.mean * x.metric.scale,
+        y.mean * y.metric.scale,
         **bars,
         markersize=8,
         capsize=3,
@@ -144,22 +144,22 @@ def plot_curves(comparison: Comparison, folder: Path) -> None:
     """Plot learning and forgetting against real tokens, at the chosen learning rates."""
     style = styles(list(comparison.groups))
     with new_figure(folder, "curves", (7.6, 3.4), columns=2) as panels:
-        for axes, measure in zip(panels, (comparison.learning, comparison.forgetting), strict=True):
+        for axes, metric in zip(panels, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.chosen.items():
-                curves = [curve(run, measure) for run in runs]
+                curves = [curve(run, metric) for run in runs]
                 color = style[label]["color"]
                 for run_curve in curves:
                     tokens, values = run_curve.T
-                    axes.plot(tokens, values * measure.scale, color=color, alpha=0.3, lw=0.8)
+                    axes.plot(tokens, values * metric.scale, color=color, alpha=0.3, lw=0.8)
                 for index, mean in enumerate(_mean_curves(curves)):
                     tokens, values = mean.T
                     name = None if index else label  # one entry per method in the legend
                     axes.plot(
-                        tokens, values * measure.scale, markersize=5, label=name, **style[label]
+                        tokens, values * metric.scale, markersize=5, label=name, **style[label]
                     )
             axes.set_xlabel("real tokens")
             axes.xaxis.set_major_formatter(thousands)
-            _label_panel(axes, measure)
+            _label_panel(axes, metric)
         panels[0].legend(loc="best")
 
 
@@ -180,12 +180,12 @@ def plot_learning_rates(comparison: Comparison, folder: Path) -> None:
     """
     style = styles(list(comparison.groups))
     with new_figure(folder, "learning_rates", (7.6, 3.6), columns=2) as panels:
-        for axes, measure in zip(panels, (comparison.learning, comparison.forgetting), strict=True):
+        for axes, metric in zip(panels, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.groups.items():
-                _plot_rates(axes, comparison, label, runs, measure, style[label])
+                _plot_rates(axes, comparison, label, runs, metric, style[label])
             log_ticks(axes)
             axes.set_xlabel("learning rate")
-            _label_panel(axes, measure)
+            _label_panel(axes, metric)
             axes.margins(0.1, 0.14)
         panels[0].legend(loc="best", fontsize=8)
 
@@ -195,13 +195,13 @@ def _plot_rates(
     comparison: Comparison,
     label: str,
     runs: Sequence[Run],
-    measure: Measure,
+    metric: Metric,
     style: Mapping,
 ) -> None:
     """Draw one method's runs and their means by learning rate."""
     by_rate: dict[float, list[float]] = {}
     for run in runs:
-        by_rate.setdefault(run.learning_rate, []).append(final_value(run, measure) * measure.scale)
+        by_rate.setdefault(run.learning_rate, []).append(final_value(run, metric) * metric.scale)
     for rate, values in sorted(by_rate.items()):
         axes.scatter([rate] * len(values), values, s=12, alpha=0.4, linewidths=0, **style)
     means = {rate: float(np.mean(values)) for rate, values in sorted(by_rate.items())}
@@ -224,18 +224,18 @@ def _plot_rates(
 
 def plot_differences(comparison: Comparison, folder: Path) -> None:
     """Plot every pair's difference with its interval, filled if distinguishable from 0."""
-    measures = (comparison.learning, comparison.forgetting)
-    rows = len(comparison.pairs_of(measures[0]))
+    metrics = (comparison.learning, comparison.forgetting)
+    rows = len(comparison.pairs_of(metrics[0]))
     with new_figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as panels:
-        for axes, measure in zip(panels, measures, strict=True):
-            pairs = comparison.pairs_of(measure)
+        for axes, metric in zip(panels, metrics, strict=True):
+            pairs = comparison.pairs_of(metric)
             for row, pair in enumerate(reversed(pairs)):
                 filled = "#222222" if pair.is_distinguishable else "white"
                 if pair.interval is not None:
-                    limits = np.array([pair.interval.low, pair.interval.high]) * measure.scale
+                    limits = np.array([pair.interval.low, pair.interval.high]) * metric.scale
                     axes.plot(limits, [row, row], color="#222222", linewidth=1.3, zorder=2)
                 axes.plot(
-                    pair.difference * measure.scale,
+                    pair.difference * metric.scale,
                     row,
                     marker="o",
                     markersize=6,
@@ -248,17 +248,17 @@ def plot_differences(comparison: Comparison, folder: Path) -> None:
             axes.set_ylim(-0.6, rows - 0.4)
             axes.axvline(0, color="#555555", linewidth=0.9)
             axes.grid(axis="y", visible=False)
-            axes.set_xlabel(f"difference in {measure.subject}, {measure.unit}")
-            axes.set_title(measure.role)
+            axes.set_xlabel(f"difference in {metric.subject}, {metric.unit}")
+            axes.set_title(metric.role)
 
 
-def _label_panel(axes: Any, measure: Measure) -> None:
-    axes.set_ylabel(f"{measure.subject}, {measure.unit}")
-    better = "higher" if measure.role == "learning" else "lower"
-    axes.set_title(f"{measure.role}: {better} is better")
+def _label_panel(axes: Any, metric: Metric) -> None:
+    axes.set_ylabel(f"{metric.subject}, {metric.unit}")
+    better = "higher" if metric.role == "learning" else "lower"
+    axes.set_title(f"{metric.role}: {better} is better")
 
 
-def _label_axes(axes: Any, x: Measure, y: Measure) -> None:
+def _label_axes(axes: Any, x: Metric, y: Metric) -> None:
     axes.set_xlabel(f"learning: {x.subject}, {x.unit} →")
     axes.set_ylabel(f"forgetting: {y.subject}, {y.unit} →")
 
@@ -271,7 +271,7 @@ def plot_lines(
     """Plot learning against forgetting on the lines from the base weights to tuned ones.
 
     Args:
-        comparison: the comparison, for its measures and methods.
+        comparison: the comparison, for its metrics and methods.
         lines: (method's label, seed, points) per run.
         folder: where interpolation.png and .svg are written.
     """

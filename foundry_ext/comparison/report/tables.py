@@ -1,12 +1,12 @@
-"""Tables of the report: every measure, pairs of methods, cost, runs."""
+"""Tables of the report: every metric, pairs of methods, cost, runs."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from foundry_ext.comparison.comparison import Comparison
-from foundry_ext.comparison.measures import Measure
-from foundry_ext.comparison.pairwise import Pair
+from foundry_ext.comparison.metrics import Metric
+from foundry_ext.comparison.pairwise import PairwiseComparison
 from foundry_ext.comparison.report.document import (
     Block,
     Bullets,
@@ -29,17 +29,17 @@ from foundry_ext.comparison.report.wording import (
 
 
 def measure_blocks(comparison: Comparison) -> list[Block]:
-    """Return the section on every measure: all means, then a table of pairs per measure."""
-    blocks: list[Block] = [Heading("Every measure")]
+    """Return the section on every metric: all means, then a table of pairs per metric."""
+    blocks: list[Block] = [Heading("Every metric")]
     labels = list(comparison.groups)
     rows = []
-    for measure in comparison.measures:
-        summaries = [comparison.summary(label, measure) for label in labels]
+    for metric in comparison.metrics:
+        summaries = [comparison.summary(label, metric) for label in labels]
         items = next((summary.num_items for summary in summaries if summary.num_items), None)
         rows.append(
             [
-                f"{measure.title}, {measure.unit}",
-                *[format_mean_and_interval(measure, s.mean, s.interval) for s in summaries],
+                f"{metric.title}, {metric.unit}",
+                *[format_mean_and_interval(metric, s.mean, s.interval) for s in summaries],
                 f"{items:,}" if items else NO_VALUE,
             ]
         )
@@ -52,20 +52,20 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
             " better.",
         )
     )
-    for measure in comparison.measures:
-        pairs = comparison.pairs_of(measure)
+    for metric in comparison.metrics:
+        pairs = comparison.pairs_of(metric)
         if not pairs:
             continue
-        blocks.append(Subheading(measure.title))
-        if measure not in (comparison.learning, comparison.forgetting):
+        blocks.append(Subheading(metric.title))
+        if metric not in (comparison.learning, comparison.forgetting):
             blocks.append(Bullets([pair.sentence for pair in pairs]))
-        blocks.append(_pair_table(measure, pairs))
+        blocks.append(_pair_table(metric, pairs))
         if any(pair.mcnemar for pair in pairs):
-            blocks.append(_mcnemar_table(measure, pairs))
+            blocks.append(_mcnemar_table(metric, pairs))
     return blocks
 
 
-def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
+def _pair_table(metric: Metric, pairs: Sequence[PairwiseComparison]) -> Table:
     columns = ["first − second", "difference", "95 % interval", "p (Holm)", "verdict"]
     in_general = any(pair.in_general for pair in pairs)
     columns += ["seeds needed", "items needed"] if in_general else ["items needed"]
@@ -73,8 +73,8 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     for pair in pairs:
         cells = [
             f"{pair.first} − {pair.second}",
-            measure.show(pair.difference, signed=True),
-            format_interval(measure, pair.interval, signed=True) if pair.interval else NO_VALUE,
+            metric.show(pair.difference, signed=True),
+            format_interval(metric, pair.interval, signed=True) if pair.interval else NO_VALUE,
             format_p_value(pair.adjusted_p),
             "distinguishable" if pair.is_distinguishable else "not distinguishable",
         ]
@@ -82,7 +82,7 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             cells.append(format_needed(pair.seeds_needed, min(map(len, pair.seeds))))
         cells.append(format_needed(pair.items_needed, pair.num_items or 0))
         rows.append(cells)
-    caption = f"{measure.title}, {measure.unit}; {_basis(pairs)} Needed: to find a difference of"
+    caption = f"{metric.title}, {metric.unit}; {_basis(pairs)} Needed: to find a difference of"
     caption += " the observed size with 80 % power at two-sided 5 %"
     num_tests = pairs[0].num_tests
     caption += f", divided by the {num_tests} pairs (Bonferroni)" if num_tests > 1 else ""
@@ -91,7 +91,7 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     return Table(columns, rows, caption)
 
 
-def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
+def _mcnemar_table(metric: Metric, pairs: Sequence[PairwiseComparison]) -> Table:
     rows = []
     for pair in pairs:
         test, seeds = pair.mcnemar, pair.mcnemar_seeds
@@ -106,13 +106,13 @@ def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     return Table(
         [*columns, "p", "p (Holm)"],
         rows,
-        f"McNemar's exact test on {measure.subject}: answers right at the end of one run per"
+        f"McNemar's exact test on {metric.subject}: answers right at the end of one run per"
         " method. It holds for these two runs only; the table above covers more where it uses"
         " several seeds.",
     )
 
 
-def _basis(pairs: Sequence[Pair]) -> str:
+def _basis(pairs: Sequence[PairwiseComparison]) -> str:
     """Return the seeds and items used, naming the pairs if these differ between pairs."""
     pairs_by_text: dict[str, list[str]] = {}
     for pair in pairs:

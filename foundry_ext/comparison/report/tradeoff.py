@@ -1,7 +1,7 @@
 """Sections on the trade-off: the Pareto front, and forgetting at matched learning."""
 
-from foundry_ext.comparison.comparison import Comparison, beaten
-from foundry_ext.comparison.measures import Measure
+from foundry_ext.comparison.comparison import Comparison, dominated_points
+from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.report.document import Block, Bullets, Figure, Heading, Paragraph, Table
 from foundry_ext.comparison.report.wording import (
     format_interval,
@@ -24,7 +24,7 @@ def tradeoff_blocks(comparison: Comparison) -> list[Block]:
         f" forgot {y.show(point.forgetting)} ({format_seeds(point.seeds)}); {better.label} at"
         f" {better.learning_rate:g} learned more, {x.show(better.learning)}, and forgot less,"
         f" {y.show(better.forgetting)} ({format_seeds(better.seeds)})."
-        for point, better in beaten(comparison)
+        for point, better in dominated_points(comparison)
     ]
     blocks: list[Block] = [
         Heading("Learning against forgetting"),
@@ -86,18 +86,18 @@ def matched_blocks(comparison: Comparison) -> list[Block]:
     ]
 
 
-def _over_evaluations(measure: Measure, end: Matched) -> str:
+def _over_evaluations(metric: Metric, end: Matched) -> str:
     if end.mean is None:
         num_reached = len(end.by_seed)
         return f"{num_reached} of {end.num_seeds} seeds reached" if num_reached else "not reached"
-    shown = format_mean_and_interval(measure, end.mean, end.interval)
+    shown = format_mean_and_interval(metric, end.mean, end.interval)
     return f"{shown} †" if end.is_early else shown
 
 
-def _over_rates(measure: Measure, end: Matched) -> str:
+def _over_rates(metric: Metric, end: Matched) -> str:
     if end.over_rates is not None:
-        return measure.show(end.over_rates)
-    return "outside" if end.at_most is None else f"≤ {measure.show(end.at_most)}"
+        return metric.show(end.over_rates)
+    return "outside" if end.at_most is None else f"≤ {metric.show(end.at_most)}"
 
 
 def _matched_sentences(comparison: Comparison) -> list[str]:

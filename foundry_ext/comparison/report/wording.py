@@ -5,21 +5,21 @@ from statistics import fmean
 from typing import Any
 
 from foundry_ext.comparison.comparison import Comparison
-from foundry_ext.comparison.measures import Measure
+from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.statistics import Interval
 
 NO_VALUE = "–"
 
 
-def format_mean_and_interval(measure: Measure, mean: float, interval: Interval | None) -> str:
+def format_mean_and_interval(metric: Metric, mean: float, interval: Interval | None) -> str:
     """Return e.g. "3.871 [3.823, 3.919]", or the mean alone."""
-    shown = measure.show(mean)
-    return f"{shown} {format_interval(measure, interval)}" if interval else shown
+    shown = metric.show(mean)
+    return f"{shown} {format_interval(metric, interval)}" if interval else shown
 
 
-def format_interval(measure: Measure, interval: Interval, *, signed: bool = False) -> str:
+def format_interval(metric: Metric, interval: Interval, *, signed: bool = False) -> str:
     """Return e.g. "[3.823, 3.919]", with plus signs if `signed`."""
-    low, high = (measure.show(end, signed=signed) for end in (interval.low, interval.high))
+    low, high = (metric.show(end, signed=signed) for end in (interval.low, interval.high))
     return f"[{low}, {high}]"
 
 
@@ -31,9 +31,9 @@ def format_seeds_and_items(comparison: Comparison) -> str:
     else:
         text = "; ".join(f"{label}: {format_seeds(seeds)}" for label, seeds in used.items())
     items = {
-        summary.measure.set_name: summary.num_items
+        summary.metric.set_name: summary.num_items
         for summary in comparison.summaries
-        if summary.num_items and summary.measure in (comparison.learning, comparison.forgetting)
+        if summary.num_items and summary.metric in (comparison.learning, comparison.forgetting)
     }
     counts = ", ".join(f"{count:,} items of {name}" for name, count in items.items())
     return f"{text}; {counts or 'no items'}"

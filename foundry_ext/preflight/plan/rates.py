@@ -11,9 +11,9 @@ import torch
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.preflight.plan.course import Course
 from foundry_ext.preflight.plan.model import PlannedModel, Speed, measure_speed
-from foundry_ext.records.record import redact
 from foundry_ext.sweeps.plan import cost_key, finished_records
 from foundry_ext.utils.environment import device_name
+from foundry_ext.utils.redaction import redact
 
 # Of a named card's dense bf16 peak. Not measured.
 ASSUMED_MFU = 0.30

@@ -25,7 +25,11 @@ from foundry_ext.checkpoints import files as checkpoint_files
 from foundry_ext.checkpoints.folder_lock import FolderLock
 from foundry_ext.checkpoints.load_path import check_load_path
 from foundry_ext.evaluation.base_model import weights_fingerprint
-from foundry_ext.records import decisive
+from foundry_ext.records.result_settings import (
+    describe_changes,
+    digest_settings,
+    result_settings,
+)
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.run_description import find_callback
@@ -95,7 +99,7 @@ class ExactResume(CheckpointSaver):
         self.lock = FolderLock(Path(folder))
         given = {**train_config, "seed": key("seed"), "precision": key("precision")}
         without = (*OTHERS_JUDGE, *MAY_CHANGE)
-        self.settings = decisive.digests(decisive.settings(given, without))
+        self.settings = digest_settings(result_settings(given, without))
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
         self.resumed_from: str | None = None  # the checkpoint's path
@@ -163,7 +167,7 @@ class ExactResume(CheckpointSaver):
         Raises:
             UserError: the checkpoint is of a run with other settings; names each.
         """
-        changed = decisive.changes(state["settings"], self.settings)
+        changed = describe_changes(state["settings"], self.settings)
         if self.resumed_from and state["run_name"] != self.run_name:
             changed.insert(0, f"run_name: {state['run_name']}, now {self.run_name}")
         if None not in (state["base"], self.base) and state["base"] != self.base:

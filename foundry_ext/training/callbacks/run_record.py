@@ -1,4 +1,4 @@
-"""`run_record`: writes the run's record, whose keys records/record.py explains."""
+"""`run_record`: writes the run's record, whose keys records/schema.py explains."""
 
 import os
 import sys

@@ -70,7 +70,11 @@ def null_rank(record: dict[str, Any]) -> None:
     ("name", "content", "message"),
     [
         ("yaml", b'"0"', "run.yaml: a single value"),
-        ("records", of_record(lambda one: one.update(items="a" * 5000)), "of 5000 characters"),
+        (
+            "records",
+            of_record(lambda one: one.update(items="a" * 5000)),
+            r"json: items: 'aaa.* at most 200 ",
+        ),
         ("records", of_record(null_rank), r"record.json: peft_config.r: None"),
     ],
     ids=["quoted number", "long path", "null rank"],
