@@ -1,1 +1,1 @@
-"""Finished runs to statistics to a report. Works without torch."""
+"""Comparison of finished runs: statistics and a report. Works without torch."""

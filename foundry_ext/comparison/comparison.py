@@ -1,4 +1,4 @@
-"""The whole comparison as data: what the report's words, tables and plots are made from."""
+"""Comparison of finished runs as data, from which the report's text, tables and plots are made."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,29 @@ from foundry_ext.comparison.comparability import check_comparable, distinguishin
 from foundry_ext.comparison.learning_rates import (
     BestLearningRate,
     best_learning_rate,
-    learning_measure,
+    learning_metric,
 )
-from foundry_ext.comparison.measures import Measure, final_value, shared_measures
-from foundry_ext.comparison.pairwise import Pair, Summary, compare_pairs, summarise
+from foundry_ext.comparison.metrics import Metric, final_value, shared_metrics
+from foundry_ext.comparison.pairwise import (
+    PairwiseComparison,
+    Summary,
+    compare_pairs,
+    summarise,
+)
 from foundry_ext.comparison.runs import Loaded, Run, by_label, labelled
 from foundry_ext.comparison.statistics import MIN_SEEDS
-from foundry_ext.comparison.tradeoff import Matched, levels, matched, matched_pairs, pareto_front
+from foundry_ext.comparison.tradeoff import (
+    Matched,
+    matched,
+    matched_pairs,
+    matching_levels,
+    pareto_front,
+)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method at one learning rate: the mean of its runs' ends."""
+    """A method at one learning rate: the mean over its runs at the end of training."""
 
     label: str
     learning_rate: float
@@ -34,49 +45,57 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
+    """All results of comparing runs, grouped by label: the method, and what tells groups apart."""
+
     groups: Mapping[str, Sequence[Run]]
-    """label -> all runs."""
+    """label -> all its runs."""
     best: Mapping[str, BestLearningRate]
     chosen: Mapping[str, Sequence[Run]]
-    """label -> the runs at the chosen learning rate, one a seed."""
-    learning: Measure
-    forgetting: Measure
-    """The two that the trade-off is drawn in."""
+    """label -> its runs at the chosen learning rate, one per seed."""
+    learning: Metric
+    """Metric that learning rates are chosen by, and x of the trade-off."""
+    forgetting: Metric
+    """y of the trade-off."""
     summaries: Sequence[Summary]
-    pairs: Sequence[Pair]
+    pairs: Sequence[PairwiseComparison]
     front: Sequence[Point]
-    """By rising learning."""
+    """Pareto front, by rising learning."""
     matched: Mapping[float, Mapping[str, Matched]]
-    """learning level -> label -> forgetting there."""
+    """learning level -> label -> forgetting at that level."""
     left_out: Mapping[str, str]
+    """run -> why it is not compared."""
     diverged: Mapping[str, Sequence[Run]]
-    """label -> its runs that diverged, which are in no mean."""
+    """label -> its runs that diverged, which no mean includes."""
     accepted: Sequence[str]
-    """Differences that --allow let pass."""
+    """Differences that --allow accepted."""
 
     @property
-    def measures(self) -> list[Measure]:
-        return list(dict.fromkeys(summary.measure for summary in self.summaries))
+    def metrics(self) -> list[Metric]:
+        """Metrics that all runs share."""
+        return list(dict.fromkeys(summary.metric for summary in self.summaries))
 
-    def summary(self, label: str, measure: Measure) -> Summary:
-        return next(one for one in self.summaries if one.label == label and one.measure == measure)
+    def summary(self, label: str, metric: Metric) -> Summary:
+        """Return the summary of one metric over one group."""
+        wanted = (label, metric)
+        return next(each for each in self.summaries if (each.label, each.metric) == wanted)
 
-    def pairs_of(self, measure: Measure) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.measure == measure]
+    def pairs_of(self, metric: Metric) -> list[PairwiseComparison]:
+        """Return all pairs in one metric."""
+        return [pair for pair in self.pairs if pair.metric == metric]
 
     @property
     def common_level(self) -> float | None:
-        """The highest level of learning in `matched` that every run reaches."""
+        """Highest level of learning in `matched` that every run reaches."""
         complete = [
             level
             for level, methods in self.matched.items()
-            if all(one.mean is not None for one in methods.values())
+            if all(method.mean is not None for method in methods.values())
         ]
         return max(complete, default=None)
 
     @property
     def is_in_general(self) -> bool:
-        """Whether every method has seeds enough for a claim about it."""
+        """Whether every method has enough seeds for a claim about the method itself."""
         return all(len(runs) >= MIN_SEEDS for runs in self.chosen.values())
 
 
@@ -87,36 +106,35 @@ def compare_runs(
     learning: str | None = None,
     forgetting: str | None = None,
 ) -> Comparison:
-    """Groups runs by method, chooses each one's learning rate, and compares.
+    """Group runs by method, choose a learning rate per group, and compare the groups.
 
     Args:
-        allow: dotted keys that may differ; see checks.py.
-        learning, forgetting: keys of the records' `learning` and `forgetting` to draw the
-            trade-off in, and to choose by; the first loss of each if not given.
+        loaded: the runs.
+        allow: dotted keys that may differ; see comparability.py.
+        learning: key of the records' `learning` to choose learning rates by and to draw; by
+            default the first loss.
+        forgetting: key of the records' `forgetting` to draw; by default the first loss.
 
     Raises:
-        ValueError: runs that cannot be compared, or a measure they do not share.
+        ValueError: the runs cannot be compared, or do not share that metric.
     """
     accepted = check_comparable(loaded.runs, allow)
     runs = labelled(loaded.runs, distinguishing(loaded.runs))
     groups = by_label(runs)
     _refuse_copies(groups)
-    learned = shared_measures(runs, "learning")
-    forgotten = shared_measures(runs, "forgetting")
-    x = _pick(learned, learning or learning_measure([run.record for run in runs]), "learning")
+    learned = shared_metrics(runs, "learning")
+    forgotten = shared_metrics(runs, "forgetting")
+    x = _pick(learned, learning or learning_metric([run.record for run in runs]), "learning")
     y = _pick(forgotten, forgetting, "forgetting")
     diverged = {label: _alike(loaded.diverged, group[0]) for label, group in groups.items()}
     best = {
-        label: best_learning_rate(
-            [run.record for run in (*group, *diverged[label]) if x.key in run.final[x.role]], x.key
-        )
-        for label, group in groups.items()
+        label: _best_learning_rate([*group, *diverged[label]], x) for label, group in groups.items()
     }
     chosen = {
         label: [run for run in group if run.learning_rate == best[label].learning_rate]
         for label, group in groups.items()
     }
-    measures = [x, y, *(one for one in (*learned, *forgotten) if one not in (x, y))]
+    metrics = list(dict.fromkeys([x, y, *learned, *forgotten]))
     return Comparison(
         groups=groups,
         best=best,
@@ -124,79 +142,90 @@ def compare_runs(
         learning=x,
         forgetting=y,
         summaries=[
-            summarise(label, group, measure)
-            for measure in measures
-            for label, group in chosen.items()
+            summarise(label, group, metric) for metric in metrics for label, group in chosen.items()
         ],
-        pairs=[pair for measure in measures for pair in compare_pairs(chosen, measure)],
+        pairs=[pair for metric in metrics for pair in compare_pairs(chosen, metric)],
         front=_front(groups, x, y),
-        matched={
-            level: {label: matched(chosen[label], groups[label], x, y, level) for label in groups}
-            for level in levels(chosen, x)
-        },
+        matched=_match(groups, chosen, x, y),
         left_out=loaded.left_out,
         diverged=diverged,
         accepted=accepted,
     )
 
 
+def _best_learning_rate(runs: Sequence[Run], learning: Metric) -> BestLearningRate:
+    records = [run.record for run in runs if learning.key in run.final[learning.role]]
+    return best_learning_rate(records, learning.key)
+
+
+def _match(
+    groups: Mapping[str, Sequence[Run]], chosen: Mapping[str, Sequence[Run]], x: Metric, y: Metric
+) -> dict[float, dict[str, Matched]]:
+    return {
+        level: {label: matched(chosen[label], groups[label], x, y, level) for label in groups}
+        for level in matching_levels(chosen, x)
+    }
+
+
 def _alike(candidates: Sequence[Run], run: Run) -> list[Run]:
-    """Those that are of the same group as `run`: but for learning rate and seed they are equal."""
-    found = []
-    for candidate in candidates:
+    """Return the candidates that belong to the same group as `run`."""
+
+    def is_alike(candidate: Run) -> bool:
         pair = [run, candidate]
         first, second = labelled(pair, distinguishing(pair))
-        if first.label == second.label:
-            found.append(candidate)
-    return found
+        return first.label == second.label
+
+    return list(filter(is_alike, candidates))
 
 
-def points(groups: Mapping[str, Sequence[Run]], x: Measure, y: Measure) -> list[Point]:
-    """Every method at every learning rate."""
-    found = []
+def points(groups: Mapping[str, Sequence[Run]], x: Metric, y: Metric) -> list[Point]:
+    """Return one point for every method at every learning rate."""
+    result = []
     for label, group in groups.items():
         for rate in sorted({run.learning_rate for run in group}):
             runs = [run for run in group if run.learning_rate == rate]
-            learned, forgot = (fmean(final_value(run, one) for run in runs) for one in (x, y))
-            found.append(Point(label, rate, learned, forgot, tuple(run.seed for run in runs)))
-    return found
+            learned, forgot = (fmean(final_value(run, axis) for run in runs) for axis in (x, y))
+            result.append(Point(label, rate, learned, forgot, tuple(run.seed for run in runs)))
+    return result
 
 
-def beaten(comparison: Comparison) -> list[tuple[Point, Point]]:
-    """Every method at its chosen learning rate that another one, at some learning rate, beats in
-    both learning and forgetting; with that one which forgets least.
+def dominated_points(comparison: Comparison) -> list[tuple[Point, Point]]:
+    """Return the chosen points that another method dominates, each with the point that does.
 
-    Learning rates are chosen by learning alone, so this can be, whatever the chosen ones say.
+    A point dominates another if it learned more and forgot less. It may be at any learning rate of
+    its method: rates are chosen by learning only, so the chosen points do not show this. Of several
+    dominating points, the one that forgets least is returned.
     """
-    every = points(comparison.groups, comparison.learning, comparison.forgetting)
-    found = []
-    for one in every:
-        if one.learning_rate != comparison.best[one.label].learning_rate:
+    candidates = points(comparison.groups, comparison.learning, comparison.forgetting)
+    dominated = []
+    for point in candidates:
+        if point.learning_rate != comparison.best[point.label].learning_rate:
             continue
         better = [
             other
-            for other in every
-            if other.label != one.label
-            and other.learning > one.learning
-            and other.forgetting < one.forgetting
+            for other in candidates
+            if other.label != point.label
+            and other.learning > point.learning
+            and other.forgetting < point.forgetting
         ]
         if better:
-            found.append((one, min(better, key=lambda other: other.forgetting)))
-    return found
+            dominated.append((point, min(better, key=lambda other: other.forgetting)))
+    return dominated
 
 
-def _front(groups: Mapping[str, Sequence[Run]], x: Measure, y: Measure) -> list[Point]:
-    every = points(groups, x, y)
-    return [every[i] for i in pareto_front([(one.learning, one.forgetting) for one in every])]
+def _front(groups: Mapping[str, Sequence[Run]], x: Metric, y: Metric) -> list[Point]:
+    candidates = points(groups, x, y)
+    front = pareto_front([(point.learning, point.forgetting) for point in candidates])
+    return [candidates[index] for index in front]
 
 
-def _pick(measures: Sequence[Measure], key: str | None, role: str) -> Measure:
-    if not measures:
-        raise ValueError(f"the runs have no measure of {role} in common")
-    names = [measure.key for measure in measures]
+def _pick(metrics: Sequence[Metric], key: str | None, role: str) -> Metric:
+    if not metrics:
+        raise ValueError(f"the runs have no metric of {role} in common")
+    names = [metric.key for metric in metrics]
     if key is not None and key not in names:
-        raise ValueError(f"{key}: no measure of {role} that all runs have; {', '.join(names)}")
-    return measures[names.index(key)] if key else measures[0]
+        raise ValueError(f"{key}: not a metric of {role} that all runs have: {', '.join(names)}")
+    return metrics[names.index(key)] if key else metrics[0]
 
 
 def _refuse_copies(groups: Mapping[str, Sequence[Run]]) -> None:
@@ -213,7 +242,7 @@ def _refuse_copies(groups: Mapping[str, Sequence[Run]]) -> None:
 
 
 def write_json(path: Path, comparison: Comparison) -> None:
-    """The figures of the report, in the records' units: accuracies are shares, not points."""
+    """Write the report's numbers in the records' units: accuracies are shares, not points."""
     data = {
         "schema_version": 1,
         "learning": comparison.learning.key,
@@ -223,12 +252,12 @@ def write_json(path: Path, comparison: Comparison) -> None:
         "accepted_differences": comparison.accepted,
         "best_learning_rates": {
             label: {
-                **asdict(best),
+                **_as_measure(asdict(best)),
                 "means": {f"{k:g}": v if isfinite(v) else None for k, v in best.means.items()},
             }
             for label, best in comparison.best.items()
         },
-        "methods": [_plain(asdict(one)) for one in comparison.summaries],
+        "methods": [_plain(asdict(summary)) for summary in comparison.summaries],
         "pairs": [
             {
                 **_plain(asdict(pair)),
@@ -240,7 +269,7 @@ def write_json(path: Path, comparison: Comparison) -> None:
         ],
         "pareto_front": [asdict(point) for point in comparison.front],
         "matched_learning": [
-            {"level": level, "methods": {label: asdict(one) for label, one in methods.items()}}
+            {"level": level, "methods": {label: asdict(at) for label, at in methods.items()}}
             for level, methods in comparison.matched.items()
         ],
         "matched_pairs": [
@@ -252,4 +281,10 @@ def write_json(path: Path, comparison: Comparison) -> None:
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    return {**data, "measure": data["measure"]["key"], "role": data["measure"]["role"]}
+    metric = data["metric"]
+    return {**_as_measure(data), "measure": metric["key"], "role": metric["role"]}
+
+
+def _as_measure(data: dict[str, Any]) -> dict[str, Any]:
+    """Rename `metric` to `measure`, its key in the files that users have."""
+    return {"measure" if key == "metric" else key: value for key, value in data.items()}

@@ -1,16 +1,16 @@
-"""Do runs differ by method and learning rate alone? Names every other difference.
+"""Check of resolved configurations for differences other than method and learning rate.
 
-Compared is what a run reads: a resolved configuration. Left out, because it may differ:
+Some keys may differ:
 
-- the method's own keys: whether there is a `model.peft_config`, and in it `peft_type`, `use_dora`,
+- the method's own keys: `model.peft_config` as a whole, and its `peft_type`, `use_dora`,
   `use_rslora`, `init_lora_weights` and `lora_alpha`, whose effect is stated as the effective scale;
 - the learning rate: `optimizer.lr`, and that of LoRA+'s `param_groups`;
-- the run's name, where it writes to, and its labels in W&B and its record;
-- `variables`, which have no effect but through the keys that use them.
+- the run's name, its output paths, and its labels in W&B and in its record;
+- `variables`, because they only have an effect through the keys that use them.
 
-`lora_dropout`, `target_modules` and everything else of an adapter are no part of a method: two
-adapters that differ in them are named. Seeds and ranks are values a comparison runs through: every
-method needs the same set of them.
+All other keys of an adapter, such as `lora_dropout` and `target_modules`, are not part of a method
+and must be equal. Seeds and ranks are values that a comparison runs through: every method needs the
+same set of them.
 """
 
 import re
@@ -35,13 +35,13 @@ _SECTIONS = (_ADAPTER, "optimizer", "variables.learning_rates")
 
 @dataclass(frozen=True)
 class Difference:
-    """One key, and its value in each configuration, by the configuration's name."""
+    """One key, and its value in each configuration by the configuration's name."""
 
     key: str
     values: Mapping[str, Any]
 
     def __str__(self) -> str:
-        """`max_duration: 1ep in a.yaml, b.yaml; 2ep in c.yaml`."""
+        """Format as `max_duration: 1ep in a.yaml, b.yaml; 2ep in c.yaml`."""
         names: dict[str, list[str]] = {}
         for name, value in self.values.items():
             names.setdefault(_text(value), []).append(name)
@@ -52,14 +52,14 @@ class Difference:
 def differences(
     configs: Mapping[str, Mapping[str, Any]], *, allow: Sequence[str] = ()
 ) -> list[Difference]:
-    """What differs between resolved configurations besides method and learning rate, by key.
+    """Return all differences between configurations other than method and learning rate.
 
     Args:
-        configs: a name for each (a file, a run), to be named by.
-        allow: dotted keys that may differ, with all below them.
+        configs: resolved configurations by name (a file, a run).
+        allow: dotted keys that may differ, each with all keys below it.
 
     Raises:
-        ValueError: fewer than two configurations, or one whose sections are none.
+        ValueError: there are fewer than two configurations, or one has a malformed section.
     """
     if len(configs) < 2:
         raise ValueError(f"nothing to compare: {len(configs)} configuration(s), give two or more")
@@ -67,36 +67,44 @@ def differences(
         check_sections(name, config)
     flat = {name: _comparable(config) for name, config in configs.items()}
     adapters = {name for name, config in configs.items() if _adapter(config)}
-    found = []
+    unequal = []
     for key in sorted(set().union(*flat.values())):
         concerned = adapters if key.startswith(f"{_ADAPTER}.") else flat
         values = {name: leaves.get(key, ABSENT) for name, leaves in flat.items()}
         values = {name: value for name, value in values.items() if name in concerned}
         if len({_text(value) for value in values.values()}) > 1:
-            found.append(Difference(key, values))
-    found += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
+            unequal.append(Difference(key, values))
+    unequal += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
     adapted = {name: config for name, config in configs.items() if name in adapters}
-    found += _unequal_sets(adapted, f"{_ADAPTER}.r", lambda config: describe(_adapter(config)).rank)
-    found += _unequal_grids(configs)
-    return [one for one in found if not any(_is_below(one.key, key) for key in allow)]
+    unequal += _unequal_sets(
+        adapted, f"{_ADAPTER}.r", lambda config: describe(_adapter(config)).rank
+    )
+    unequal += _unequal_grids(configs)
+    return [each for each in unequal if not any(is_below(each.key, key) for key in allow)]
 
 
 def check_sections(name: str, config: Mapping[str, Any]) -> None:
-    """What is walked into below must be mappings, and groups of parameters a list of them."""
+    """Check the types of the sections that this module reads.
+
+    Raises:
+        ValueError: a section is malformed; names it, its value and `name`.
+    """
     for key in _SECTIONS:
         node: Any = config
         for part in key.split("."):
             node = node.get(part) or {}
             if not isinstance(node, Mapping):
-                raise ValueError(f"{name}: {key}, {node!r}, is no mapping; write key: value lines")
+                raise ValueError(f"{name}: {key}: {node!r} must be a mapping of key: value")
     groups = _groups(config)
     if not isinstance(groups, list | tuple) or not all(isinstance(g, Mapping) for g in groups):
-        raise ValueError(f"{name}: optimizer.param_groups, {groups!r}, is no list of mappings")
+        raise ValueError(f"{name}: optimizer.param_groups: {groups!r} must be a list of mappings")
     adapter = _adapter(config) or {}
     targets = adapter.get("target_modules") or []
     names = [targets] if isinstance(targets, str) else targets
-    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
-        raise ValueError(f"{name}: peft_config.target_modules, {targets!r}, is no list of names")
+    if not isinstance(names, list | tuple) or not all(isinstance(part, str) for part in names):
+        raise ValueError(
+            f"{name}: peft_config.target_modules: {targets!r} must be a list of module names"
+        )
     try:
         check_numbers(adapter)
     except ValueError as error:
@@ -104,16 +112,16 @@ def check_sections(name: str, config: Mapping[str, Any]) -> None:
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """full, lora, dora or rslora, and what else is its own: "lora pissa", "lora lora+"."""
+    """Return full, lora, dora or rslora with its variant, e.g. "lora pissa" or "lora lora+"."""
     described = describe(_adapter(config))
-    marks = [] if described.init in (True, None) else [str(described.init).lower()]
+    variants = [] if described.init in (True, None) else [str(described.init).lower()]
     if any("lora_" in str(group.get("param_str_match")) for group in _groups(config)):
-        marks.append("lora+")
-    return " ".join([described.name, *marks])
+        variants.append("lora+")
+    return " ".join([described.name, *variants])
 
 
 def by_design(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line: the methods, their learning rates and effective scales."""
+    """Return the methods with their learning rates and effective scales, in one line."""
     methods: dict[str, list[str]] = {}
     for config in configs.values():
         described = describe(_adapter(config))
@@ -135,7 +143,7 @@ def _groups(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value of all that has to be equal."""
+    """Return dotted key -> value of all settings that must be equal."""
     leaves = {}
     for key, value in _leaves(_without_lora_plus(config)):
         if _LEFT_OUT.fullmatch(key) or key.startswith("variables."):
@@ -149,7 +157,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_lora_plus(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Groups that give an adapter's matrices a learning rate of their own and nothing else."""
+    """Return the configuration without groups that only set a learning rate of LoRA matrices."""
     optimizer = dict(config.get("optimizer") or {})
     optimizer["param_groups"] = [
         group
@@ -160,8 +168,11 @@ def _without_lora_plus(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value); a list of mappings is walked into, another is one value. A key that is
-    null is one that is not there."""
+    """Yield (dotted key, value) of every leaf.
+
+    Lists of mappings are entered; any other list is one value. Null means the same as a missing
+    key.
+    """
     if isinstance(node, Mapping) and node:
         for name, child in node.items():
             yield from _leaves(child, f"{key}.{name}" if key else str(name))
@@ -175,7 +186,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _unequal_sets(
     configs: Mapping[str, Mapping[str, Any]], key: str, value_of: Callable[[Mapping], Any]
 ) -> list[Difference]:
-    """A difference where one method has a value of `key` that another has not."""
+    """Return a difference if one method has a value of `key` that another one lacks."""
     sets: dict[str, set[str]] = {}
     for config in configs.values():
         sets.setdefault(method(config), set()).add(_text(value_of(config)))
@@ -185,7 +196,7 @@ def _unequal_sets(
 
 
 def _unequal_grids(configs: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
-    """Every method is to be tuned on a grid of as many learning rates, chosen by the same names."""
+    """Return a difference if the methods' grids of learning rates have different names."""
     key = "learning_rates"
     grids = {
         name: sorted(map(str, (config.get("variables") or {}).get(key) or {}))
@@ -196,12 +207,13 @@ def _unequal_grids(configs: Mapping[str, Mapping[str, Any]]) -> list[Difference]
     return [Difference(f"variables.{key} (names)", grids)]
 
 
-def _is_below(key: str, allowed: str) -> bool:
+def is_below(key: str, allowed: str) -> bool:
+    """Return whether `key` is the allowed key or a key below it."""
     return key == allowed or key.startswith((f"{allowed}.", f"{allowed}[", f"{allowed} "))
 
 
 def _text(value: Any) -> str:
-    """1 and 1.0 are one value; true and 1, which is another setting, are not."""
+    """Format a value so that 1 equals 1.0 but not true, which is another setting."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""The learning rate a method is compared at: the one it learns most with."""
+"""The learning rate that a method is compared at: the one at which it learns most."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,48 +9,47 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BestLearningRate:
-    """The choice and what it rests on."""
+    """A method's chosen learning rate and the reasons for the choice."""
 
     learning_rate: float
-    measure: str
-    """The `learning` key that decides, e.g. target_loss."""
+    metric: str
+    """The `learning` key it was chosen by, e.g. target_loss."""
     edge: str | None
-    """"lowest" or "highest" where the best one lies at the grid's edge, so that a better one may
-    lie beyond; None inside the grid, and where there is no grid."""
+    """"lowest" or "highest" if the choice lies at the edge of the grid, because a better rate may
+    lie beyond it. None inside the grid, and if there is only one rate."""
     means: Mapping[float, float]
-    """learning rate -> mean learning over `seeds`; -inf where one of them diverged."""
+    """learning rate -> mean learning over `seeds`; -inf if one of those runs diverged."""
     seeds: tuple[int, ...]
-    """The seeds that decide: those that every learning rate was run with, so that a lucky seed
-    favours none, and further seeds of the winner do not change the choice. Where there is no such
-    seed, all of them."""
+    """Seeds that every learning rate was run with, or all seeds if there is no such seed. A lucky
+    seed therefore favours no rate, and further seeds of the winner do not change the choice."""
 
 
 def best_learning_rate(
-    records: Sequence[Mapping[str, Any]], measure: str | None = None
+    records: Sequence[Mapping[str, Any]], metric: str | None = None
 ) -> BestLearningRate:
-    """Chooses by mean final learning; of equals the lowest learning rate.
+    """Choose the learning rate with the highest mean final learning; the lowest of equals.
 
-    A rate at which a run diverged is not chosen, unless there is none without such a run; then the
-    other runs decide.
+    A rate at which a run diverged is not chosen. If a run diverged at every rate, the other runs
+    decide.
 
     Args:
         records: finished runs of one method, as in record.json.
-        measure: a key of `learning`; the first loss if not given, or the first key.
+        metric: a key of `learning`; by default the first loss, or the first key.
 
     Raises:
-        ValueError: no records, one without that measure, or nothing but diverged runs.
+        ValueError: there are no records, one lacks the metric, or all runs diverged.
     """
     if not records:
         raise ValueError("no runs to choose a learning rate from")
-    measure = measure or learning_measure(records)
+    metric = metric or learning_metric(records)
     values: dict[float, dict[int, float]] = {}
     for record in records:
         learning = record["evaluations"][-1]["learning"]
-        if measure not in learning:
+        if metric not in learning:
             names = ", ".join(learning) or "nothing"
-            raise ValueError(f"{record['run_name']}: no {measure} in its learning, but {names}")
-        # A run that diverged has learned nothing, however its loss is written.
-        learned = -math.inf if _has_diverged(record, measure) else learning[measure]
+            raise ValueError(f"{record['run_name']}: no {metric} in its learning, but {names}")
+        # A run that diverged has learned nothing, whatever number its loss is.
+        learned = -math.inf if _has_diverged(record, metric) else learning[metric]
         values.setdefault(float(record["learning_rate"]), {})[record["seed"]] = learned
     shared = set.intersection(*map(set, values.values()))
     means = {
@@ -59,9 +58,9 @@ def best_learning_rate(
     }
     best = max(means, key=lambda rate: means[rate])
     if means[best] == -math.inf:
-        whole = [one for one in records if not _has_diverged(one, measure)]
-        if whole:
-            return best_learning_rate(whole, measure)
+        converged = [record for record in records if not _has_diverged(record, metric)]
+        if converged:
+            return best_learning_rate(converged, metric)
         raise ValueError(
             f"{records[0]['method']}: diverged at every learning rate, so none is best"
         )
@@ -69,19 +68,19 @@ def best_learning_rate(
     if len(means) > 1 and best in (min(means), max(means)):
         edge = "lowest" if best == min(means) else "highest"
     seeds = shared or set().union(*values.values())
-    return BestLearningRate(best, measure, edge, means, tuple(sorted(seeds)))
+    return BestLearningRate(best, metric, edge, means, tuple(sorted(seeds)))
 
 
-def _has_diverged(record: Mapping[str, Any], measure: str) -> bool:
+def _has_diverged(record: Mapping[str, Any], metric: str) -> bool:
     end = record["evaluations"][-1]
-    values = [end["learning"][measure], *end.get("forgetting", {}).values()]
+    values = [end["learning"][metric], *end.get("forgetting", {}).values()]
     return not all(map(math.isfinite, values))
 
 
-def learning_measure(records: Sequence[Mapping[str, Any]]) -> str:
-    """The first held-out loss that all have learned on, else the first measure."""
+def learning_metric(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first held-out loss that all records have under `learning`, else the first key."""
     keys = [record["evaluations"][-1]["learning"] for record in records]
     shared = [key for key in keys[0] if all(key in others for others in keys)]
     if not shared:
-        raise ValueError("the runs have no measure of learning in common")
+        raise ValueError("the runs have no metric of learning in common")
     return next((key for key in shared if key.endswith("_loss")), shared[0])

@@ -1,4 +1,4 @@
-"""What can be said: each method's interval, each pair's difference, in numbers and a sentence."""
+"""Findings: each method's interval and each pair's difference, as numbers and as a sentence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,13 +6,11 @@ from itertools import combinations
 
 import numpy as np
 
-from foundry_ext.comparison.measures import Measure, final_value, item_matrix, outcomes
+from foundry_ext.comparison.metrics import Metric, final_value, item_matrix, outcomes
 from foundry_ext.comparison.power import (
     ALPHA,
-    both_needed,
-    left_for,
     mcnemar_items_needed,
-    pairs_needed,
+    seeds_and_items_needed,
 )
 from foundry_ext.comparison.runs import Run
 from foundry_ext.comparison.statistics import (
@@ -21,7 +19,6 @@ from foundry_ext.comparison.statistics import (
     McNemar,
     bootstrap_items,
     holm,
-    influences,
     mcnemar,
     over_seeds,
     seeds_and_items,
@@ -32,53 +29,54 @@ from foundry_ext.comparison.statistics import (
 
 @dataclass(frozen=True)
 class Summary:
-    """A method's mean in one measure at its chosen learning rate."""
+    """A method's mean of one metric at its chosen learning rate."""
 
     label: str
-    measure: Measure
+    metric: Metric
     by_seed: Mapping[int, float]
     mean: float
     interval: Interval | None
-    """None where a single seed has no items: nothing shows the spread."""
+    """None for a single seed without items, because nothing shows the spread."""
     num_items: int | None
     two_level: tuple[float, float] | None
-    """Limits of the two-level bootstrap, for reference; see statistics.py."""
+    """Limits of the two-level bootstrap, for reference only; see statistics.py."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """First minus second in one measure."""
+class PairwiseComparison:
+    """Difference of two methods, first minus second, in one metric."""
 
-    measure: Measure
+    metric: Metric
     first: str
     second: str
     difference: float
     interval: Interval | None
     adjusted_p: float | None
-    """Holm over the pairs of this measure."""
+    """p-value after Holm's correction over the pairs of this metric."""
     seeds: tuple[tuple[int, ...], tuple[int, ...]]
-    """Those used of the first and of the second; equal where they are paired."""
+    """Seeds used of the first and of the second method; equal if they are paired."""
     num_items: int | None
     mcnemar: McNemar | None
-    """Of one run each, with the seeds `mcnemar_seeds`."""
+    """McNemar's test on one run of each method, with the seeds `mcnemar_seeds`."""
     mcnemar_seeds: tuple[int, int] | None
     adjusted_mcnemar: float | None
     seeds_needed: int | None
+    """Seeds needed if the items stay fixed; None if no number suffices."""
     items_needed: int | None
-    """Of the one, while the other stays as it is; None where no number of it would do."""
+    """Items needed if the seeds stay fixed; None if no number suffices."""
     both_needed: tuple[int, int] | None
-    """(seeds, items), where neither alone would do."""
+    """(seeds, items) needed together, if neither alone suffices."""
     num_tests: int
-    """Pairs of this measure, over which the needed numbers share the 5 %."""
+    """Number of pairs of this metric; the needed numbers divide the 5 % by it."""
 
     @property
     def in_general(self) -> bool:
-        """Whether seeds vary in the interval, so that it speaks of methods and not of runs."""
+        """Whether seeds vary in the interval, so that it holds for the methods, not only runs."""
         return self.interval is not None and self.interval.kind.startswith("seeds")
 
     @property
     def p(self) -> float | None:
-        """McNemar's where one pair of runs answers right or wrong, else the interval's."""
+        """McNemar's p-value for a single pair of runs with a binary metric, else the interval's."""
         if self.interval is None:
             return None
         single = len(self.seeds[0]) == len(self.seeds[1]) == 1
@@ -86,19 +84,21 @@ class Pair:
 
     @property
     def is_distinguishable(self) -> bool:
+        """Whether both the interval and the adjusted p-value exclude a difference of 0."""
         if self.interval is None or self.adjusted_p is None:
             return False
         return not self.interval.includes_zero and self.adjusted_p < ALPHA
 
     @property
     def sentence(self) -> str:
+        """The finding in words."""
         return _sentence(self)
 
 
-def summarise(label: str, runs: Sequence[Run], measure: Measure) -> Summary:
-    """Of runs of one method and learning rate, one a seed."""
-    values = {run.seed: final_value(run, measure) for run in runs}
-    items = item_matrix([runs], measure)
+def summarise(label: str, runs: Sequence[Run], metric: Metric) -> Summary:
+    """Summarise one metric over runs of one method and learning rate, one run per seed."""
+    values = {run.seed: final_value(run, metric) for run in runs}
+    items = item_matrix([runs], metric)
     interval = two_level = None
     if items:
         matrix, weights = items[0][0], items[1]
@@ -111,75 +111,73 @@ def summarise(label: str, runs: Sequence[Run], measure: Measure) -> Summary:
         interval = over_seeds(list(values.values()))
     num_items = len(items[1]) if items else None
     mean = float(np.mean(list(values.values())))
-    return Summary(label, measure, values, mean, interval, num_items, two_level)
+    return Summary(label, metric, values, mean, interval, num_items, two_level)
 
 
-def compare_pairs(chosen: Mapping[str, Sequence[Run]], measure: Measure) -> list[Pair]:
-    """Every two methods, with p-values adjusted over the pairs."""
-    every = list(combinations(chosen, 2))
+def compare_pairs(chosen: Mapping[str, Sequence[Run]], metric: Metric) -> list[PairwiseComparison]:
+    """Compare every two methods, with p-values adjusted over the pairs."""
+    names = list(combinations(chosen, 2))
     pairs = [
-        compare(first, chosen[first], second, chosen[second], measure, num_tests=len(every))
-        for first, second in every
+        compare_pair(first, chosen[first], second, chosen[second], metric, num_tests=len(names))
+        for first, second in names
     ]
-    pairs = _adjusted(pairs, "p", "adjusted_p")
-    return _adjusted(pairs, "mcnemar_p", "adjusted_mcnemar")
+    pairs = _adjusted(pairs, [pair.p for pair in pairs], "adjusted_p")
+    mcnemar_p = [pair.mcnemar.p if pair.mcnemar else None for pair in pairs]
+    return _adjusted(pairs, mcnemar_p, "adjusted_mcnemar")
 
 
-def _adjusted(pairs: list[Pair], source: str, target: str) -> list[Pair]:
-    values = {}
-    for index, pair in enumerate(pairs):
-        p = pair.p if source == "p" else pair.mcnemar.p if pair.mcnemar else None
-        if p is not None:
-            values[index] = p
-    adjusted = dict(zip(values, holm(list(values.values())), strict=True))
+def _adjusted(
+    pairs: list[PairwiseComparison], p_values: list[float | None], field: str
+) -> list[PairwiseComparison]:
+    """Set `field` to the p-values after Holm's correction, where there is one."""
+    adjusted = iter(holm([p for p in p_values if p is not None]))
     return [
-        replace(pair, **{target: adjusted[index]}) if index in adjusted else pair
-        for index, pair in enumerate(pairs)
+        pair if p is None else replace(pair, **{field: next(adjusted)})
+        for pair, p in zip(pairs, p_values, strict=True)
     ]
 
 
-def compare(
+def compare_pair(
     first: str,
     first_runs: Sequence[Run],
     second: str,
     second_runs: Sequence[Run],
-    measure: Measure,
+    metric: Metric,
     *,
     num_tests: int = 1,
-) -> Pair:
-    """Runs of each method at its learning rate, one a seed; paired where seeds are shared."""
+) -> PairwiseComparison:
+    """Compare two methods in one metric, paired where they share seeds.
+
+    Args:
+        first: name of the first method.
+        first_runs: its runs at its chosen learning rate, one per seed.
+        second: name of the second method.
+        second_runs: its runs at its chosen learning rate, one per seed.
+        metric: what to compare.
+        num_tests: pairs compared, which share the 5 % in the needed numbers.
+    """
     ours, theirs, paired = _matched_runs(first_runs, second_runs)
-    items = item_matrix([ours, theirs], measure)
-    values = [np.array([final_value(run, measure) for run in runs]) for runs in (ours, theirs)]
-    enough = min(len(ours), len(theirs)) >= MIN_SEEDS
-    if items:
-        (a, b), weights = items
-    else:
-        (a, b), weights = (values[0][:, None], values[1][:, None]), np.ones(1)
-    interval = None
-    if enough:
-        interval = (
-            seeds_and_items(a - b, weights) if paired else unpaired_seeds_and_items(a, b, weights)
-        )
-    elif items:
-        interval = bootstrap_items(a.mean(0) - b.mean(0), weights)
-    test = _mcnemar(ours[0], theirs[0], measure)
+    values = [np.array([final_value(run, metric) for run in runs]) for runs in (ours, theirs)]
     difference = float(values[0].mean() - values[1].mean())
+    items = item_matrix([ours, theirs], metric)
+    test = _mcnemar(ours[0], theirs[0], metric)
     alpha = ALPHA / num_tests
-    seeds_needed, items_needed, both = _needed(difference, values, items, paired, alpha)
+    seeds_needed, items_needed, both = seeds_and_items_needed(
+        difference, values, items, paired, alpha
+    )
     if test and items and len(ours) == len(theirs) == 1:
         items_needed = mcnemar_items_needed(
             test.only_first, test.only_second, test.num_items, alpha
         )
-    return Pair(
-        measure=measure,
+    return PairwiseComparison(
+        metric=metric,
         first=first,
         second=second,
         difference=difference,
-        interval=interval,
+        interval=_interval(values, items, paired),
         adjusted_p=None,
         seeds=(tuple(run.seed for run in ours), tuple(run.seed for run in theirs)),
-        num_items=len(weights) if items else None,
+        num_items=len(items[1]) if items else None,
         mcnemar=test,
         mcnemar_seeds=(ours[0].seed, theirs[0].seed) if test else None,
         adjusted_mcnemar=None,
@@ -190,11 +188,24 @@ def compare(
     )
 
 
-def _matched_runs(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
-    """The runs to compare, by seed, and whether they are paired by it.
+def _interval(
+    values: list[np.ndarray], items: tuple[list[np.ndarray], np.ndarray] | None, paired: bool
+) -> Interval | None:
+    """Return the interval of first minus second; None if nothing shows the spread."""
+    matrices, weights = items or ([ends[:, None] for ends in values], np.ones(1))
+    first, second = matrices
+    if min(len(first), len(second)) < MIN_SEEDS:
+        return bootstrap_items(first.mean(0) - second.mean(0), weights) if items else None
+    if paired:
+        return seeds_and_items(first - second, weights)
+    return unpaired_seeds_and_items(first, second, weights)
 
-    Shared seeds are paired; where too few are shared but both methods have enough of their own,
-    all are used unpaired.
+
+def _matched_runs(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
+    """Return the runs to compare of each method, by seed, and whether they are paired.
+
+    Shared seeds are paired. If too few are shared but both methods have enough seeds, all are used
+    unpaired.
     """
     ours = {run.seed: run for run in first}
     theirs = {run.seed: run for run in second}
@@ -205,43 +216,10 @@ def _matched_runs(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run
     return [ours[seed] for seed in sorted(ours)], [theirs[seed] for seed in sorted(theirs)], False
 
 
-def _needed(
-    difference: float,
-    values: list[np.ndarray],
-    items: tuple[list[np.ndarray], np.ndarray] | None,
-    paired: bool,
-    alpha: float,
-) -> tuple[int | None, int | None, tuple[int, int] | None]:
-    """Seeds needed while the items stay as they are, and items while the seeds do; values [S]."""
-    num_seeds, num_items = min(map(len, values)), len(items[1]) if items else 0
-    of_seeds = of_items = 0.0
-    if num_seeds >= MIN_SEEDS:
-        spread = [values[0] - values[1]] if paired else values
-        of_seeds = float(np.sqrt(sum(one.var(ddof=1) for one in spread)))
-    if items:
-        (a, b), weights = items
-        of_items = float(influences(a.mean(0) - b.mean(0), weights).std(ddof=1))
-    seeds_needed = items_needed = None
-    if num_seeds >= MIN_SEEDS:
-        left = difference
-        if items:
-            left = left_for(difference, of_items / np.sqrt(num_items), num_items - 1, alpha)
-        seeds_needed = pairs_needed(left, of_seeds, alpha)
-    if items:
-        left = difference
-        if num_seeds >= MIN_SEEDS:
-            left = left_for(difference, of_seeds / np.sqrt(num_seeds), num_seeds - 1, alpha)
-        items_needed = pairs_needed(left, of_items, alpha)
-    both = None
-    if num_seeds >= MIN_SEEDS and items and seeds_needed is None and items_needed is None:
-        both = both_needed(difference, of_seeds, of_items, num_seeds, num_items, alpha)
-    return seeds_needed, items_needed, both
-
-
-def _mcnemar(first: Run, second: Run, measure: Measure) -> McNemar | None:
-    if not measure.is_binary:
+def _mcnemar(first: Run, second: Run, metric: Metric) -> McNemar | None:
+    if not metric.is_binary:
         return None
-    ours, theirs = outcomes(first, measure), outcomes(second, measure)
+    ours, theirs = outcomes(first, metric), outcomes(second, metric)
     names = sorted(set(ours) & set(theirs))
     if not names or len(names) != len(ours) or len(names) != len(theirs):
         return None
@@ -250,15 +228,15 @@ def _mcnemar(first: Run, second: Run, measure: Measure) -> McNemar | None:
     )
 
 
-def _sentence(pair: Pair) -> str:
-    measure = pair.measure
+def _sentence(pair: PairwiseComparison) -> str:
+    metric = pair.metric
     scope = "" if pair.in_general else "In these runs, "
-    size = f"{measure.show(abs(pair.difference))} {measure.unit}"
-    where = f"in {measure.role} on {measure.subject}"
+    size = f"{metric.show(abs(pair.difference))} {metric.unit}"
+    where = f"in {metric.role} on {metric.subject}"
     if pair.interval is None:
         return (
             f"{pair.first} and {pair.second} are not distinguishable {where}: difference"
-            f" {measure.show(pair.difference, signed=True)} {measure.unit}, with neither items nor"
+            f" {metric.show(pair.difference, signed=True)} {metric.unit}, with neither items nor"
             f" {MIN_SEEDS} seeds to show its spread."
         )
     low, high = pair.interval.low, pair.interval.high
@@ -266,20 +244,20 @@ def _sentence(pair: Pair) -> str:
         more, less = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
         if pair.difference < 0:
             low, high = -high, -low
-        verb = "learns" if measure.role == "learning" else "forgets"
-        limits = f"[{measure.show(low)}, {measure.show(high)}]"
-        return f"{scope}{more} {verb} more than {less} on {measure.subject}: {size} {limits}."
-    limits = f"[{measure.show(low, signed=True)}, {measure.show(high, signed=True)}]"
-    if not pair.interval.includes_zero:  # then it is the p-value that holds it back
+        verb = "learns" if metric.role == "learning" else "forgets"
+        limits = f"[{metric.show(low)}, {metric.show(high)}]"
+        return f"{scope}{more} {verb} more than {less} on {metric.subject}: {size} {limits}."
+    limits = f"[{metric.show(low, signed=True)}, {metric.show(high, signed=True)}]"
+    if not pair.interval.includes_zero:  # the p-value is the reason
         limits += f", p = {pair.adjusted_p:.2f} after Holm's correction"
     return (
         f"{scope}{pair.first} and {pair.second} are not distinguishable {where}: difference"
-        f" {measure.show(pair.difference, signed=True)} {measure.unit} {limits}; {needs(pair)}."
+        f" {metric.show(pair.difference, signed=True)} {metric.unit} {limits}; {needs(pair)}."
     )
 
 
-def needs(pair: Pair) -> str:
-    """The power line: what the observed difference would need."""
+def needs(pair: PairwiseComparison) -> str:
+    """Return how many seeds or items the observed difference would need."""
     ways = []
     if pair.seeds_needed is not None:
         ways.append(f"{pair.seeds_needed:,} seeds on these items")
@@ -289,7 +267,8 @@ def needs(pair: Pair) -> str:
         seeds, items = pair.both_needed
         ways.append(f"{seeds:,} seeds together with {items:,} items")
     if ways:
-        found = " or ".join(ways)
         tests = f" over {pair.num_tests} pairs" if pair.num_tests > 1 else ""
-        return f"a difference this large needs {found} (80 % power, two-sided 5 %{tests})"
+        return (
+            f"a difference this large needs {' or '.join(ways)} (80 % power, two-sided 5 %{tests})"
+        )
     return "no number of items or seeds would show a difference this small"

@@ -9,7 +9,10 @@ These are planning figures computed from the observed difference. If that is noi
 
 import math
 
+import numpy as np
 from scipy import stats
+
+from foundry_ext.comparison.statistics import MIN_SEEDS, influences
 
 POWER = 0.8
 ALPHA = 0.05
@@ -92,6 +95,47 @@ def both_needed(
             return seeds, items
         factor *= 1.05
     return None
+
+
+def seeds_and_items_needed(
+    difference: float,
+    values: list[np.ndarray],
+    items: tuple[list[np.ndarray], np.ndarray] | None,
+    paired: bool,
+    alpha: float,
+) -> tuple[int | None, int | None, tuple[int, int] | None]:
+    """Return seeds needed with these items, items needed with these seeds, or both together.
+
+    Args:
+        difference: observed mean difference.
+        values: final values of the two methods' runs, [S1] and [S2].
+        items: values of the items, [S1, I] and [S2, I], and their weights [I].
+        paired: whether the runs are paired by seed.
+        alpha: two-sided level of the test.
+    """
+    num_seeds, num_items = min(map(len, values)), len(items[1]) if items else 0
+    of_seeds = of_items = 0.0
+    if num_seeds >= MIN_SEEDS:
+        spread = [values[0] - values[1]] if paired else values
+        of_seeds = float(np.sqrt(sum(samples.var(ddof=1) for samples in spread)))
+    if items:
+        (a, b), weights = items
+        of_items = float(influences(a.mean(0) - b.mean(0), weights).std(ddof=1))
+    seeds_needed = items_needed = None
+    if num_seeds >= MIN_SEEDS:
+        left = difference
+        if items:
+            left = left_for(difference, of_items / np.sqrt(num_items), num_items - 1, alpha)
+        seeds_needed = pairs_needed(left, of_seeds, alpha)
+    if items:
+        left = difference
+        if num_seeds >= MIN_SEEDS:
+            left = left_for(difference, of_seeds / np.sqrt(num_seeds), num_seeds - 1, alpha)
+        items_needed = pairs_needed(left, of_items, alpha)
+    both = None
+    if num_seeds >= MIN_SEEDS and items and seeds_needed is None and items_needed is None:
+        both = both_needed(difference, of_seeds, of_items, num_seeds, num_items, alpha)
+    return seeds_needed, items_needed, both
 
 
 def mcnemar_items_needed(

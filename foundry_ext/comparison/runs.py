@@ -1,4 +1,4 @@
-"""Finished runs, loaded from records: where they lie, their labels, their groups."""
+"""Finished runs: finding and loading their records, and grouping them by label."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ RECORD_NAME = "record.json"
 ANALYSIS_NAME = "analysis.json"
 _DIVERGED = "diverged: a loss that is not a number"
 _NAMES = {"full": "full", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
-# What tells groups of one method apart, in this order; short names for the labels.
+# Keys that tell groups of one method apart, in this order, with their short names in labels.
 _MODEL_KEYS = {"rank": "r", "alpha": "α ", "init": "init ", "target_modules": "on "}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run with at least two evaluations; `label` is its group's, e.g. "LoRA r16"."""
+    """A finished run with at least two evaluations; `label` names its group, e.g. "LoRA r16"."""
 
     record: Mapping[str, Any]
     items: Sequence[Mapping[str, Any]] = ()
@@ -32,27 +32,32 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's name."""
         return self.record["run_name"]
 
     @property
     def seed(self) -> int:
+        """The run's seed."""
         return self.record["seed"]
 
     @property
     def learning_rate(self) -> float:
+        """The run's peak learning rate."""
         return float(self.record["learning_rate"])
 
     @property
     def first(self) -> Mapping[str, Any]:
+        """The evaluation at step 0."""
         return self.record["evaluations"][0]
 
     @property
     def final(self) -> Mapping[str, Any]:
+        """The evaluation at the end of training."""
         return self.record["evaluations"][-1]
 
     @cached_property
     def by_set(self) -> dict[tuple[int, str], dict[str, Mapping[str, Any]]]:
-        """(step, set) -> item -> its line."""
+        """(step, set) -> item -> its line of the per-item file."""
         lines: dict[tuple[int, str], dict[str, Mapping[str, Any]]] = {}
         for line in self.items:
             lines.setdefault((line["step"], line["set"]), {})[str(line["item"])] = line
@@ -61,57 +66,59 @@ class Run:
 
 @dataclass
 class Loaded:
-    """Runs to compare, and why others among those given are left out, by name."""
+    """Runs to compare, and runs that are left out."""
 
     runs: list[Run] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    """name -> why it is left out."""
     diverged: list[Run] = field(default_factory=list)
-    """Those of them that diverged: they are in no mean, but their learning rates were tried."""
+    """Left-out runs that diverged. No mean includes them, but their learning rates were tried."""
 
 
 def find_records(references: Sequence[str], downloads: Path) -> list[Path]:
-    """The records' paths: of run folders, records, folders of runs, W&B runs offline and online.
+    """Return the paths of all records that the references name.
 
     Args:
-        references: paths, or entity/project/run_id of runs on W&B's server.
-        downloads: where runs from the server are put.
+        references: run folders, records, folders of runs, folders of offline W&B runs, or
+            entity/project/run_id of runs on W&B's server.
+        downloads: folder for runs from the server.
 
     Raises:
-        FileNotFoundError: a reference that holds no record.
+        FileNotFoundError: a reference has no record.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for reference in references:
         path = Path(reference)
         if wandb_runs.is_online(reference):
-            found.append(wandb_runs.fetch_record(reference, downloads))
+            paths.append(wandb_runs.fetch_record(reference, downloads))
         elif path.is_file():
-            found.append(path)
+            paths.append(path)
         elif not path.exists():
             raise FileNotFoundError(f"{reference}: no such run, record or folder of runs")
         elif wandb_runs.is_local(path):
-            found.append(wandb_runs.local_record(path))
+            paths.append(wandb_runs.local_record(path))
         elif (path / RECORD_NAME).is_file():
-            found.append(path / RECORD_NAME)
+            paths.append(path / RECORD_NAME)
         else:
-            found += _below(path)
-    return list({path.resolve(): path for path in found}.values())
+            paths += _records_below(path)
+    return list({path.resolve(): path for path in paths}.values())
 
 
-def _below(folder: Path) -> list[Path]:
-    below = sorted(folder.rglob(RECORD_NAME))
-    # W&B keeps a copy of a run's record: where the run itself is there, that one is taken.
-    own = [path for path in below if path.parent.name != "files"]
-    if not below:
+def _records_below(folder: Path) -> list[Path]:
+    paths = sorted(folder.rglob(RECORD_NAME))
+    if not paths:
         raise FileNotFoundError(f"{folder}: no {RECORD_NAME} in it, nor in any folder below")
-    return own or below
+    # W&B keeps copies of records, in folders called files: prefer the runs' own.
+    originals = [path for path in paths if path.parent.name != "files"]
+    return originals or paths
 
 
 def load_runs(references: Sequence[str]) -> Loaded:
-    """Reads runs; those unfinished, failed, or without two evaluations are left out by name.
+    """Load runs, leaving out those that are unfinished, failed, or lack two evaluations.
 
     Raises:
-        FileNotFoundError: a reference that holds no record.
-        ValueError: something there that is no record, or nothing left to compare.
+        FileNotFoundError: a reference has no record.
+        ValueError: a record is corrupted, or no run is left to compare.
     """
     loaded = Loaded()
     with tempfile.TemporaryDirectory() as downloads:
@@ -140,7 +147,7 @@ def load_runs(references: Sequence[str]) -> Loaded:
 
 
 def why_left_out(record: Mapping[str, Any]) -> str | None:
-    """The reason why a run cannot be compared, or None."""
+    """Return the reason why a run cannot be compared, or None."""
     status = record["status"]
     if status == "failed":
         return f"failed: {record['error']}"
@@ -163,34 +170,34 @@ def _read_analysis(path: Path) -> Mapping[str, Any] | None:
     try:
         analysis = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: no analysis ({error})") from error
+        raise ValueError(f"{path}: not an analysis ({error})") from error
     if not isinstance(analysis, dict):
-        raise ValueError(f"{path}: no analysis; write it anew with `foundry-ext analyse`")
+        raise ValueError(f"{path}: not an analysis; write it again with `foundry-ext analyse`")
     return analysis
 
 
 def labelled(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]] | None = None) -> list[Run]:
-    """The same runs with their groups' labels: the method, and what else tells groups apart.
+    """Return the runs labelled with their groups: the method, and what tells its groups apart.
 
     Args:
-        settings: of each run, what of its configuration differs from other runs' and so makes
-            groups: dotted key -> value, the same keys for all.
+        runs: the runs.
+        settings: dotted key -> value per run, with the same keys for all runs, of settings that
+            differ between runs and therefore make groups.
     """
-    traits = [
-        _traits(run, own) for run, own in zip(runs, settings or [{}] * len(runs), strict=True)
-    ]
+    settings = settings or [{}] * len(runs)
+    all_traits = [_traits(run, values) for run, values in zip(runs, settings, strict=True)]
     labels = []
-    for run, own in zip(runs, traits, strict=True):
+    for run, traits in zip(runs, all_traits, strict=True):
         method = run.record["method"]
-        rivals = [
-            other
-            for rival, other in zip(runs, traits, strict=True)
-            if rival.record["method"] == method
+        same_method = [
+            others
+            for other, others in zip(runs, all_traits, strict=True)
+            if other.record["method"] == method
         ]
         differing = [
-            value
-            for index, value in enumerate(own)
-            if value and any(rival[index] != value for rival in rivals)
+            trait
+            for index, trait in enumerate(traits)
+            if trait and any(others[index] != trait for others in same_method)
         ]
         labels.append(" ".join([_NAMES.get(method) or str(method), *differing]))
     return [
@@ -214,7 +221,7 @@ def _traits(run: Run, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    """At most 40 characters; two long texts that begin alike stay two."""
+    """Shorten a text to 40 characters, with a digest so that different texts stay different."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]
     return text if len(text) <= 40 else f"{text[:33]}…{digest}"
 
@@ -228,14 +235,14 @@ def _short(value: Any) -> str:
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by group; full fine-tuning, LoRA, DoRA, rsLoRA first, in this order."""
+    """Group runs by label; full fine-tuning, LoRA, DoRA, rsLoRA come first, in this order."""
     order = list(_NAMES)
 
-    def place(run: Run) -> tuple[int, str]:
+    def position(run: Run) -> tuple[int, str]:
         method = run.record["method"]
         return (order.index(method) if method in order else len(order), run.label)
 
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (*place(run), run.learning_rate, run.seed)):
+    for run in sorted(runs, key=lambda run: (*position(run), run.learning_rate, run.seed)):
         groups.setdefault(run.label, []).append(run)
     return groups

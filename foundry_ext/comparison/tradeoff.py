@@ -1,4 +1,4 @@
-"""Learning against forgetting: the Pareto front, and forgetting at matched learning."""
+"""Trade-off of learning and forgetting: the Pareto front, and forgetting at matched learning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from foundry_ext.comparison.measures import Measure, curve, final_value
+from foundry_ext.comparison.metrics import Metric, curve, final_value
 from foundry_ext.comparison.power import ALPHA
 from foundry_ext.comparison.runs import Run
 from foundry_ext.comparison.statistics import (
@@ -19,9 +19,9 @@ from foundry_ext.comparison.statistics import (
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (learning, forgetting) points that none beats in both, by rising learning.
+    """Return the indices of (learning, forgetting) points that no other point dominates.
 
-    Equal points are all on the front.
+    They are sorted by rising learning. Equal points are all on the front.
     """
     front = [
         index
@@ -35,13 +35,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def first_crossing(path: np.ndarray, level: float) -> float | None:
-    """Forgetting where a path first reaches a learning level, linear between its points.
+    """Return the forgetting at which a path first reaches a level of learning.
 
     Args:
-        path: [n, 2], learning and forgetting in the order of the path.
+        path: [n, 2], learning and forgetting, linear between the points.
+        level: the level of learning.
 
     Returns:
-        None where the level lies outside the path: nothing is extrapolated.
+        None if the level lies outside the path, because nothing is extrapolated.
     """
     learned, forgot = path[:, 0], path[:, 1]
     for index in range(len(path)):
@@ -59,31 +60,40 @@ class Matched:
     """One method's forgetting at one level of learning."""
 
     by_seed: Mapping[int, float]
-    """Over the evaluations of each seed's run at the chosen learning rate; seeds that do not reach
-    the level are not in it."""
+    """Forgetting between evaluations of each seed's run at the chosen learning rate. Seeds that do
+    not reach the level are missing."""
     num_seeds: int
     mean: float | None
-    """Of all seeds; None where one of them does not reach the level."""
+    """Mean over all seeds; None if one of them does not reach the level."""
     interval: Interval | None
-    """Over seeds, where there are three or more."""
+    """Interval over seeds; None with fewer than three."""
     is_early: bool
-    """Whether a run had learned as much before its first evaluation after step 0, so that its value
-    lies on the straight line from the base model and not between two measured points."""
+    """Whether a run reached the level before its first evaluation after step 0. Its value then lies
+    on the straight line from the base model, not between two measured points."""
     over_rates: float | None
-    """Over the ends of runs with rising learning rates; None where the level lies outside."""
+    """Forgetting between the ends of runs with rising learning rates; None if the level lies
+    outside."""
     at_most: float | None
-    """Where even the learning rate that learned least learned more than the level: the least that
-    was forgotten at any. So much, at most, does it cost the method to learn as much."""
+    """Upper bound, for a method that learned more than the level at every learning rate: the least
+    it forgot at any of them. None for other methods."""
 
 
 def matched(
     chosen: Sequence[Run],
-    every: Sequence[Run],
-    learning: Measure,
-    forgetting: Measure,
+    all_runs: Sequence[Run],
+    learning: Metric,
+    forgetting: Metric,
     level: float,
 ) -> Matched:
-    """Of a method's runs at its chosen learning rate, one a seed, and of all its runs."""
+    """Return one method's forgetting at a level of learning.
+
+    Args:
+        chosen: the method's runs at its chosen learning rate, one per seed.
+        all_runs: its runs at every learning rate.
+        learning: metric that has the level.
+        forgetting: metric to return.
+        level: the level of learning.
+    """
     by_seed = {}
     is_early = False
     for run in chosen:
@@ -93,7 +103,7 @@ def matched(
             by_seed[run.seed] = crossing
             is_early |= bool(path[1, 0] > level)
     complete = len(by_seed) == len(chosen)
-    rates = rate_path(every, learning, forgetting)
+    rates = rate_path(all_runs, learning, forgetting)
     over_rates = first_crossing(rates, level) if len(rates) > 1 else None
     is_below = over_rates is None and bool((rates[:, 0] >= level).all())
     values = list(by_seed.values())
@@ -110,25 +120,26 @@ def matched(
 
 @dataclass(frozen=True)
 class MatchedPair:
-    """First minus second in forgetting at one level of learning, over evaluations."""
+    """Difference of two methods, first minus second, in forgetting at one level of learning."""
 
     first: str
     second: str
     difference: float
     interval: Interval | None
-    """Over seeds; None with fewer than three."""
+    """Interval over seeds; None with fewer than three."""
     adjusted_p: float | None
-    """Holm over the pairs."""
+    """p-value after Holm's correction over the pairs."""
 
     @property
     def is_distinguishable(self) -> bool:
+        """Whether both the interval and the adjusted p-value exclude a difference of 0."""
         if self.interval is None or self.adjusted_p is None:
             return False
         return not self.interval.includes_zero and self.adjusted_p < ALPHA
 
 
 def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
-    """Every two methods of which all runs reach the level; paired where seeds are the same."""
+    """Compare every two methods whose runs all reach the level, paired if their seeds agree."""
     pairs = []
     for first, second in combinations(methods, 2):
         ours, theirs = methods[first], methods[second]
@@ -139,8 +150,8 @@ def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
             if set(ours.by_seed) == set(theirs.by_seed):
                 interval = over_seeds([ours.by_seed[s] - theirs.by_seed[s] for s in ours.by_seed])
             else:
-                a, b = (np.array([[v] for v in one.by_seed.values()]) for one in (ours, theirs))
-                interval = unpaired_seeds_and_items(a, b, np.ones(1))
+                a, b = (np.array(list(side.by_seed.values())) for side in (ours, theirs))
+                interval = unpaired_seeds_and_items(a[:, None], b[:, None], np.ones(1))
         pairs.append(MatchedPair(first, second, ours.mean - theirs.mean, interval, None))
     tested = [pair for pair in pairs if pair.interval is not None]
     adjusted = iter(holm([pair.interval.p for pair in tested if pair.interval is not None]))
@@ -150,8 +161,8 @@ def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
     ]
 
 
-def rate_path(runs: Sequence[Run], learning: Measure, forgetting: Measure) -> np.ndarray:
-    """[learning rates, 2]: mean final learning and forgetting, by rising learning rate."""
+def rate_path(runs: Sequence[Run], learning: Metric, forgetting: Metric) -> np.ndarray:
+    """Return [learning rates, 2]: mean final learning and forgetting, by rising learning rate."""
     points: dict[float, list[tuple[float, float]]] = {}
     for run in runs:
         point = (final_value(run, learning), final_value(run, forgetting))
@@ -159,9 +170,12 @@ def rate_path(runs: Sequence[Run], learning: Measure, forgetting: Measure) -> np
     return np.array([np.mean(points[rate], axis=0) for rate in sorted(points)])
 
 
-def levels(chosen: Mapping[str, Sequence[Run]], learning: Measure) -> list[float]:
-    """Learning to match at: what every run reaches at some evaluation, half of that, and 95 % of
-    the most that a method ends with. Empty where a run never learns anything."""
+def matching_levels(chosen: Mapping[str, Sequence[Run]], learning: Metric) -> list[float]:
+    """Return the levels of learning to match at.
+
+    They are half of what every run reaches at some evaluation, all of it, and 95 % of the most that
+    a method ends with. There are none if a run never learns anything.
+    """
     reached = min(
         float(np.nanmax(curve(run, learning)[:, 1])) for runs in chosen.values() for run in runs
     )
@@ -171,5 +185,5 @@ def levels(chosen: Mapping[str, Sequence[Run]], learning: Measure) -> list[float
     return [reached / 2, reached] + ([0.95 * float(most)] if 0.95 * most > reached else [])
 
 
-def _path(run: Run, learning: Measure, forgetting: Measure) -> np.ndarray:
+def _path(run: Run, learning: Metric, forgetting: Metric) -> np.ndarray:
     return np.stack([curve(run, learning)[:, 1], curve(run, forgetting)[:, 1]], 1)

@@ -1,4 +1,4 @@
-"""Records and items of W&B runs: in the folder of an offline run, or on the server."""
+"""Records and items of W&B runs, from the folder of an offline run or from the server."""
 
 import re
 from pathlib import Path
@@ -11,22 +11,22 @@ _PART = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 
 
 def is_online(reference: str) -> bool:
-    """Whether this is a run on the server, entity/project/run_id, and nothing on this disk."""
+    """Return whether a reference names a run on the server, entity/project/run_id, not a path."""
     return bool(re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference)) and not (
         Path(reference).exists()
     )
 
 
 def is_local(folder: Path) -> bool:
-    """Whether this is a run's folder as W&B lays it out: wandb/offline-run-..., wandb/run-..."""
+    """Return whether a folder is a run's in W&B's layout: wandb/offline-run-..., wandb/run-..."""
     return folder.is_dir() and re.match(r"(offline-)?run-", folder.name) is not None
 
 
 def local_record(folder: Path) -> Path:
-    """The record in a run's folder; its items lie beside it.
+    """Return the path of the record in a run's folder; its items are beside it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has no record.
     """
     path = folder / "files" / RECORD_NAME
     if not path.is_file():
@@ -38,21 +38,21 @@ def local_record(folder: Path) -> Path:
 
 
 def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
-    """Downloads record and items of a run on the server.
+    """Download the record and items of a run on the server.
 
     Args:
         reference: entity/project/run_id, as in the run's address.
-        folder: where to; the run gets a folder in it.
-        api: a `wandb.Api`; made here if not given, which needs a login.
+        folder: the run gets a folder of its own in it.
+        api: a `wandb.Api`; by default a new one, which needs a login.
 
     Returns:
-        The record's path; its items, if it has any, lie beside it.
+        The record's path; its items, if it has any, are beside it.
 
     Raises:
-        ValueError: no such run, no access, or no record in it.
+        ValueError: there is no such run, no access, or no record in it.
     """
     if not re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference):
-        raise ValueError(f"{reference}: no W&B run; give entity/project/run_id")
+        raise ValueError(f"{reference}: not a W&B run; give entity/project/run_id")
     import wandb
     from wandb.errors import Error
 
@@ -65,7 +65,7 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
                 f"{reference}: this W&B run has no {RECORD_NAME}; runs with the callback run_record"
                 " and the logger wandb_metrics have one once they have ended"
             )
-        record = read_record(path)  # checked: the name of its items leaves no folder
+        record = read_record(path)  # checks that its items are inside the folder
         if items_path(path, record) is not None:
             _download(run, record["items"], target)
     except Error as error:
@@ -74,7 +74,7 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
 
 
 def _download(run: Any, name: str, folder: Path) -> Path | None:
-    """The run's file of this name, or None where it has none."""
+    """Download the run's file of this name, or return None if there is none."""
     for file in run.files(names=[name]):
         if file.name == name:
             file.download(root=str(folder), replace=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foundry_ext.comparison.comparison import Comparison, beaten, compare_runs, points
-from foundry_ext.comparison.measures import Measure, final_value, item_changes, shared_measures
+from foundry_ext.comparison.comparison import Comparison, compare_runs, dominated_points, points
+from foundry_ext.comparison.metrics import Metric, final_value, item_changes, shared_metrics
 from foundry_ext.comparison.runs import Loaded, labelled, load_runs
 from foundry_ext.comparison.tradeoff import (
     first_crossing,
@@ -18,38 +18,38 @@ from foundry_ext.comparison.tradeoff import (
 )
 from tests.comparison import records
 
-LEARNING = Measure("learning", "target_loss")
-FORGETTING = Measure("forgetting", "source_loss")
+LEARNING = Metric("learning", "target_loss")
+FORGETTING = Metric("forgetting", "source_loss")
 
 
-def pair(comparison: Comparison, measure: Measure, first: str, second: str):
+def pair(comparison: Comparison, metric: Metric, first: str, second: str):
     return next(
-        one for one in comparison.pairs_of(measure) if (one.first, one.second) == (first, second)
+        one for one in comparison.pairs_of(metric) if (one.first, one.second) == (first, second)
     )
 
 
 def test_items_make_up_the_records_values(comparison: Comparison):
     runs = [run for group in comparison.groups.values() for run in group]
-    for measure in [*shared_measures(runs, "learning"), *shared_measures(runs, "forgetting")]:
+    for metric in [*shared_metrics(runs, "learning"), *shared_metrics(runs, "forgetting")]:
         for run in runs[::5]:
-            values, weights = np.array(list(item_changes(run, measure).values())).T
-            assert values.sum() / weights.sum() == pytest.approx(final_value(run, measure))
+            values, weights = np.array(list(item_changes(run, metric).values())).T
+            assert values.sum() / weights.sum() == pytest.approx(final_value(run, metric))
 
 
 def test_measures_are_each_sets_own(comparison: Comparison):
-    keys = [measure.key for measure in comparison.measures]
+    keys = [metric.key for metric in comparison.metrics]
     # acc_norm is the set's metric; the mean accuracy of one set is that set's.
     assert keys == ["target_loss", "source_loss", "source_kl", "arc_challenge_acc_norm"]
 
 
 def test_true_differences_are_found_and_others_are_not(comparison: Comparison):
     """full learns and forgets more than the rest; LoRA and DoRA are drawn from one truth."""
-    for measure in (LEARNING, FORGETTING):
+    for metric in (LEARNING, FORGETTING):
         for other in ("LoRA", "DoRA", "rsLoRA"):
-            found = pair(comparison, measure, "full", other)
+            found = pair(comparison, metric, "full", other)
             assert found.is_distinguishable and found.difference > 0 and found.in_general
-            assert f"full {'learns' if measure == LEARNING else 'forgets'} more" in found.sentence
-        same = pair(comparison, measure, "LoRA", "DoRA")
+            assert f"full {'learns' if metric == LEARNING else 'forgets'} more" in found.sentence
+        same = pair(comparison, metric, "LoRA", "DoRA")
         assert not same.is_distinguishable
         assert "not distinguishable" in same.sentence and "80 % power" in same.sentence
     truth = records.TRUTHS["full"].most - records.TRUTHS["lora"].most
@@ -107,7 +107,7 @@ def test_few_seeds_speak_of_the_runs_alone(tmp_path: Path):
         assert one.interval is not None and one.interval.kind == "items"
         assert one.seeds_needed is None
     answers = comparison.pairs[-1]
-    assert answers.measure.is_binary and answers.mcnemar is not None
+    assert answers.metric.is_binary and answers.mcnemar is not None
     assert answers.p == answers.mcnemar.p
 
 
@@ -162,7 +162,7 @@ def test_mean_accuracy_counts_every_set_the_same():
     from foundry_ext.comparison.runs import Run
 
     run = Run({"config": {}, "evaluations": evaluations}, lines)
-    items = item_changes(run, Measure("forgetting", "mean_accuracy"))
+    items = item_changes(run, Metric("forgetting", "mean_accuracy"))
     values, weights = np.array(list(items.values())).T
     assert values.sum() / weights.sum() == pytest.approx((0.25 + 0.5) / 2)
 
@@ -213,7 +213,7 @@ def test_a_method_beaten_at_a_rate_that_was_not_chosen_is_named(tmp_path: Path):
     records.write_run(tmp_path, "lora", 1e-2, 17, num_items=20)
     comparison = compare_runs(load_runs([str(tmp_path)]))
     assert comparison.best["full"].learning_rate == 2e-3
-    ((worse, better),) = beaten(comparison)
+    ((worse, better),) = dominated_points(comparison)
     assert (worse.label, better.label, better.learning_rate) == ("LoRA", "full", 1e-3)
     assert better.learning > worse.learning and better.forgetting < worse.forgetting
 

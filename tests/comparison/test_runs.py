@@ -206,7 +206,7 @@ def test_the_best_learning_rate_has_the_highest_mean_learning():
             *(ended(4e-3, 1, 2.5), ended(4e-3, 2, 1.0)),
         ]
     )
-    assert (best.learning_rate, best.measure, best.edge) == (2e-3, "target_loss", None)
+    assert (best.learning_rate, best.metric, best.edge) == (2e-3, "target_loss", None)
     assert best.means == pytest.approx({1e-3: 2.1, 2e-3: 2.25, 4e-3: 1.75})
     assert best.seeds == (1, 2)
 

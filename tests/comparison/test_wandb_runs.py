@@ -78,7 +78,7 @@ def test_record_and_items_are_downloaded(record, tmp_path):
 def test_no_name_from_a_record_leaves_its_folder(record, tmp_path):
     record["items"] = "../../items.jsonl"
     files = {"record.json": json.dumps(record), record["items"]: "planted"}
-    with pytest.raises(ValueError, match="items: .*record's folder"):
+    with pytest.raises(ValueError, match=r"items: .*record's folder"):
         fetch_record("a/b/c", tmp_path / "deep" / "er", api=Api({"a/b/c": files}))
     assert not (tmp_path / "items.jsonl").exists() and not (tmp_path / "deep/items.jsonl").exists()
 

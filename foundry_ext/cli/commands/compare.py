@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"left out: {name}: {reason}")
     for text in caveats(comparison):
         print(text)
-    for measure in (comparison.learning, comparison.forgetting):
-        for pair in comparison.pairs_of(measure):
+    for metric in (comparison.learning, comparison.forgetting):
+        for pair in comparison.pairs_of(metric):
             print(pair.sentence)
     print(f"\nwritten: {arguments.out / 'index.html'}, comparison.md, comparison.json, plots")
     return 0

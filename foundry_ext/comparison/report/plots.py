@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from foundry_ext.comparison.comparison import Comparison, points
-from foundry_ext.comparison.measures import Measure, curve, final_value
+from foundry_ext.comparison.metrics import Metric, curve, final_value
 from foundry_ext.comparison.report.figures import FAINT, log_ticks, new_figure, styles, thousands
 from foundry_ext.comparison.runs import Run
 
@@ -113,12 +113,12 @@ def _mean_with_intervals(axes: Any, comparison: Comparison, label: str, own: Map
     bars = {}
     for name, summary in (("xerr", x), ("yerr", y)):
         if summary.interval is not None:
-            scale = summary.measure.scale
+            scale = summary.metric.scale
             below, above = summary.mean - summary.interval.low, summary.interval.high - summary.mean
             bars[name] = [[max(0.0, below) * scale], [max(0.0, above) * scale]]
     axes.errorbar(
-        x.mean * x.measure.scale,
-        y.mean * y.measure.scale,
+        x.mean * x.metric.scale,
+        y.mean * y.metric.scale,
         **bars,
         markersize=8,
         capsize=3,
@@ -136,24 +136,24 @@ def plot_curves(comparison: Comparison, folder: Path) -> None:
     """Learning and forgetting against real tokens, at the chosen learning rates."""
     style = styles(list(comparison.groups))
     with new_figure(folder, "curves", (7.6, 3.4), columns=2) as both:
-        for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
+        for axes, metric in zip(both, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.chosen.items():
                 own = style[label]
-                curves = [curve(run, measure) for run in runs]
+                curves = [curve(run, metric) for run in runs]
                 for one in curves:
                     axes.plot(
-                        one[:, 0], one[:, 1] * measure.scale, color=own["color"], alpha=0.3, lw=0.8
+                        one[:, 0], one[:, 1] * metric.scale, color=own["color"], alpha=0.3, lw=0.8
                     )
                 for number, mean in enumerate(_mean_curves(curves)):
                     name = None if number else label
                     axes.plot(
-                        mean[:, 0], mean[:, 1] * measure.scale, markersize=5, label=name, **own
+                        mean[:, 0], mean[:, 1] * metric.scale, markersize=5, label=name, **own
                     )
             axes.set_xlabel("real tokens")
             axes.xaxis.set_major_formatter(thousands)
-            axes.set_ylabel(f"{measure.subject}, {measure.unit}")
-            better = "higher" if measure.role == "learning" else "lower"
-            axes.set_title(f"{measure.role}: {better} is better")
+            axes.set_ylabel(f"{metric.subject}, {metric.unit}")
+            better = "higher" if metric.role == "learning" else "lower"
+            axes.set_title(f"{metric.role}: {better} is better")
         both[0].legend(loc="best")
 
 
@@ -168,14 +168,14 @@ def plot_learning_rates(comparison: Comparison, folder: Path) -> None:
     """Final learning and forgetting by learning rate; the chosen one ringed, an edge marked."""
     style = styles(list(comparison.groups))
     with new_figure(folder, "learning_rates", (7.6, 3.6), columns=2) as both:
-        for axes, measure in zip(both, (comparison.learning, comparison.forgetting), strict=True):
+        for axes, metric in zip(both, (comparison.learning, comparison.forgetting), strict=True):
             for label, runs in comparison.groups.items():
-                _rate_response(axes, comparison, label, runs, measure, style[label])
+                _rate_response(axes, comparison, label, runs, metric, style[label])
             log_ticks(axes)
             axes.set_xlabel("learning rate")
-            axes.set_ylabel(f"{measure.subject}, {measure.unit}")
-            better = "higher" if measure.role == "learning" else "lower"
-            axes.set_title(f"{measure.role}: {better} is better")
+            axes.set_ylabel(f"{metric.subject}, {metric.unit}")
+            better = "higher" if metric.role == "learning" else "lower"
+            axes.set_title(f"{metric.role}: {better} is better")
             axes.margins(0.1, 0.14)
         both[0].legend(loc="best", fontsize=8)
 
@@ -185,12 +185,12 @@ def _rate_response(
     comparison: Comparison,
     label: str,
     runs: Sequence[Run],
-    measure: Measure,
+    metric: Metric,
     own: Mapping,
 ) -> None:
     by_rate: dict[float, list[float]] = {}
     for run in runs:
-        by_rate.setdefault(run.learning_rate, []).append(final_value(run, measure) * measure.scale)
+        by_rate.setdefault(run.learning_rate, []).append(final_value(run, metric) * metric.scale)
     rates = sorted(by_rate)
     for rate in rates:
         axes.scatter(
@@ -217,18 +217,18 @@ def _rate_response(
 
 def plot_differences(comparison: Comparison, folder: Path) -> None:
     """Every pair's difference with its interval; filled where it is distinguishable from 0."""
-    measures = (comparison.learning, comparison.forgetting)
-    rows = len(comparison.pairs_of(measures[0]))
+    metrics = (comparison.learning, comparison.forgetting)
+    rows = len(comparison.pairs_of(metrics[0]))
     with new_figure(folder, "differences", (7.6, 1.5 + 0.32 * rows), columns=2) as both:
-        for axes, measure in zip(both, measures, strict=True):
-            pairs = comparison.pairs_of(measure)
+        for axes, metric in zip(both, metrics, strict=True):
+            pairs = comparison.pairs_of(metric)
             for row, pair in enumerate(reversed(pairs)):
                 filled = "#222222" if pair.is_distinguishable else "white"
                 if pair.interval is not None:
-                    limits = np.array([pair.interval.low, pair.interval.high]) * measure.scale
+                    limits = np.array([pair.interval.low, pair.interval.high]) * metric.scale
                     axes.plot(limits, [row, row], color="#222222", linewidth=1.3, zorder=2)
                 axes.plot(
-                    pair.difference * measure.scale,
+                    pair.difference * metric.scale,
                     row,
                     marker="o",
                     markersize=6,
@@ -241,11 +241,11 @@ def plot_differences(comparison: Comparison, folder: Path) -> None:
             axes.set_ylim(-0.6, rows - 0.4)
             axes.axvline(0, color="#555555", linewidth=0.9)
             axes.grid(axis="y", visible=False)
-            axes.set_xlabel(f"difference in {measure.subject}, {measure.unit}")
-            axes.set_title(measure.role)
+            axes.set_xlabel(f"difference in {metric.subject}, {metric.unit}")
+            axes.set_title(metric.role)
 
 
-def _label_axes(axes: Any, x: Measure, y: Measure) -> None:
+def _label_axes(axes: Any, x: Metric, y: Metric) -> None:
     axes.set_xlabel(f"learning: {x.subject}, {x.unit} →")
     axes.set_ylabel(f"forgetting: {y.subject}, {y.unit} →")
 

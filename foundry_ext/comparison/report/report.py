@@ -114,9 +114,9 @@ def _findings(comparison: Comparison) -> list[Block]:
     if not comparison.pairs:
         return []
     blocks: list[Block] = [Heading("Findings")]
-    for measure in (comparison.learning, comparison.forgetting):
-        sentences = [pair.sentence for pair in comparison.pairs_of(measure)]
-        blocks += [Subheading(measure.title), Bullets(sentences)]
+    for metric in (comparison.learning, comparison.forgetting):
+        sentences = [pair.sentence for pair in comparison.pairs_of(metric)]
+        blocks += [Subheading(metric.title), Bullets(sentences)]
     blocks.append(
         Figure(
             "differences",

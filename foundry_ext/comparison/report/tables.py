@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from foundry_ext.comparison.comparison import Comparison
-from foundry_ext.comparison.measures import Measure
-from foundry_ext.comparison.pairwise import Pair
+from foundry_ext.comparison.metrics import Metric
+from foundry_ext.comparison.pairwise import PairwiseComparison
 from foundry_ext.comparison.report.document import (
     Block,
     Bullets,
@@ -31,13 +31,13 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = [Heading("Every measure")]
     labels = list(comparison.groups)
     rows = []
-    for measure in comparison.measures:
-        cells = [comparison.summary(label, measure) for label in labels]
+    for metric in comparison.metrics:
+        cells = [comparison.summary(label, metric) for label in labels]
         items = next((one.num_items for one in cells if one.num_items), None)
         rows.append(
             [
-                f"{measure.title}, {measure.unit}",
-                *[with_limits(measure, one.mean, one.interval) for one in cells],
+                f"{metric.title}, {metric.unit}",
+                *[with_limits(metric, one.mean, one.interval) for one in cells],
                 f"{items:,}" if items else NONE,
             ]
         )
@@ -49,20 +49,20 @@ def measure_blocks(comparison: Comparison) -> list[Block]:
             " More learning and less forgetting is better.",
         )
     )
-    for measure in comparison.measures:
-        pairs = comparison.pairs_of(measure)
+    for metric in comparison.metrics:
+        pairs = comparison.pairs_of(metric)
         if not pairs:
             continue
-        blocks.append(Subheading(measure.title))
-        if measure not in (comparison.learning, comparison.forgetting):
+        blocks.append(Subheading(metric.title))
+        if metric not in (comparison.learning, comparison.forgetting):
             blocks.append(Bullets([pair.sentence for pair in pairs]))
-        blocks.append(_pair_table(measure, pairs))
+        blocks.append(_pair_table(metric, pairs))
         if any(pair.mcnemar for pair in pairs):
-            blocks.append(_mcnemar_table(measure, pairs))
+            blocks.append(_mcnemar_table(metric, pairs))
     return blocks
 
 
-def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
+def _pair_table(metric: Metric, pairs: Sequence[PairwiseComparison]) -> Table:
     columns = ["first − second", "difference", "95 % interval", "p (Holm)", "reads"]
     in_general = any(pair.in_general for pair in pairs)
     columns += ["seeds needed", "items needed"] if in_general else ["items needed"]
@@ -70,8 +70,8 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     for pair in pairs:
         cells = [
             f"{pair.first} − {pair.second}",
-            measure.show(pair.difference, signed=True),
-            limits(measure, pair.interval, signed=True) if pair.interval else NONE,
+            metric.show(pair.difference, signed=True),
+            limits(metric, pair.interval, signed=True) if pair.interval else NONE,
             p_value(pair.adjusted_p),
             "distinguishable" if pair.is_distinguishable else "not distinguishable",
         ]
@@ -79,7 +79,7 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             cells.append(needed(pair.seeds_needed, min(map(len, pair.seeds))))
         cells.append(needed(pair.items_needed, pair.num_items or 0))
         rows.append(cells)
-    caption = f"{measure.title}, {measure.unit}; {_basis(pairs)}"
+    caption = f"{metric.title}, {metric.unit}; {_basis(pairs)}"
     caption += (
         " Needed: for a difference of the observed size to be found with 80 % power at two-sided"
     )
@@ -91,7 +91,7 @@ def _pair_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
     return Table(columns, rows, caption)
 
 
-def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
+def _mcnemar_table(metric: Metric, pairs: Sequence[PairwiseComparison]) -> Table:
     rows = []
     for pair in pairs:
         test, seeds = pair.mcnemar, pair.mcnemar_seeds
@@ -112,12 +112,12 @@ def _mcnemar_table(measure: Measure, pairs: Sequence[Pair]) -> Table:
             "p (Holm)",
         ],
         rows,
-        f"McNemar's exact test on {measure.subject}: answers right at the end of one run of each"
+        f"McNemar's exact test on {metric.subject}: answers right at the end of one run of each"
         " method. It speaks of these two runs; the table above, where it lets seeds vary, of more.",
     )
 
 
-def _basis(pairs: Sequence[Pair]) -> str:
+def _basis(pairs: Sequence[PairwiseComparison]) -> str:
     """Seeds and items used, and of which pairs where that differs."""
     named: dict[str, list[str]] = {}
     for pair in pairs:

@@ -1,7 +1,7 @@
 """The report's sections on the trade-off: the front, and forgetting at matched learning."""
 
-from foundry_ext.comparison.comparison import Comparison, beaten
-from foundry_ext.comparison.measures import Measure
+from foundry_ext.comparison.comparison import Comparison, dominated_points
+from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.report.document import Block, Bullets, Figure, Heading, Paragraph, Table
 from foundry_ext.comparison.report.wording import (
     limits,
@@ -23,7 +23,7 @@ def tradeoff_blocks(comparison: Comparison) -> list[Block]:
         f" {y.show(one.forgetting)} ({seed_list(one.seeds)}); {other.label} at"
         f" {other.learning_rate:g} learned more, {x.show(other.learning)}, and forgot less,"
         f" {y.show(other.forgetting)} ({seed_list(other.seeds)})."
-        for one, other in beaten(comparison)
+        for one, other in dominated_points(comparison)
     ]
     blocks: list[Block] = [
         Heading("Learning against forgetting"),
@@ -93,10 +93,10 @@ def matched_blocks(comparison: Comparison) -> list[Block]:
     ]
 
 
-def _over_rates(measure: Measure, one: Matched) -> str:
+def _over_rates(metric: Metric, one: Matched) -> str:
     if one.over_rates is not None:
-        return measure.show(one.over_rates)
-    return "outside" if one.at_most is None else f"≤ {measure.show(one.at_most)}"
+        return metric.show(one.over_rates)
+    return "outside" if one.at_most is None else f"≤ {metric.show(one.at_most)}"
 
 
 def _matched_sentences(comparison: Comparison) -> list[str]:

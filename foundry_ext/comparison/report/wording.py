@@ -5,19 +5,19 @@ from statistics import fmean
 from typing import Any
 
 from foundry_ext.comparison.comparison import Comparison
-from foundry_ext.comparison.measures import Measure
+from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.statistics import Interval
 
 NONE = "–"
 
 
-def with_limits(measure: Measure, mean: float, interval: Interval | None) -> str:
-    shown = measure.show(mean)
-    return f"{shown} {limits(measure, interval)}" if interval else shown
+def with_limits(metric: Metric, mean: float, interval: Interval | None) -> str:
+    shown = metric.show(mean)
+    return f"{shown} {limits(metric, interval)}" if interval else shown
 
 
-def limits(measure: Measure, interval: Interval, *, signed: bool = False) -> str:
-    low, high = (measure.show(end, signed=signed) for end in (interval.low, interval.high))
+def limits(metric: Metric, interval: Interval, *, signed: bool = False) -> str:
+    low, high = (metric.show(end, signed=signed) for end in (interval.low, interval.high))
     return f"[{low}, {high}]"
 
 
@@ -29,9 +29,9 @@ def seeds_used(comparison: Comparison) -> str:
     else:
         text = "; ".join(f"{label}: {seed_list(seeds)}" for label, seeds in used.items())
     items = {
-        one.measure.set_name: one.num_items
+        one.metric.set_name: one.num_items
         for one in comparison.summaries
-        if one.num_items and one.measure in (comparison.learning, comparison.forgetting)
+        if one.num_items and one.metric in (comparison.learning, comparison.forgetting)
     }
     counts = ", ".join(f"{count:,} items of {name}" for name, count in items.items())
     return f"{text}; {counts or 'no items'}"

@@ -39,7 +39,7 @@ def test_an_allowed_difference_is_compared(runs: Path, tmp_path: Path, capsys):
 def test_a_measure_that_is_not_there_is_named(runs: Path, tmp_path: Path, capsys):
     arguments = ["compare", str(runs), "--out", str(tmp_path / "out"), "--allow", "steps"]
     assert main([*arguments, "--learning", "gsm8k_acc"]) == 2
-    assert "gsm8k_acc: no measure of learning" in capsys.readouterr().err
+    assert "gsm8k_acc: not a metric of learning" in capsys.readouterr().err
 
 
 def test_nothing_there(tmp_path: Path, capsys):

@@ -1,0 +1,195 @@
+"""Learning and forgetting metrics, per run and per item, as change since step 0.
+
+Signs are the same as in records: positive learning means more learned, positive forgetting more
+forgotten.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from foundry_ext.comparison.runs import Run
+
+MEAN_ACCURACY = "mean_accuracy"
+KINDS = ("strict_match", "flexible_extract", "acc_norm", "acc", "loss", "kl")
+_CHOICE = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the records' `learning` or `forgetting`."""
+
+    role: str
+    """"learning" or "forgetting"."""
+    key: str
+    """The record's key, e.g. target_loss."""
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS; acc for the mean accuracy, and empty if unknown."""
+        if self.key == MEAN_ACCURACY:
+            return "acc"
+        return next((kind for kind in KINDS if self.key.endswith(f"_{kind}")), "")
+
+    @property
+    def set_name(self) -> str:
+        """Name of the evaluation set, e.g. target."""
+        return self.key.removesuffix(f"_{self.kind}")
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether each item is either right or wrong."""
+        return self.kind in KINDS[:4] and self.key != MEAN_ACCURACY
+
+    @property
+    def unit(self) -> str:
+        """Unit of shown values."""
+        return "nats a token" if self.kind in ("loss", "kl") else "points"
+
+    @property
+    def scale(self) -> float:
+        """Factor from the record's values to shown values; accuracies are shown in points."""
+        return 1.0 if self.kind in ("loss", "kl") else 100.0
+
+    @property
+    def subject(self) -> str:
+        """Set and kind, e.g. "target (loss)"."""
+        return "mean accuracy" if self.key == MEAN_ACCURACY else f"{self.set_name} ({self.kind})"
+
+    @property
+    def title(self) -> str:
+        """Role and subject, e.g. "Learning: target (loss)"."""
+        return f"{self.role.capitalize()}: {self.subject}"
+
+    def show(self, value: float, *, signed: bool = False) -> str:
+        """Format a value as the report shows it, without its unit."""
+        digits = 1 if self.scale == 100 else 3
+        shown = f"{value * self.scale:{'+' if signed else ''}.{digits}f}"
+        return shown.replace("-", "−")
+
+
+def shared_metrics(runs: Sequence[Run], role: str) -> list[Metric]:
+    """Return the metrics that all runs have: losses first, then in the records' order.
+
+    Only one of acc and acc_norm is returned for a set, the one that its `metric` names. The mean
+    accuracy is left out if there is a single set, because it equals that set's accuracy.
+    """
+    keys = [key for key in runs[0].final[role] if all(key in run.final[role] for run in runs)]
+    metrics = [Metric(role, key) for key in keys]
+    metrics = [
+        metric
+        for metric in metrics
+        if metric.kind not in _CHOICE
+        or metric.key == MEAN_ACCURACY
+        or metric.kind == _configured_kind(runs[0], role, metric.set_name)
+    ]
+    accuracies = [metric for metric in metrics if metric.kind in _CHOICE]
+    if sum(metric.key != MEAN_ACCURACY for metric in accuracies) == 1:
+        metrics = [metric for metric in metrics if metric.key != MEAN_ACCURACY]
+    return sorted(metrics, key=lambda metric: metric.kind != "loss")
+
+
+def final_value(run: Run, metric: Metric) -> float:
+    """Return the metric at the end of training."""
+    return float(run.final[metric.role][metric.key])
+
+
+def curve(run: Run, metric: Metric) -> np.ndarray:
+    """Return [evaluations, 2]: real tokens and value; NaN where an evaluation lacks the metric."""
+    return np.array(
+        [
+            (evaluation["real_tokens"], evaluation[metric.role].get(metric.key, np.nan))
+            for evaluation in run.record["evaluations"]
+        ],
+        dtype=np.float64,
+    )
+
+
+def item_changes(run: Run, metric: Metric) -> dict[str, tuple[float, float]]:
+    """Return item -> (value, weight), with sum(values) / sum(weights) equal to the record's value.
+
+    The result is empty if the run has no such items.
+    """
+    if metric.key == MEAN_ACCURACY:
+        return _mean_accuracy_items(run)
+    before = run.by_set.get((run.first["step"], metric.set_name), {})
+    after = run.by_set.get((run.final["step"], metric.set_name), {})
+    kind = metric.kind
+    changes = {}
+    for name, line in after.items():
+        start = before.get(name)
+        if kind not in line or start is None or (kind != "kl" and kind not in start):
+            return {}
+        if kind == "kl":
+            value = line["kl"]
+        elif kind == "loss":
+            value = line["loss"] - start["loss"]
+        else:
+            value = start[kind] - line[kind]
+        sign = -1 if metric.role == "learning" else 1
+        changes[name] = (sign * float(value), float(line.get("tokens", 1)))
+    return changes
+
+
+def _mean_accuracy_items(run: Run) -> dict[str, tuple[float, float]]:
+    """Return the items of all forgetting multiple-choice sets, weighting all sets equally."""
+    sets: dict[str, dict[str, tuple[float, float]]] = {}
+    for key in run.final["forgetting"]:
+        metric = Metric("forgetting", key)
+        if key == MEAN_ACCURACY or metric.kind not in _CHOICE:
+            continue
+        if metric.kind != _configured_kind(run, "forgetting", metric.set_name):
+            continue
+        items = item_changes(run, metric)
+        if not items:
+            return {}
+        sets[metric.set_name] = items
+    total = sum(map(len, sets.values()))
+    return {
+        f"{name}/{item}": (value * total / (len(sets) * len(items)), 1.0)
+        for name, items in sets.items()
+        for item, (value, _) in items.items()
+    }
+
+
+def _configured_kind(run: Run, role: str, set_name: str) -> str:
+    """Return the `metric` that a multiple-choice set is configured with."""
+    configured = run.record["config"]
+    for part in ("callbacks", "forgetting", "sets", set_name, "metric"):
+        configured = configured.get(part) if isinstance(configured, Mapping) else None
+    kinds = [kind for kind in _CHOICE if f"{set_name}_{kind}" in run.final[role]]
+    return configured if configured in kinds else kinds[0]
+
+
+def outcomes(run: Run, metric: Metric) -> dict[str, int]:
+    """Return item -> 0 or 1 at the end of training, for a binary metric."""
+    lines = run.by_set.get((run.final["step"], metric.set_name), {})
+    return {name: int(line[metric.kind]) for name, line in lines.items() if metric.kind in line}
+
+
+def item_matrix(
+    groups: Sequence[Sequence[Run]], metric: Metric
+) -> tuple[list[np.ndarray], np.ndarray] | None:
+    """Return the values [S, I] of each group's runs on the items they all share, and weights [I].
+
+    Returns:
+        None if a run has no items, or if its items do not add up to its record's value because
+        they belong to another evaluation or are incomplete.
+    """
+    changes = [[item_changes(run, metric) for run in group] for group in groups]
+    all_items = [items for group in changes for items in group]
+    names = sorted(set(all_items[0]).intersection(*all_items[1:])) if all_items else []
+    if len(names) < 2 or any(len(items) != len(names) for items in all_items):
+        return None
+    weights = np.array([all_items[0][name][1] for name in names])
+    if any([items[name][1] for name in names] != weights.tolist() for items in all_items):
+        return None
+    matrices = [
+        np.array([[items[name][0] for name in names] for items in group]) for group in changes
+    ]
+    for group, matrix in zip(groups, matrices, strict=True):
+        for run, values in zip(group, matrix, strict=True):
+            if abs(values.sum() / weights.sum() - final_value(run, metric)) > 2e-3:
+                return None
+    return matrices, weights
