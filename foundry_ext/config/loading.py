@@ -54,7 +54,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     return files, overrides
 
 
-def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the file with its overrides merged in and every key and reference checked.
 
     Under a sweep the overrides become part of run_name, unless run_name is overridden itself.
@@ -66,6 +66,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: the file or an override is wrong; names it and the way out.
     """
+    path = Path(path)
     config = _read_yaml(path)
     given: dict[str, Any] = {}
     for override in overrides:
