@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from foundry_ext.utils.absent import present_sets
 from foundry_ext.utils.errors import UserError
 
 ROLES = ("learning", "forgetting")
@@ -107,13 +108,13 @@ _TYPES = {
 
 
 def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[SetSettings]:
-    """`sets` of a YAML -> the settings of each; one that an override made null is left out.
+    """`sets` of a YAML -> the settings of each; one without anything to read is left out.
 
     Raises:
         UserError: nothing to measure, or an unknown or missing key, role, type or file.
     """
     if isinstance(sets, Mapping):
-        sets = {name: given for name, given in sets.items() if given is not None}
+        sets = present_sets(sets)
     if not isinstance(sets, Mapping) or not sets:
         raise UserError(f"sets: {sets!r} names nothing to measure; give a mapping of name to set")
     return [_parse(name, given) for name, given in sets.items()]

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.redaction import is_secret_name, redact
 
 # Sections of a YAML.
@@ -29,6 +30,7 @@ def find(config: Any, key: str) -> Any:
 
 def settings(config: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Dotted key -> value of every decisive setting, those below the keys `without` left out."""
+    config = run_settings(config)
     found: dict[str, Any] = {}
     for key in DECISIVE:
         if key not in without:
