@@ -13,6 +13,7 @@ from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wa
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
 COMMANDS = {
+    "config": "print a run's YAML with every variable and choice filled in",
     "inspect": "one HTML page of the first packs, exactly as the model gets them",
     "plan": "what a run would do: steps, tokens, memory, time; nothing is trained",
     "verify": "a few steps: packed is unpacked, resumed is uninterrupted, or where it parts",

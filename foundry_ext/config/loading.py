@@ -16,6 +16,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from foundry_ext.config.choices import (
+    drop_absent,
+    find_missing_rows,
+    find_unknown_choice,
+    goes_through_reference,
+    keys_in_run_name,
+    unset,
+)
+from foundry_ext.config.moved_files import replacement
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
@@ -58,20 +67,24 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 def load_config(path: Path, overrides: Sequence[str]) -> DictConfig:
     """The file with its overrides merged in, each key and reference checked.
 
-    Under a sweep, and unless run_name is overridden, run_name says the overrides too.
+    Keys that do not apply to the chosen size, data set and card are left out. Under a sweep, and
+    unless run_name is overridden, run_name says the overrides that it does not refer to anyway.
     """
     config = _read_yaml(path)
     given: dict[str, Any] = {}
-    for override in overrides:
+    for override in sorted(overrides, key=lambda one: goes_through_reference(config, one)):
         key, value = _merge_override(config, override)
         given[key] = value
+    unset(config, [key for key, value in given.items() if value is None])
     _check_keys(path, config)
-    _check_references(path, config)
-    _check_values(path, config)
+    _check_choices(path, config)
+    _check_values(path, drop_absent(config, _resolve(path, config)))
     _check_microbatch(path, config)
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
-        config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), given)
+        named = keys_in_run_name(config)
+        others = {key: value for key, value in given.items() if key not in named}
+        config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), others)
     return config
 
 
@@ -113,7 +126,7 @@ def check_several(
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.exists():
-        raise UserError(f"{path}: no such file{_near_files(path)}")
+        raise UserError(f"{path}: no such file{replacement(path) or _near_files(path)}")
     try:
         with path.open() as stream:
             config = OmegaConf.load(stream)
@@ -221,9 +234,15 @@ def _plural(noun: str, names: Sequence[str]) -> str:
     return f"{noun}{'s' if len(names) > 1 else ''}, {', '.join(names)}"
 
 
-def _check_references(path: Path, config: DictConfig) -> None:
+def _check_choices(path: Path, config: DictConfig) -> None:
+    fault = find_unknown_choice(config) or find_missing_rows(config)
+    if fault:
+        raise UserError(f"{path}: {fault}")
+
+
+def _resolve(path: Path, config: DictConfig) -> dict[str, Any]:
     try:
-        OmegaConf.to_container(config, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         hint = _known_names(config, error) or "define it under variables: or correct the name"
         if "oc.env" in first_line(error):
@@ -231,8 +250,8 @@ def _check_references(path: Path, config: DictConfig) -> None:
         raise UserError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
 
 
-def _check_values(path: Path, config: DictConfig) -> None:
-    fault = find_fault(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+def _check_values(path: Path, resolved: dict[str, Any]) -> None:
+    fault = find_fault(resolved)
     if fault:
         raise UserError(f"{path}: {fault}")
 
