@@ -1,7 +1,8 @@
-"""The settings of the 84 files and of yamls/fsdp as they were when each run had a file of its own.
+"""Every combination has the settings that its own file had, when there was one file per run.
 
-golden/settings.json has one entry per dotted key: its value, or `by` and `values` where it depends
-on size, data set or method. {run_name}, {size}, {data} and {method} stand for the run's own.
+golden/settings.json has one entry per dotted key of the 84 files: its value, or `by` and `values`
+where it depends on size, data set or method. {run_name}, {size}, {data} and {method} stand for the
+run's own. The file of yamls/fsdp is there as a whole.
 """
 
 import json
@@ -12,44 +13,34 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parents[2]
+from foundry_ext.config.loading import load_config
+from foundry_ext.records import decisive
+from tests.yamls.combinations import COMBINATIONS, ROOT, Combination, resolved
+
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("settings.json").read_text())
 SHARDED = "smollm2-1.7b_metamathqa_full_8gpu"
-SIZES = ("135m", "360m", "1.7b")
-DATA = {
-    "finetune": ("metamathqa", "magicoder", "gsm8k", "metamathqa-replay"),
-    "pretrain": ("python-edu", "openwebmath", "finemath"),
-}
-METHODS = ("full", "lora", "dora", "rslora")
-RUNS = [
-    (kind, size, data, method)
-    for kind, names in DATA.items()
-    for data in names
-    for size in SIZES
-    for method in METHODS
-]
+RUNS = [run for run in COMBINATIONS if run.data != "own"]
 
 
-def expected(size: str, data: str, method: str) -> dict[str, Any]:
+def expected(run: Combination) -> dict[str, Any]:
     """Return the stored settings of one run, {dotted key: value}."""
-    run = {"size": size, "data": data, "method": method}
-    run["run_name"] = f"smollm2-{size}_{data}_{method}"
+    names = {**run._asdict(), "run_name": run.run_name}
     found = {}
     for key, entry in GOLDEN["runs"].items():
         if isinstance(entry, dict) and "by" in entry:
-            name = " ".join(run[dimension] for dimension in entry["by"])
+            name = " ".join(names[dimension] for dimension in entry["by"])
             if name not in entry["values"]:
                 continue
             entry = entry["values"][name]
-        found[key] = _filled(entry, run)
+        found[key] = _filled(entry, names)
     return found
 
 
-def _filled(value: Any, run: dict[str, str]) -> Any:
+def _filled(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, list):
-        return [_filled(one, run) for one in value]
+        return [_filled(child, names) for child in value]
     if isinstance(value, str):
-        for name, text in run.items():
+        for name, text in names.items():
             value = value.replace(f"{{{name}}}", text)
     return value
 
@@ -66,19 +57,37 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
-def settings(path: Path) -> dict[str, Any]:
-    """Return what a file resolves to, {dotted key: value}."""
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    assert isinstance(config, dict)
-    return dict(leaves(config))
+def settings(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings, and of the variables those that the old file had."""
+    found = dict(leaves(config))
+    return {
+        key: value
+        for key, value in found.items()
+        if key in wanted or not key.startswith("variables.")
+    }
+
+
+def test_the_stored_runs_are_84():
+    assert len(RUNS) == 84
+    values = [entry for entry in GOLDEN["runs"].values() if isinstance(entry, dict)]
+    assert len(GOLDEN["runs"]) > 130 and any(len(one.get("values", ())) > 50 for one in values)
 
 
 @pytest.mark.parametrize("run", RUNS, ids="_".join)
-def test_a_run_has_the_settings_it_had(run: tuple[str, str, str, str]):
-    kind, size, data, method = run
-    path = ROOT / f"yamls/{kind}/smollm2-{size}_{data}_{method}.yaml"
-    assert settings(path) == expected(size, data, method)
+def test_a_run_has_the_settings_it_had(run: Combination):
+    wanted = expected(run)
+    assert settings(resolved(run), wanted) == wanted
 
 
 def test_the_sharded_run_has_the_settings_it_had():
-    assert settings(ROOT / f"yamls/fsdp/{SHARDED}.yaml") == GOLDEN[SHARDED]
+    path = ROOT / f"yamls/fsdp/{SHARDED}.yaml"
+    config = OmegaConf.to_container(load_config(path, []), resolve=True)
+    assert isinstance(config, dict)
+    assert dict(leaves(config)) == GOLDEN[SHARDED]
+
+
+def test_a_checkpoint_of_the_old_file_is_resumed():
+    """A list is digested with the order of its keys, which the settings above do not show."""
+    run = Combination("finetune", "metamathqa-replay", "135m", "lora")
+    digests = decisive.digests(decisive.settings(resolved(run)))
+    assert digests["train_loader.dataset.datasets"][0] == "6caf338d3d821c42"
