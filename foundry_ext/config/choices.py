@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.errors import suggest
-from foundry_ext.utils.nested import leaves
+from foundry_ext.utils.nested import get, leaves
 
 # ${variables.TABLE[${variables.NAME}][${variables.NAME}]...
 _CHOICE = re.compile(r"\$\{variables\.(\w+)((?:\[\$\{variables\.\w+\}\])+)")
@@ -48,14 +48,15 @@ def find_unknown_choice(config: DictConfig) -> str | None:
 
 def find_missing_rows(config: DictConfig) -> str | None:
     """Return what is wrong with the files that `variables.data=own` needs, or None."""
-    if OmegaConf.select(config, "variables.data") != "own":
+    if get(OmegaConf.to_container(config, resolve=False), "variables.data") != "own":
         return None
     for loader, name in (("train_loader", "train_path"), ("eval_loader", "eval_path")):
         try:
             path = OmegaConf.select(config, f"{loader}.dataset.hf_name")
+            mixture = OmegaConf.select(config, f"{loader}.dataset.datasets")
         except OmegaConfBaseException:
             continue  # another mistake, which the check of references names
-        if path is None:
+        if path is None and mixture is None:
             return (
                 "variables.data=own needs variables.train_path=FILE and variables.eval_path=FILE,"
                 f" and variables.{name} is null; a file's rows have a prompt and a response"
@@ -121,4 +122,4 @@ def goes_through_reference(config: DictConfig, override: str) -> bool:
 def keys_in_run_name(config: DictConfig) -> set[str]:
     """Return the keys that `run_name: ${variables.size}_lora` refers to."""
     content = OmegaConf.to_container(config, resolve=False)
-    return set(_REFERENCE.findall(str(content.get("run_name")))) if content else set()
+    return set(_REFERENCE.findall(str(get(content, "run_name"))))

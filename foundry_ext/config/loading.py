@@ -5,10 +5,12 @@ here, with omegaconf alone. Every complaint is a UserError that reads
 `<file or override>: <what>, <value>; <way out>`.
 """
 
-import difflib
+import copy
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +26,13 @@ from foundry_ext.config.choices import (
     keys_in_run_name,
     unset,
 )
-from foundry_ext.config.moved_files import replacement
+from foundry_ext.config.missing_files import SUFFIXES, way_out
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
 from foundry_ext.utils.nested import get
 
-SUFFIXES = (".yaml", ".yml")
 FILE_KEY = "config="
 UsageError = UserError
 
@@ -126,10 +127,9 @@ def check_several(
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.exists():
-        raise UserError(f"{path}: no such file{replacement(path) or _near_files(path)}")
+        raise UserError(f"{path}: no such file{way_out(path)}")
     try:
-        with path.open() as stream:
-            config = OmegaConf.load(stream)
+        config = copy.deepcopy(_parse(path.read_text()))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -149,14 +149,10 @@ def _read_yaml(path: Path) -> DictConfig:
     return config
 
 
-def _near_files(path: Path) -> str:
-    """Files of a similar name beside the missing one, or under yamls/."""
-    beside = path.parent.iterdir() if path.parent.is_dir() else []
-    found = sorted({*beside, *Path("yamls").rglob("*")})
-    found = [file for file in found if file.suffix in SUFFIXES]
-    stems = difflib.get_close_matches(path.stem, {file.stem for file in found}, n=3, cutoff=0.6)
-    near = [str(file) for stem in stems for file in found if file.stem == stem]
-    return f", did you mean {' or '.join(near[:3])}?" if near else ""
+@lru_cache(maxsize=16)
+def _parse(text: str) -> Any:
+    """Parsing takes longer than all the checks, and a sweep reads one file for many runs."""
+    return OmegaConf.load(StringIO(text))
 
 
 def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:

@@ -9,6 +9,8 @@ have named. The loaders and callbacks leave it out themselves, so that `llmfound
 from collections.abc import Mapping
 from typing import Any
 
+from foundry_ext.utils.nested import get
+
 
 def without_nulls(node: Any) -> Any:
     """Return a copy without keys that are null, and without mappings that nothing is left of.
@@ -72,15 +74,14 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = dict(config)
     if isinstance(config.get("model"), Mapping):
         kept["model"] = {key: value for key, value in config["model"].items() if value is not None}
-    if "train_loader" in config:
-        kept["train_loader"] = _loader(config["train_loader"])
-    if "eval_loader" in config:
-        loaders = config["eval_loader"]
-        is_list = isinstance(loaders, list)
-        kept["eval_loader"] = [_loader(one) for one in loaders] if is_list else _loader(loaders)
-    callbacks = config.get("callbacks")
-    forgetting = callbacks.get("forgetting") if isinstance(callbacks, Mapping) else None
-    sets = forgetting.get("sets") if isinstance(forgetting, Mapping) else None
+    for key in ("train_loader", "eval_loader"):
+        if isinstance(config.get(key), list):
+            kept[key] = [_loader(loader) for loader in config[key]]
+        elif key in config:
+            kept[key] = _loader(config[key])
+    sets = get(config, "callbacks.forgetting.sets")
     if isinstance(sets, Mapping):
-        kept["callbacks"] = {**callbacks, "forgetting": {**forgetting, "sets": present_sets(sets)}}
+        callbacks = config["callbacks"]
+        forgetting = {**callbacks["forgetting"], "sets": present_sets(sets)}
+        kept["callbacks"] = {**callbacks, "forgetting": forgetting}
     return kept

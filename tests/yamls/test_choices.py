@@ -1,6 +1,5 @@
 """The choices of the shipped files: any order of overrides, any mistake, any file that is gone."""
 
-import copy
 import itertools
 import json
 import re
@@ -14,7 +13,6 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from foundry_ext.cli.main import main as cli
-from foundry_ext.config import loading
 from foundry_ext.config.loading import load_config
 from foundry_ext.config.run_name import SWEEP_VARIABLES
 from foundry_ext.launch.train import main as train
@@ -46,12 +44,6 @@ def stock(path: Path, overrides: list[str]) -> dict[str, Any]:
     """What `llmfoundry train` trains with, and our loaders and callbacks make of it."""
     content = OmegaConf.merge(parsed(path), OmegaConf.from_cli(overrides))
     return run_settings(cast(dict[str, Any], OmegaConf.to_container(content, resolve=True)))
-
-
-@pytest.fixture
-def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsing a YAML takes as long as all the rest."""
-    monkeypatch.setattr(loading, "_read_yaml", lambda path: copy.deepcopy(parsed(path)))
 
 
 ORDERS = {  # overrides, those in one text in this order, and what must come of them
@@ -208,7 +200,7 @@ ORDERS = {  # overrides, those in one text in this order, and what must come of 
 
 
 @pytest.mark.parametrize("case", ORDERS)
-def test_overrides_have_one_meaning_in_every_order(case: str, parsed_once: None):
+def test_overrides_have_one_meaning_in_every_order(case: str):
     path, overrides, wanted = ORDERS[case]
     found = [
         load(path, " ".join(order).split())
@@ -219,7 +211,7 @@ def test_overrides_have_one_meaning_in_every_order(case: str, parsed_once: None)
     assert all(one == found[0] for one in found[1:])
 
 
-def test_a_set_that_copies_the_evaluation_copies_it_as_overridden(parsed_once: None):
+def test_a_set_that_copies_the_evaluation_copies_it_as_overridden():
     """An override inside `loader: ${eval_loader}` takes a copy, so it must come last."""
     overrides = [
         "callbacks.forgetting.sets.target.loader.dataset.split=train[:9]",
@@ -385,9 +377,12 @@ def test_a_sweep_of_files_that_are_gone_says_so(tmp_path: Path, monkeypatch):
         plan(read_sweep(sweep), expand(read_sweep(sweep)))
 
 
-def test_another_name_in_a_folder_that_is_gone_names_the_files_there_are():
+def test_another_name_in_a_folder_that_is_gone_names_the_files_there_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"files are now yamls/smollm2_\{full,lora,dora,rslora\}"):
         load_config(Path("yamls/finetune/mine.yaml"), [])
+    with pytest.raises(UserError, match=r"no such file, did you mean yamls/pretrain/smollm2_lora"):
+        load_config(Path("yamls/pretrain/smollm2_lorra.yaml"), [])
     with pytest.raises(UserError, match=r"no such file$"):
         load_config(Path("runs/finetune/mine.yaml"), [])
 
