@@ -1,6 +1,6 @@
 """Seconds from the command to the first step, part by part, in fresh processes.
 
-    python -m benchmarks.startup --yaml yamls/finetune/smollm2-135m_metamathqa_lora.yaml
+    python -m benchmarks.startup --yaml yamls/smollm2_lora.yaml
 
 What `python train.py YAML` does is done in the same order, with a clock between; but for what needs
 a network, see offline.py, the YAML runs as it is. A first process fills the caches and is left out;
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-YAML = Path("yamls/finetune/smollm2-135m_metamathqa_lora.yaml")
+YAML = Path("yamls/smollm2_lora.yaml")
 LAUNCH = "foundry_ext.launch.train, YAML read and checked"
 # The order of the table, and what is ours.
 PARTS = {

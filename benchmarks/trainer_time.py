@@ -1,6 +1,6 @@
 """What Composer adds to a step: a shipped YAML through the whole trainer against its bare core.
 
-    python -m benchmarks.trainer_time --yaml yamls/finetune/smollm2-135m_metamathqa_full.yaml
+    python -m benchmarks.trainer_time --yaml yamls/smollm2_full.yaml
 
 The YAML trains as it is, but for what needs a network, see offline.py. Between its steps the core
 (forward, backward, the same optimizer, nothing else) takes the same packs through a second model
@@ -36,7 +36,7 @@ from benchmarks.workloads import LENGTHS
 from foundry_ext.packing.batch import Pack, split_batch
 from foundry_ext.training.loggers.metrics_file import read_metrics
 
-YAML = Path("yamls/finetune/smollm2-135m_metamathqa_full.yaml")
+YAML = Path("yamls/smollm2_full.yaml")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Step = Callable[[Sequence[Pack]], None]
 

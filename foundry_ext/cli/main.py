@@ -13,6 +13,7 @@ from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wa
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
 COMMANDS = {
+    "config": "print a run's YAML with every variable and choice filled in",
     "inspect": "write an HTML page of the first packs as the model sees them",
     "plan": "estimate steps, tokens, memory and time of a run; nothing is trained",
     "verify": "train a few steps and check that packing and resumption change nothing",

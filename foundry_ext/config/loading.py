@@ -5,10 +5,12 @@ checked here, with omegaconf alone. Every error is a UserError that reads
 `<file or override>: <what>, <value>; <way out>`.
 """
 
-import difflib
+import copy
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +18,21 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from foundry_ext.config.choices import (
+    drop_absent,
+    find_missing_rows,
+    find_unknown_choice,
+    goes_through_reference,
+    keys_in_run_name,
+    unset,
+)
+from foundry_ext.config.missing_files import SUFFIXES, way_out
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
 from foundry_ext.utils.nested import get
 
-SUFFIXES = (".yaml", ".yml")
 FILE_KEY = "config="
 
 
@@ -57,11 +67,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the file with its overrides merged in and every key and reference checked.
 
-    Under a sweep the overrides become part of run_name, unless run_name is overridden itself.
+    Keys that do not apply to the chosen size, data set and card are left out. Under a sweep the
+    overrides become part of run_name, unless run_name is overridden itself or refers to them.
 
     Args:
         path: the YAML file.
-        overrides: `key=value` texts, applied in order.
+        overrides: `key=value` texts; their order does not matter.
 
     Raises:
         UserError: the file or an override is wrong; names it and the way out.
@@ -69,16 +80,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     path = Path(path)
     config = _read_yaml(path)
     given: dict[str, Any] = {}
-    for override in overrides:
+    for override in sorted(overrides, key=lambda one: goes_through_reference(config, one)):
         key, value = _merge_override(config, override)
         given[key] = value
+    unset(config, [key for key, value in given.items() if value is None])
     _check_keys(path, config)
-    _check_references(path, config)
-    _check_values(path, config)
+    _check_choices(path, config)
+    _check_values(path, drop_absent(config, _resolve(path, config)))
     _check_microbatch(path, config)
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
-        config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), given)
+        named = keys_in_run_name(config)
+        others = {key: value for key, value in given.items() if key not in named}
+        config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), others)
     return config
 
 
@@ -120,10 +134,9 @@ def check_several(
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.exists():
-        raise UserError(f"{path}: no such file{_near_files(path)}")
+        raise UserError(f"{path}: no such file{way_out(path)}")
     try:
-        with path.open() as stream:
-            config = OmegaConf.load(stream)
+        config = copy.deepcopy(_parse(path.read_text()))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -143,14 +156,10 @@ def _read_yaml(path: Path) -> DictConfig:
     return config
 
 
-def _near_files(path: Path) -> str:
-    """Return files with a similar name, beside the missing one or under yamls/, as a hint."""
-    beside = path.parent.iterdir() if path.parent.is_dir() else []
-    found = sorted({*beside, *Path("yamls").rglob("*")})
-    found = [file for file in found if file.suffix in SUFFIXES]
-    stems = difflib.get_close_matches(path.stem, {file.stem for file in found}, n=3, cutoff=0.6)
-    near = [str(file) for stem in stems for file in found if file.stem == stem]
-    return f", did you mean {' or '.join(near[:3])}?" if near else ""
+@lru_cache(maxsize=16)
+def _parse(text: str) -> Any:
+    """Parsing takes longer than all the checks, and a sweep reads one file for many runs."""
+    return OmegaConf.load(StringIO(text))
 
 
 def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
@@ -229,9 +238,15 @@ def _plural(noun: str, names: Sequence[str]) -> str:
     return f"{noun}{'s' if len(names) > 1 else ''}, {', '.join(names)}"
 
 
-def _check_references(path: Path, config: DictConfig) -> None:
+def _check_choices(path: Path, config: DictConfig) -> None:
+    fault = find_unknown_choice(config) or find_missing_rows(config)
+    if fault:
+        raise UserError(f"{path}: {fault}")
+
+
+def _resolve(path: Path, config: DictConfig) -> dict[str, Any]:
     try:
-        OmegaConf.to_container(config, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         hint = _known_names(config, error) or "define it under variables: or correct the name"
         if "oc.env" in first_line(error):
@@ -239,8 +254,8 @@ def _check_references(path: Path, config: DictConfig) -> None:
         raise UserError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
 
 
-def _check_values(path: Path, config: DictConfig) -> None:
-    fault = find_fault(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+def _check_values(path: Path, resolved: dict[str, Any]) -> None:
+    fault = find_fault(resolved)
     if fault:
         raise UserError(f"{path}: {fault}")
 

@@ -38,6 +38,7 @@ from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
 from foundry_ext.packing.algorithm import most_documents
 from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.absent import dataset_settings
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def build_packed_finetuning_dataloader(
     Raises:
         UserError: unknown or contradictory keys; names the key and the way out.
     """
+    dataset = dataset_settings(dataset)
     check_keys(dataset, FINETUNING_KEYS, "packed_finetuning")
     if not dataset.get("decoder_only_format", True):
         raise UserError("packed_finetuning: decoder_only_format: false has no packed form")
@@ -120,6 +122,7 @@ def build_packed_text_dataloader(
     Keys as in `packed_finetuning` without those of prompts and responses; `text_key` (default
     "text") names the column, and `overlong` is "split" unless said otherwise.
     """
+    dataset = dataset_settings(dataset)
     check_keys(dataset, TEXT_KEYS, "packed_text")
     tokenizer = _require_tokenizer(tokenizer, "packed_text")
     load = _loading(get_sources(dataset, "packed_text"), tokenizer)

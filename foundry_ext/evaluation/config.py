@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from foundry_ext.utils.absent import present_sets
 from foundry_ext.utils.errors import UserError, suggest
 
 ROLES = ("learning", "forgetting")
@@ -111,14 +112,13 @@ _TYPES = {
 
 
 def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[EvalSetConfig]:
-    """Check a YAML's `sets` and return their settings; sets that are null are left out.
+    """Check a YAML's `sets` and return their settings; sets with nothing to read are left out.
 
     Raises:
         UserError: no set, or an unknown or missing key, role, type or file.
     """
     if isinstance(sets, Mapping):
-        # An override such as `sets.kl_docs=null` takes a set out.
-        sets = {name: entry for name, entry in sets.items() if entry is not None}
+        sets = present_sets(sets)
     if not isinstance(sets, Mapping) or not sets:
         raise UserError(f"sets: {sets!r}; must be a mapping of name to set, with at least one set")
     return [_parse_set(name, entry) for name, entry in sets.items()]

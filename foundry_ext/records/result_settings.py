@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.redaction import is_secret_name, redact
 
 # Sections of a YAML.
@@ -34,6 +35,7 @@ def result_settings(config: Mapping[str, Any], without: tuple[str, ...] = ()) ->
         config: a resolved YAML.
         without: sections of RESULT_SETTINGS to leave out.
     """
+    config = run_settings(config)
     settings: dict[str, Any] = {}
     for key in RESULT_SETTINGS:
         if key not in without:

@@ -53,12 +53,12 @@ def measured(request, tmp_path_factory):
             cores.append(self)
 
     options = argparse.Namespace(
-        yaml=ROOT / f"yamls/finetune/smollm2-135m_gsm8k_{request.param}.yaml",
+        yaml=ROOT / f"yamls/smollm2_{request.param}.yaml",
         model=None,
         lengths="c",
         steps=4,
         wandb=False,
-        overrides=[*TINY, *PLAIN, "callbacks.snapshots={}"],
+        overrides=["variables.data=gsm8k", *TINY, *PLAIN, "callbacks.snapshots={}"],
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_time, "Core", Kept)
@@ -202,26 +202,29 @@ def test_a_read_on_a_gpu_is_a_wait():
 
 # --- offline -------------------------------------------------------------------------------------
 
-YAMLS = [
-    *(f"finetune/smollm2-135m_{data}_full" for data in ("gsm8k", "magicoder", "metamathqa")),
-    *("finetune/smollm2-135m_metamathqa-replay_lora", "pretrain/smollm2-360m_python-edu_dora"),
-    *("pretrain/smollm2-135m_openwebmath_rslora", "pretrain/smollm2-1.7b_finemath_full"),
+RUNS = [  # file, size, data set
+    *(("smollm2_full", "135m", data) for data in ("gsm8k", "magicoder", "metamathqa")),
+    ("smollm2_lora", "135m", "metamathqa-replay"),
+    ("pretrain/smollm2_dora", "360m", "python-edu"),
+    ("pretrain/smollm2_rslora", "135m", "openwebmath"),
+    ("pretrain/smollm2_full", "1.7b", "finemath"),
 ]
 
 
-@pytest.mark.parametrize("name", YAMLS)
-def test_a_shipped_yaml_offline(name, tmp_path):
+@pytest.mark.parametrize(("name", "size", "data"), RUNS)
+def test_a_shipped_yaml_offline(name, size, data, tmp_path):
     """Nothing of the hub is left, and its loader reads the generated rows."""
     from llmfoundry.data.dataloader import build_dataloader
     from transformers import AutoTokenizer
 
     overrides = ["variables.pack_tokens=64", "variables.max_seq_len=32"]
     overrides += ["global_train_batch_size=2", "model.config_overrides.vocab_size=500"]
+    overrides += [f"variables.size={size}", f"variables.data={data}"]
     path = ROOT / "yamls" / f"{name}.yaml"
     config = offline_config(path, tmp_path, steps=2, overrides=overrides)
     del config["variables"]  # only named from elsewhere
     assert "HuggingFaceTB" not in str(config) and "wandb" not in str(config)
-    assert config["model"]["pretrained_model_name_or_path"] == Path(name).name.split("_")[0]
+    assert config["model"]["pretrained_model_name_or_path"] == f"smollm2-{size}"
     tokenizer = AutoTokenizer.from_pretrained(config["tokenizer"]["name"])
     config["train_loader"]["num_workers"] = 0
     dataset = build_dataloader(config["train_loader"], tokenizer, 2).dataloader.dataset
@@ -245,7 +248,7 @@ def test_lengths_are_enough_and_fit():
 
 
 def test_a_model_of_no_shipped_shape_is_named(tmp_path):
-    path = ROOT / "yamls/finetune/smollm2-135m_gsm8k_full.yaml"
+    path = ROOT / "yamls/smollm2_full.yaml"
     with pytest.raises(
         ValueError, match="--model gpt2: no shipped shape; choose from smollm2-135m"
     ):

@@ -58,7 +58,7 @@ except SystemExit:
 
 
 def test_a_yaml_is_checked_before_anything_slow_is_imported():
-    yaml = "yamls/finetune/smollm2-135m_metamathqa_lora.yaml"
+    yaml = "yamls/smollm2_lora.yaml"
     code = f"""
 from pathlib import Path
 from foundry_ext.launch.train import check_all

@@ -1,5 +1,6 @@
 """The YAML for eight GPUs, on two CPU ranks: what users run but for shape and sources."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,25 +11,34 @@ from safetensors.torch import load_file
 from foundry_ext.config.loading import load_config
 from foundry_ext.records.record import read_record
 from foundry_ext.training.loggers.metrics_file import read_metrics
+from foundry_ext.utils.nested import get
 from tests.system.ranks import ROOT, run_launchers
+from tests.yamls.combinations import Combination, resolved
 from tests.yamls.test_yamls import TINY, metamathqa_row
 
 PATH = ROOT / "yamls/fsdp/smollm2-1.7b_metamathqa_full_8gpu.yaml"
-OF_ONE_DEVICE = ROOT / "yamls/finetune/smollm2-1.7b_metamathqa_full.yaml"
+OF_ONE_DEVICE = Combination("finetune", "metamathqa", "1.7b", "full")
 
 
 def test_it_is_the_run_of_one_device():
     """The same but for packs, sharding and what FSDP shuts out."""
-    sharded, one = (OmegaConf.to_container(load_config(path, [])) for path in (PATH, OF_ONE_DEVICE))
-    assert isinstance(sharded, dict) and isinstance(one, dict)
-    tokens = [c["variables"]["pack_tokens"] * c["global_train_batch_size"] for c in (sharded, one)]
-    assert tokens[0] == tokens[1] and sharded["global_train_batch_size"] % 8 == 0
+    sharded = OmegaConf.to_container(load_config(PATH, []), resolve=True)
+    one = copy.deepcopy(resolved(OF_ONE_DEVICE))
+    assert isinstance(sharded, dict)
+    packs = [get(c, "train_loader.dataset.pack_tokens") for c in (sharded, one)]
+    batches = [config["global_train_batch_size"] for config in (sharded, one)]
+    assert packs[0] * batches[0] == packs[1] * batches[1] and batches[0] % 8 == 0
+    variables = sharded["variables"]
+    assert variables["learning_rates"] == one["variables"]["learning_rates"]
     assert set(one["callbacks"]) - set(sharded["callbacks"]) == {"forgetting", "text_samples"}
     for config in (sharded, one):
-        for key in ("pack_tokens",):
-            del config["variables"][key]
-        for key in ("run_name", "callbacks", "global_train_batch_size"):
+        for loader in ("train_loader", "eval_loader"):
+            del config[loader]["dataset"]["pack_tokens"]
+        # Callbacks, but for those two, and the rest of these differ by the run's name.
+        for key in ("run_name", "callbacks", "global_train_batch_size", "variables"):
             del config[key]
+        for key in ("loggers", "save_folder"):
+            config[key] = str(config[key]).replace("_8gpu", "")
     assert sharded.pop("fsdp_config") and sharded["model"].pop("init_device") == "mixed"
     assert sharded == one
 

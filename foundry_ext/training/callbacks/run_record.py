@@ -30,6 +30,7 @@ from foundry_ext.training.run_description import (
     find_callback,
     method_of,
 )
+from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.environment import describe_environment, peak_memory
 from foundry_ext.utils.errors import UserError
 
@@ -97,7 +98,9 @@ class RunRecord(StepTimer):
             method=method.name,
             seed=state.rank_zero_seed,
             learning_rate=float(config["optimizer"]["lr"]),
-            config={key: value for key, value in config.items() if key not in _NOT_IN_THE_YAML},
+            config=run_settings(
+                {key: value for key, value in config.items() if key not in _NOT_IN_THE_YAML}
+            ),
             environment=describe_environment(
                 device_kind=device_kind(state), world_size=dist.get_world_size()
             ),
