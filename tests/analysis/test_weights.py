@@ -299,7 +299,7 @@ def test_the_command(world, saved, sets, tmp_path, capsys):
 
 
 def test_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="does not say what it was tuned from; give --base"):
+    with pytest.raises(ValueError, match="does not name its base model; pass --base"):
         analyse_weights(world.base)
     kit.make_llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     with pytest.raises(ValueError, match="other weights or shapes; give the right one by --base"):

@@ -147,7 +147,7 @@ def test_a_merge_with_another_scale_is_caught(saved, tmp_path, monkeypatch, vari
 
     monkeypatch.setattr(methods, "scale_of", wrong)
     refused(
-        "merging in float32 moves a logit by .* past the tolerance",
+        "merging in float32 moves a logit by .* tolerance 0.001: nothing was written",
         saved(variant)[2],
         tmp_path / "o",
     )
@@ -184,7 +184,7 @@ def test_a_broken_file_is_caught(saved, tmp_path, monkeypatch):
 
 
 def test_the_tolerance_is_the_user_s(saved, tmp_path):
-    refused("past the tolerance of 0;", saved("lora")[2], tmp_path / "o", tolerance=0.0)
+    refused("tolerance 0: nothing was written", saved("lora")[2], tmp_path / "o", tolerance=0.0)
     refused("writing bfloat16", saved("lora")[2], tmp_path / "o", dtype="bfloat16", tolerance=1e-5)
     refused("tolerance: -1", saved("lora")[2], tmp_path / "o", tolerance=-1.0)
 
@@ -215,7 +215,7 @@ def test_an_adapter_on_the_tied_embedding(world, tmp_path):
         tmp_path / "hf", save_embedding_layers=False
     )
     kit.load_tokenizer(world).save_pretrained(tmp_path / "hf")
-    refused("does not say what it was tuned from; give --base", tmp_path / "hf", tmp_path / "out")
+    refused("does not name its base model; pass --base", tmp_path / "hf", tmp_path / "out")
     match = "embed_tokens has an adapter, and the head"
     refused(match, tmp_path / "hf", tmp_path / "out", base=str(world.base))
 
