@@ -31,15 +31,8 @@ def measure_line(
 ) -> list[dict[str, Any]]:
     """Measure the sets at every alpha, and their changes against alpha 0, as in a run record.
 
-    `tuned` is left with the weights of the last alpha.
-
-    Args:
-        base: the base model.
-        tuned: the tuned model, without an unmerged adapter.
-        settings: the sets to measure, in fp32.
-        folder: of the tuned model, where a tokenizer is looked for first.
-        base_name: the base model's name, for its tokenizer.
-        alphas: points on the line.
+    The sets are measured in fp32, with the tokenizer of the tuned model's `folder`, else of
+    `base_name`. `tuned` is left with the weights of the last alpha.
     """
     tokenizer = load_tokenizer(folder, base_name)
     built = build_sets(settings, tokenizer, base.config.max_position_embeddings)

@@ -12,11 +12,8 @@ from foundry_ext.utils.errors import UserError
 def check_load_path(name: str, *, thoroughly: bool = True) -> None:
     """Check that Composer can read the checkpoint, and that nothing in it can run.
 
-    A folder is a sharded FSDP checkpoint, whose files are not checked.
-
-    Args:
-        name: the path, with the rank's number and the run's name filled in.
-        thoroughly: read the file to its end.
+    A folder is a sharded FSDP checkpoint, whose files are not checked. `name` has the rank's number
+    and the run's name filled in. Checking `thoroughly` reads the file to its end.
 
     Raises:
         UserError: the file cannot be checked here, is corrupted, or could run code.

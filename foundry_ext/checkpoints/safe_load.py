@@ -29,11 +29,7 @@ _HARMLESS: list[Any] = [
 
 
 def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Return the checkpoint's content, on the CPU.
-
-    Args:
-        path: a .pt file.
-        mmap: leave the tensors on the disk until they are accessed.
+    """Return the checkpoint's content, on the CPU; `mmap` leaves tensors on the disk until needed.
 
     Raises:
         UserError: it holds a class or function outside `_HARMLESS`; names it.

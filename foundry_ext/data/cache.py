@@ -115,13 +115,8 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         state.pop("truncation", None)
         state.pop("padding", None)
     kind = type(tokenizer)
-    decisive = [
-        kind.__module__,
-        kind.__qualname__,
-        state,
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-    ]
+    templates = [tokenizer.chat_template, tokenizer.special_tokens_map]
+    decisive = [kind.__module__, kind.__qualname__, state, *templates]
     return xxhash.xxh3_128(json.dumps(decisive, default=str).encode()).hexdigest()
 
 

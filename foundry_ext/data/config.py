@@ -48,9 +48,7 @@ class Source:
 def get_sources(dataset: dict[str, Any], name: str) -> list[Source]:
     """Return the sources of `datasets`, or the one that `dataset` itself names.
 
-    Args:
-        dataset: the `dataset` section.
-        name: packed_finetuning or packed_text; rows are read as in that builder.
+    Rows are read as in the builder `name`, packed_finetuning or packed_text.
 
     Raises:
         UserError: unknown or contradictory keys, or shares that make no mixture.

@@ -55,11 +55,7 @@ def _decode(path: Path, line: bytes, number: int) -> None:
 
 
 def find_fault(path: Path) -> str | None:
-    """Return the first line that is not a row like those before it, and why, or None.
-
-    Args:
-        path: one row per line, in UTF-8, see `check_lines`.
-    """
+    """Return the first line that is not a row like those before it, and why, or None."""
     kinds: dict[str, tuple[str, int]] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -48,9 +48,7 @@ class Part:
 def draw(sources: Sequence[Documents], shares: Sequence[float | None]) -> list[Part]:
     """Return the part of each source that an epoch uses.
 
-    Args:
-        sources: all documents of each source.
-        shares: shares of the epoch's tokens, each in (0, 1); None for the main source.
+    `shares` are shares of the epoch's tokens, each in (0, 1); None for the main source.
 
     Raises:
         UserError: see `check_shares`; or a source has no documents to draw from.

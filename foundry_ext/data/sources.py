@@ -121,7 +121,6 @@ def load_rows(
 
 
 def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> Any:
-    """Return the rows of a hub name, a folder or a builder."""
     if safe_load and not Path(hf_name).is_dir():
         hf_name = huggingface_hub.snapshot_download(
             hf_name,
@@ -228,12 +227,10 @@ def _share(value: str) -> float:
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
 
 
-_STREAM_KEYS = frozenset(
-    (
-        *("remote", "local", "split", "download_retry", "download_timeout", "validate_hash"),
-        *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
-    )
-)
+_STREAM_KEYS = {
+    *("remote", "local", "split", "download_retry", "download_timeout", "validate_hash"),
+    *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
+}
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 

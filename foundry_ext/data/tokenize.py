@@ -79,13 +79,8 @@ def tokenize_rows(
 ) -> Documents:
     """Tokenise rows, or find them in the cache by their content, see data/cache.py.
 
-    Args:
-        rows: prompt/response or chat rows after `preprocess`, or rows with `settings.text_key`.
-        tokenizer: needs an end-of-text token.
-        settings: what decides the tokens of a row.
-        preprocess: formats a row.
-        num_proc: processes, limited to one per 1000 rows.
-        name: name of the rows for the progress bar.
+    Rows are prompt/response or chat rows after `preprocess`, or have `settings.text_key`. Each of
+    `num_proc` processes gets 1000 rows or more. The progress bar shows `name`.
 
     Raises:
         UserError: no rows; a row that cannot be read, or is too long under `overlong: error`. The
@@ -185,11 +180,7 @@ class _Reader:
         self.eos = cast(int, tokenizer.eos_token_id)
 
     def read(self, row: dict[str, Any]) -> Tokens:
-        """Tokenise one row.
-
-        Raises:
-            Exception: llm-foundry's own, for a row that cannot be read.
-        """
+        """Tokenise one row; a bad one raises an exception of llm-foundry's."""
         text_key = self.settings.text_key
         if text_key is None:
             return self.stitch(tokenize_formatted_example(row, self.tokenizer)["turns"])

@@ -179,7 +179,12 @@ def test_refuses_another_architecture(changed, tmp_path):
     def spoil(state):
         state["integrations"]["huggingface"]["model"]["config"]["content"]["model_type"] = "gpt2"
 
-    refused(ValueError, "of a gpt2 model", changed("full", spoil), tmp_path / "out")
+    refused(
+        ValueError,
+        "changed.pt must be of a Llama-shaped model, not gpt2",
+        changed("full", spoil),
+        tmp_path / "out",
+    )
 
 
 def test_leaves_nothing_when_writing_fails(saved, tmp_path, monkeypatch):

@@ -143,14 +143,9 @@ def measure_throughput(
 ) -> MeasuredThroughput:
     """Time forward and backward passes of one layer, of three, and of one with the head.
 
-    Args:
-        model: the run's model.
-        lengths: lengths of the run's documents; the first are used, as many as the time allows.
-        precision: Composer's name of it.
-        optimizer: its name, which decides the cost of an update.
-        loss_share: share of tokens that carry loss.
-        recomputes: whether activations are checkpointed, which costs another forward pass.
-        device: cpu or cuda.
+    `lengths` are those of the run's documents; the first are used, as many as the time allows.
+    `loss_share` is the share of tokens that carry loss. Recomputing checkpointed activations
+    (`recomputes`) costs another forward pass.
     """
     vocabulary = model.config.vocab_size
     chosen = _affordable(model, lengths)

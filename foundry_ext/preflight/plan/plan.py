@@ -105,12 +105,7 @@ class Plan:
 
 
 def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> Plan:
-    """Plan one run.
-
-    Args:
-        config: resolved.
-        name: of the run, for the text.
-        num_ranks: processes that will train it.
+    """Plan one run of a resolved configuration, trained by `num_ranks` processes.
 
     Raises:
         UserError: the run cannot be planned, or training itself would refuse it.

@@ -58,11 +58,7 @@ class Schedule:
 
 
 def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedule:
-    """Simulate the batches and intervals of a run.
-
-    Args:
-        dataset: the training loader's dataset.
-        config: resolved; max_duration, eval_interval, save_interval and the scheduler are read.
+    """Simulate the batches and intervals of a run; `config` must be resolved.
 
     Raises:
         UserError: the duration cannot be converted to steps, such as seconds.
@@ -80,8 +76,10 @@ def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedul
         dataloader_len=Time.from_batch(length),
     )
     clock.get_elapsed_duration = lambda: clock.timestamp.get(duration.unit) / duration
-    evaluates = _interval(config.get("eval_interval", 1), evaluation=True)
-    saves = _interval(config.get("save_interval") or 0)
+    evaluates = create_interval_scheduler(
+        config.get("eval_interval", 1), checkpoint_events=False, final_events={Event.FIT_END}
+    )
+    saves = create_interval_scheduler(config.get("save_interval") or 0)
     is_warm = _warm(config.get("scheduler") or {}, duration, length)
     totals, warmup, num_saves = Totals(), None, 0
     evaluated: list[int] = []
@@ -103,14 +101,6 @@ def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedul
         warmup_steps=warmup,
         evaluated_at=evaluated,
         saves=num_saves if config.get("save_folder") else 0,
-    )
-
-
-def _interval(interval: Any, *, evaluation: bool = False) -> Callable[[Any, Event], bool]:
-    if not evaluation:
-        return create_interval_scheduler(interval)
-    return create_interval_scheduler(
-        interval, checkpoint_events=False, final_events={Event.FIT_END}
     )
 
 

@@ -33,12 +33,7 @@ _NAMES = {
 
 
 def format_plan(plan: Plan, *, memory: Mapping[str, float] | None = None) -> str:
-    """Return the text that is printed.
-
-    Args:
-        plan: a plan.
-        memory: bytes of further devices, by name.
-    """
+    """Return the text that is printed; `memory` adds devices, as bytes by name."""
     parts = {
         "data": _data(plan),
         "run": _run(plan),

@@ -390,7 +390,7 @@ def test_killed_after_the_last_batch(world, finished, tmp_path, duration):
     ("change", "message"),
     [
         ({"save_folder": None}, "exact_resume: save_folder is missing"),
-        ({"save_folder": "s3://bucket/x"}, "save_folder s3://bucket/x is not a folder"),
+        ({"save_folder": "s3://bucket/x"}, "save_folder s3://bucket/x must be a folder"),
         ({"save_num_checkpoints_to_keep": 0}, "save_num_checkpoints_to_keep: 0 leaves nothing"),
         ({"save_weights_only": True}, "save_weights_only: True leaves too little"),
         ({"save_ignore_keys": ["state/optimizers"]}, "save_ignore_keys: .* leaves too little"),
