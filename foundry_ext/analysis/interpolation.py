@@ -1,7 +1,7 @@
 """Learning and forgetting along the line from the base model's weights to the tuned ones.
 
-W(alpha) = W + alpha * (W' - W): 0 is the base model, 1 the tuned one, beyond 1 more of the same.
-What is learned early on the line and forgotten late can be kept by stopping short of its end.
+W(alpha) = W + alpha * (W' - W): 0 is the base model, 1 the tuned one, beyond 1 extrapolates.
+What is learned early on the line and forgotten late can be kept by stopping before its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,10 @@ def measure_line(
     base_name: str,
     alphas: Sequence[float] = ALPHAS,
 ) -> list[dict[str, Any]]:
-    """The sets' figures at every alpha, and their changes against alpha 0, as in a run record.
+    """Measure the sets at every alpha, and their changes against alpha 0, as in a run record.
 
-    `tuned` is left with the weights of the last alpha.
-
-    Args:
-        settings: the sets to measure, in fp32.
-        folder, base_name: where the tokenizer is looked for.
+    The sets are measured in fp32, with the tokenizer of the tuned model's `folder`, else of
+    `base_name`. `tuned` is left with the weights of the last alpha.
     """
     tokenizer = load_tokenizer(folder, base_name)
     built = build_sets(settings, tokenizer, base.config.max_position_embeddings)
@@ -59,7 +56,7 @@ def set_weights(
     end: Mapping[str, torch.Tensor],
     alpha: float,
 ) -> None:
-    """`model`'s weights at `alpha`, all of them; lerp is exact at 0 and at 1."""
+    """Set all weights of `model` to those at `alpha`; lerp is exact at 0 and at 1."""
     start = dict(base.named_parameters())
     for name, weight in model.named_parameters():
         weight.copy_(torch.lerp(start[name], end[name], alpha))

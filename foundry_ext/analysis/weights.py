@@ -1,15 +1,15 @@
-"""What training did to the weights: the rank of the change, and intruder dimensions.
+"""Analysis of what training did to the weights: rank of the change, intruder dimensions.
 
 W [out, in] is a linear of the base model, W' of the tuned one, W' - W the change.
 
-- Rank: the least number of singular values of the change that hold 90 % of its energy, the sum of
-  their squares ("LoRA Learns Less and Forgets Less", arXiv 2405.09673, section 4.5).
+- Rank: the smallest number of singular values of the change that hold 90 % of its energy, the sum
+  of their squares ("LoRA Learns Less and Forgets Less", arXiv 2405.09673, section 4.5).
 - Intruder dimensions (arXiv 2410.21228, algorithm 1): of the K left singular vectors of W' with the
   largest singular values, those whose cosine with every left singular vector of W is below EPSILON.
-  The sign of a singular vector means nothing, so the cosine is taken without it.
+  The sign of a singular vector is arbitrary, so the absolute cosine is used.
 
-An adapter's change is s * B @ A, whose singular values are those of an r x r matrix, exactly;
-DoRA's magnitudes make it dense.
+An adapter's change is s * B @ A, whose singular values are exactly those of an r x r matrix;
+DoRA's magnitudes make the change dense.
 """
 
 import json
@@ -45,12 +45,12 @@ from foundry_ext.utils.errors import UserError
 SCHEMA_VERSION = 1
 ENERGY = 0.9
 K, EPSILON = 10, 0.5
-_KEPT_VALUES = 64  # singular values of the change that are written out
+_SAVED_VALUES = 64  # singular values of the change per linear
 
 
 @dataclass(frozen=True)
 class MatrixAnalysis:
-    """One linear. Norms are Frobenius's; `singular_values` are the change's largest 64."""
+    """Analysis of one linear: Frobenius norms, and the change's largest 64 singular values."""
 
     name: str
     shape: tuple[int, int]
@@ -63,7 +63,7 @@ class MatrixAnalysis:
 
 @dataclass(frozen=True)
 class Change:
-    """One linear before and after, and the change's singular values if they came cheaper."""
+    """One linear before and after, and the change's singular values if they are cheap."""
 
     name: str
     before: Tensor
@@ -77,13 +77,13 @@ def analyse_weights(
     base: str | None = None,
     sets: Sequence[EvalSetConfig] | None = None,
 ) -> dict[str, Any]:
-    """Everything that `foundry-ext analyse` writes.
+    """Return everything that `foundry-ext analyse` writes.
 
     Args:
         path: a model folder, an adapter folder, or a Composer checkpoint of either.
         base: the base model; None if the adapter, or the run record above `path`, names it.
         sets: evaluation sets, measured along the line from the base to the tuned weights; None
-            leaves the line out.
+            omits the line.
 
     Raises:
         UserError: nothing to analyse, no base model, or one of another shape.
@@ -115,14 +115,14 @@ def analyse_weights(
 
 
 def full_changes(base: SmolLM2ForCausalLM, tuned: SmolLM2ForCausalLM) -> Iterator[Change]:
-    """All linears of the layers.
+    """Yield all linears of the layers.
 
     Raises:
         UserError: the two models differ in shape.
     """
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     if {n: x.shape for n, x in before.items()} != {n: x.shape for n, x in after.items()}:
-        raise UserError("the base model has other weights or shapes; give the right one by --base")
+        raise UserError("the base model has other weights or shapes; pass the right one by --base")
     for name, weight in before.items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in LINEARS:
@@ -131,7 +131,7 @@ def full_changes(base: SmolLM2ForCausalLM, tuned: SmolLM2ForCausalLM) -> Iterato
 
 @torch.no_grad()
 def adapter_changes(model: PeftModel) -> Iterator[Change]:
-    """The linears that have an adapter."""
+    """Yield the linears that have an adapter."""
     config = model.peft_config["default"].to_dict()
     for name, layer in lora_layers(model):
         scale = methods.scale_of(config, name)
@@ -145,9 +145,9 @@ def adapter_changes(model: PeftModel) -> Iterator[Change]:
 
 @torch.no_grad()
 def analyse_matrices(changes: Iterator[Change]) -> list[MatrixAnalysis]:
-    """On the GPU if there is one: two decompositions a matrix."""
+    """Analyse each linear with two decompositions, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    matrices = []
     for change in changes:
         before, after = change.before.to(device), change.after.to(device)
         values, intruders = change.values, 0
@@ -156,7 +156,7 @@ def analyse_matrices(changes: Iterator[Change]) -> list[MatrixAnalysis]:
             values = torch.zeros(1) if same else torch.linalg.svdvals(after - before)
         if values.any():
             intruders = count_intruders(before, after)
-        found.append(
+        matrices.append(
             MatrixAnalysis(
                 name=change.name,
                 shape=(before.shape[0], before.shape[1]),
@@ -164,30 +164,30 @@ def analyse_matrices(changes: Iterator[Change]) -> list[MatrixAnalysis]:
                 intruders=intruders,
                 norm_change=values.norm().item(),
                 norm_base=before.norm().item(),
-                singular_values=tuple(float(f"{x:.4g}") for x in values[:_KEPT_VALUES].tolist()),
+                singular_values=tuple(float(f"{x:.4g}") for x in values[:_SAVED_VALUES].tolist()),
             )
         )
-    return found
+    return matrices
 
 
 def singular_values_of_product(B: Tensor, A: Tensor) -> Tensor:
-    """Those of B @ A, [out, r] @ [r, in], from the triangles of two QR decompositions: [r]."""
+    """Return those of B @ A, [out, r] @ [r, in], from two QR decompositions: [r]."""
     left = torch.linalg.qr(B, mode="r").R
     right = torch.linalg.qr(A.T, mode="r").R
     return torch.linalg.svdvals(left @ right.T)
 
 
 def rank_for_energy(values: Tensor, share: float = ENERGY) -> int:
-    """The least number of singular values, largest first, with this share of all squares' sum."""
+    """Return the least number of largest singular values with this share of the energy."""
     energy = values.double().square().sort(descending=True).values.cumsum(0)
     if energy[-1] == 0:
         return 0
-    # A sum that reaches the share but for rounding has reached it.
+    # The margin is for rounding: a sum that should equal the share may fall just short of it.
     return int((energy < (share - 1e-9) * energy[-1]).sum()) + 1
 
 
 def count_intruders(before: Tensor, after: Tensor, *, k: int = K, epsilon: float = EPSILON) -> int:
-    """Leading left singular vectors of `after` that resemble none of `before`."""
+    """Count the leading left singular vectors of `after` that resemble none of `before`."""
     old = torch.linalg.svd(before, full_matrices=False).U
     new = torch.linalg.svd(after, full_matrices=False).U[:, :k]
     closest = (old.T @ new).abs().max(dim=0).values
@@ -195,17 +195,17 @@ def count_intruders(before: Tensor, after: Tensor, *, k: int = K, epsilon: float
 
 
 def summarise(matrices: Sequence[MatrixAnalysis]) -> dict[str, Any]:
-    """Over all matrices, by kind of module (q_proj, ...) and by layer."""
+    """Summarise all matrices, and those of each kind (q_proj, ...) and layer."""
 
-    def of(some: Sequence[MatrixAnalysis]) -> dict[str, Any]:
+    def summary(group: Sequence[MatrixAnalysis]) -> dict[str, Any]:
         change, base = (
-            math.sqrt(sum(getattr(matrix, key) ** 2 for matrix in some))
+            math.sqrt(sum(getattr(matrix, key) ** 2 for matrix in group))
             for key in ("norm_change", "norm_base")
         )
         return {
-            "matrices": len(some),
-            "median_rank_90": median(matrix.rank_90 for matrix in some),
-            "total_intruders": sum(matrix.intruders for matrix in some),
+            "matrices": len(group),
+            "median_rank_90": median(matrix.rank_90 for matrix in group),
+            "total_intruders": sum(matrix.intruders for matrix in group),
             "relative_change": change / base,
         }
 
@@ -215,17 +215,17 @@ def summarise(matrices: Sequence[MatrixAnalysis]) -> dict[str, Any]:
         modules.setdefault(matrix.name.rpartition(".")[2], []).append(matrix)
         layers.setdefault(matrix.name.split("layers.")[1].split(".")[0], []).append(matrix)
     return {
-        **of(matrices),
+        **summary(matrices),
         "energy": ENERGY,
         "k": K,
         "epsilon": EPSILON,
-        "by_module": {name: of(modules[name]) for name in sorted(modules)},
-        "by_layer": {name: of(layers[name]) for name in sorted(layers, key=int)},
+        "by_module": {name: summary(modules[name]) for name in sorted(modules)},
+        "by_layer": {name: summary(layers[name]) for name in sorted(layers, key=int)},
     }
 
 
 def default_output(path: Path) -> Path:
-    """`analysis.json` beside the record of the run that `path` belongs to, else beside `path`."""
+    """Return `analysis.json` beside the record of the run of `path`, else beside `path`."""
     record = record_above(path)
     return (record or path.resolve()).parent / "analysis.json"
 

@@ -1,4 +1,4 @@
-"""Adapters in, and out: checked, loaded; Composer checkpoint -> Hugging Face folder."""
+"""Adapters, checked and loaded; export of Composer checkpoints to Hugging Face folders."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from foundry_ext.adapters import methods, pissa
 from foundry_ext.checkpoints.safe_load import load_checkpoint
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import replaced_folder
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +29,23 @@ _TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
-    """Full names of the modules that peft can put an adapter on."""
+    """Return the full names of the modules that peft can put an adapter on."""
     modules = model.named_modules()
     return [name for name, module in modules if isinstance(module, nn.Linear | nn.Embedding)]
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
-    """As PeftModelForCausalLM.from_pretrained, which only warns of weights it did not find.
+    """Load an adapter strictly; PeftModelForCausalLM.from_pretrained only warns of missing weights.
 
     Raises:
-        UserError: an adapter that is not there, a pickle, not supported, or does not fit the
-            model.
+        UserError: the adapter does not exist, is a pickle, is not supported, or does not fit.
     """
     if not Path(path).is_dir():
         _name_the_hub(path)
     elif not Path(path, "adapter_model.safetensors").is_file():
         raise UserError(
             f"adapter {path} holds no adapter_model.safetensors: a pickle (.bin) could run code"
-            " when it is read; save it anew with safe_serialization=True, or name another folder"
+            " when it is read; save it again with safe_serialization=True, or name another folder"
         )
     config = PeftConfig.from_pretrained(path)
     try:
@@ -64,8 +63,8 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
     base = getattr(model.config, "_name_or_path", None)
     if config.base_model_name_or_path not in (None, "", base):
         log.warning(
-            "adapter %s was trained on %s and goes on here on %s: unless both are the same weights,"
-            " it does not fit",
+            "adapter %s was trained on %s and continues here on %s: unless both have the same"
+            " weights, it does not fit",
             *(path, config.base_model_name_or_path, base),
         )
     try:
@@ -74,7 +73,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
         problem = shorten(str(error), 200, placeholder=" ...")
         raise UserError(
             f"adapter {path} does not fit the model {base}; name the one that it was trained on,"
-            f" {config.base_model_name_or_path or 'which it does not say'} ({problem})"
+            f" {config.base_model_name_or_path or 'which it does not name'} ({problem})"
         ) from error
     if report.missing_keys or report.unexpected_keys:
         raise UserError(
@@ -85,24 +84,24 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModelForCausalLM:
 
 
 def _name_the_hub(path: str) -> None:
-    """Raises ValueError unless the hub, or its cache, has the adapter of this name, unpickled."""
+    """Check that the hub, or its cache, has an adapter of this name without pickles."""
     try:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             huggingface_hub.hf_hub_download(path, name)
     except (OSError, HFValidationError) as error:
         raise UserError(
-            f"adapter {path} is no folder here, and the hub does not give it; give a local folder"
-            " with adapter_config.json and adapter_model.safetensors"
+            f"adapter {path} is not a folder here, and the hub does not give it; name a local"
+            " folder with adapter_config.json and adapter_model.safetensors"
             f" ({type(error).__name__}: {shorten(str(error), 160, placeholder=' ...')})"
         ) from error
 
 
 def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
-    """Writes a Composer checkpoint as a folder that stock transformers, or peft, loads.
+    """Write a Composer checkpoint as a folder that stock transformers, or peft, loads.
 
-    A full model becomes config.json and model.safetensors in fp32 (config says LlamaForCausalLM);
-    an adapter becomes adapter_config.json and adapter_model.safetensors, to be loaded onto the base
-    model that its configuration names. The tokenizer comes along.
+    A full model becomes config.json and model.safetensors in fp32 (the config says
+    LlamaForCausalLM). An adapter becomes adapter_config.json and adapter_model.safetensors, to be
+    loaded onto the base model that its configuration names. The tokenizer is included.
 
     Args:
         checkpoint: a file that Composer saved (`ep1-ba10-rank0.pt`, or its `latest` link).
@@ -113,8 +112,8 @@ def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: not a whole checkpoint of a smollm2_packed model, `out` in use, or weights that
-            do not fit the saved configuration.
+        UserError: not a complete checkpoint of a smollm2_packed model, `out` in use, or weights
+            that do not fit the saved configuration.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     refuse_folder_in_use(out)
@@ -123,9 +122,11 @@ def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
         saved, weights = state["integrations"]["huggingface"], state["model"]
         config = saved["model"]["config"]["content"]
     except KeyError as error:
-        raise UserError(f"{checkpoint} holds no {error}: it is of no Hugging Face model") from error
+        raise UserError(
+            f"{checkpoint} has no {error}: it must be a checkpoint of a Hugging Face model"
+        ) from error
     if config["model_type"] != "llama":
-        raise UserError(f"{checkpoint} is of a {config['model_type']} model, not of SmolLM2")
+        raise UserError(f"{checkpoint} must be of a Llama-shaped model, not {config['model_type']}")
     weights = {name.removeprefix("model."): value for name, value in weights.items()}
     model = _build(saved["model"], weights, checkpoint)
     with replaced_folder(out) as scratch:
@@ -139,8 +140,8 @@ def write_folder(
     folder: Path,
     weights: dict[str, Any] | None = None,
 ) -> None:
-    """Model, or adapter, and tokenizer as stock libraries load them; `weights` if not its own."""
-    # Else peft looks on the hub whether the vocabulary has grown, which is refused where it could.
+    """Write model or adapter, and tokenizer, for stock libraries; `weights` replace its own."""
+    # Without it peft asks the hub whether the vocabulary has grown, which may be refused.
     adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     with pissa.as_plain_lora(model, weights) as weights:
         options: dict[str, Any] = {"state_dict": weights, **adapter}
@@ -152,7 +153,7 @@ def write_folder(
 
 
 def _sort_targets(path: Path) -> None:
-    """peft writes a set in the order of its hashes: equal runs are to write equal files."""
+    """Sort what peft writes in the order of hashes, so that equal runs write equal files."""
     content = json.loads(path.read_text())
     if isinstance(content["target_modules"], list):
         content["target_modules"].sort()
@@ -160,7 +161,7 @@ def _sort_targets(path: Path) -> None:
 
 
 def refuse_folder_in_use(out: Path) -> None:
-    """Raises ValueError unless `out` is new or an empty folder."""
+    """Raise a UserError unless `out` is new or an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; name another folder or remove it")
 
@@ -182,14 +183,14 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
     except ValueError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{checkpoint} is not a readable Composer checkpoint: {problem}") from error
 
 
 def _build(
     saved: dict[str, Any], weights: dict[str, Any], source: Path
 ) -> SmolLM2ForCausalLM | PeftModel:
-    """The model with exactly these weights: one left random would be a model that looks whole."""
+    """Return the model with exactly these weights; a missing one would stay random unnoticed."""
     adapter = saved.get("peft_config", {}).get("content")
     config: Any = LlamaConfig.from_dict(saved["config"]["content"])
     if adapter is not None:
@@ -200,14 +201,14 @@ def _build(
         model.generation_config = GenerationConfig.from_dict(content)
     expected: Any = model.state_dict()
     if adapter is not None:
-        # Not initialised as it was: PiSSA would decompose random matrices.
+        # Not initialised as in training: PiSSA would decompose random matrices.
         peft_config = LoraConfig(**adapter | {"init_lora_weights": True})
         model = get_peft_model(model, peft_config)
         assert isinstance(model, PeftModel)
         peft_config.init_lora_weights = adapter["init_lora_weights"]
         if pissa.is_pissa(model):
             pissa.empty_initial_factors(model)
-        # The base model is in the checkpoint only if it was asked for, and not in the export.
+        # The base model is in the checkpoint only on request, and never in the export.
         expected, weights = (
             filter_state_dict_peft(names, peft_config, remove_adapter_names=False)
             for names in (model.state_dict(), weights)
@@ -221,18 +222,19 @@ def _build(
     try:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # another shape
-        problem = " ".join(str(error).split())
-        raise UserError(f"{source} does not fit its own configuration: {problem}") from error
+        raise UserError(
+            f"{source} does not fit its own configuration: {one_line(error)}"
+        ) from error
     return model
 
 
 def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenizerBase | None:
     for name, content in (saved.get("tokenizer") or {}).items():
-        # Composer writes them under these names, wherever those lead.
+        # Composer writes files under these names, wherever they lead.
         if Path(name).name != name or content["file_extension"] not in _TOKENIZER_FILES:
             raise UserError(
                 f"the checkpoint's tokenizer has a file {name!r}{content['file_extension']}, which"
-                " is none that a tokenizer needs, and could be code or lie anywhere"
+                " no tokenizer needs: it could be code, or be written anywhere"
             )
     tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
         saved, tokenizer_save_dir=str(scratch)
@@ -242,7 +244,7 @@ def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenize
 
 
 def describe_export(out: Path) -> str:
-    """One line: what was written, to be loaded with what."""
+    """Return one line: what was written, and how to load it."""
     adapter = out / "adapter_config.json"
     if adapter.is_file():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]

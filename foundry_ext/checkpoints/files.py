@@ -1,8 +1,8 @@
-"""Checkpoint files that are whole or not there, and which of a folder's is the newest whole one.
+"""Atomic checkpoint writes; finds the newest intact checkpoint in a folder.
 
-A file is written beside its place, synced and renamed; `latest` is a link that is replaced, never
-removed. So a process that dies anywhere leaves the old state or the new one. What a disk, a copy or
-another program has spoilt is found by the CRC-32 that torch stores with every tensor.
+A file is written beside its place, synced and renamed; the `latest` link is replaced, never
+removed. A process that dies anywhere leaves the old state or the new one. Corruption by a disk, a
+copy or another program is found by the CRC-32 that torch stores with every tensor.
 """
 
 import errno
@@ -21,7 +21,7 @@ from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PARTIAL = "partial-"  # before the name: what follows it says how Composer compresses
+PARTIAL = "partial-"  # a prefix, because the suffix tells Composer how to compress
 DAMAGED = "damaged-"
 ZIP_START = b"PK\x03\x04"
 
@@ -32,7 +32,7 @@ def replaced_checkpoint(path: Path) -> AbstractContextManager[Path]:
 
 
 def link_to(target: Path, link: Path) -> None:
-    """Makes `link` point to `target`, in one step: there is no moment without a link."""
+    """Point `link` to `target` in one step, so that the link never vanishes."""
     partial = link.with_name(PARTIAL + link.name)
     partial.unlink(missing_ok=True)
     partial.symlink_to(os.path.relpath(target, link.parent))
@@ -41,9 +41,9 @@ def link_to(target: Path, link: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint of torch, or None; other formats are taken as they are.
+    """Return what is wrong with a torch checkpoint, or None; other formats are not checked.
 
-    Reads all of it: about a second a gigabyte from a fast disk.
+    Reads all of it: about one second per gigabyte from a fast disk.
     """
     if path.suffix != ".pt":
         return None
@@ -52,64 +52,65 @@ def damage(path: Path) -> str | None:
             if file.read(len(ZIP_START)) != ZIP_START:
                 return "is empty" if path.stat().st_size == 0 else "does not begin as a checkpoint"
         with zipfile.ZipFile(path) as archive:
-            spoilt = archive.testzip()
-        torch._C.PyTorchFileReader(str(path))  # stricter about the table at its end; loads nothing
+            corrupted = archive.testzip()
+        torch._C.PyTorchFileReader(str(path))  # stricter about the table at the end; loads nothing
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         return f"cannot be read to its end ({str(error).partition(chr(10))[0]})"
-    return f"is spoilt in {spoilt}" if spoilt else None
+    return f"is corrupted in {corrupted}" if corrupted else None
 
 
 def find_checkpoints(folder: Path, template: str) -> list[Path]:
-    """Files named like `template`, ep{epoch}-ba{batch}-rank{rank}.pt, oldest first by its numbers.
+    """Return files named like `template`, oldest first by its numbers.
 
-    >>> find_checkpoints(Path("."), "ba{batch}.pt")  # where there are ba2.pt, ba10.pt
+    >>> find_checkpoints(Path("."), "ba{batch}.pt")  # given ba2.pt and ba10.pt
     [PosixPath('ba2.pt'), PosixPath('ba10.pt')]
     """
     parts = re.split(r"\{\w+\}", template)
     pattern = re.compile(r"(\d+)".join(map(re.escape, parts)))
-    found = []
+    checkpoints = []
     for path in folder.rglob("*"):
         match = pattern.fullmatch(path.relative_to(folder).as_posix())
         if match and path.is_file() and not path.is_symlink():
-            found.append((tuple(map(int, match.groups())), path))
-    return [path for _, path in sorted(found)]
+            checkpoints.append((tuple(map(int, match.groups())), path))
+    return [path for _, path in sorted(checkpoints)]
 
 
 def has_any(folder: Path, *, besides: Path | None) -> bool:
-    """Files of checkpoints, whatever their names, or links to what is gone."""
-    found = (path for path in folder.rglob("*") if path.suffix == ".pt")
-    return any(besides is None or path.resolve() != besides.resolve() for path in found)
+    """Return whether there are checkpoints, or links to deleted ones, other than `besides`."""
+    paths = (path for path in folder.rglob("*") if path.suffix == ".pt")
+    return any(besides is None or path.resolve() != besides.resolve() for path in paths)
 
 
-def keep_whole(paths: list[Path]) -> list[Path]:
-    """`paths`, oldest first, up to the newest whole one; damaged ones after it are named and get
-    another name, so that training can write there again.
+def keep_intact(paths: list[Path]) -> list[Path]:
+    """Return `paths`, oldest first, up to the newest intact one.
+
+    Damaged ones after it are reported and renamed, so that training can write there again.
 
     Raises:
-        UserError: there are some and none is whole; they keep their names.
+        UserError: all are damaged; they keep their names.
     """
     problems: dict[Path, str] = {}
-    kept = list(paths)
-    while kept and (problem := damage(kept[-1])) is not None:
-        problems[kept.pop()] = problem
-    if paths and not kept:
-        found = ", ".join(f"{path.name} {problem}" for path, problem in problems.items())
+    intact = list(paths)
+    while intact and (problem := damage(intact[-1])) is not None:
+        problems[intact.pop()] = problem
+    if paths and not intact:
+        details = ", ".join(f"{path.name} {problem}" for path, problem in problems.items())
         raise UserError(
-            f"{paths[0].parent}: no checkpoint in it is whole, so the run cannot go on where it"
-            f" stopped ({found}); restore one, or move the folder away to begin anew"
+            f"{paths[0].parent}: all checkpoints are damaged, so the run cannot continue"
+            f" ({details}); restore one, or move the folder away to start again"
         )
     for path, problem in problems.items():
         aside = path.with_name(DAMAGED + path.name)
         log.warning(
-            "checkpoint %s %s; renamed to %s, going on from %s",
-            *(path, problem, aside.name, kept[-1].name),
+            "checkpoint %s %s; renamed to %s, continuing from %s",
+            *(path, problem, aside.name, intact[-1].name),
         )
         os.replace(path, aside)
-    return kept
+    return intact
 
 
 def remove_partial(folder: Path) -> None:
-    """What a killed process had begun to write."""
+    """Remove files that a killed process had begun to write."""
     for path in folder.rglob(PARTIAL + "*"):
         if path.is_symlink() or path.is_file():
             path.unlink()
@@ -117,20 +118,17 @@ def remove_partial(folder: Path) -> None:
 
 def check_folder(folder: str | None) -> str:
     if folder is None:
-        raise UserError(
-            "exact_resume: save_folder is missing; say where the checkpoints go, or leave out"
-            " exact_resume"
-        )
+        raise UserError("exact_resume: save_folder is missing; set it, or remove exact_resume")
     if parse_uri(folder)[0]:
         raise UserError(
-            f"exact_resume: save_folder {folder} is not a folder on this machine's disks; name one,"
-            " or leave out exact_resume for Composer's own way of saving"
+            f"exact_resume: save_folder {folder} must be a folder on this machine's disks; name"
+            " one, or remove exact_resume to save as Composer does"
         )
     return folder
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """torch says only that a write failed."""
+    """Return whether a write failed for lack of space; torch says only that it failed."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "file write failed" in str(error) or "unexpected pos" in str(error)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Lock that lets one run at a time use a folder."""
 
 import fcntl
 import os
@@ -9,9 +9,9 @@ from foundry_ext.utils.errors import UserError
 
 
 class FolderLock:
-    """Held until it is released or the process ends, however it ends.
+    """Lock held until it is released or the process ends, however it ends.
 
-    A record lock, which the workers of a loader do not inherit: they may outlive a killed run.
+    A record lock is not inherited by a loader's workers, which may outlive a killed run.
     """
 
     def __init__(self, folder: Path):
@@ -19,7 +19,7 @@ class FolderLock:
         self._file: int | None = None
 
     def take(self) -> None:
-        """Raises ValueError where another process holds it; names that one."""
+        """Take the lock; a UserError names the process that holds it already."""
         if self._file is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,11 +27,11 @@ class FolderLock:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            who = os.pread(file, 200, 0).decode(errors="replace").strip()
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip()
             os.close(file)
             raise UserError(
-                f"{self.path.parent}: another run, {who or 'of unknown number'}, saves its"
-                " checkpoints there and goes on; wait for its end, or end it"
+                f"{self.path.parent}: another run ({holder or 'unknown process'}) is still saving"
+                " checkpoints there; wait until it ends, or stop it"
             ) from None
         except OSError:  # a file system without locks
             os.close(file)

@@ -1,4 +1,4 @@
-"""`load_path`: a checkpoint that may be from anywhere, looked at before Composer unpickles it."""
+"""Safety check of `load_path`: any file may be named, and Composer unpickles it."""
 
 from pathlib import Path
 
@@ -10,29 +10,26 @@ from foundry_ext.utils.errors import UserError
 
 
 def check_load_path(name: str, *, thoroughly: bool = True) -> None:
-    """Reads the file as Composer would, but so that nothing in it can run.
+    """Check that Composer can read the checkpoint, and that nothing in it can run.
 
-    A folder is one of FSDP's sharded checkpoints, which are not looked into.
-
-    Args:
-        name: with the rank's number and the run's name in it.
-        thoroughly: reads it to its end.
+    A folder is a sharded FSDP checkpoint, whose files are not checked. `name` has the rank's number
+    and the run's name filled in. Checking `thoroughly` reads the file to its end.
 
     Raises:
-        UserError: it cannot be looked at here, is spoilt, or could run code.
+        UserError: the file cannot be checked here, is corrupted, or could run code.
     """
     if parse_uri(name)[0]:
         raise UserError(
-            f"load_path: {name} is unpickled as it comes, and could run code; download it, and name"
-            " the file"
+            f"load_path: {name} would be unpickled unchecked, which could run code; download it and"
+            " give the file's path"
         )
     path = Path(name)
-    if path.is_dir() or not path.exists():  # the latter is Composer's to say
+    if path.is_dir() or not path.exists():  # Composer reports a missing file
         return
     if path.suffix != ".pt":
         raise UserError(
-            f"load_path: {path} is no .pt file, and others are not looked into before they are"
-            " unpickled, which could run code; decompress it, or name it .pt if it is one"
+            f"load_path: {path} must be a .pt file, because others are unpickled unchecked, which"
+            " could run code; decompress it, or rename it to .pt if it is one"
         )
     problem = damage(path) if thoroughly else None
     if problem:

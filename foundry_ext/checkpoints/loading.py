@@ -1,4 +1,4 @@
-"""A fine-tuned model beside the base model it came from, for merging and for looking inside."""
+"""Fine-tuned models and the base models they came from, loaded for merging and analysis."""
 
 import json
 import tempfile
@@ -18,18 +18,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.checkpoints.export import export_checkpoint, load_adapter
 from foundry_ext.models.pretrained import HUB_NAMES
 from foundry_ext.records.record import read_record
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, one_line
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @contextmanager
 def as_folder(path: Path) -> Iterator[Path]:
-    """The Hugging Face folder of a model or adapter; of a Composer checkpoint, its export, which
-    is gone afterwards.
+    """Yield the Hugging Face folder of a model or adapter, or a temporary export of a checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or none of the three.
+        FileNotFoundError: there is nothing at `path`.
+        UserError: it is neither a model, an adapter nor a checkpoint.
     """
     if path.is_dir():
         if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
@@ -52,7 +52,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_name(folder: Path, given: str | None) -> str:
-    """The base model: as given, or as the adapter names it.
+    """Return the base model's name, as given or as the adapter names it.
 
     Raises:
         UserError: a full model, which names none, or a name that stands for random weights.
@@ -61,32 +61,31 @@ def base_name(folder: Path, given: str | None) -> str:
     if name is None and is_adapter(folder):
         name = read_adapter_config(folder)["base_model_name_or_path"]
     if not name:
-        raise UserError(f"{folder} does not say what it was tuned from; give --base")
+        raise UserError(f"{folder} does not name its base model; pass --base")
     if name in HUB_NAMES:
         raise UserError(
-            f"{name} is a shape without weights, so the base model was random and is not kept; give"
-            " the base model by --base"
+            f"{name} is a shape without weights, so the base model was random and was not saved;"
+            " pass the base model by --base"
         )
     return name
 
 
 def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
-    """A Llama-shaped model in fp32 and evaluation mode.
+    """Return a Llama-shaped model in fp32 and evaluation mode.
 
     Raises:
-        UserError: not to be had, of another architecture, or with weights missing or left over.
+        UserError: it cannot be loaded, has another architecture, or its weights do not match.
     """
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "llama":
-            raise UserError(f"{name} is a {config.model_type} model, not of SmolLM2")
+            raise UserError(f"{name} must be a Llama-shaped model, not {config.model_type}")
         loaded: Any = kind.from_pretrained(
             name, torch_dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
-        problem = " ".join(str(error).split())
         raise UserError(
-            f"model {name} cannot be loaded; name another by --base: {problem}"
+            f"model {name} cannot be loaded; name another by --base: {one_line(error)}"
         ) from error
     model, report = loaded
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
@@ -96,14 +95,14 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
 
 
 def record_above(path: Path) -> Path | None:
-    """A run's folder holds its record, and exports and checkpoints one level down."""
+    """Return the record of the run whose folder holds `path`, at most one level down, or None."""
     folder = path.resolve()
     candidates = (parent / "record.json" for parent in (folder, *folder.parents[:2]))
     return next((record for record in candidates if record.is_file()), None)
 
 
 def recorded_base(path: Path) -> str | None:
-    """The model that the run which wrote `path` started from, if its record is near."""
+    """Return the model that the run which wrote `path` started from, if its record is near."""
     record = record_above(path)
     if record is None:
         return None
@@ -112,17 +111,16 @@ def recorded_base(path: Path) -> str | None:
 
 
 def load_tuned(folder: Path, base: str, kind: type[Model] = LlamaForCausalLM) -> Model | PeftModel:
-    """The tuned model in fp32 and evaluation mode, its adapter not merged."""
+    """Return the tuned model in fp32 and evaluation mode, its adapter not merged."""
     if is_adapter(folder):
         return load_adapter(load_model(base, kind), str(folder)).eval()
     return load_model(str(folder), kind)
 
 
 def load_tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the tuned model, else that of its base model."""
-    own = (folder / "tokenizer_config.json").is_file()
+    """Return the tokenizer saved with the tuned model, else the base model's."""
+    is_saved = (folder / "tokenizer_config.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if own else base)
+        return AutoTokenizer.from_pretrained(str(folder) if is_saved else base)
     except OSError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"no tokenizer in {folder} or {base}: {problem}") from error
+        raise UserError(f"no tokenizer in {folder} or {base}: {one_line(error)}") from error

@@ -1,8 +1,8 @@
-"""An adapter merged into its base model, with a certificate that the model is still the same one.
+"""Adapters merged into their base models, with a certificate that the model is unchanged.
 
-In fp32, by the formulas written out here: LoRA and rsLoRA W + scale * B @ A; DoRA
-m * V / |V| by rows, with V = W + scale * B @ A. The certificate compares with the model as it was
-trained, adapter unmerged, whose logits peft computes by a way of its own.
+Merging is in fp32, by formulas written here independently of peft. LoRA and rsLoRA:
+W + scale * B @ A. DoRA: m * V / |V| by rows, with V = W + scale * B @ A. The certificate compares
+with the trained model, its adapter unmerged, whose logits peft computes.
 """
 
 import json
@@ -34,8 +34,8 @@ from foundry_ext.utils.errors import UserError
 
 CERTIFICATE = "merge_certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest difference of a logit. In fp32 that is rounding; in bf16 every weight is off by up to
-# 2^-9 of itself, and that is the price of the cast, with or without an adapter.
+# Largest difference of a logit. In fp32 it is rounding. In bf16 every weight is off by up to 2^-9
+# of itself, which is the price of the cast, with or without an adapter.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 _PACKAGES = ("foundry-ext", "torch", "transformers", "peft")
 _WINDOW, _WINDOWS = 512, 4  # tokens of a forward pass, and how many: logits are kept
@@ -67,7 +67,7 @@ def running_mean(values, window):
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Over all positions and the whole vocabulary; agreement is that of the likeliest token."""
+    """Differences over all positions and the vocabulary; agreement is on the likeliest token."""
 
     largest: float
     mean: float
@@ -83,27 +83,27 @@ def merge_adapter(
     tolerance: float | None = None,
     text: str = TEXT,
 ) -> dict[str, Any]:
-    """Writes the merged model as a folder that stock transformers loads, and its certificate.
+    """Write the merged model, as a folder that stock transformers loads, and its certificate.
 
     Args:
         adapter: a peft folder, or a Composer checkpoint of an adapter.
-        out: a new or empty folder; on any error nothing is there.
+        out: a new or empty folder; nothing is left there after an error.
         base: the base model, if not the one that the adapter names.
-        dtype: of the weights written; the merging itself is in fp32.
-        tolerance: the largest difference of a logit between the adapter's model and what was
-            written; `TOLERANCE[dtype]` if None.
-        text: what is compared on; at most 2048 tokens of it.
+        dtype: dtype of the weights written; merging itself is in fp32.
+        tolerance: largest difference of a logit between the adapter's model and the one written;
+            `TOLERANCE[dtype]` if None.
+        text: text to compare on; its first 2048 tokens are used.
 
     Returns:
         The certificate.
 
     Raises:
-        UserError: no adapter, one that cannot be merged, or a difference past the tolerance.
+        UserError: not an adapter, one that cannot be merged, or a difference above the tolerance.
     """
     adapter, out = Path(adapter), Path(out)
     refuse_folder_in_use(out)
     if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"tolerance: {tolerance} is no difference of logits; give 0 or more")
+        raise UserError(f"tolerance: {tolerance} must be 0 or more, a difference of logits")
     allowed = TOLERANCE[dtype] if tolerance is None else tolerance
     name, tokenizer, model = _load(adapter, base)
     windows = _windows(tokenizer, text)
@@ -123,26 +123,28 @@ def merge_adapter(
     certificate["head_tied"] = merged.lm_head.weight is merged.model.embed_tokens.weight
     if merged.config.tie_word_embeddings and not certificate["head_tied"]:
         raise UserError(f"{adapter}: merging untied the head from the embedding")
-    found = compare_logits(_logits(merged, windows), unmerged)
-    _check(found, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32")
-    certificate["merged_in_float32"] = asdict(found)
+    difference = compare_logits(_logits(merged, windows), unmerged)
+    _check(
+        difference, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32"
+    )
+    certificate["merged_in_float32"] = asdict(difference)
     with replaced_folder(out) as scratch:
         merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
         tokenizer.save_pretrained(scratch)
-        found = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
-        _check(found, allowed, f"writing {dtype}")
-        certificate["written"] = asdict(found)
+        difference = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
+        _check(difference, allowed, f"writing {dtype}")
+        certificate["written"] = asdict(difference)
         certificate["versions"] = {package: version(package) for package in _PACKAGES}
         (scratch / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
 
 
 def _load(adapter: Path, base: str | None) -> tuple[str, PreTrainedTokenizerBase, PeftModel]:
-    """The base model's name, the tokenizer, and the model with its adapter, not merged."""
+    """Return the base model's name, the tokenizer, and the model with its adapter not merged."""
     with as_folder(adapter) as folder:
         if not is_adapter(folder):
             raise UserError(
-                f"{adapter} is a full model, which has nothing to merge; use it as it is"
+                f"{adapter} is a full model, so there is nothing to merge; use it as it is"
             )
         name = base_name(folder, base)
         model = load_tuned(folder, name)
@@ -152,13 +154,13 @@ def _load(adapter: Path, base: str | None) -> tuple[str, PreTrainedTokenizerBase
 
 @torch.no_grad()
 def merge_weights(model: PeftModel) -> dict[str, float]:
-    """Puts every adapter's change into the weight below it; the adapters stay where they are.
+    """Add every adapter's change to the weight below it; the adapters stay in place.
 
     Returns:
-        The scale that was used, by module.
+        The scale used, by module.
 
     Raises:
-        UserError: an adapter on the embedding, which the tied head would change with.
+        UserError: an adapter on the embedding, which would change the tied head too.
     """
     config = model.peft_config["default"].to_dict()
     scales = {}
@@ -170,7 +172,7 @@ def merge_weights(model: PeftModel) -> dict[str, float]:
 
 
 def merged_weight(layer: LoraLayer, scale: float) -> Tensor:
-    """[out, in]: what one adapted linear amounts to."""
+    """Return the weight [out, in] that one adapted linear amounts to."""
     A, B = (side["default"].weight for side in (layer.lora_A, layer.lora_B))
     weight: Tensor = layer.get_base_layer().weight + scale * (B @ A)  # pyright: ignore[reportOperatorIssue]
     if "default" not in layer.lora_magnitude_vector:
@@ -180,7 +182,7 @@ def merged_weight(layer: LoraLayer, scale: float) -> Tensor:
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """The adapted linears by name.
+    """Yield the adapted linears by name.
 
     Raises:
         UserError: an adapted embedding.
@@ -189,14 +191,14 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
         if isinstance(module, LoraLayer):
             if not isinstance(module.get_base_layer(), nn.Linear):
                 raise UserError(
-                    f"{name} has an adapter, and the head tied to it would change with it; use the"
-                    " adapter unmerged"
+                    f"{name} has an adapter, which would change the tied head too; use the adapter"
+                    " unmerged"
                 )
             yield name, module
 
 
 def compare_logits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitDifference:
-    """Of two lists of [T, V] logits."""
+    """Compare two lists of [T, V] logits."""
     pairs = list(zip(ours, theirs, strict=True))
     difference = [(a - b).abs() for a, b in pairs]
     agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
@@ -207,17 +209,17 @@ def compare_logits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitDif
     )
 
 
-def _check(found: LogitDifference, tolerance: float, what: str) -> None:
-    if not found.largest <= tolerance:  # NaN is past every tolerance
+def _check(difference: LogitDifference, tolerance: float, what: str) -> None:
+    if not difference.largest <= tolerance:  # NaN exceeds every tolerance
         raise UserError(
-            f"{what} moves a logit by {found.largest:.3g}, past the tolerance of {tolerance:g};"
-            " nothing was written. Is the base model the one the adapter was trained on? A larger"
-            " --tolerance takes the difference"
+            f"{what} moves a logit by {difference.largest:.3g}, tolerance {tolerance:g}: nothing"
+            " was written. Is the base model the one the adapter was trained on? A larger"
+            " --tolerance accepts the difference"
         )
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor]:
-    """[1, T] ids each, T at most 512."""
+    """Return [1, T] ids, with T at most 512."""
     encoded: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
     ids = encoded["input_ids"][:, : _WINDOW * _WINDOWS].long()
     if ids.numel() == 0:
@@ -227,5 +229,5 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, windows: Sequence[Tensor]) -> list[Tensor]:
-    """[T, V] for every window, in fp32."""
+    """Return [T, V] logits per window, in fp32."""
     return [model(input_ids=ids).logits[0].float() for ids in windows]

@@ -1,7 +1,7 @@
-"""Composer's .pt checkpoints, read by torch's restricted unpickler: none of them can run code.
+"""Composer's .pt checkpoints, read by torch's restricted unpickler, which runs no code.
 
-Composer itself reads them as any pickle (0.32.1, _torch_load_with_validation). Beside tensors and
-plain Python a checkpoint of it holds clocks, the version of torch and numpy's random state.
+Composer itself unpickles them unrestricted (0.32.1, _torch_load_with_validation). Besides tensors
+and plain Python they hold clocks, torch's version and numpy's random state.
 """
 
 from datetime import timedelta
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# What numpy pickles an array as.
+# The function that numpy names in a pickled array.
 from numpy._core.multiarray import _reconstruct  # pyright: ignore
 from torch.torch_version import TorchVersion
 
@@ -29,13 +29,10 @@ _HARMLESS: list[Any] = [
 
 
 def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """The checkpoint's content, on the CPU.
-
-    Args:
-        mmap: leaves the tensors on the disk until they are looked at.
+    """Return the checkpoint's content, on the CPU; `mmap` leaves tensors on the disk until needed.
 
     Raises:
-        UserError: it holds a class or function that is none of the harmless ones; names it.
+        UserError: it holds a class or function outside `_HARMLESS`; names it.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -45,9 +42,9 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         if not foreign:
             raise
         raise UserError(
-            f"{path} holds {', '.join(foreign)}, which could run code when it is read; a checkpoint"
-            " of Composer holds none. If you trust it, allow the name in a module of code_paths,"
-            " with torch.serialization.add_safe_globals"
+            f"{path} holds {', '.join(foreign)}, which could run code when it is read; Composer's"
+            " checkpoints hold no such thing. If you trust it, allow the name in a module of"
+            " code_paths, with torch.serialization.add_safe_globals"
         ) from error
 
 
@@ -55,5 +52,5 @@ def _foreign(path: Path) -> list[str]:
     with torch.serialization.safe_globals(_HARMLESS):
         try:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-        except Exception:  # not in torch's format at all
+        except Exception:  # not torch's format at all
             return []

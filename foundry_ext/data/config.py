@@ -1,4 +1,4 @@
-"""What the `dataset` section of a loader's YAML may say, checked before any row is read."""
+"""Keys of the `dataset` section of a loader's YAML, checked before any row is read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _NOT_FOR_STREAMS = ("hf_name", "hf_kwargs", "preprocessing_fn", "safe_load", "ho
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from, and how a row of it is read."""
+    """A source of documents, and how its rows are read."""
 
     hf_name: str
     split: str | None
@@ -42,17 +42,16 @@ class Source:
     settings: TokenizeSettings
     preprocess: Preprocess | None
     share: float | None
-    """Of the epoch's tokens; None for one that is used whole."""
+    """Share of the epoch's tokens; None for the main source."""
 
 
 def get_sources(dataset: dict[str, Any], name: str) -> list[Source]:
-    """The sources of `datasets`, or the one that `dataset` itself names.
+    """Return the sources of `datasets`, or the one that `dataset` itself names.
 
-    Args:
-        name: packed_finetuning or packed_text, whose rows are read as in their builders.
+    Rows are read as in the builder `name`, packed_finetuning or packed_text.
 
     Raises:
-        UserError: unknown or contradictory keys, shares that make no mixture.
+        UserError: unknown or contradictory keys, or shares that make no mixture.
     """
     entries = dataset.get("datasets")
     if entries is None:
@@ -132,11 +131,10 @@ def stream_settings(dataset: dict[str, Any]) -> TokenizeSettings:
 
 
 def stream_key(dataset: dict[str, Any]) -> str | None:
-    """What makes the source an MDS stream, if anything.
+    """Return the key that makes the source an MDS stream, or None.
 
     Raises:
-        UserError: a key that only rows of other sources heed; without it there might be no
-            held-out part, for one.
+        UserError: a key that streams would ignore, such as holdout.
     """
     key = next((key for key in ("streams", "remote") if dataset.get(key) is not None), None)
     ignored = [name for name in (*_NOT_FOR_STREAMS, "datasets") if dataset.get(name)]

@@ -1,4 +1,4 @@
-"""`packed_finetuning` and `packed_text`: registry builders -> Composer DataSpec."""
+"""Registry builders `packed_finetuning` and `packed_text`: YAML keys -> Composer DataSpec."""
 
 import contextlib
 import logging
@@ -43,7 +43,7 @@ from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Loaded = tuple[Documents | MixedDocuments, list[dict[str, Any]]]  # and a description a source
+Loaded = tuple[Documents | MixedDocuments, list[dict[str, Any]]]  # and one description per source
 Load = Callable[[], Loaded]
 
 
@@ -58,27 +58,32 @@ def build_packed_finetuning_dataloader(
     persistent_workers: bool = True,
     timeout: float = 0,
 ) -> DataSpec:
-    """Prompt/response and chat rows, packed. The keys are those of llm-foundry's `finetuning`, and:
+    """Return a loader of packed prompt/response and chat rows.
 
-    - `pack_tokens` (default `max_seq_len`): tokens a pack may hold; size it to fill the device.
+    The dataset's keys are those of llm-foundry's `finetuning`, and:
+
+    - `pack_tokens` (default `max_seq_len`): tokens of a pack; size it to fill the device.
     - `overlong` (truncate, split, drop, error; default truncate): rows above `max_seq_len`.
-    - `eval_packs`: packs of an evaluation batch, in place of `device_eval_batch_size`.
+    - `eval_packs`: packs per evaluation batch, instead of `device_eval_batch_size`.
     - `holdout`: {by, fraction, part}, a split by the values of a column.
-    - `datasets`: a list of sources in place of one, each with `hf_name`, `split` and the other keys
-      of a source, or with `text_key` for plain text; all but one, which is used whole, with
-      `share`: of an epoch's tokens.
-    - `fixed_shape` (default false): every pack filled to one shape, for compilation.
+    - `datasets`: a list of sources instead of one, each with `hf_name`, `split` and the other keys
+      of a source, or with `text_key` for plain text. All but the main one, which is used
+      completely, have a `share` of an epoch's tokens.
+    - `fixed_shape` (default false): every pack padded to one shape, for compilation.
     - `shuffle_seed` (default 17).
 
     Args:
         tokenizer: needs an end-of-text token.
-        device_batch_size: packs of a batch on this device.
+        device_batch_size: packs per batch on this device.
         dataset: the keys above.
-        num_workers: processes that read and collate. Collating 8192 tokens takes 0.2 ms here and
-            fetching them from a worker 1 ms or more, so it pays only where documents come from a
-            slow disk: the table of tokens is larger than memory.
-        drop_last: leave out a last incomplete global batch.
-        pin_memory, prefetch_factor, persistent_workers, timeout: as in torch's DataLoader.
+        num_workers: processes that read and collate. Collating 8192 tokens takes 0.2 ms, fetching
+            them from a worker 1 ms or more, so workers pay only if documents come from a slow
+            disk, that is if the table of tokens is larger than memory.
+        drop_last: drop an incomplete last global batch.
+        pin_memory: as in torch's DataLoader, like the next three.
+        prefetch_factor: batches that a worker prepares ahead.
+        persistent_workers: keep the workers between epochs.
+        timeout: seconds to wait for a worker; 0 waits forever.
 
     Raises:
         UserError: unknown or contradictory keys; names the key and the way out.
@@ -86,7 +91,9 @@ def build_packed_finetuning_dataloader(
     dataset = dataset_settings(dataset)
     check_keys(dataset, FINETUNING_KEYS, "packed_finetuning")
     if not dataset.get("decoder_only_format", True):
-        raise UserError("packed_finetuning: decoder_only_format: false has no packed form")
+        raise UserError(
+            "packed_finetuning: decoder_only_format: false cannot be packed; set it to true"
+        )
     tokenizer = _require_tokenizer(tokenizer, "packed_finetuning")
     if stream_key(dataset) is None:
         load = _loading(get_sources(dataset, "packed_finetuning"), tokenizer)
@@ -117,10 +124,11 @@ def build_packed_text_dataloader(
     persistent_workers: bool = True,
     timeout: float = 0,
 ) -> DataSpec:
-    """Plain text for continued pretraining: a document a row, closed with end-of-text, packed.
+    """Return a loader of packed plain text for continued pretraining, one document per row.
 
-    Keys as in `packed_finetuning` without those of prompts and responses; `text_key` (default
-    "text") names the column, and `overlong` is "split" unless said otherwise.
+    Each document ends with end-of-text. Keys are those of `packed_finetuning` without the ones for
+    prompts and responses; `text_key` (default "text") names the column, and `overlong` defaults to
+    "split".
     """
     dataset = dataset_settings(dataset)
     check_keys(dataset, TEXT_KEYS, "packed_text")
@@ -141,7 +149,7 @@ def build_packed_text_dataloader(
 
 
 def _loading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Load:
-    """To be called by all ranks at once, see `fetch`."""
+    """Return a function that loads the sources; all ranks must call it together, see `fetch`."""
 
     def load() -> Loaded:
         read, descriptions = [], []
@@ -149,8 +157,9 @@ def _loading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> L
             documents, revision = _load_source(source, tokenizer)
             _log_counts(source.hf_name, documents, source.settings.max_seq_len)
             read.append(documents)
-            name = {"name": source.hf_name, "split": source.split, "revision": revision}
-            descriptions.append(name)
+            descriptions.append(
+                {"name": source.hf_name, "split": source.split, "revision": revision}
+            )
         parts = draw(read, [source.share for source in sources])
         for description, part in zip(descriptions, parts, strict=True):
             description |= part.describe()
@@ -165,7 +174,7 @@ def _loading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> L
 def _load_source(
     source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, str | None]:
-    """Its documents, and the hub's revision they are of."""
+    """Return the documents of a source, and the hub revision they come from."""
     settings, text_key = source.settings, source.settings.text_key
     hf_name, split = fetch(source.hf_name, source.split)
     with local_rank_zero_first(), _naming(source.hf_name):
@@ -189,8 +198,10 @@ def _load_source(
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Errors about rows name the source that they are of; those of `datasets` and pyarrow, whose
-    message says little, what they came of too."""
+    """Name the source in errors about its rows.
+
+    Errors of `datasets` and pyarrow, whose own message says little, are replaced by their cause.
+    """
     try:
         yield
     except (ValueError, DatasetsError, pa.ArrowException) as error:
@@ -226,7 +237,7 @@ def _build(
     persistent_workers: bool,
     timeout: float,
 ) -> DataSpec:
-    """Everything cheap is checked before `load`, which may take long."""
+    """Check everything cheap before `load`, which may take long, and build the loader."""
     pack_tokens = get_pack_tokens(dataset)
     eval_packs = dataset.get("eval_packs")
     batch_packs = get_batch_packs(device_batch_size if eval_packs is None else eval_packs)
@@ -272,12 +283,12 @@ def _build(
 def _nothing_left(
     documents: Documents | MixedDocuments, description: list[dict[str, Any]], max_seq_len: int
 ) -> str:
-    names = " + ".join(str(one["name"]) for one in description)
+    names = " + ".join(str(source["name"]) for source in description)
     counts = ", ".join(f"{count} {kind}" for kind, count in documents.counts.items() if count)
     return (
         f"no document of {names} is left to train on: {counts}, with max_seq_len {max_seq_len};"
-        " overlong ones want a larger max_seq_len, or overlong: truncate; without loss are those"
-        " whose prompt fills max_seq_len; empty ones lack a prompt or a response"
+        " for overlong rows raise max_seq_len or set overlong: truncate; no_loss rows have a prompt"
+        " that fills max_seq_len; empty ones lack a prompt or a response"
     )
 
 
@@ -290,17 +301,17 @@ def _require_tokenizer(
 
 
 def _num_proc() -> int:
-    """Processes to tokenise with: this machine's cores, less what the user keeps back."""
+    """Return the processes to tokenise with: this machine's cores, at most $MAX_NUM_PROC."""
     return min(os.cpu_count() or 1, int(os.environ.get("MAX_NUM_PROC", 64)))
 
 
 def _log_counts(name: str, documents: Documents, max_seq_len: int) -> None:
-    """What was cut, split or dropped is a warning, so that it is seen at any log level."""
+    """Log the counts; truncated, split or dropped rows are a warning, seen at any log level."""
     counts = {kind: count for kind, count in documents.counts.items() if count}
     log.info("%s: %d tokens; documents: %s", name, documents.lengths.sum(), counts)
     if set(counts) - {"kept"} and dist.get_global_rank() == 0:
-        found = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        log.warning("%s (max_seq_len %d): %s", name, max_seq_len, found)
+        text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        log.warning("%s (max_seq_len %d): %s", name, max_seq_len, text)
 
 
 def _log_mixture(descriptions: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Documents by pack, and a loader of them that knows its place: what Composer saves and resumes."""
+"""Packed dataset, and a DataLoader whose position can be checkpointed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,10 +18,15 @@ from foundry_ext.utils.errors import UserError
 
 
 class PackedDataset(Dataset):
-    """Documents by pack, and how far training has come in them.
+    """Documents by pack, and the position that training has reached in them.
 
     Composer saves `state_dict` and restores `load_state_dict` of a loader's dataset, never of its
-    sampler, so the batch number is kept here. Documents are never read to skip them.
+    sampler, so the batch number is kept here. Resuming reads no document to skip it.
+
+    Args:
+        sampler_settings: arguments of PackedBatchSampler.
+        description: one dict per source of `documents`: name, split, revision, documents, tokens,
+            counts; for the run's record.
     """
 
     def __init__(
@@ -31,12 +36,6 @@ class PackedDataset(Dataset):
         sampler_settings: dict[str, Any],
         description: Sequence[dict[str, Any]] = (),
     ):
-        """
-        Args:
-            sampler_settings: those of PackedBatchSampler.
-            description: a dict for each source of `documents`: name, split, revision, documents,
-                tokens, counts; for the record of a run.
-        """
         self.documents, self.collator, self.description = documents, collator, list(description)
         self.num_documents = int(np.count_nonzero(documents.lengths))
         self.sampler = PackedBatchSampler(self, documents.lengths, **sampler_settings)
@@ -44,32 +43,35 @@ class PackedDataset(Dataset):
         self.pending_rng: Any = None
 
     def __len__(self) -> int:
-        """Documents in use: Composer's samples of an epoch."""
+        """Return the number of documents in use, which are Composer's samples of an epoch."""
         return self.num_documents
 
     def __getitem__(self, pack: NDArray[np.int64]) -> Pack:
         return self.collator(self.documents.read(pack))
 
     def describe_sources(self, key: str) -> str | None:
-        """The `name`, or the `revision`, of the source; of a mixture, those of all, joined."""
-        values = [str(one[key]) for one in self.description if one.get(key) is not None]
+        """Return the `name` or the `revision` of the source; those of a mixture are joined."""
+        values = [str(source[key]) for source in self.description if source.get(key) is not None]
         return " + ".join(values) or None
 
     def name_document(self, index: int) -> str:
-        """`document 17 of data/train.jsonl`: counted from 0 in the order of its source's rows, of
-        which one that `overlong` split has several."""
-        source, number = self.documents.locate(index)
-        of = f" of {self.description[source]['name']}" if self.description else ""
-        return f"document {number}{of}"
+        """Return `document 17 of data/train.jsonl`.
+
+        Documents are counted from 0 in the order of the source's rows. A row that `overlong: split`
+        has split counts as several documents.
+        """
+        source, row = self.documents.locate(index)
+        suffix = f" of {self.description[source]['name']}" if self.description else ""
+        return f"document {row}{suffix}"
 
     @property
     def fingerprint(self) -> str:
-        """Of the data and of all that decides the plan, ranks excluded."""
+        """Hash of the data and of all settings that decide the plan, ranks excluded."""
         sampler = self.sampler
         return f"{self.documents.fingerprint}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
 
     def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict:
-        """The batch that comes next; `num_samples`, which counts documents, is of no use here."""
+        """Return the position of the next batch; Composer's `num_samples` is not needed."""
         return {
             "epoch": self.epoch,
             "batch": self.next_batch,
@@ -80,36 +82,36 @@ class PackedDataset(Dataset):
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Goes on where `state` was saved, on any number of ranks that meets at a batch's end.
+        """Continue where `state` was saved, on any number of ranks with a batch boundary there.
 
         Raises:
-            UserError: saved with another loader, other data, other packs in the epoch at hand, or
-                between the batches of this global batch size.
+            UserError: it was saved with another loader, other data, other packs in its epoch, or
+                inside a global batch of this size.
         """
         if state is None:
-            # Composer takes it that the place was found again, and skips no batches itself.
+            # Composer would assume that the position was restored, and skip no batches itself.
             raise UserError(
-                "the checkpoint was made with another loader and does not say where in the data it"
-                " ends; restore that loader, or start anew with load_weights_only: true"
+                "the checkpoint was made with another loader and does not store its position in the"
+                " data; restore that loader, or start again with load_weights_only: true"
             )
         if state["fingerprint"] != self.fingerprint:
             changed = describe_change(state["fingerprint"], self.fingerprint)
             raise UserError(
                 f"the checkpoint was made with other data or packing ({changed}); restore the YAML,"
-                " or start anew with load_weights_only: true"
+                " or start again with load_weights_only: true"
             )
         packs = state["batch"] * state["global_batch_packs"]
         batch, rest = divmod(packs, self.sampler.batch_packs * self.sampler.num_replicas)
         if rest:
             raise UserError(
-                f"the checkpoint ends after {packs} packs, which is inside a global batch of"
+                f"the checkpoint ends after {packs} packs, inside a global batch of"
                 f" {self.sampler.batch_packs} x {self.sampler.num_replicas}; restore its batch size"
             )
         if state["plan"] not in (None, self.sampler.plan_digest(state["epoch"])):
-            # The batch size decides whether an epoch has the first one's packs, see the sampler.
+            # The batch size decides whether an epoch reuses the first one's packs, see the sampler.
             raise UserError(
                 f"the checkpoint ends inside epoch {state['epoch']}, which has other packs under"
-                " this global batch size or numpy; restore those of the checkpoint"
+                " this global batch size or numpy version; restore those of the checkpoint"
             )
         self.epoch, self.next_batch = state["epoch"], batch
         self.sampler.resume_at(epoch=self.epoch, batch=batch)
@@ -117,18 +119,18 @@ class PackedDataset(Dataset):
         self.pending_rng = state["rng"] if batch else None
 
     def restore_rng(self) -> None:
-        """Once, the random state that `load_state_dict` was given."""
+        """Restore, once, the random state that `load_state_dict` received."""
         if self.pending_rng is not None:
             reproducibility.load_rng_state(self.pending_rng)
             self.pending_rng = None
 
 
 class PackedDataLoader(DataLoader):
-    """Yields lists of packs and keeps the dataset's place.
+    """Loader of lists of packs that keeps the dataset's position up to date.
 
     Composer restores the random state when it skips batches, but not when a dataset resumes itself;
-    dropout would then differ from the run that was not interrupted. So it is restored here, right
-    before the first batch, which is where an uninterrupted run had it.
+    dropout would then differ from the uninterrupted run. So it is restored here, right before the
+    first batch, where an uninterrupted run had it.
     """
 
     dataset: PackedDataset
@@ -138,7 +140,7 @@ class PackedDataLoader(DataLoader):
             dataset,
             batch_sampler=dataset.sampler,
             collate_fn=_same,
-            # Its own generator: an iterator draws a seed, which must not disturb the model's.
+            # An iterator draws a seed; its own generator keeps the model's undisturbed.
             generator=torch.Generator().manual_seed(dataset.sampler.seed),
             **kwargs,
         )
@@ -152,14 +154,14 @@ class PackedDataLoader(DataLoader):
             dataset.next_batch += 1
             dataset.restore_rng()
             yield batch
-        dataset.restore_rng()  # where no batch was left in the epoch
+        dataset.restore_rng()  # the epoch had no batch left
         dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
 
 
-def describe_change(saved: str, found: str) -> str:
-    """`pack_tokens: 64, now 96` of two fingerprints of PackedDataset."""
+def describe_change(saved: str, current: str) -> str:
+    """Return `pack_tokens: 64, now 96` for two fingerprints of PackedDataset."""
     names = ("documents' tokens and labels", "pack_tokens", "shuffle_seed", "shuffle")
-    pairs = zip(names, saved.rsplit("-", 3), found.rsplit("-", 3), strict=False)
+    pairs = zip(names, saved.rsplit("-", 3), current.rsplit("-", 3), strict=False)
     return "; ".join(f"{name}: {old}, now {new}" for name, old, new in pairs if old != new)
 
 

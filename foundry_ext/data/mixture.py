@@ -1,10 +1,10 @@
-"""Several sources in one epoch: one used whole, of the others as much as their share asks for.
+"""Several sources in one epoch: the main one completely, of the others as much as their share.
 
-Of replay, for one: some plain text of what a model was pretrained on among the rows it is tuned on.
+Replay is one use: some plain text of the pretraining data among the rows of fine-tuning.
 
 Example, a main source of 9,000 tokens and `share: 0.1`: the epoch has 9,000 / (1 - 0.1) = 10,000
-tokens, so 1,000 of the other source are wanted. If that has 400, it is taken whole twice, and then
-documents of it in a random order until the last 200 are reached.
+tokens, so 1,000 tokens of the other source are needed. If it has 400, it is used twice completely,
+and documents drawn from it in random order supply the last 200.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ from foundry_ext.packing.collator import Document
 from foundry_ext.utils.errors import UserError
 
 # Which documents are drawn is part of the data, so no seed of a run changes it: runs of several
-# seeds differ in order alone, and a run is resumed with the documents it was started with.
+# seeds differ in order only, and a resumed run has the documents it started with.
 _DRAW_SEED = 17
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture, and the documents of it that an epoch has."""
+    """A source of a mixture, and its documents that an epoch uses."""
 
     documents: Documents
     chosen: NDArray[np.int64]
-    """Indices into `documents`; one that is used twice is here twice."""
+    """Indices into `documents`; a document used twice appears twice."""
 
     def describe(self) -> dict[str, Any]:
-        """documents in use, tokens and counts of an epoch."""
+        """Return the documents in use, tokens and counts of an epoch."""
         documents, chosen = self.documents, self.chosen
         return {
             "documents": int(np.count_nonzero(documents.lengths[chosen])),
@@ -46,13 +46,12 @@ class Part:
 
 
 def draw(sources: Sequence[Documents], shares: Sequence[float | None]) -> list[Part]:
-    """The part of each source that an epoch has.
+    """Return the part of each source that an epoch uses.
 
-    Args:
-        shares: of the epoch's tokens, each in (0, 1); None for the source that is used whole.
+    `shares` are shares of the epoch's tokens, each in (0, 1); None for the main source.
 
     Raises:
-        UserError: see `check_shares`; nothing to draw from.
+        UserError: see `check_shares`; or a source has no documents to draw from.
     """
     check_shares(shares)
     main = sources[shares.index(None)]
@@ -66,23 +65,24 @@ def draw(sources: Sequence[Documents], shares: Sequence[float | None]) -> list[P
 
 
 def check_shares(shares: Sequence[float | None]) -> None:
-    """
+    """Check that one source has no share, and that the others' are in (0, 1) and add up to below 1.
+
     Raises:
-        UserError: none or several without a share; a share outside (0, 1); a sum of 1 or more.
+        UserError: otherwise.
     """
     for position, share in enumerate(shares):
         if share is None:
             continue
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
             raise UserError(
-                f"dataset.datasets[{position}].share: {share!r} is no share of an epoch's tokens;"
-                " give a number between 0 and 1"
+                f"dataset.datasets[{position}].share: {share!r} must be a number between 0 and 1, a"
+                " share of an epoch's tokens"
             )
-    num_whole = list(shares).count(None)
-    if num_whole != 1:
+    num_main = list(shares).count(None)
+    if num_main != 1:
         raise UserError(
-            f"dataset.datasets: {num_whole} of {len(shares)} sources have no share; leave it out"
-            " of one, the main one, which is used whole, and give all others theirs"
+            f"dataset.datasets: {num_main} of {len(shares)} sources have no share; omit it for the"
+            " main source, which is used completely, and set it for all others"
         )
     total = sum(share or 0 for share in shares)
     if total >= 1:
@@ -93,13 +93,14 @@ def check_shares(shares: Sequence[float | None]) -> None:
 
 
 def _draw(lengths: NDArray[np.integer], wanted: float, position: int) -> NDArray[np.int64]:
-    """Whole passes over all documents, then some in a random order until `wanted` tokens are
-    reached, overshooting by less than the last document."""
+    """Return indices of documents with `wanted` tokens in all.
+
+    Complete passes come first, then documents in random order, which overshoot by less than one.
+    """
     used = np.flatnonzero(lengths)
     if len(used) == 0:
         raise UserError(
-            f"dataset.datasets[{position}]: no document is left to draw from; look at its counts"
-            " above"
+            f"dataset.datasets[{position}]: no document is left to draw from; see its counts above"
         )
     passes, rest = divmod(wanted, int(lengths[used].sum()))
     order = np.random.default_rng((_DRAW_SEED, position)).permutation(used)
@@ -108,16 +109,16 @@ def _draw(lengths: NDArray[np.integer], wanted: float, position: int) -> NDArray
 
 
 class MixedDocuments:
-    """The documents of all parts, one part after another; read as `Documents` are.
+    """The documents of all parts, one part after the other, with the interface of `Documents`.
 
-    `counts` are of what an epoch has: a document that is used twice counts twice.
+    `counts` are those of an epoch: a document that is used twice counts twice.
     """
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = list(parts)
-        numbers = np.arange(len(parts), dtype=np.int32)
-        self.source = np.repeat(numbers, [len(part.chosen) for part in parts])
-        """[n] which part a document is of."""
+        indices = np.arange(len(parts), dtype=np.int32)
+        self.source = np.repeat(indices, [len(part.chosen) for part in parts])
+        """[n] index of the part that a document belongs to."""
         self._row = np.concatenate([part.chosen for part in parts])
         self.lengths = self._gathered("lengths")
         self.outcomes = self._gathered("outcomes")
@@ -134,23 +135,23 @@ class MixedDocuments:
         return self.read(np.array([index]))[0]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, number of the document in it)."""
+        """Return (source, index of the document in it)."""
         return int(self.source[index]), int(self._row[index])
 
     def read(self, indices: NDArray[np.integer]) -> list[Document]:
-        """The documents of these indices, as views."""
-        found: list[Any] = [None] * len(indices)
+        """Return the documents at these indices, as views."""
+        documents: list[Any] = [None] * len(indices)
         sources, rows = self.source[indices], self._row[indices]
-        for number in np.unique(sources):
-            at = np.flatnonzero(sources == number)
-            read = self.parts[number].documents.read(rows[at])
-            for place, document in zip(at.tolist(), read, strict=True):
-                found[place] = document
-        return found
+        for source in np.unique(sources):
+            positions = np.flatnonzero(sources == source)
+            read = self.parts[source].documents.read(rows[positions])
+            for position, document in zip(positions.tolist(), read, strict=True):
+                documents[position] = document
+        return documents
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the sources' tokens and of which documents are drawn."""
+        """Hash of the sources' tokens and of the documents drawn."""
         digest = hashlib.sha256()
         for part in self.parts:
             digest.update(part.documents.fingerprint.encode())

@@ -1,6 +1,6 @@
-"""Where rows come from: the hub at a revision, local JSONL, Parquet or CSV, MDS streams.
+"""Sources of rows: the hub at a revision, local JSONL, Parquet or CSV, MDS streams.
 
-Every source ends as a memory-mapped `datasets.Dataset` of raw rows, or, for MDS, of rows already
+Every source ends as a memory-mapped `datasets.Dataset` of raw rows or, for MDS, as rows already
 tokenised into llm-foundry's turns.
 """
 
@@ -31,9 +31,9 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 
 def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
-    """The local copy of an object store's folder, and its split; other names stay as they are.
+    """Return the local copy of an object store's folder, and its split; other names are returned.
 
-    All ranks must call it at once: they wait for one another in it.
+    All ranks must call it together, because they wait for each other in it.
 
     Raises:
         UserError: no split.
@@ -47,10 +47,10 @@ def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Local rank 0 fills the cache on disk, then the others read it.
+    """Let local rank 0 fill the cache on disk before the other ranks read it.
 
-    They wait for a file, not in a collective, which would time out over a long tokenisation. So
-    there must be no collective inside, or rank 0 would wait for the others for ever.
+    They wait for a file, not in a collective, which would time out during a long tokenisation. The
+    body must not contain a collective, or rank 0 would wait for the others forever.
     """
     signal = dist.get_node_signal_file_name()
     first = dist.get_local_rank() == 0
@@ -76,7 +76,7 @@ def load_rows(
     safe_load: bool = False,
     holdout: dict[str, Any] | None = None,
 ) -> datasets.Dataset:
-    """Rows of a hub dataset, or of a local file or folder.
+    """Return the rows of a hub dataset, or of a local file or folder.
 
     Args:
         hf_name: hub name ("meta-math/MetaMathQA"), local file or folder, or builder ("json", with
@@ -87,7 +87,7 @@ def load_rows(
         holdout: {by: column, fraction: f, part: train or eval}, see `hold_out`.
 
     Raises:
-        UserError: unknown holdout, rows that are no objects.
+        UserError: unknown holdout, or rows that are not objects.
         FileNotFoundError: no such file, folder or dataset.
     """
     kwargs = dict(hf_kwargs or {})
@@ -100,7 +100,7 @@ def load_rows(
         if _BUILDERS[path.suffix] == "json":
             check_lines(path)
         hf_name = _BUILDERS[path.suffix]
-        # A lone file is one split, whatever it is called.
+        # A single file is one split, whatever it is called.
         kwargs["data_files"] = {split.split("[")[0]: str(path)}
         with _by_line(path):
             rows = datasets.load_dataset(hf_name, split=split, **kwargs)
@@ -108,16 +108,19 @@ def load_rows(
         with _naming_the_hub(hf_name):
             rows = _load_named(hf_name, split, safe_load=safe_load, **kwargs)
     if not isinstance(rows, datasets.Dataset):
-        raise UserError(f"dataset {hf_name}: streaming is not possible, a plan needs all lengths")
+        raise UserError(
+            f"dataset {hf_name}: streaming is not possible: packing needs every document's length"
+        )
     if holdout is None:
         return rows
     if set(holdout) != {"by", "fraction", "part"}:
-        raise UserError(f"holdout: give by, fraction and part, not {', '.join(holdout) or 'none'}")
+        raise UserError(
+            f"holdout: give by, fraction and part, not {', '.join(holdout) or 'nothing'}"
+        )
     return hold_out(rows, **holdout)
 
 
 def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> Any:
-    """Rows of what is no lone file: a name of the hub, a folder, a builder."""
     if safe_load and not Path(hf_name).is_dir():
         hf_name = huggingface_hub.snapshot_download(
             hf_name,
@@ -131,7 +134,7 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             "dataset pandas reads pickles, which could run code; write the rows as .parquet or"
             " .jsonl"
         )
-    # Left out, datasets would ask at the terminal and go by an environment variable.
+    # Without it, datasets would ask at the terminal, and obey an environment variable.
     kwargs.setdefault("trust_remote_code", False)
     try:
         return datasets.load_dataset(hf_name, split=split, **kwargs)
@@ -140,16 +143,16 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             raise
         raise UserError(
             f"dataset {hf_name} is loaded by a script of its own, which could run any code; if you"
-            " trust it, say so by hf_kwargs: {trust_remote_code: true}"
+            " trust it, set hf_kwargs: {trust_remote_code: true}"
         ) from error
 
 
 @contextlib.contextmanager
 def _by_line(path: Path) -> Iterator[None]:
-    """What a JSON file could not be read for, by its line, and not twice."""
-    own = logging.getLogger("datasets.packaged_modules.json.json")
-    level = own.level
-    own.setLevel(logging.CRITICAL)  # its error names no line; what it raises says the same
+    """Name the line on which a JSON file cannot be read, once."""
+    logger = logging.getLogger("datasets.packaged_modules.json.json")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs the exception that it raises, and no line number
     try:
         yield
     except Exception as error:
@@ -158,22 +161,22 @@ def _by_line(path: Path) -> Iterator[None]:
             raise
         raise UserError(fault) from error
     finally:
-        own.setLevel(level)
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
 def _naming_the_hub(hf_name: str) -> Iterator[None]:
-    """No data, in a folder or on the hub: what would do."""
+    """Name what was not found, in a folder or on the hub, and what to give."""
     try:
         yield
     except (OSError, EmptyDatasetError, HFValidationError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of this machine, not the name
+        if isinstance(error, OSError) and error.errno is not None:  # this machine failed
             raise
         cause = shorten(str(error), 200, placeholder=" ...")
         if Path(hf_name).exists():
-            problem = f"dataset {hf_name} holds no data that is read here"
+            problem = f"dataset {hf_name} holds no data that can be read"
         else:
-            problem = f"dataset {hf_name} is neither here (in {Path.cwd()}) nor found on the hub"
+            problem = f"dataset {hf_name} is neither here (in {Path.cwd()}) nor on the hub"
         raise FileNotFoundError(
             f"{problem}; give hf_name a local {', '.join(_BUILDERS)} file, a folder of them, or a"
             f" name on the hub ({type(error).__name__}: {cause})"
@@ -181,28 +184,29 @@ def _naming_the_hub(hf_name: str) -> Iterator[None]:
 
 
 def find_revision(rows: datasets.Dataset, hf_kwargs: dict[str, Any] | None = None) -> str | None:
-    """The hub's commit that rows came from, whether or not one was asked for; None for files."""
+    """Return the hub commit that the rows came from, pinned or not; None for files."""
     for source in rows.info.download_checksums or {}:  # hf://datasets/openai/gsm8k@<commit>/...
-        found = re.search(r"(?:@|/snapshots/)([0-9a-f]{40})/", str(source))
-        if found:
-            return found.group(1)
+        match = re.search(r"(?:@|/snapshots/)([0-9a-f]{40})/", str(source))
+        if match:
+            return match.group(1)
     return (hf_kwargs or {}).get("revision")
 
 
 def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> datasets.Dataset:
-    """One side of a split in which all rows with the same value of column `by` are on one side.
+    """Return one side of a split that keeps all rows with the same value of column `by` together.
 
     MetaMathQA's rows are rephrasings of shared questions: a split by rows would show the model in
-    training what it is asked in evaluation. The side is decided by a hash of the value, so it is
-    the same on every machine and stays when rows are added.
+    training what it is asked in evaluation. A hash of the value decides the side, so it is the same
+    on every machine and does not change when rows are added.
 
     Args:
-        rows: must have the column `by`.
-        fraction: share of distinct values that is held out, between 0 and 1.
-        part: "train" for what is left, "eval" for what is held out.
+        rows: the rows to split.
+        by: a column of `rows`.
+        fraction: share of distinct values to hold out, between 0 and 1.
+        part: "train" for the rest, "eval" for what is held out.
 
     Raises:
-        UserError: unknown column or part, impossible fraction.
+        UserError: unknown column or part, or an impossible fraction.
     """
     if by not in rows.column_names:
         raise UserError(f"holdout: no column {by!r}; there are {', '.join(rows.column_names)}")
@@ -219,29 +223,27 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
 
 
 def _share(value: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1) that depends on the text only."""
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
 
 
-_STREAM_KEYS = frozenset(
-    (
-        *("remote", "local", "split", "download_retry", "download_timeout", "validate_hash"),
-        *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
-    )
-)
+_STREAM_KEYS = {
+    *("remote", "local", "split", "download_retry", "download_timeout", "validate_hash"),
+    *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
+}
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 
 def load_streams(
     dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
 ) -> StreamingFinetuningDataset:
-    """MDS streams as llm-foundry reads them: row `i`, in stored order, is a dict with `turns`.
+    """Return MDS streams as llm-foundry reads them: row `i`, in stored order, has `turns`.
 
-    All of it will be read, so it must fit on disk. All ranks must call this at once: they wait for
-    one another in it.
+    All of it will be read, so it must fit on disk. All ranks must call this together, because they
+    wait for each other in it.
 
     Raises:
-        UserError: streams with weights, which a plan over whole documents does not draw.
+        UserError: weighted streams, which a plan over complete documents does not draw.
     """
     streams = dataset.get("streams")
     for name, stream in (streams or {}).items():
@@ -249,7 +251,7 @@ def load_streams(
         if weighted:
             raise UserError(
                 f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
-                " packed_finetuning; every document is used once an epoch"
+                " packed_finetuning; every document is used once per epoch"
             )
     arguments = {key: dataset[key] for key in _STREAM_KEYS & dataset.keys()}
     return StreamingFinetuningDataset(

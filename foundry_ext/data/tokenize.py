@@ -1,8 +1,8 @@
-"""Row -> documents: token ids, and which of them are to be predicted.
+"""Rows -> documents: token ids, and which of them are predicted.
 
 llm-foundry's own chat templates, preprocessing functions and target policies do the formatting, so
-a row means the same under `finetuning` and `packed_finetuning`. A document is at most `max_seq_len`
-tokens; what happens to a longer row is chosen (`overlong`) and counted, never silent.
+a row means the same under `finetuning` and `packed_finetuning`. A document has at most
+`max_seq_len` tokens; `overlong` decides what happens to a longer row, which is always counted.
 """
 
 import json
@@ -35,18 +35,18 @@ Preprocess = Callable[[dict[str, Any]], Any]
 OVERLONG = ("truncate", "split", "drop", "error")
 _ROWS = (
     "; a row has a prompt and a response, both text, or messages: correct it, or set"
-    " preprocessing_fn to a function that makes such rows of these"
+    " preprocessing_fn to a function that makes such rows"
 )
-# Characters handed to the tokenizer at a time: its encodings take some hundred bytes a token.
+# Characters per call of the tokenizer: its encodings take some hundred bytes per token.
 _BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeSettings:
-    """What decides the tokens of a row, besides the tokenizer."""
+    """Settings that, with the tokenizer, decide the tokens of a row."""
 
     max_seq_len: int
-    """Tokens a document may have."""
+    """Most tokens of a document."""
     overlong: str = "truncate"
     """truncate: keep the beginning; split: pieces of max_seq_len; drop; error."""
     target_prompts: str = "none"
@@ -54,7 +54,7 @@ class TokenizeSettings:
     target_responses: str = "last"
     """Responses to predict: last or all."""
     text_key: str | None = None
-    """Plain text of this column, all of it predicted; None for prompt/response and chat rows."""
+    """Column of plain text, all of it predicted; None for prompt/response and chat rows."""
 
     def __post_init__(self):
         if self.overlong not in OVERLONG:
@@ -77,19 +77,17 @@ def tokenize_rows(
     num_proc: int | None = None,
     name: str = "rows",
 ) -> Documents:
-    """Tokenises rows, or finds them on disk by their content, see data/cache.py.
+    """Tokenise rows, or find them in the cache by their content, see data/cache.py.
 
-    Args:
-        rows: prompt/response or chat rows after `preprocess`, or rows with `settings.text_key`.
-        num_proc: processes, of which each has 1000 rows or more.
-        name: of the rows, on the progress bar.
+    Rows are prompt/response or chat rows after `preprocess`, or have `settings.text_key`. Each of
+    `num_proc` processes gets 1000 rows or more. The progress bar shows `name`.
 
     Raises:
-        UserError: no rows; a row that cannot be read, or too long under `overlong: error`, which
-            is named.
+        UserError: no rows; a row that cannot be read, or is too long under `overlong: error`. The
+            message names the row.
     """
     if len(rows) == 0:
-        raise UserError("the dataset has no rows: look at its split and holdout")
+        raise UserError("the dataset has no rows; check its split and holdout")
     reader = _Reader(tokenizer, settings)
 
     def write(folder: Path) -> None:
@@ -115,7 +113,7 @@ def tokenize_stream(
     tokenizer: PreTrainedTokenizerBase,
     settings: TokenizeSettings,
 ) -> Documents:
-    """As `tokenize_rows` for rows that come as `turns`; kept in memory, cached nowhere."""
+    """Tokenise rows that come as `turns`; the documents stay in memory and are not cached."""
     reader = _Reader(tokenizer, settings)
 
     def table(batch: dict[str, list[int]]) -> pa.Table:
@@ -130,7 +128,7 @@ def tokenize_stream(
 
 
 def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any) -> Any:
-    """Not under the cache of `datasets`: its key would be the rows' path and time."""
+    """Map without the cache of `datasets`, whose key would be the rows' path and time."""
     return rows.map(
         table,
         batched=True,
@@ -154,50 +152,47 @@ def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[...,
             tokens = [_named(i, reader.read, row) for i, row in zip(indices, rows, strict=True)]
         return to_table(
             record
-            for i, one in zip(indices, tokens, strict=True)
-            for record in to_records(i, one, limit, overlong)
+            for i, row in zip(indices, tokens, strict=True)
+            for record in to_records(i, row, limit, overlong)
         )
 
     return table
 
 
 def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
-    """Errors say which row they are of, and what rows are read."""
+    """Return function(row); errors name the row, and say which rows can be read."""
     try:
         return function(row)
     except Exception as error:
         way_out = _ROWS if isinstance(error, BaseContextualError | KeyError) else ""
         items = row.items() if way_out and isinstance(row, dict) else ()
         lacks = [repr(key) for key, value in items if value is None]
-        if lacks:  # a table has a column for each key of any row
+        if lacks:  # Arrow has one column for each key of any row
             way_out = f"; it has no {' or '.join(lacks)}, which others have{way_out}"
         raise UserError(f"row {index}: {type(error).__name__}: {error}{way_out}") from error
 
 
 class _Reader:
-    """Tokens of formatted rows: of one as llm-foundry has them, of many the same but faster."""
+    """Tokenizer of formatted rows: one as llm-foundry does it, or many, equal but faster."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings):
         self.tokenizer, self.settings = tokenizer, settings
         self.eos = cast(int, tokenizer.eos_token_id)
 
     def read(self, row: dict[str, Any]) -> Tokens:
-        """
-        Raises:
-            Exception: llm-foundry's own for a row that cannot be read.
-        """
+        """Tokenise one row; a bad one raises an exception of llm-foundry's."""
         text_key = self.settings.text_key
         if text_key is None:
             return self.stitch(tokenize_formatted_example(row, self.tokenizer)["turns"])
         text = row[text_key]
         if not isinstance(text, str):
             raise UserError(f"column {text_key!r} holds {type(text).__name__}, not text")
-        # Not verbose: it warns of texts over the model's length, which `overlong` deals with.
+        # Not verbose: it warns about texts over the model's length, which `overlong` handles.
         encoding = self.tokenizer(text, truncation=False, padding=False, verbose=False)
         return self._close(text, cast(list[int], encoding["input_ids"]))
 
     def stitch(self, turns: Sequence[Any]) -> Tokens:
-        """Turns end to end, closed with end-of-text, as llm-foundry's own collator does it."""
+        """Join the turns, closed with end-of-text, as llm-foundry's own collator does."""
         if any(len(turn[key]) == 0 for turn in turns for key in ("input_ids", "labels")):
             return NO_TOKENS
         turns = [{key: list(turn[key]) for key in ("input_ids", "labels")} for turn in turns]
@@ -206,7 +201,7 @@ class _Reader:
         return Tokens(np.array(ids, np.int32), np.array(labels, np.int64) != IGNORE_INDEX)
 
     def _close(self, text: str, ids: list[int]) -> Tokens:
-        """The end of a text is to be learned too; a tokenizer that adds it itself adds it once."""
+        """Add the end-of-text token, which is learned too, unless the tokenizer added it."""
         if not text or not ids:
             return NO_TOKENS
         if ids[-1] != self.eos:
@@ -214,16 +209,16 @@ class _Reader:
         return Tokens(np.array(ids, np.int32), np.ones(len(ids), np.bool_))
 
     def read_batch(self, rows: Sequence[dict[str, Any]]) -> list[Tokens] | None:
-        """The same by the tokenizer's Rust side, many texts a call, or None if that cannot be.
+        """Tokenise many rows per call on the tokenizer's Rust side; None if that is impossible.
 
-        A tokenizer whose Python side does more than its Rust side is found out by the first row.
-        Whatever is wrong with a row, reading the rows one by one says which it is.
+        The first row is read both ways, because a tokenizer's Python side may do more than its Rust
+        side. After any error the caller reads the rows one by one, which names the bad one.
         """
         of_transformers = type(self.tokenizer).__module__.startswith("transformers.")
         if not (of_transformers and self.tokenizer.is_fast):
             return None
         try:
-            # First, because it sets the Rust side to neither cut nor pad.
+            # First, because it tells the Rust side neither to truncate nor to pad.
             first = self.read(rows[0])
             tokens = list(self._read_batch(rows))
         except Exception:
@@ -250,7 +245,7 @@ class _Reader:
             yield self.stitch(turns)
 
     def _texts(self, row: dict[str, Any], kind: str) -> list[str]:
-        """Prompt, response, prompt, response, ... of a row."""
+        """Return prompt, response, prompt, response, ... of a row."""
         if kind == "chat":
             turns = _slice_chat_formatted_example(cast(Any, row), self.tokenizer)
             return [text for turn in turns for text in turn]
@@ -259,7 +254,7 @@ class _Reader:
     def _encode(
         self, texts: Sequence[Sequence[str]], *, add_special_tokens: bool
     ) -> Iterator[list[list[int]]]:
-        """Ids of each text of each row, encoded some rows at a time."""
+        """Yield the ids of each text of each row; some rows are encoded at a time."""
         encode = self.tokenizer.backend_tokenizer.encode_batch_fast  # pyright: ignore
         for group in _groups(texts):
             flat = [text for row in group for text in row]
@@ -281,7 +276,7 @@ def _groups(texts: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
 
 
 def _drop_second_bos(turn: dict[str, list[int]], bos: int | None) -> None:
-    """As llm-foundry does it to a response, where the tokenizer begins every text with one."""
+    """Remove a response's BOS as llm-foundry does, if the tokenizer starts every text with one."""
     prompt, response = turn["input_ids"], turn["labels"]
     if bos is not None and prompt[:1] == response[:1] == [bos]:
         turn["labels"] = response[1:]

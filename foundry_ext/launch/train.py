@@ -163,7 +163,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     os.environ.update(ALONE if num_ranks > 1 else {})
     from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
-    from foundry_ext.preflight.plan.text import render
+    from foundry_ext.preflight.plan.text import format_plan
 
     code = 0
     for number, (path, config) in enumerate(configs):
@@ -177,7 +177,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
             complain(path, f"{one_line(error)} {TRACEBACK_HINT}")
             code = USAGE_EXIT
             continue
-        print("\n" * bool(number) + render(plan), flush=True)
+        print("\n" * bool(number) + format_plan(plan), flush=True)
     return code
 
 

@@ -299,10 +299,10 @@ def test_the_command(world, saved, sets, tmp_path, capsys):
 
 
 def test_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="does not say what it was tuned from; give --base"):
+    with pytest.raises(ValueError, match="does not name its base model; pass --base"):
         analyse_weights(world.base)
     kit.make_llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
-    with pytest.raises(ValueError, match="other weights or shapes; give the right one by --base"):
+    with pytest.raises(ValueError, match="other weights or shapes; pass the right one by --base"):
         analyse_weights(world.base, base=str(tmp_path / "short"))
     with pytest.raises(FileNotFoundError):
         analyse_weights(tmp_path / "nowhere.pt")

@@ -140,7 +140,12 @@ def test_refuses_what_is_no_checkpoint(tmp_path):
     torch.save({"model": {}}, tmp_path / "other.pt")
     refused(ValueError, "not a readable Composer checkpoint", tmp_path / "other.pt", tmp_path / "o")
     torch.save({"state": {"model": {}}}, tmp_path / "other.pt")
-    refused(ValueError, "of no Hugging Face model", tmp_path / "other.pt", tmp_path / "o")
+    refused(
+        ValueError,
+        "must be a checkpoint of a Hugging Face model",
+        tmp_path / "other.pt",
+        tmp_path / "o",
+    )
 
 
 def test_refuses_a_folder_in_use(saved, tmp_path):
@@ -174,7 +179,12 @@ def test_refuses_another_architecture(changed, tmp_path):
     def spoil(state):
         state["integrations"]["huggingface"]["model"]["config"]["content"]["model_type"] = "gpt2"
 
-    refused(ValueError, "of a gpt2 model", changed("full", spoil), tmp_path / "out")
+    refused(
+        ValueError,
+        "changed.pt must be of a Llama-shaped model, not gpt2",
+        changed("full", spoil),
+        tmp_path / "out",
+    )
 
 
 def test_leaves_nothing_when_writing_fails(saved, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A checkpoint file is whole or not there, and a spoilt one does not pass for whole. (Trap 40.)"""
+"""Checkpoint files are written atomically, and a corrupted one is noticed. (Trap 40.)"""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foundry_ext.checkpoints import files as checkpoint_files
-from foundry_ext.checkpoints.files import damage, find_checkpoints, keep_whole
+from foundry_ext.checkpoints.files import damage, find_checkpoints, keep_intact
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(whole):
     content, expected = whole.read_bytes(), torch.load(whole)
     rng, noticed = random.Random(0), 0
     for _ in range(300):
-        spoilt = bytearray(content)
-        spoilt[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        whole.write_bytes(spoilt)
+        corrupted = bytearray(content)
+        corrupted[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        whole.write_bytes(corrupted)
         if damage(whole):
             noticed += 1
             continue
@@ -83,9 +83,10 @@ def test_the_one_before_is_taken(whole, caplog):
     second, third = (whole.with_name(f"ep0-ba{n}-rank0.pt") for n in (2, 3))
     second.write_bytes(whole.read_bytes()[:-100])
     third.touch()
-    assert keep_whole([whole, second, third]) == [whole]
+    assert keep_intact([whole, second, third]) == [whole]
     assert [record.getMessage() for record in caplog.records] == [
-        f"checkpoint {third} is empty; renamed to damaged-{third.name}, going on from {whole.name}",
+        f"checkpoint {third} is empty; renamed to damaged-{third.name},"
+        f" continuing from {whole.name}",
         next(r.getMessage() for r in caplog.records if str(second) in r.getMessage()),
     ]
     names = {path.name for path in whole.parent.iterdir()}
@@ -96,6 +97,6 @@ def test_none_whole_is_an_error_and_stays_one(whole):
     """Not a new run: the second attempt must not find an empty folder either."""
     whole.write_bytes(whole.read_bytes()[:-1])
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"no checkpoint in it is whole.*{whole.name} cannot"):
-            keep_whole(find_checkpoints(whole.parent, "ep{epoch}-ba{batch}-rank{rank}.pt"))
-    assert keep_whole([]) == []
+        with pytest.raises(ValueError, match=rf"all checkpoints are damaged.*{whole.name} cannot"):
+            keep_intact(find_checkpoints(whole.parent, "ep{epoch}-ba{batch}-rank{rank}.pt"))
+    assert keep_intact([]) == []

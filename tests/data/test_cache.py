@@ -199,20 +199,20 @@ def test_rows_have_one_hash_however_they_lie(make_rows, write_jsonl, tmp_path):
         datasets.concatenate_datasets([whole, first]).filter(lambda row: row["prompt"] != "a"),
         whole.select_columns(["s", "response", "n", "prompt"]),
     ]
-    assert {cache._of_rows(one) for one in same} == {cache._of_rows(whole)}
+    assert {cache._hash_rows(one) for one in same} == {cache._hash_rows(whole)}
     others = [
         whole.select(range(2499)),
         whole.select([1, 0, *range(2, 2500)]),
         whole.rename_columns({"prompt": "response", "response": "prompt"}),
         whole.add_column("more", [None] * 2500),
     ]
-    assert len({cache._of_rows(one) for one in [whole, *others]}) == 5
+    assert len({cache._hash_rows(one) for one in [whole, *others]}) == 5
 
 
 def test_chat_rows_and_missing_values_are_hashed(tmp_path):
     def hashed(first, second):
         turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
-        return cache._of_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
+        return cache._hash_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
 
     assert hashed("ab", "c") == hashed("ab", "c")
     assert len({hashed("ab", "c"), hashed("a", "bc"), hashed("ab", None), hashed("ab", "")}) == 4

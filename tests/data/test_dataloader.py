@@ -316,7 +316,10 @@ def test_errors_name_the_key_and_the_way_out(tokenizer, dataset, case: str, name
 
 
 FINETUNING_ERRORS = {
-    "encoder-decoder": ({"decoder_only_format": False}, "decoder_only_format: false has no packed"),
+    "encoder-decoder": (
+        {"decoder_only_format": False},
+        "decoder_only_format: false cannot be packed",
+    ),
     "two sources": (
         {"remote": "s3://b", "local": "x"},
         "dataset.hf_name does not go with dataset.remote: leave one out",

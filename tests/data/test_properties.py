@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
-from foundry_ext.data.documents import FEATURES, Documents, Outcome
+from foundry_ext.data.documents import FEATURES, Documents, RowOutcome
 from foundry_ext.data.mixture import MixedDocuments, draw
 from foundry_ext.data.table import Record, Tokens, to_records, to_table
 from foundry_ext.packing.algorithm import most_documents, pack
@@ -173,14 +173,14 @@ def test_tokens_of_a_row_are_kept_in_order_or_counted(flags, limit, overlong):
     assert loss_mask.tolist() == [flags[token] for token in kept], "each with its own flag"
     for one in records:
         assert len(one.tokens.input_ids) <= limit
-        dropped = one.outcome >= Outcome.DROPPED_OVERLONG
+        dropped = one.outcome >= RowOutcome.DROPPED_OVERLONG
         assert dropped == (len(one.tokens.input_ids) == 0)
         assert dropped or one.tokens.loss_mask[1:].any(), "something of it can be learned"
 
 
 def in_memory(documents) -> Documents:
     """As written by the tokeniser, in tables of two rows: chunks to look documents up in."""
-    records = [Record(Tokens(one.input_ids, one.loss_mask), Outcome.KEPT) for one in documents]
+    records = [Record(Tokens(one.input_ids, one.loss_mask), RowOutcome.KEPT) for one in documents]
     tables = [to_table(records[at : at + 2]) for at in range(0, len(records), 2)]
     return Documents(datasets.Dataset(pa.concat_tables(tables), info=_INFO))
 

@@ -246,6 +246,6 @@ def test_a_bad_row_of_a_stream_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize("weight", ["proportion", "repeat", "choose"])
 def test_weighted_streams_are_refused(tmp_path, tokenizer, weight: str):
     streams = {"a": {"local": str(tmp_path), weight: 2}}
-    message = rf"streams.a.{weight}: weighted streams are not supported .* used once an epoch"
+    message = rf"streams.a.{weight}: weighted streams are not supported .* once per epoch"
     with pytest.raises(ValueError, match=message):
         load_streams({"streams": streams}, tokenizer, 64)

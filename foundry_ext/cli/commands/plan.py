@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         load_config(path, overrides)
     for index, path in enumerate(files):
         plan = plan_run(path, overrides, num_ranks=arguments.ranks)
-        from foundry_ext.preflight.plan.text import render  # slow, so after the check
+        from foundry_ext.preflight.plan.text import format_plan  # slow, so after the check
 
-        print("\n" * bool(index) + render(plan, memory=dict(arguments.memory)))
+        print("\n" * bool(index) + format_plan(plan, memory=dict(arguments.memory)))
     return 0

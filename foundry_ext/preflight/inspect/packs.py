@@ -16,7 +16,7 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.dataset import PackedDataset
-from foundry_ext.data.documents import Outcome
+from foundry_ext.data.documents import RowOutcome
 from foundry_ext.packing.batch import Pack
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
@@ -216,7 +216,7 @@ def _document_views(
             DocumentView(
                 index=index,
                 source=_source_of(dataset, index),
-                outcome=Outcome(int(dataset.documents.outcomes[index])).name.lower(),
+                outcome=RowOutcome(int(dataset.documents.outcomes[index])).name.lower(),
                 num_truncated_tokens=int(dataset.documents.num_truncated_tokens[index]),
                 tokens=tokens,
             )

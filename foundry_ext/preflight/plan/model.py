@@ -1,7 +1,7 @@
-"""A run's model before it is built: parameters, what a layer keeps, and how fast this device is.
+"""A run's model before it is built: parameters, activations per layer, and throughput here.
 
-The whole model is made on the meta device, without a weight. What has to be computed is computed by
-one layer and a few at full width, whose weights are memory that was never written.
+The complete model exists on the meta device only, without weights. Timings use one to three
+layers at full width, whose weights are uninitialised memory.
 """
 
 import time
@@ -22,9 +22,10 @@ from foundry_ext.models.flops import adapter_parameters, forward_flops, training
 from foundry_ext.models.memory import Parameters, autocast, optimizer_states
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.training.model_building import read_config
+from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
-# What the timing below may take of this device, in operations of a forward and backward pass.
+# Budget of the timing below, in FLOPs of forward and backward passes.
 _TIMING_FLOPS = 1.5e11
 _REPEATS = 3
 _OPTIMIZER_ELEMENTS = 2**22
@@ -41,14 +42,14 @@ class PlannedModel:
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> "PlannedModel":
-        """Reads the shape, from the hub if need be, and checks the adapter.
+        """Read the shape, from the hub if necessary, and check the adapter.
 
         Raises:
-            UserError: another model than smollm2_packed, or an adapter that does not fit.
+            UserError: a model other than smollm2_packed, or an adapter that does not fit.
         """
         if model.get("name") != "smollm2_packed":
             raise UserError(
-                f"model.name: {model.get('name')!r} cannot be planned; plan knows smollm2_packed"
+                f"model.name: {model.get('name')!r} cannot be planned; only smollm2_packed can"
             )
         name = model["pretrained_model_name_or_path"]
         config = read_config(
@@ -72,13 +73,13 @@ class PlannedModel:
         return planned
 
     def without_weights(self, *, adapted: bool = True, **shape: int) -> nn.Module:
-        """On the meta device; `shape` overrides the configuration."""
+        """Return the model on the meta device; `shape` overrides the configuration."""
         config = LlamaConfig(**{**self.config.to_dict(), **shape})
         with torch.device("meta"):
             model = SmolLM2ForCausalLM(config)
             if not adapted or self.peft_config is None:
                 return model
-            # How an adapter starts says nothing of its size.
+            # Initial values do not change an adapter's size, and PiSSA's would need the weights.
             settings = {**self.peft_config, "init_lora_weights": True, "inference_mode": False}
             wrapped = get_peft_model(model, LoraConfig(**settings))
         if self.frozen_dtype == "bf16":
@@ -87,12 +88,12 @@ class PlannedModel:
         return wrapped
 
     def build(self, num_layers: int, *, vocab_size: int = 8, device: str = "cpu") -> nn.Module:
-        """At full width, with any weights."""
+        """Return `num_layers` layers at full width, with arbitrary weights."""
         model = self.without_weights(num_hidden_layers=num_layers, vocab_size=vocab_size)
         model = model.to_empty(device=device)
         for inner in model.modules():
             if isinstance(inner, SmolLM2ForCausalLM):
-                inner.tie_weights()  # to_empty gives each of the two its own
+                inner.tie_weights()  # to_empty has untied them
         return model
 
     @property
@@ -120,17 +121,17 @@ class PlannedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Of this device with a run's model: measured on parts of it, put together again."""
+class MeasuredThroughput:
+    """Training throughput of this device, extrapolated from timings of a few layers."""
 
     seconds_per_token: float
     seconds_per_step: float
-    """The optimizer's, whatever the tokens."""
+    """Seconds of the optimizer's update, independent of the tokens."""
     num_tokens: int
-    """It was measured on."""
+    """Tokens that were timed."""
 
 
-def measure_speed(
+def measure_throughput(
     model: PlannedModel,
     lengths: Sequence[int],
     *,
@@ -139,13 +140,12 @@ def measure_speed(
     loss_share: float,
     recomputes: bool,
     device: str = "cpu",
-) -> Speed:
-    """Times one layer, three, and one with the head, forward and backward, on a few documents.
+) -> MeasuredThroughput:
+    """Time forward and backward passes of one layer, of three, and of one with the head.
 
-    Args:
-        lengths: of documents of the run; as many as the time for this allows.
-        loss_share: of tokens that are labelled.
-        recomputes: whether activations are checkpointed, which costs another forward pass.
+    `lengths` are those of the run's documents; the first are used, as many as the time allows.
+    `loss_share` is the share of tokens that carry loss. Recomputing checkpointed activations
+    (`recomputes`) costs another forward pass.
     """
     vocabulary = model.config.vocab_size
     chosen = _affordable(model, lengths)
@@ -158,7 +158,7 @@ def measure_speed(
     again = 4 / 3 if recomputes else 1.0
     num_tokens = sum(chosen)
     total = model.config.num_hidden_layers * layer * again + head + rest
-    return Speed(
+    return MeasuredThroughput(
         seconds_per_token=total / num_tokens,
         seconds_per_step=model.parameters.trainable * _update_seconds(optimizer, device),
         num_tokens=num_tokens,
@@ -166,10 +166,10 @@ def measure_speed(
 
 
 def _affordable(model: PlannedModel, lengths: Sequence[int]) -> list[int]:
-    """The first documents, the last one cut, that _TIMING_FLOPS are enough for."""
+    """Return the first lengths, the last one truncated, within _TIMING_FLOPS."""
     shape = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 5})
-    one = sum(forward_flops(shape, num_tokens=1, num_loss_tokens=1, sum_squared_lengths=1).values())
-    left = max(64, int(_TIMING_FLOPS / (3 * one * (_REPEATS + 1))))
+    parts = forward_flops(shape, num_tokens=1, num_loss_tokens=1, sum_squared_lengths=1)
+    left = max(64, int(_TIMING_FLOPS / (3 * sum(parts.values()) * (_REPEATS + 1))))
     chosen: list[int] = []
     for length in lengths:
         if left < 2:
@@ -180,23 +180,18 @@ def _affordable(model: PlannedModel, lengths: Sequence[int]) -> list[int]:
 
 
 def _seconds(model: nn.Module, lengths: list[int], precision: str, loss_share: float) -> float:
-    """The fastest of a few forward and backward passes, after one that warms up."""
+    """Return the fastest of a few forward and backward passes, after a warm-up."""
     device = next(model.parameters()).device
     model.train()
     with torch.no_grad():
-        for parameter in model.parameters():  # memory as it comes may hold NaN, which is slower
+        for parameter in model.parameters():  # uninitialised memory may hold NaN, which is slower
             parameter.zero_()
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ids = torch.zeros_like(positions)
     unlabelled = (positions == 0) | (torch.arange(ids.shape[1]) >= loss_share * ids.shape[1])
-    labels = ids.masked_fill(unlabelled, -100)
-    tensors = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "labels": labels,
-        "cu_seqlens": ends,
-    }
+    labels = ids.masked_fill(unlabelled, IGNORE_INDEX)
+    tensors = {"input_ids": ids, "position_ids": positions, "labels": labels, "cu_seqlens": ends}
     batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
     batch |= {"max_seqlen": max(lengths), "num_loss_tokens": int((~unlabelled).sum())}
 
@@ -210,7 +205,7 @@ def _seconds(model: nn.Module, lengths: list[int], precision: str, loss_share: f
 
 
 def _update_seconds(optimizer: str, device: str) -> float:
-    """Of Lion's update of one parameter; Adam's is taken as one and a half times it."""
+    """Time one parameter's update by Lion; Adam is assumed to take 1.5 times as long."""
     weight, gradient, moment = (torch.zeros(_OPTIMIZER_ELEMENTS, device=device) for _ in range(3))
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""Text of a plan."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from foundry_ext.models.memory import (
     usable,
 )
 from foundry_ext.preflight.plan.plan import Plan, card_seconds
-from foundry_ext.preflight.plan.rates import ASSUMED_MFU
+from foundry_ext.preflight.plan.throughput import ASSUMED_MFU
 from foundry_ext.sweeps.text import duration
 
 _NAMES = {
@@ -32,12 +32,8 @@ _NAMES = {
 }
 
 
-def render(plan: Plan, *, memory: Mapping[str, float] | None = None) -> str:
-    """The text that is printed.
-
-    Args:
-        memory: bytes of further devices by name.
-    """
+def format_plan(plan: Plan, *, memory: Mapping[str, float] | None = None) -> str:
+    """Return the text that is printed; `memory` adds devices, as bytes by name."""
     parts = {
         "data": _data(plan),
         "run": _run(plan),
@@ -55,11 +51,11 @@ def render(plan: Plan, *, memory: Mapping[str, float] | None = None) -> str:
 def _data(plan: Plan) -> list[str]:
     epoch = plan.epoch
     lines = [
-        f"{epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens an epoch,"
+        f"{epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens per epoch,"
         f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of them carry loss; the longest"
         f" has {epoch.longest:,} of max_seq_len {epoch.max_seq_len:,}"
     ]
-    lines += [lost(source) for source in plan.sources]
+    lines += [lost_rows(source) for source in plan.sources]
     lines.append(
         f"{epoch.num_packs:,} packs of {epoch.capacity:,} tokens,"
         f" {100 * epoch.packing_efficiency:.2f} % full;"
@@ -69,39 +65,39 @@ def _data(plan: Plan) -> list[str]:
     return lines
 
 
-def lost(source: Mapping[str, Any]) -> str:
-    """`rows.jsonl: 3 truncated, 7 tokens cut`"""
+def lost_rows(source: Mapping[str, Any]) -> str:
+    """Return `rows.jsonl: 3 truncated, 7 tokens cut`."""
     counts = {key: value for key, value in source["counts"].items() if value and key != "kept"}
-    what = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    return f"{source['name']}: {what or 'nothing cut, split or dropped'}"
+    text = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+    return f"{source['name']}: {text or 'nothing truncated, split or dropped'}"
 
 
 def _run(plan: Plan) -> list[str]:
-    course, totals, found = plan.course, plan.course.totals, plan.evaluations
+    schedule, totals, evaluations = plan.schedule, plan.schedule.totals, plan.evaluations
     lines = [
-        f"{plan.config['max_duration']}: {course.steps:,} optimizer steps, {course.epochs:.2f}"
-        f" epochs of {course.batches_per_epoch:,}; {totals.documents:,} documents in"
+        f"{plan.config['max_duration']}: {schedule.steps:,} optimizer steps, {schedule.epochs:.2f}"
+        f" epochs of {schedule.batches_per_epoch:,}; {totals.documents:,} documents in"
         f" {totals.packs:,} packs",
         f"{totals.tokens:,} real tokens, {totals.loss_tokens:,} of them carry loss;"
-        f" {totals.num_computed_tokens:,} slots computed",
+        f" {totals.num_computed_tokens:,} computed, padding included",
     ]
     scheduler = plan.config.get("scheduler") or {}
-    if course.warmup_steps is not None:
+    if schedule.warmup_steps is not None:
         lines.append(
-            f"warm-up: t_warmup {scheduler['t_warmup']}, over after step {course.warmup_steps:,}"
+            f"warm-up: t_warmup {scheduler['t_warmup']}, over after step {schedule.warmup_steps:,}"
         )
-    if not found.steps:
+    if not evaluations.steps:
         lines.append("evaluation: none")
     else:
-        sets = ", ".join(f"{name} {number:,}" for name, number in found.tokens.items())
+        sets = ", ".join(f"{name} {count:,}" for name, count in evaluations.tokens.items())
         lines.append(
-            f"evaluation: {len(found.steps)} times, after steps {_some(found.steps)}; tokens each"
-            f" time: {sets or 'none'}"
+            f"evaluation: {len(evaluations.steps)} times, after steps {_some(evaluations.steps)};"
+            f" tokens each time: {sets or 'none'}"
         )
-        if found.generated:
-            lines.append(f"and up to {found.generated:,} generated, one after another")
-    if course.saves:
-        lines.append(f"checkpoints: {course.saves}")
+        if evaluations.generated:
+            lines.append(f"and up to {evaluations.generated:,} generated, one after another")
+    if schedule.saves:
+        lines.append(f"checkpoints: {schedule.saves}")
     return lines
 
 
@@ -121,13 +117,13 @@ def _model(plan: Plan) -> list[str]:
             f" {method.effective_scale:g}, on {where}"
         )
     evaluated = len(plan.evaluations.steps) * plan.evaluations.flops
-    whole = plan.training_flops + evaluated
+    total = plan.training_flops + evaluated
     return [
         f"{plan.model.name}: {text}",
         f"{parameters.trainable:,} parameters trained"
         f" ({100 * parameters.trainable / parameters.total:.2f} %), {parameters.frozen:,} frozen",
         f"{plan.training_flops:.3g} FLOPs to train, {evaluated:.3g} to evaluate"
-        f" ({100 * evaluated / whole:.1f} %), generation left out",
+        f" ({100 * evaluated / total:.1f} %), without generation",
     ]
 
 
@@ -141,16 +137,16 @@ def _memory(plan: Plan) -> list[str]:
         f" {plan.config['optimizer']['name']}, {state} activation checkpointing;"
         f" {gib(other.peak)} {'without' if plan.checkpointing else 'with'} it",
         *_by_part(chosen),
-        f"activations are {per_token:,.0f} bytes a token and layer, {layers} layers: counted on a"
-        " layer of this model",
-        "estimated; within 5 % of the allocator's peak on a CPU, unmeasured on a GPU; torch.compile"
-        " keeps fewer activations, which is not counted",
+        f"activations are {per_token:,.0f} bytes per token and layer, {layers} layers: counted on"
+        " one layer of this model",
+        "estimated; within 5 % of the allocator's peak on a CPU, not measured on a GPU;"
+        " torch.compile keeps fewer activations, which is not counted",
     ]
 
 
 def _by_part(memory: Memory) -> list[str]:
     parts = {key: value for key, value in asdict(memory).items() if value}
-    # Only the larger of the two is there at the peak.
+    # Only the larger of the two exists at the peak.
     parts.pop("chunk" if memory.backward > memory.chunk else "backward", None)
     return [f"  {_NAMES[key]:<26} {gib(value):>10}" for key, value in parts.items()]
 
@@ -168,14 +164,14 @@ def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
     needed = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing).peak
     for name, size in devices.items():
         packs = [_largest(plan, size, checkpointing=on) for on in (False, True)]
-        plain, checkpointed = (f"{one:,}" if one else "none" for one in packs)
+        plain, checkpointed = (f"{size:,}" if size else "none" for size in packs)
         fits = "fits" if needed <= usable(size) else "too large"
         seconds = card_seconds(plan, name)
         taken = "-" if seconds is None else duration(seconds)
         lines.append(f"{name:<{width}}  {fits:>9}  {plain:>19}  {checkpointed:>12}  {taken}")
     lines.append(
-        f"of a card {CONTEXT_BYTES / GIB:g} GiB is taken for CUDA's context and {USABLE_SHARE:.0%}"
-        " of the rest can be filled: assumed, as the MFU is; no GPU was measured"
+        f"assumed, like the MFU: CUDA's context takes {CONTEXT_BYTES / GIB:g} GiB, and"
+        f" {USABLE_SHARE:.0%} of the rest can be used; no GPU was measured"
     )
     batch = plan.epoch.batch_packs * plan.pack_tokens
     for name in ("RTX 3090 24 GB", "H100 80 GB"):
@@ -186,13 +182,13 @@ def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
 
 
 def _largest(plan: Plan, size: float, *, checkpointing: bool) -> int:
-    """Tokens of a pack; none where a document might not fit into it."""
-    found = largest_pack(lambda t: plan.memory(t, checkpointing=checkpointing).peak, size)
-    return found if found >= plan.epoch.max_seq_len else 0
+    """Return the tokens of the largest pack; 0 if the longest document might not fit."""
+    tokens = largest_pack(lambda t: plan.memory(t, checkpointing=checkpointing).peak, size)
+    return tokens if tokens >= plan.epoch.max_seq_len else 0
 
 
 def _advice(card: str, batch: int, largest: int, plan: Plan) -> list[str]:
-    """The pack that fits and divides a batch's tokens evenly."""
+    """Suggest the largest pack that fits and divides the batch's tokens evenly."""
     if not largest:
         return []
     packs = math.ceil(batch / largest)
@@ -208,30 +204,31 @@ def _advice(card: str, batch: int, largest: int, plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    rates, found = plan.rates, plan.evaluations
-    seconds = rates.training_seconds(plan.course)
+    throughput, evaluations = plan.throughput, plan.evaluations
+    seconds = throughput.training_seconds(plan.schedule)
     if seconds is None:
-        return [f"{plan.config['precision']} trains on a GPU only; precision=fp32 trains here"]
+        return [
+            f"{plan.config['precision']} trains on a GPU only; set precision=fp32 to train here"
+        ]
     seconds /= plan.num_ranks
-    tokens = plan.course.totals.tokens
+    tokens = plan.schedule.totals.tokens
     lines = [
-        f"{duration(seconds)} of training steps on {rates.device}"
+        f"{duration(seconds)} of training steps on {throughput.device}"
         + (f", {plan.num_ranks} processes" if plan.num_ranks > 1 else "")
-        + f": {tokens / seconds:,.0f} real tokens/s, {rates.source}"
+        + f": {tokens / seconds:,.0f} real tokens/s, {throughput.source}"
     ]
-    if found.steps and rates.evaluation_seconds is not None:
-        whole = rates.evaluation_seconds * len(found.steps)
-        lines.append(f"{duration(whole)} of evaluation and checkpoints, by the same records")
-    elif found.steps:
-        share = found.flops * len(found.steps) / plan.training_flops
+    if evaluations.steps and throughput.evaluation_seconds is not None:
+        total = throughput.evaluation_seconds * len(evaluations.steps)
+        lines.append(f"{duration(total)} of evaluation and checkpoints, by the same records")
+    elif evaluations.steps:
+        share = evaluations.flops * len(evaluations.steps) / plan.training_flops
         lines.append(
-            f"about {duration(seconds * share)} of evaluation by its FLOPs, without what is"
-            " generated"
+            f"about {duration(seconds * share)} of evaluation by its FLOPs, without generation"
         )
-    if rates.kind == "cpu":
+    if throughput.kind == "cpu":
         need = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing).peak
         lines.append(
-            f"{gib(need + plan.process_bytes)} of memory here, {gib(plan.process_bytes)} of them"
-            " Python, its imports and the data"
+            f"{gib(need + plan.process_bytes)} of memory here, {gib(plan.process_bytes)} of it"
+            " for Python, its imports and the data"
         )
     return lines

@@ -155,7 +155,7 @@ class ExactResume(CheckpointSaver):
                 f" {self.filename.filename}, so the run would start from the beginning; restore"
                 " them, or give the new run another folder"
             )
-        return checkpoint_files.keep_whole(paths)
+        return checkpoint_files.keep_intact(paths)
 
     def _latest(self, state: State) -> Path:
         assert self.latest_filename is not None

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from foundry_ext.models.flops import PEAK_FLOPS, peak_flops
 from foundry_ext.models.memory import CARDS
 from foundry_ext.preflight.plan.plan import Plan, card_seconds, plan_config
-from foundry_ext.preflight.plan.rates import ASSUMED_MFU
-from foundry_ext.preflight.plan.text import render
+from foundry_ext.preflight.plan.text import format_plan
+from foundry_ext.preflight.plan.throughput import ASSUMED_MFU
 from foundry_ext.records.record import read_record
 from foundry_ext.utils.environment import device_name
 from tests.training import kit
@@ -77,26 +77,26 @@ def test_the_course_is_the_runs(world, tmp_path, duration: str, interval: str, f
         "scheduler": {"name": "constant_with_warmup", "t_warmup": "0.2dur"},
     }
     config = config_of(world, tmp_path, **overrides)
-    course = plan_of(config).course
+    schedule = plan_of(config).schedule
     run = kit.run(config)
     clock = run.trainer.state.timestamp
-    assert course.steps == clock.batch.value
-    assert course.totals.tokens == clock.token.value
-    assert course.totals.documents == clock.sample.value
+    assert schedule.steps == clock.batch.value
+    assert schedule.totals.tokens == clock.token.value
+    assert schedule.totals.documents == clock.sample.value
     packs = [pack for batch in run.spy.batches for pack in batch]
-    assert course.totals.loss_tokens == sum(pack["num_loss_tokens"] for pack in packs)
-    assert course.totals.num_computed_tokens == sum(pack["input_ids"].shape[1] for pack in packs)
-    assert course.totals.packs == sum(pack["num_tokens"] > 0 for pack in packs)
+    assert schedule.totals.loss_tokens == sum(pack["num_loss_tokens"] for pack in packs)
+    assert schedule.totals.num_computed_tokens == sum(pack["input_ids"].shape[1] for pack in packs)
+    assert schedule.totals.packs == sum(pack["num_tokens"] > 0 for pack in packs)
     squares = sum(pack["sum_squared_lengths"] for pack in packs)
-    assert course.totals.sum_squared_lengths == squares
+    assert schedule.totals.sum_squared_lengths == squares
     (spy,) = [one for one in run.trainer.state.callbacks if isinstance(one, EvalSpy)]
-    assert course.evaluated_at == spy.steps
-    assert course.saves == len(list((tmp_path / "checkpoints").glob("ep*-ba*.pt")))
+    assert schedule.evaluated_at == spy.steps
+    assert schedule.saves == len(list((tmp_path / "checkpoints").glob("ep*-ba*.pt")))
     # Composer sets a rate by the clock before the step, so the full one comes a step later.
-    assert course.warmup_steps is not None
-    if course.steps > course.warmup_steps + 1:
-        full = run.spy.rates.index(max(run.spy.rates))
-        assert full == course.warmup_steps + 1
+    assert schedule.warmup_steps is not None
+    if schedule.steps > schedule.warmup_steps + 1:
+        full = run.spy.throughput.index(max(run.spy.throughput))
+        assert full == schedule.warmup_steps + 1
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -167,10 +167,10 @@ def test_time_is_that_of_finished_runs(world, tmp_path):
     config = recorded(world, tmp_path)
     finished_run(config, tmp_path)
     plan = plan_of(config)
-    assert plan.rates.speed is None and plan.rates.num_records == 1
-    assert plan.rates.training_seconds(plan.course) == plan.course.totals.tokens / 50
-    assert plan.rates.evaluation_seconds == 3.0
-    assert "by 1 finished run like this one" in render(plan)
+    assert plan.throughput.measured is None and plan.throughput.num_records == 1
+    assert plan.throughput.training_seconds(plan.schedule) == plan.schedule.totals.tokens / 50
+    assert plan.throughput.evaluation_seconds == 3.0
+    assert "by 1 finished run like this one" in format_plan(plan)
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_runs_of_another_kind_say_nothing_of_its_time(world, tmp_path, changed):
     for key, value in changed.items():
         OmegaConf.update(other, key, value)
     finished_run(other, tmp_path)
-    rates = plan_of(config).rates
-    assert rates.num_records == 0 and rates.speed is not None
-    assert rates.speed.seconds_per_token > 0
+    throughput = plan_of(config).throughput
+    assert throughput.num_records == 0 and throughput.measured is not None
+    assert throughput.measured.seconds_per_token > 0
 
 
 def test_a_cards_time_is_flops_over_its_peak(world, tmp_path):
     plan = plan_of(config_of(world, tmp_path, precision="amp_bf16"))
-    assert plan.rates.training_seconds(plan.course) is None, "Composer refuses it on a CPU"
+    assert plan.throughput.training_seconds(plan.schedule) is None, "Composer refuses it on a CPU"
     evaluated = plan.evaluations.flops * len(plan.evaluations.steps)
     seconds = (plan.training_flops + evaluated) / (989.4e12 * ASSUMED_MFU)
     assert card_seconds(plan, "H100 80 GB") == pytest.approx(seconds)
@@ -236,7 +236,7 @@ def test_what_is_lost_is_said(world, tmp_path, write_jsonl, make_rows):
     rows[4]["prompt"] = ""
     path = write_jsonl(rows)
     config = config_of(world, tmp_path, train_loader__dataset__hf_name=str(path))
-    text = render(plan_of(config))
+    text = format_plan(plan_of(config))
     assert f"{path}: 1 truncated, 1 dropped empty," in text
 
 
@@ -248,7 +248,7 @@ def test_an_80_gb_card_gets_larger_packs_of_the_same_batch(world, tmp_path):
         "train_loader__dataset__pack_tokens": 1024,
         "global_train_batch_size": 96,
     }
-    text = render(plan_of(config_of(world, tmp_path, **overrides)), memory={"mine": 2**40})
+    text = format_plan(plan_of(config_of(world, tmp_path, **overrides)), memory={"mine": 2**40})
     (line,) = [line for line in text.splitlines() if "H100 80 GB: pack_tokens" in line]
     words = line.replace(",", "").split()
     pack, packs = (
@@ -278,14 +278,14 @@ def test_the_plan_of_a_run_is_its_record(world, tmp_path):
     plan = plan_of(config)
     kit.run(config)
     record = read_record(tmp_path / "full" / "record.json")
-    totals = plan.course.totals
-    assert record["steps"] == plan.course.steps
+    totals = plan.schedule.totals
+    assert record["steps"] == plan.schedule.steps
     assert record["documents"] == totals.documents
     assert record["tokens"] == {
         "slots": totals.num_computed_tokens,
         "real": totals.tokens,
         "loss": totals.loss_tokens,
     }
-    assert record["throughput"]["fill"] == pytest.approx(plan.course.packing_efficiency, rel=0.2)
+    assert record["throughput"]["fill"] == pytest.approx(plan.schedule.packing_efficiency, rel=0.2)
     after = plan_of(config)
-    assert after.rates.num_records == 1, "the next plan goes by this run"
+    assert after.throughput.num_records == 1, "the next plan goes by this run"

@@ -145,7 +145,7 @@ MODELS = [
 
 ADAPTERS = [
     Case("adapter missing", change(model__pretrained_lora_id_or_path="/no/adapter"),
-         (_ADAPTER + "/no/adapter is no folder here", "adapter_model.safetensors")),
+         (_ADAPTER + "/no/adapter is not a folder here", "adapter_model.safetensors")),
     Case("adapter as a pickle", adapter(lambda f: _to_pickle(f, "adapter_model.safetensors")),
          (_ADAPTER, "holds no adapter_model.safetensors", "safe_serialization=True")),
     Case("adapter of a wider base", adapter(hidden_size=64),
@@ -174,9 +174,9 @@ HUB = [
     Case("hub's tokenizer", change(tokenizer__name="nobody/tok"),
          ("(nobody/tok): no folder here", "the hub does not give it", _TOKENIZER)),
     Case("hub's data", data(hf_name="nobody/rows"),
-         ("dataset nobody/rows is neither here", "nor found on the hub", "a local .jsonl")),
+         ("dataset nobody/rows is neither here", "nor on the hub", "a local .jsonl")),
     Case("hub's adapter", change(model__pretrained_lora_id_or_path="nobody/adapter"),
-         (_ADAPTER + "nobody/adapter is no folder here, and the hub does not give it",)),
+         (_ADAPTER + "nobody/adapter is not a folder here, and the hub does not give it",)),
 ]  # fmt: skip
 
 ALLOWED = [
@@ -185,5 +185,5 @@ ALLOWED = [
     Case("fewer tokens than the model", _other_vocabulary,
          ("tokenizer has 312 tokens, the model", "5000", "name the model's own")),
     Case("adapter that names another base", adapter(_other_base),
-         ("was trained on other/base and goes on here on", "does not fit")),
+         ("was trained on other/base and continues here on", "does not fit")),
 ]  # fmt: skip

@@ -46,7 +46,7 @@ FILES = [
     Case("missing file", data(hf_name="no.jsonl"), ("dataset file no.jsonl does not exist (in ",)),
     Case("missing folder", data(hf_name="/no/folder"), ("dataset /no/folder", *_NOT_FOUND)),
     Case("empty file", rows(b""), ("rows.jsonl is empty", "write rows to it")),
-    Case("blank file", rows(b"\n \n"), ("rows.jsonl is empty", "give one row a line")),
+    Case("blank file", rows(b"\n \n"), ("rows.jsonl is empty", "write one row per line")),
     Case("empty csv", rows(b"", "r.csv"), ("r.csv is empty", "write rows to it")),
     Case("empty folder", _folder, ("folder holds no data", *_NOT_FOUND)),
     Case("unknown suffix", rows(GOOD, "rows.txt"), ("rows.txt holds no data", *_NOT_FOUND)),
@@ -57,13 +57,21 @@ FILES = [
         ("rows.jsonl, line 3: not JSON", "Expecting ':' delimiter at character 29", "correct or"),
     ),
     Case("cut JSON", rows(GOOD + '{"prompt": "on'), ("line 2: not JSON", '\'{"prompt": "on\'')),
-    Case("no objects", rows(GOOD + "7\n"), ("line 2: b'7", "begins no JSON object", "one row a")),
+    Case(
+        "no objects",
+        rows(GOOD + "7\n"),
+        ("line 2: b'7", "does not begin a JSON object", "one row per line"),
+    ),
     Case(
         "nested beyond reading",
         rows('{"prompt": ' + "[" * 3000 + "]" * 3000 + "}\n"),
         ("line 1: nested too deeply",),
     ),
-    Case("double key", rows(GOOD + '{"prompt": "a", "prompt": "b"}'), ("line 2: key 'prompt' is",)),
+    Case(
+        "double key",
+        rows(GOOD + '{"prompt": "a", "prompt": "b"}'),
+        ("line 2: key 'prompt' appears twice",),
+    ),
     Case(
         "double column",
         rows("prompt,prompt,response\na,b,c\n", "r.csv"),

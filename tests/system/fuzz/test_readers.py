@@ -52,7 +52,7 @@ def test_rows_that_are_no_objects_do_not_end_the_process(content: str, tmp_path)
 
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"rows.jsonl, line [13]: .* begins no JSON object"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line [13]: .* does not begin a JSON object"):
         load_rows(str(path), "train")
 
 

@@ -1,7 +1,7 @@
-"""A run's steps before it runs: the packs of every batch, and when Composer would evaluate.
+"""Simulated schedule of a run: the packs of every batch, and when Composer evaluates.
 
-Tokens, documents and batches are those of the sampler that trains; the clock is Composer's own, and
-so are its intervals, walked over without a model.
+Documents, tokens and batches come from the sampler that trains. The clock and the intervals are
+Composer's own, stepped without a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +22,13 @@ _UNITS = {TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE}
 
 @dataclass
 class Totals:
-    """Sums over some packs, or batches; one of each key for a pack where it is an array."""
+    """Sums over packs or batches."""
 
     documents: int = 0
     tokens: int = 0
     loss_tokens: int = 0
     num_computed_tokens: int = 0
-    """Tokens computed, filled ones included."""
+    """Tokens computed, padding included."""
     packs: int = 0
     sum_squared_lengths: int = 0
 
@@ -38,8 +38,8 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """What a run does from its first batch to its last."""
+class Schedule:
+    """Steps, tokens, evaluations and checkpoints of a run."""
 
     totals: Totals
     steps: int
@@ -47,9 +47,9 @@ class Course:
     epochs: float
     capacity: int
     warmup_steps: int | None
-    """Of the schedule's t_warmup; None without one."""
+    """Steps until t_warmup is over; None without a warm-up."""
     evaluated_at: list[int] = field(default_factory=list)
-    """Steps after which Composer evaluates, 0 for eval_first left out."""
+    """Steps after which Composer evaluates, without step 0 of eval_first."""
     saves: int = 0
 
     @property
@@ -57,19 +57,16 @@ class Course:
         return self.totals.tokens / (self.totals.packs * self.capacity)
 
 
-def follow(dataset: PackedDataset, config: dict[str, Any]) -> Course:
-    """Walks through a run.
-
-    Args:
-        config: resolved; max_duration, eval_interval, save_interval and the scheduler are read.
+def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedule:
+    """Simulate the batches and intervals of a run; `config` must be resolved.
 
     Raises:
-        UserError: a duration that no one knows beforehand, such as seconds.
+        UserError: the duration cannot be converted to steps, such as seconds.
     """
     duration = Time.from_input(config["max_duration"], TimeUnit.EPOCH)
     if duration.unit not in _UNITS:
         raise UserError(
-            f"max_duration: {config['max_duration']!r} cannot be planned; give ep, ba, tok or sp"
+            f"max_duration: {config['max_duration']!r} cannot be planned; use ep, ba, tok or sp"
         )
     length = len(dataset.sampler)
     clock: Any = SimpleNamespace(
@@ -79,8 +76,10 @@ def follow(dataset: PackedDataset, config: dict[str, Any]) -> Course:
         dataloader_len=Time.from_batch(length),
     )
     clock.get_elapsed_duration = lambda: clock.timestamp.get(duration.unit) / duration
-    evaluates = _interval(config.get("eval_interval", 1), evaluation=True)
-    saves = _interval(config.get("save_interval") or 0)
+    evaluates = create_interval_scheduler(
+        config.get("eval_interval", 1), checkpoint_events=False, final_events={Event.FIT_END}
+    )
+    saves = create_interval_scheduler(config.get("save_interval") or 0)
     is_warm = _warm(config.get("scheduler") or {}, duration, length)
     totals, warmup, num_saves = Totals(), None, 0
     evaluated: list[int] = []
@@ -93,7 +92,7 @@ def follow(dataset: PackedDataset, config: dict[str, Any]) -> Course:
         if evaluates(clock, event) and evaluated[-1:] != [step]:
             evaluated.append(step)
         num_saves += saves(clock, event)
-    return Course(
+    return Schedule(
         totals=totals,
         steps=clock.timestamp.batch.value,
         batches_per_epoch=length,
@@ -105,18 +104,10 @@ def follow(dataset: PackedDataset, config: dict[str, Any]) -> Course:
     )
 
 
-def _interval(interval: Any, *, evaluation: bool = False) -> Callable[[Any, Event], bool]:
-    if not evaluation:
-        return create_interval_scheduler(interval)
-    return create_interval_scheduler(
-        interval, checkpoint_events=False, final_events={Event.FIT_END}
-    )
-
-
 def _warm(
     scheduler: dict[str, Any], duration: Time, length: int
 ) -> Callable[[Timestamp], bool] | None:
-    """Whether the warm-up is over, t_warmup read as Composer does; None where there is none."""
+    """Return a predicate of the warm-up's end, t_warmup read as Composer reads it, or None."""
     if scheduler.get("t_warmup") is None:
         return None
     warmup = Time.from_input(scheduler["t_warmup"], TimeUnit.EPOCH)
@@ -129,12 +120,14 @@ def _warm(
 
 
 def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, Totals | None]]:
-    """Composer's events at which intervals are asked, its clock set as it then is; with the first
-    one of a step the step's batch."""
+    """Yield the events at which Composer asks its intervals, with the clock set to match.
+
+    The first event of a step also yields the step's batch.
+    """
     counts = PackCounts(dataset)
     while clock.timestamp < clock.max_duration:
         batches = counts.batches(int(clock.timestamp.epoch))
-        for number, batch in enumerate(batches, 1):
+        for position, batch in enumerate(batches, 1):
             clock.previous_timestamp = clock.timestamp
             clock.timestamp = clock.timestamp.to_next_batch(
                 samples=batch.documents, tokens=batch.tokens
@@ -142,7 +135,7 @@ def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, Totals 
             yield Event.BATCH_END, batch
             yield Event.BATCH_CHECKPOINT, None
             is_over = clock.timestamp >= clock.max_duration
-            if number == len(batches):
+            if position == len(batches):
                 clock.previous_timestamp = clock.timestamp
                 clock.timestamp = clock.timestamp.to_next_epoch()
                 yield Event.EPOCH_END, None
@@ -153,25 +146,25 @@ def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, Totals 
 
 
 class PackCounts:
-    """Sums over the packs of any epoch, without reading a document twice."""
+    """Sums over the packs of any epoch; each document is read once."""
 
     def __init__(self, dataset: PackedDataset):
         self.sampler, self.fixed_shape = dataset.sampler, dataset.collator.fixed_shape
         documents, used = dataset.documents, dataset.sampler.used
         self.lengths = np.asarray(documents.lengths, dtype=np.int64)[used]
-        # Nothing comes before a document's first token to predict it.
+        # Nothing precedes a document's first token to predict it.
         self.labelled = np.array(
-            [np.count_nonzero(one.loss_mask[1:]) for one in documents.read(used)], dtype=np.int64
+            [np.count_nonzero(document.loss_mask[1:]) for document in documents.read(used)],
+            dtype=np.int64,
         )
 
     def batches(self, epoch: int) -> list[Totals]:
-        """The global batches of an epoch."""
+        """Return the global batches of an epoch."""
         packs = self.sampler.plan(epoch)
         order, starts = packs.documents, packs.offsets[:-1]
         size = self.sampler.batch_packs * self.sampler.num_replicas
 
         def sums(values: NDArray[np.int64]) -> list[int]:
-            """Of each batch."""
             per_pack = np.add.reduceat(values[order], starts)
             return np.add.reduceat(per_pack, np.arange(0, len(per_pack), size)).tolist()
 
@@ -182,11 +175,11 @@ class PackCounts:
             sums(self.lengths**2),
             strict=True,
         )
-        found = []
-        for number, (documents, tokens, labelled, squares) in enumerate(columns):
-            num_packs = min(size, len(packs) - number * size)
+        batches = []
+        for index, (documents, tokens, labelled, squares) in enumerate(columns):
+            num_packs = min(size, len(packs) - index * size)
             num_computed = (
                 size * self.sampler.capacity if self.fixed_shape else tokens + size - num_packs
             )
-            found.append(Totals(documents, tokens, labelled, num_computed, num_packs, squares))
-        return found[: len(self.sampler)]  # drop_last
+            batches.append(Totals(documents, tokens, labelled, num_computed, num_packs, squares))
+        return batches[: len(self.sampler)]  # drop_last
