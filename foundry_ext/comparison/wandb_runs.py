@@ -53,9 +53,8 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
     """
     if not re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference):
         raise UserError(f"{reference}: not a W&B run; give entity/project/run_id")
-    from wandb.errors import Error
-
     import wandb
+    from wandb.errors import Error
 
     try:
         run = (api or wandb.Api()).run(reference)

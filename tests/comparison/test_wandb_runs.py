@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 import wandb
+
 from foundry_ext.comparison.wandb_runs import fetch_record, is_local, is_online, local_record
 from foundry_ext.records.record import items_path, new_record, read_items, read_record, write_record
 
