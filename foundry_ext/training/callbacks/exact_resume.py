@@ -266,10 +266,10 @@ class ExactResume(CheckpointSaver):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if dist.get_global_rank() != 0:
-                self._write(state, path)
+                checkpoint.save_checkpoint(state, str(path))
                 return
             with checkpoint_files.replaced_checkpoint(path) as partial:
-                self._write(state, partial)
+                checkpoint.save_checkpoint(state, str(partial))
             checkpoint_files.link_to(path, self._latest(state))
         except (OSError, RuntimeError) as error:
             if checkpoint_files.is_disk_full(error, path.parent):
@@ -286,14 +286,6 @@ class ExactResume(CheckpointSaver):
         if self.num_checkpoints_to_keep > 0:
             while len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
                 Path(self.saved_checkpoints.pop(0)).unlink(missing_ok=True)
-
-    def _write(self, state: State, path: Path) -> None:
-        checkpoint.save_checkpoint(
-            state=state,
-            filename=str(path),
-            weights_only=self.weights_only,
-            ignore_keys=self.ignore_keys,
-        )
 
     def _describe_full(self, path: Path) -> str:
         saved = self.saved_checkpoints
