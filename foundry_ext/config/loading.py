@@ -68,11 +68,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the file with its overrides merged in and every key and reference checked.
 
     Keys that do not apply to the chosen size, data set and card are left out. Under a sweep the
-    overrides become part of run_name, unless run_name is overridden itself or refers to them.
+    overrides that run_name does not refer to become part of it, unless it is overridden itself.
 
     Args:
         path: the YAML file.
-        overrides: `key=value` texts; their order does not matter.
+        overrides: `key=value` texts; they may stand in any order.
 
     Raises:
         UserError: the file or an override is wrong; names it and the way out.
@@ -158,7 +158,7 @@ def _read_yaml(path: Path) -> DictConfig:
 
 @lru_cache(maxsize=16)
 def _parse(text: str) -> Any:
-    """Parsing takes longer than all the checks, and a sweep reads one file for many runs."""
+    """Parse a YAML once: it takes longer than all checks, and a sweep has many runs of a file."""
     return OmegaConf.load(StringIO(text))
 
 

@@ -112,12 +112,13 @@ _TYPES = {
 
 
 def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[EvalSetConfig]:
-    """Check a YAML's `sets` and return their settings; sets with nothing to read are left out.
+    """Check a YAML's `sets` and return their settings, without sets that have nothing to read.
 
     Raises:
         UserError: no set, or an unknown or missing key, role, type or file.
     """
     if isinstance(sets, Mapping):
+        # An override such as `sets.kl_docs=null` takes a set out.
         sets = present_sets(sets)
     if not isinstance(sets, Mapping) or not sets:
         raise UserError(f"sets: {sets!r}; must be a mapping of name to set, with at least one set")

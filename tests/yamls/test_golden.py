@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from foundry_ext.config.loading import load_config
-from foundry_ext.records import decisive
+from foundry_ext.records.result_settings import digest_settings, result_settings
 from tests.yamls.combinations import COMBINATIONS, ROOT, Combination, resolved
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("settings.json").read_text())
@@ -89,5 +89,5 @@ def test_the_sharded_run_has_the_settings_it_had():
 def test_a_checkpoint_of_the_old_file_is_resumed():
     """A list is digested with the order of its keys, which the settings above do not show."""
     run = Combination("finetune", "metamathqa-replay", "135m", "lora")
-    digests = decisive.digests(decisive.settings(resolved(run)))
+    digests = digest_settings(result_settings(resolved(run)))
     assert digests["train_loader.dataset.datasets"][0] == "6caf338d3d821c42"

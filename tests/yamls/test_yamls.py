@@ -315,12 +315,12 @@ STEPS = {
     "gsm8k_dora": (load_config, Combination("finetune", "gsm8k", "1.7b", "dora")),
     "own_full": (load_config, Combination("finetune", "own", "135m", "full")),
 }
-SLOW = {"gsm8k_dora", "own_full"}
+MORE = {"metamathqa_dora", "metamathqa_rslora", "gsm8k_dora", "own_full"}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "step", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STEPS]
+    "step", [pytest.param(name, marks=[pytest.mark.more] * (name in MORE)) for name in STEPS]
 )
 def test_a_step(step: str, tokenizer_folder: Path, monkeypatch, tmp_path: Path):
     load, run = STEPS[step]
