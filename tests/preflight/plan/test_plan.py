@@ -95,7 +95,7 @@ def test_the_course_is_the_runs(world, tmp_path, duration: str, interval: str, f
     # Composer sets a rate by the clock before the step, so the full one comes a step later.
     assert schedule.warmup_steps is not None
     if schedule.steps > schedule.warmup_steps + 1:
-        full = run.spy.throughput.index(max(run.spy.throughput))
+        full = run.spy.rates.index(max(run.spy.rates))
         assert full == schedule.warmup_steps + 1
 
 
