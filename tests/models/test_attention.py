@@ -193,6 +193,11 @@ def test_the_mask_follows_a_buffer_filled_anew(backend, device):
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
 def test_inference_mode(backend):
     """Inference tensors have no version for the mask's cache to compare."""
+    # With flex it failed twice in whole-suite runs, after other tests had compiled for their
+    # shapes, and never in a process of its own. The cause is not found; a fresh state is a process
+    # of its own as far as Dynamo is concerned.
+    torch._dynamo.reset()
+    attention._document_mask.cache_clear()
     with torch.inference_mode():
         inputs = make_inputs([3, 4], (9, 3))
         ours = varlen_attention(*inputs, 4, backend=backend)
