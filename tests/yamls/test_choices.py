@@ -253,7 +253,7 @@ MISTAKES = {
     ("variables.size=1b", "variables.data=gsm8k"): "variables.size, '1b'.*known: 135m, 360m, 1.7b",
     ("variables.data=gsm8",): "variables.data, 'gsm8'.*metamathqa-replay, own, did you .*'gsm8k'",
     ("variables.card=40gb",): "variables.card, '40gb'.*known: 24gb, 80gb",
-    ("variables.measure=everything",): "variables.measure, 'everything'.*target, source, tasks",
+    ("variables.measure=everything",): "variables.measure, 'everything'.*target, own, source",
     ("variables.tokens_per_step=1m",): "variables.tokens_per_step, '1m'.*known: 64k, 16k",
     ("variables.rank=r8",): "variables.rank, 'r8'.*known: r16, r64, r256",
     ("variables.learning_rate=2e-4",): "variables.learning_rate, '0.0002'.*known: lowest, low",
