@@ -32,8 +32,7 @@ _OWN_FILES = {
 def find_unknown_choice(config: DictConfig) -> str | None:
     """Return `variables.size, '1b': known: ...` for a variable that names no entry of its table."""
     content = OmegaConf.to_container(config, resolve=False)
-    texts = (value for _, value in leaves(content, into_lists=True) if isinstance(value, str))
-    for table, names in dict.fromkeys(choice for text in texts for choice in _CHOICE.findall(text)):
+    for table, names in _chosen(content):
         try:
             node: Any = OmegaConf.select(config, f"variables.{table}")
             for name in _VARIABLE.findall(names):
@@ -52,29 +51,50 @@ def find_unknown_choice(config: DictConfig) -> str | None:
     return None
 
 
+def _chosen(content: Any) -> dict[tuple[str, str], None]:
+    """Return each (table, `[${variables.NAME}]...`) that the unresolved content refers to."""
+    texts = (value for _, value in leaves(content, into_lists=True) if isinstance(value, str))
+    return dict.fromkeys(choice for text in texts for choice in _CHOICE.findall(text))
+
+
+def _choices(content: Any) -> set[str]:
+    return {name for _, names in _chosen(content) for name in _VARIABLE.findall(names)}
+
+
 def find_missing_rows(config: DictConfig) -> str | None:
     """Return what is wrong with the user's own files that `data: own` or `measure: own` reads."""
     for choice, needed in _OWN_FILES.items():
-        try:
-            if OmegaConf.select(config, f"variables.{choice}") != "own":
-                continue
-            wrong = [_wrong_file(config, choice, needed, name) for name in needed]
-        except OmegaConfBaseException:
-            continue  # another mistake, which the check of references names
-        if any(wrong):
-            return next(filter(None, wrong))
+        for name in needed:
+            try:
+                fault = _wrong_file(config, choice, needed, name)
+            except OmegaConfBaseException:
+                continue  # another mistake, which the check of references names
+            if fault is not None:
+                return fault
     return None
 
 
 def _wrong_file(
     config: DictConfig, choice: str, needed: Mapping[str, str], name: str
 ) -> str | None:
+    chosen = OmegaConf.select(config, f"variables.{choice}")
+    given = OmegaConf.select(config, f"variables.{name}")
+    if chosen != "own":
+        if given is None or chosen is None:
+            return None
+        return (
+            f"variables.{name}, {given!r}, would not be read, because variables.{choice} is"
+            f" {chosen}; set variables.{choice}=own"
+        )
     dataset = OmegaConf.select(config, needed[name])
+    if dataset is None:
+        return None  # nothing is evaluated
     path = get(dataset, "hf_name")
     if path is None and get(dataset, "datasets") is None:
+        files = " and ".join(f"variables.{key}=FILE" for key in needed)
         return (
-            f"variables.{choice}=own needs {' and '.join(f'variables.{key}=FILE' for key in needed)},"
-            f" and variables.{name} is null; the comment beside it says what its rows hold"
+            f"variables.{choice}=own needs {files}, and variables.{name} is null; the comment"
+            " beside it says what its rows hold"
         )
     file = Path(str(path))
     if file.suffix in _FILES and "://" not in str(path) and not file.is_file():
@@ -135,7 +155,8 @@ def goes_through_reference(config: DictConfig, override: str) -> bool:
     return False
 
 
-def keys_in_run_name(config: DictConfig) -> set[str]:
-    """Return the keys that `run_name: ${variables.size}_lora` refers to."""
+def choices_in_run_name(config: DictConfig) -> set[str]:
+    """Return the keys of choices that `run_name: ${variables.size}_lora` refers to."""
     content = OmegaConf.to_container(config, resolve=False)
-    return set(_REFERENCE.findall(str(get(content, "run_name"))))
+    references = _REFERENCE.findall(str(get(content, "run_name")))
+    return {key for key in references if key.removeprefix("variables.") in _choices(content)}

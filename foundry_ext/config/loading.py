@@ -6,7 +6,6 @@ checked here, with omegaconf alone. Every error is a UserError that reads
 """
 
 import copy
-import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from foundry_ext.config.choices import (
+    choices_in_run_name,
     drop_absent,
     find_missing_rows,
     find_unknown_choice,
     goes_through_reference,
-    keys_in_run_name,
     unset,
 )
 from foundry_ext.config.missing_files import SUFFIXES, way_out
@@ -31,9 +30,10 @@ from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
-from foundry_ext.utils.nested import get
+from foundry_ext.utils.nested import leaves
 
 FILE_KEY = "config="
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
 
 
 def first_line(error: OmegaConfBaseException) -> str:
@@ -90,7 +90,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_microbatch(path, config)
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
-        named = keys_in_run_name(config)
+        named = choices_in_run_name(config)
         others = {key: value for key, value in given.items() if key not in named}
         config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), others)
     return config
@@ -113,8 +113,6 @@ def check_several(
                 f"override {override}: given to {len(files)} files, whose runs would overwrite one "
                 f"another; set {key} in each file"
             )
-    if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
-        raise UserError(f"{files[1]}: {len(files)} files on several nodes; start one at a time")
     owners: dict[str, Path] = {}
     for path, config in zip(files, configs, strict=True):
         folder = config.get("save_folder")
@@ -169,20 +167,19 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
         UserError: the path or the kind of the value does not fit.
     """
     key, _, text = override.partition("=")
-    parts = key.replace("[", ".").replace("]", "").split(".")
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    parts = _split_key(node, key)
     if not all(parts):
         raise UserError(f"override {override}: no key before '=', write key=value")
     if not text.strip():
         raise UserError(f"override {override}: no value after '=', write {key}=null to unset")
     try:
-        update = OmegaConf.from_cli([override])
-        new = get(OmegaConf.to_container(update, resolve=False), ".".join(parts))
+        new = OmegaConf.to_container(OmegaConf.from_cli([f"x={text}"]), resolve=False)["x"]  # pyright: ignore[reportArgumentType, reportCallIssue]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(
             f"override {override}: value is not YAML, {one_line(error).split(' in ')[0]}; quote it"
         ) from error
 
-    node: Any = OmegaConf.to_container(config, resolve=False)
     for depth, part in enumerate(parts):
         is_reference = isinstance(node, str) and "${" in node
         if not (node is None or isinstance(node, dict) or is_reference):
@@ -200,8 +197,32 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
                 f"write {example}, or {key}=null to unset"
             )
     _check_variable(config, override, parts)
-    config.merge_with(update)  # in place: OmegaConf.merge copies all of it
+    update = new
+    for part in reversed(parts):
+        update = {part: update}
+    try:
+        config.merge_with(update)  # in place: OmegaConf.merge copies all of it
+    except OmegaConfBaseException as error:  # the path goes through a reference to a list
+        raise UserError(
+            f"override {override}: {first_line(error)}; override the list as a whole, or edit the"
+            " file"
+        ) from error
     return ".".join(parts), new
+
+
+def _split_key(node: Any, key: str) -> list[str]:
+    """Split a dotted or bracketed key, but not a name of the file that has a dot.
+
+    variables.sizes.1.7b.model, variables.sizes[1.7b].model -> [variables, sizes, 1.7b, model]
+    """
+    words, parts = key.replace("[", ".").replace("]", "").split("."), []
+    while words:
+        names = [".".join(words[:count]) for count in range(len(words), 0, -1)]
+        name = next((name for name in names if isinstance(node, dict) and name in node), words[0])
+        parts.append(name)
+        words = words[name.count(".") + 1 :]
+        node = node.get(name) if isinstance(node, dict) else None
+    return parts
 
 
 def _check_variable(config: DictConfig, override: str, parts: Sequence[str]) -> None:
@@ -245,12 +266,16 @@ def _check_choices(path: Path, config: DictConfig) -> None:
 
 
 def _resolve(path: Path, config: DictConfig) -> dict[str, Any]:
+    for key, value in leaves(OmegaConf.to_container(config, resolve=False), into_lists=True):
+        if isinstance(value, str) and _ENVIRONMENT.search(value):
+            raise UserError(
+                f"{path}: {key}, {value!r}, reads the environment, but the YAML alone must define"
+                " the run; write the value"
+            )
     try:
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         hint = _known_names(config, error) or "define it under variables: or correct the name"
-        if "oc.env" in first_line(error):
-            hint = "a run is what its YAML says, no environment variable is read: write the value"
         raise UserError(f"{path}: {error.full_key}, {first_line(error)}; {hint}") from error
 
 

@@ -37,8 +37,8 @@ def _replacement(path: Path) -> str:
 
 def _near_files(path: Path) -> str:
     """Name files of a similar name beside the missing one, or under yamls/."""
-    beside = path.parent.iterdir() if path.parent.is_dir() else []
-    found = sorted({*beside, *Path("yamls").rglob("*")})
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    found = dict.fromkeys([*beside, *sorted(Path("yamls").rglob("*"))])
     found = [file for file in found if file.suffix in SUFFIXES]
     stems = difflib.get_close_matches(path.stem, {file.stem for file in found}, n=3, cutoff=0.6)
     near = [str(file) for stem in stems for file in found if file.stem == stem]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.preflight.components import SECTIONS, registered
+from foundry_ext.preflight.components import SECTIONS, Section, registered
 from foundry_ext.utils.errors import UserError, one_line
 
 _TOKENIZER = (
@@ -17,27 +17,47 @@ _TOKENIZER = (
 )
 
 
+# Functions of llm-foundry's that check the rest of the YAML: batch sizes by ranks, what goes with
+# what, durations and the scheduler's units. All of them run before the first step.
+CHECKS = ("make_dataclass_and_log_config", "validate_config", "process_init_device", "Trainer")
+
+
 @contextlib.contextmanager
 def errors_name_their_section() -> Iterator[None]:
     """Make errors of llm-foundry's builders say which section of the YAML they are about.
 
     An error becomes a UserError if values of the YAML are its likely cause: UserError and OSError
-    of any component, and any error of a library's component. Other errors of our own components
-    are bugs and keep their traceback.
+    of any component, any error of a library's component, and a ValueError of llm-foundry's and
+    Composer's own checks. Other errors of our own components are bugs and keep their traceback.
     """
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
-    builders = {section.builder: key for key, section in SECTIONS.items()}
-    before = {builder: getattr(module, builder) for builder in builders}
-    for builder, key in builders.items():
-        setattr(module, builder, _naming(key, before[builder]))
+    wrappers = {section.builder: _naming(key, section, module) for key, section in SECTIONS.items()}
+    wrappers |= {name: _checking(getattr(module, name)) for name in CHECKS}
+    wrappers["import_file"] = lambda path: None  # check_components has run the user's code
+    before = {name: getattr(module, name) for name in wrappers}
+    vars(module).update(wrappers)
     try:
         yield
     finally:
-        for builder, build in before.items():
-            setattr(module, builder, build)
+        vars(module).update(before)
 
 
-def _naming(key: str, build: Callable[..., Any]) -> Callable[..., Any]:
+def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(check)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return check(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{one_line(error)} [{type(error).__name__}]") from error
+
+    return wrapper
+
+
+def _naming(key: str, section: Section, module: Any) -> Callable[..., Any]:
+    build = getattr(module, section.builder)
+
     @functools.wraps(build)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         name = _name(inspect.signature(build).bind(*args, **kwargs).arguments)

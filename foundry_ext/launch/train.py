@@ -2,9 +2,9 @@
 
 One file trains in this process; sequence.py runs several. With --dry-run each file is planned and
 nothing is trained. A mistake of the user ends in one line,
-`train.py: error: <file>: <what>, <value>; <way out>`, and exit code 2. A known failure during
-training (failures.py) ends in such a line and exit code 1. Every other error keeps its traceback;
---traceback shows the others' too.
+`train.py: error: <file>: <what>, <value>; <way out>`, and exit code 2. A failed read or write, or
+another known failure (failures.py), ends in such a line and exit code 1. Every other error keeps
+its traceback; --traceback shows the others' too.
 """
 
 import importlib
@@ -53,7 +53,6 @@ def main(script: str, arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_EXIT
-    OmegaConf.clear_resolver("oc.env")  # as llm-foundry does: the YAML alone defines the run
     if TRACEBACK in arguments:
         os.environ[TRACEBACK_VARIABLE] = "1"  # which the runs of several files inherit
     dry_run, options = DRY_RUN in arguments, (DRY_RUN, TRACEBACK)
@@ -61,6 +60,8 @@ def main(script: str, arguments: Sequence[str]) -> int:
         files, overrides = split_arguments([word for word in arguments if word not in options])
         configs, complaints = check_all(files, overrides)
     except UserError as error:
+        if wants_traceback():
+            raise
         configs, complaints = [], [str(error)]
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same errors
         for line in complaints:
@@ -72,13 +73,6 @@ def main(script: str, arguments: Sequence[str]) -> int:
         return USAGE_EXIT if complaints else found
     if len(files) == 1:
         return train_here(*configs[0])
-    if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        print(
-            f"train.py: error: {len(files)} files on several nodes: each node would train by"
-            " itself; give one file, and start the next one when it is done",
-            file=sys.stderr,
-        )
-        return USAGE_EXIT
     # A file with a mistake is started too: it fails at once and is named in the summary.
     return train_in_turn(script, files, overrides)
 
@@ -93,10 +87,15 @@ def check_all(
     """
     configs: list[tuple[Path, DictConfig]] = []
     complaints: list[str] = []
+    num_ranks, ranks_here = (os.environ.get(f"{x}WORLD_SIZE", "1") for x in ("", "LOCAL_"))
+    if len(files) > 1 and num_ranks != ranks_here:  # each node would train by itself
+        raise UserError(f"{files[1]}: {len(files)} files on several nodes; start one at a time")
     for path in files:
         try:
             configs.append((path, load_config(path, overrides)))
         except UserError as error:
+            if wants_traceback():
+                raise
             complaints.append(str(error))
     if len(configs) > 1:
         paths, loaded = zip(*configs, strict=True)

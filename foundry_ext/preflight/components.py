@@ -7,9 +7,9 @@ misspelt key of the optimizer does not wait for the data and the model.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from foundry_ext.utils.errors import UserError, suggest
+from foundry_ext.utils.errors import UserError, one_line, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,14 @@ SECTIONS = {
         supplied=frozenset({"params"}),
     ),
 }
+# Annotations that a YAML's value is compared with, and what a person calls them.
+_PLAIN: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
 _MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
 
 
@@ -70,21 +78,35 @@ def check_components(config: Mapping[str, Any]) -> None:
     Args:
         config: the YAML's content, resolved.
 
+    The files of `code_paths` are run first, because they may register components.
+
     Raises:
-        UserError: a component without a name, a name that is not registered, or a key that the
-            component does not take; names the nearest known one.
+        UserError: a component without a name, a name that is not registered, a key that the
+            component does not take, or one that is missing; names the nearest known one.
     """
+    for path in config.get("code_paths") or ():
+        _run(str(path))
     for key, section in SECTIONS.items():
         if section.registries:
             for place, name, settings in _components(key, config.get(key)):
                 _check_keys(place, settings, section, registered(place, name, section))
 
 
+def _run(path: str) -> None:
+    from llmfoundry.utils.registry_utils import import_file
+
+    try:
+        import_file(path)
+    except (OSError, RuntimeError) as error:  # it wraps what the file raises
+        reason = one_line(error.__cause__ or error)
+        raise UserError(f"code_paths, {path!r}: {reason}; correct the file or its path") from error
+
+
 def _components(key: str, content: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield (place in the YAML, name, settings) of each component of a section."""
     if key in _MANY:
-        for name, settings in (content or {}).items():
-            yield f"{key}.{name}", str(name), settings or {}
+        for name, settings in _mapping(key, content or {}).items():
+            yield f"{key}.{name}", str(name), _mapping(f"{key}.{name}", settings or {})
         return
     for index, settings in enumerate(content if isinstance(content, list) else [content]):
         if not settings:
@@ -92,10 +114,16 @@ def _components(key: str, content: Any) -> Iterator[tuple[str, str, Mapping[str,
         place, needed = key, ["name"]
         if isinstance(content, list):
             place, needed = f"{key}[{index}]", ["label", "name"]
-        for missing in [name for name in needed if name not in settings]:
+        for missing in [name for name in needed if name not in _mapping(place, settings)]:
             raise UserError(f"{place}: missing key, {missing!r}; add it")
         others = {name: value for name, value in settings.items() if name != "name"}
         yield place, str(settings["name"]), others
+
+
+def _mapping(place: str, content: Any) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{place}: {content!r}; must be a mapping of key: value")
+    return content
 
 
 def registered(place: str, name: str, section: Section) -> Callable[..., Any]:
@@ -120,11 +148,31 @@ def registered(place: str, name: str, section: Section) -> Callable[..., Any]:
 def _check_keys(
     place: str, settings: Mapping[str, Any], section: Section, component: Callable[..., Any]
 ) -> None:
-    parameters = inspect.signature(component).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = ({parameter.name for parameter in parameters} | section.taken) - section.supplied
-    for key in map(str, settings):
-        if key not in known:
-            hint = suggest(key, sorted(known)) or "; remove or correct it"
-            raise UserError(f"{place}: unknown key, {place}.{key}{hint}")
+    parameters = inspect.signature(component).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = (set(parameters) | section.taken) - section.supplied
+        for key in map(str, settings):
+            if key not in known:
+                hint = suggest(key, sorted(known)) or "; remove or correct it"
+                raise UserError(f"{place}: unknown key, {place}.{key}{hint}")
+    for key, parameter in parameters.items():
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        needed = parameter.default is parameter.empty and not variadic
+        if needed and key not in settings and key not in section.supplied:
+            raise UserError(f"{place}: missing key, {place}.{key}; add it")
+    if getattr(component, "__module__", "").startswith("foundry_ext."):
+        _check_types(place, settings, component)
+
+
+def _check_types(place: str, settings: Mapping[str, Any], component: Callable[..., Any]) -> None:
+    """Compare plain values with the annotations of one of our components."""
+    function = component.__init__ if inspect.isclass(component) else component
+    for key, hint in get_type_hints(function).items():
+        kinds = set(get_args(hint) or (hint,))
+        value = settings.get(key)
+        # Classes decide what else they take, and say so better.
+        if key not in settings or not kinds <= _PLAIN.keys() or type(value) in kinds:
+            continue
+        if not (type(value) is int and float in kinds):
+            wanted = " or ".join(_PLAIN[kind] for kind in _PLAIN if kind in kinds)
+            raise UserError(f"{place}.{key}: {value!r}; must be {wanted}")

@@ -27,10 +27,10 @@ def without_nulls(node: Any) -> Any:
 
 
 def dataset_settings(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a loader's `dataset` without nulls, and without a holdout that splits by no column."""
+    """Return a loader's `dataset` without nulls, and without a holdout that is all null."""
     kept = without_nulls(dataset)
     holdout = dataset.get("holdout")
-    if isinstance(holdout, Mapping) and holdout.get("by", "") is None:
+    if isinstance(holdout, Mapping) and holdout.get("by", "") is holdout.get("fraction") is None:
         del kept["holdout"]
     return kept
 

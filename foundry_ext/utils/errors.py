@@ -21,8 +21,12 @@ def wants_traceback() -> bool:
 
 
 def one_line(text: object) -> str:
-    """Return the text with every run of whitespace replaced by one space."""
-    return " ".join(str(text).split())
+    """Return the text with every run of whitespace replaced by one space.
+
+    An exception without a text is shown by the name of its class.
+    """
+    shown = " ".join(str(text).split())
+    return shown or (type(text).__name__ if isinstance(text, BaseException) else "")
 
 
 def suggest(name: object, known: Iterable[object]) -> str:

@@ -5,7 +5,7 @@ import importlib
 import llmfoundry.registry
 import pytest
 
-from foundry_ext.launch.building import errors_name_their_section
+from foundry_ext.launch.building import CHECKS, errors_name_their_section
 from foundry_ext.preflight.components import SECTIONS
 from foundry_ext.utils.errors import UserError
 
@@ -37,6 +37,17 @@ def test_errors_of_building_name_their_section(error, module, expected):
         train_module.build_dataloader({"name": "odd"}, None, 1)
     assert type(raised.value) is kind and text in str(raised.value)
     assert train_module.build_dataloader is builder
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_values_that_llm_foundry_refuses_are_the_user_s_mistake(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A batch that the ranks cannot share, a scheduler whose units differ from the duration's."""
+    for error, kind in ((ValueError("no"), UserError), (RuntimeError("a bug"), RuntimeError)):
+        monkeypatch.setattr(train_module, name, raising(error, "other"))
+        with pytest.raises(kind, match=str(error)), errors_name_their_section():
+            getattr(train_module, name)()
 
 
 def test_every_builder_is_there_and_every_section_checked():

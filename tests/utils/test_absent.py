@@ -30,6 +30,7 @@ def test_nulls_are_left_out_and_empty_mappings_that_were_given_stay():
     [
         ({"part": "train", "by": None, "fraction": None}, None),
         ({"part": "train", "by": "url", "fraction": 0.1}, {"by": "url", "fraction": 0.1}),
+        ({"part": "train", "by": None, "fraction": 0.1}, {"fraction": 0.1}),  # a mistake
         ({"part": "train"}, {}),  # a mistake, which the loader names
         ({}, None),
         (None, None),

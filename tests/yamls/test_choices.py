@@ -261,6 +261,10 @@ MISTAKES = {
     ("variables.data=own",): "variables.data=own needs variables.train_path=FILE.*is null",
     ("variables.data=own", OWN[0]): "variables.eval_path is null",
     ("variables.data=own", "variables.train_path=gone.jsonl", OWN[1]): NO_FILE,
+    (OWN[0],): "variables.train_path, 'rows/train', would not be read.* variables.data=own",
+    (
+        "variables.forgetting_path=a.jsonl",
+    ): "variables.forgetting_path, .*set variables.measure=own",
     ("variables.measure=own",): "measure=own needs variables.forgetting_path=FILE.*is null",
     ("variables.measure=own", "variables.forgetting_path=gone.jsonl"): "gone.jsonl', does not",
     ("variables.data=own", OWN[0], "variables.eval_path=rows/train"): "is what train_loader trains",
@@ -282,6 +286,27 @@ def test_every_choice_is_named_in_a_comment():
             (line,) = re.findall(rf"^  {name}: .*# (.*)$", text, flags=re.MULTILINE)
             known = line.partition(":")[0].split(", ")
             assert sorted(known) == sorted(variables[table]), (path, name)
+
+
+def test_a_key_may_be_written_with_dots_though_a_name_has_one():
+    for key in ("variables.sizes.1.7b", "variables.sizes[1.7b]"):
+        for order in (1, -1):
+            given = [f"{key}.checkpointing.24gb=null", "variables.size=1.7b"][::order]
+            config = ours(LORA, given)
+            assert "activation_checkpointing" not in config["model"], given
+            assert set(config["variables"]["sizes"]) == {"135m", "360m", "1.7b"}
+
+
+def test_a_list_of_the_table_is_overridden_as_a_whole():
+    replay = "variables.data=metamathqa-replay"
+    with pytest.raises(UserError, match=r"share=0.2: .*override the list as a whole"):
+        load_config(LORA, [replay, "train_loader.dataset.datasets[1].share=0.2"])
+    mixture = "[{hf_name: a, split: train}, {hf_name: b, split: train, share: 0.2}]"
+    config = ours(LORA, [replay, f"train_loader.dataset.datasets={mixture}"])
+    assert [source["hf_name"] for source in config["train_loader"]["dataset"]["datasets"]] == [
+        "a",
+        "b",
+    ]
 
 
 # --- own rows ------------------------------------------------------------------------------------
@@ -323,6 +348,15 @@ def test_own_rows_are_measured_without_tasks_and_if_asked_without_the_hub(tmp_pa
             source = sets["source"]["loader"]["dataset"]
             assert (source["hf_name"], source["split"]) == (str(rows["eval"]), "train[:200]")
             assert "hf_kwargs" not in source
+
+
+def test_without_evaluation_no_file_for_it_is_needed():
+    for off in ("eval_loader=null", "callbacks.forgetting=null"):
+        given = ["variables.data=own", "variables.measure=own", OWN[0], off]
+        needed = "forgetting_path" if off.startswith("eval") else "eval_path"
+        with pytest.raises(UserError, match=f"variables.{needed} is null"):
+            load_config(LORA, given)
+    ours(LORA, ["variables.data=own", OWN[0], "eval_loader=null", "callbacks.forgetting=null"])
 
 
 def test_a_callback_can_be_switched_off():

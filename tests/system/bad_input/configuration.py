@@ -91,7 +91,7 @@ VALUES = [
     Case("interpolation", change(seed="${variables.sed}"),
          ("seed, Interpolation key 'variables.sed' not found", "define it under variables:")),
     Case("environment variable", change(seed="${oc.env:NOT_SET}"),
-         ("seed, ", "oc.env", "no environment variable is read: write the value")),
+         ("seed, ", "${oc.env:NOT_SET}", "write the value")),
     Case("checkpoint missing", change(load_path="/no/such.pt"),
          ("load_path, '/no/such.pt': no such checkpoint", "correct it or leave it out")),
     Case("no configuration to record", change(log_config=False),
