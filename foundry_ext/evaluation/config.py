@@ -59,6 +59,7 @@ class TaskSetConfig(EvalSetConfig):
     """Settings of sets that read a task's file."""
 
     path: Annotated[str, AfterValidator(_check_file)]
+    num_fewshot: NonNegativeInt = 0
     max_items: PositiveInt | None = None
     """Questions or problems to measure, evenly spaced over the file; None for all."""
 
@@ -66,7 +67,6 @@ class TaskSetConfig(EvalSetConfig):
 class MultipleChoiceSetConfig(TaskSetConfig):
     """Settings of multiple-choice questions, answered by the choice of highest log-probability."""
 
-    num_fewshot: NonNegativeInt = 0
     metric: Literal["acc", "acc_norm"] = "acc_norm"
     """The metric that counts in forgetting/mean_accuracy."""
 
