@@ -1,16 +1,13 @@
 """Keys of the `dataset` section of a loader's YAML, checked before any row is read."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
 from foundry_ext.data.mixture import check_shares
-from foundry_ext.data.tokenize import TokenizeSettings
+from foundry_ext.data.tokenize import Preprocess, TokenizeSettings
 from foundry_ext.utils.errors import UserError, suggest
-
-Preprocess = Callable[[dict[str, Any]], Any]
 
 _SOURCE_KEYS = frozenset(("hf_name", "split", "hf_kwargs", "safe_load", "holdout", "overlong"))
 _PROMPT_KEYS = frozenset(("preprocessing_fn", "target_prompts", "target_responses"))
@@ -18,14 +15,16 @@ _COMMON_KEYS = _SOURCE_KEYS | {
     *("datasets", "max_seq_len", "pack_tokens", "eval_packs", "fixed_shape"),
     *("shuffle", "shuffle_seed"),
 }
-_STREAM_KEYS = {
-    *("streams", "remote", "local", "download_retry", "download_timeout", "validate_hash"),
-    *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
+STREAM_KEYS = {
+    *("streams", "remote", "local", "split", "download_retry", "download_timeout"),
+    *("validate_hash", "keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
 }
 # The last two are padding's knobs, harmless where there is none: a stock YAML keeps working.
 _STOCK_KEYS = {"decoder_only_format", "allow_pad_trimming", "pad_to_longest"}
-FINETUNING_KEYS = _COMMON_KEYS | _PROMPT_KEYS | _STREAM_KEYS | _STOCK_KEYS
-TEXT_KEYS = _COMMON_KEYS | {"text_key"}
+_KEYS = {
+    "packed_finetuning": _COMMON_KEYS | _PROMPT_KEYS | STREAM_KEYS | _STOCK_KEYS,
+    "packed_text": _COMMON_KEYS | {"text_key"},
+}
 # Beyond these something would run out of memory before it says what is wrong.
 _MOST_TOKENS, _MOST_PACKS = 2**24, 2**20
 _NOT_FOR_STREAMS = ("hf_name", "hf_kwargs", "preprocessing_fn", "safe_load", "holdout")
@@ -175,13 +174,15 @@ def get_batch_packs(size: int | float) -> int:
     return int(size)
 
 
-def check_keys(dataset: dict[str, Any], known: frozenset[str] | set[str], name: str) -> None:
+def check_keys(dataset: dict[str, Any], name: str) -> None:
     if dataset.get("packing_ratio") is not None:
         raise UserError(
             f"{name}: replace dataset.packing_ratio by dataset.pack_tokens, the tokens a pack may"
             " hold"
         )
-    _check_known(dataset, known | {"packing_ratio"}, f"{name}: unknown key dataset.")
+    _check_known(dataset, _KEYS[name] | {"packing_ratio"}, f"{name}: unknown key dataset.")
+    if not dataset.get("decoder_only_format", True):
+        raise UserError(f"{name}: decoder_only_format: false cannot be packed; set it to true")
     max_seq_len = dataset.get("max_seq_len")
     if type(max_seq_len) is not int:
         raise UserError(

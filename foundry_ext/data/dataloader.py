@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
@@ -14,8 +14,6 @@ from datasets.exceptions import DatasetsError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.config import (
-    FINETUNING_KEYS,
-    TEXT_KEYS,
     Source,
     check_keys,
     get_batch_packs,
@@ -42,9 +40,6 @@ from foundry_ext.utils.absent import dataset_settings
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-Loaded = tuple[Documents | MixedDocuments, list[dict[str, Any]]]  # and one description per source
-Load = Callable[[], Loaded]
 
 
 def build_packed_finetuning_dataloader(
@@ -88,28 +83,9 @@ def build_packed_finetuning_dataloader(
     Raises:
         UserError: unknown or contradictory keys; names the key and the way out.
     """
-    dataset = dataset_settings(dataset)
-    check_keys(dataset, FINETUNING_KEYS, "packed_finetuning")
-    if not dataset.get("decoder_only_format", True):
-        raise UserError(
-            "packed_finetuning: decoder_only_format: false cannot be packed; set it to true"
-        )
-    tokenizer = _require_tokenizer(tokenizer, "packed_finetuning")
-    if stream_key(dataset) is None:
-        load = _loading(get_sources(dataset, "packed_finetuning"), tokenizer)
-    else:
-        load = _streaming(dataset, tokenizer)
-    return _build(
-        load,
-        dataset,
-        tokenizer,
-        device_batch_size,
-        num_workers=num_workers,
-        drop_last=drop_last,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor,
-        persistent_workers=persistent_workers,
-        timeout=timeout,
+    packed = _plan_packs("packed_finetuning", tokenizer, device_batch_size, dataset, drop_last)
+    return _load_packs(
+        packed, num_workers, pin_memory, prefetch_factor, persistent_workers, timeout
     )
 
 
@@ -130,48 +106,77 @@ def build_packed_text_dataloader(
     prompts and responses; `text_key` (default "text") names the column, and `overlong` defaults to
     "split".
     """
-    dataset = dataset_settings(dataset)
-    check_keys(dataset, TEXT_KEYS, "packed_text")
-    tokenizer = _require_tokenizer(tokenizer, "packed_text")
-    load = _loading(get_sources(dataset, "packed_text"), tokenizer)
-    return _build(
-        load,
-        dataset,
-        tokenizer,
-        device_batch_size,
-        num_workers=num_workers,
-        drop_last=drop_last,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor,
-        persistent_workers=persistent_workers,
-        timeout=timeout,
+    packed = _plan_packs("packed_text", tokenizer, device_batch_size, dataset, drop_last)
+    return _load_packs(
+        packed, num_workers, pin_memory, prefetch_factor, persistent_workers, timeout
     )
 
 
-def _loading(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Load:
-    """Return a function that loads the sources; all ranks must call it together, see `fetch`."""
+def _plan_packs(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device_batch_size: int,
+    dataset: dict[str, Any],
+    drop_last: bool,
+) -> PackedDataset:
+    """Check everything cheap, then read the documents, which may take long, and pack them."""
+    dataset = dataset_settings(dataset)
+    check_keys(dataset, name)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise UserError(f"{name} needs a tokenizer with an end-of-text token (eos_token)")
+    pack_tokens = get_pack_tokens(dataset)
+    batch_packs = get_batch_packs(dataset.get("eval_packs") or device_batch_size)
+    if stream_key(dataset) is None:
+        documents, descriptions = _read_sources(get_sources(dataset, name), tokenizer)
+    else:
+        documents, descriptions = _read_streams(dataset, tokenizer)
+    if not documents.lengths.any():
+        raise UserError(_nothing_left(documents, descriptions, dataset["max_seq_len"]))
+    return PackedDataset(
+        documents,
+        PackCollator(
+            max_seq_len=dataset["max_seq_len"],
+            pack_tokens=pack_tokens,
+            pad_token_id=cast(int, tokenizer.pad_token_id or 0),
+            fixed_shape=dataset.get("fixed_shape", False),
+            max_documents=most_documents(documents.lengths[documents.lengths > 0], pack_tokens),
+        ),
+        {
+            "capacity": pack_tokens,
+            "batch_packs": batch_packs,
+            "rank": dist.get_global_rank(),
+            "world_size": dist.get_world_size(),
+            "shuffle": dataset.get("shuffle", False),
+            "seed": dataset.get("shuffle_seed", 17),
+            "drop_last": drop_last,
+        },
+        descriptions,
+    )
 
-    def load() -> Loaded:
-        read, descriptions = [], []
-        for source in sources:
-            documents, revision = _load_source(source, tokenizer)
-            _log_counts(source.hf_name, documents, source.settings.max_seq_len)
-            read.append(documents)
-            descriptions.append(
-                {"name": source.hf_name, "split": source.split, "revision": revision}
-            )
-        parts = draw(read, [source.share for source in sources])
-        for description, part in zip(descriptions, parts, strict=True):
-            description |= part.describe()
-        if len(parts) == 1:
-            return read[0], descriptions
-        _log_mixture(descriptions)
-        return MixedDocuments(parts), descriptions
 
-    return load
+def _read_sources(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Documents | MixedDocuments, list[dict[str, Any]]]:
+    """Return the documents, and a description per source.
+
+    All ranks must call it together, see `fetch`.
+    """
+    read, descriptions = [], []
+    for source in sources:
+        documents, revision = _read_source(source, tokenizer)
+        _log_counts(source.hf_name, documents, source.settings.max_seq_len)
+        read.append(documents)
+        descriptions.append({"name": source.hf_name, "split": source.split, "revision": revision})
+    parts = draw(read, [source.share for source in sources])
+    for description, part in zip(descriptions, parts, strict=True):
+        description |= part.describe()
+    if len(parts) == 1:
+        return read[0], descriptions
+    _log_mixture(descriptions)
+    return MixedDocuments(parts), descriptions
 
 
-def _load_source(
+def _read_source(
     source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, str | None]:
     """Return the documents of a source, and the hub revision they come from."""
@@ -211,59 +216,25 @@ def _naming(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {cause}") from error
 
 
-def _streaming(dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Load:
+def _read_streams(
+    dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Documents, list[dict[str, Any]]]:
     settings = stream_settings(dataset)
-
-    def load() -> Loaded:
-        stream = load_streams(dataset, tokenizer, settings.max_seq_len)
-        documents = tokenize_stream(stream, tokenizer, settings)
-        _log_counts("streams", documents, settings.max_seq_len)
-        name = {"name": "streams", "split": dataset.get("split"), "revision": None}
-        return documents, [name | draw([documents], [None])[0].describe()]
-
-    return load
+    stream = load_streams(dataset, tokenizer, settings.max_seq_len)
+    documents = tokenize_stream(stream, tokenizer, settings)
+    _log_counts("streams", documents, settings.max_seq_len)
+    name = {"name": "streams", "split": dataset.get("split"), "revision": None}
+    return documents, [name | draw([documents], [None])[0].describe()]
 
 
-def _build(
-    load: Load,
-    dataset: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    device_batch_size: int,
-    *,
+def _load_packs(
+    packed: PackedDataset,
     num_workers: int,
-    drop_last: bool,
     pin_memory: bool,
     prefetch_factor: int,
     persistent_workers: bool,
     timeout: float,
 ) -> DataSpec:
-    """Check everything cheap before `load`, which may take long, and build the loader."""
-    pack_tokens = get_pack_tokens(dataset)
-    eval_packs = dataset.get("eval_packs")
-    batch_packs = get_batch_packs(device_batch_size if eval_packs is None else eval_packs)
-    documents, description = load()
-    if not documents.lengths.any():
-        raise UserError(_nothing_left(documents, description, dataset["max_seq_len"]))
-    packed = PackedDataset(
-        documents,
-        PackCollator(
-            max_seq_len=dataset["max_seq_len"],
-            pack_tokens=pack_tokens,
-            pad_token_id=cast(int, tokenizer.pad_token_id or 0),
-            fixed_shape=dataset.get("fixed_shape", False),
-            max_documents=most_documents(documents.lengths[documents.lengths > 0], pack_tokens),
-        ),
-        {
-            "capacity": pack_tokens,
-            "batch_packs": batch_packs,
-            "rank": dist.get_global_rank(),
-            "world_size": dist.get_world_size(),
-            "shuffle": dataset.get("shuffle", False),
-            "seed": dataset.get("shuffle_seed", 17),
-            "drop_last": drop_last,
-        },
-        description,
-    )
     dataloader = PackedDataLoader(
         packed,
         num_workers=num_workers,
@@ -290,14 +261,6 @@ def _nothing_left(
         " for overlong rows raise max_seq_len or set overlong: truncate; no_loss rows have a prompt"
         " that fills max_seq_len; empty ones lack a prompt or a response"
     )
-
-
-def _require_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, name: str
-) -> PreTrainedTokenizerBase:
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{name} needs a tokenizer with an end-of-text token (eos_token)")
-    return tokenizer
 
 
 def _num_proc() -> int:

@@ -24,6 +24,7 @@ from llmfoundry.data.finetuning.tasks import SUPPORTED_EXTENSIONS, StreamingFine
 from llmfoundry.data.text_data import build_streams
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.config import STREAM_KEYS
 from foundry_ext.data.json_lines import check_lines, find_fault
 from foundry_ext.utils.errors import UserError
 
@@ -227,10 +228,6 @@ def _share(value: str) -> float:
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
 
 
-_STREAM_KEYS = {
-    *("remote", "local", "split", "download_retry", "download_timeout", "validate_hash"),
-    *("keep_zip", "cache_limit", "token_encoding_type", "allow_unsafe_types"),
-}
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 
@@ -253,11 +250,9 @@ def load_streams(
                 f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
                 " packed_finetuning; every document is used once per epoch"
             )
-    arguments = {key: dataset[key] for key in _STREAM_KEYS & dataset.keys()}
+    arguments = {key: dataset[key] for key in STREAM_KEYS & dataset.keys()}
+    if streams is not None:
+        arguments["streams"] = build_streams(streams)
     return StreamingFinetuningDataset(
-        tokenizer=tokenizer,
-        streams=None if streams is None else build_streams(streams),
-        max_seq_len=max_seq_len,
-        batch_size=1,
-        **arguments,
+        tokenizer=tokenizer, max_seq_len=max_seq_len, batch_size=1, **arguments
     )

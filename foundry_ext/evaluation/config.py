@@ -2,112 +2,86 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from foundry_ext.utils.absent import present_sets
-from foundry_ext.utils.errors import UserError, suggest
-
-ROLES = ("learning", "forgetting")
+from foundry_ext.utils.errors import UserError, explain_invalid
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSetConfig:
-    """Settings that every set has.
+def _check_file(path: str) -> str:
+    if not Path(path).is_file():
+        raise ValueError(
+            "does not exist; `foundry-ext tasks` writes hellaswag, arc_challenge, winogrande and"
+            " gsm8k"
+        )
+    return path
 
-    Raises:
-        UserError: an impossible value; names set, key and value.
-    """
+
+def _check_loader(loader: dict[str, Any]) -> dict[str, Any]:
+    if not loader.get("dataset"):
+        raise ValueError(
+            "must have name (packed_finetuning or packed_text) and dataset, as in eval_loader"
+        )
+    return loader
+
+
+class EvalSetConfig(BaseModel):
+    """Settings that every set has."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: str
-    role: str
+    role: Literal["learning", "forgetting"]
     """learning: the target task; forgetting: what the base model could do."""
 
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise UserError(f"sets.{self.name}.role: {self.role!r}; choose {' or '.join(ROLES)}")
 
-    def _check_count(self, key: str, least: int) -> None:
-        value = getattr(self, key)
-        if value is not None and (type(value) is not int or value < least):
-            raise UserError(
-                f"sets.{self.name}.{key}: {value!r}; must be an integer of at least {least}"
-            )
-
-    def _check_file(self, path: str) -> None:
-        if not Path(path).is_file():
-            raise UserError(
-                f"sets.{self.name}.path: {path} does not exist; `foundry-ext tasks` writes"
-                " hellaswag, arc_challenge, winogrande and gsm8k"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class DocumentsSetConfig(EvalSetConfig):
     """Settings of held-out documents, measured by loss and optionally by KL to the base model."""
 
-    type: ClassVar[str] = "documents"
-    loader: dict[str, Any] = field(default_factory=dict)
+    loader: Annotated[dict[str, Any], AfterValidator(_check_loader)]
     """A packed loader, as in `eval_loader`."""
     kl: bool = False
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     """Documents to measure, evenly spaced over the set; None for all."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_count("max_documents", 1)
-        if type(self.kl) is not bool:
-            raise UserError(f"sets.{self.name}.kl: {self.kl!r}; choose true or false")
-        if not isinstance(self.loader, Mapping) or not self.loader.get("dataset"):
-            raise UserError(
-                f"sets.{self.name}.loader: {self.loader!r}; must have name (packed_finetuning or"
-                " packed_text) and dataset, as in eval_loader"
-            )
+
+class TaskSetConfig(EvalSetConfig):
+    """Settings of sets that read a task's file."""
+
+    path: Annotated[str, AfterValidator(_check_file)]
+    num_fewshot: NonNegativeInt = 0
+    max_items: PositiveInt | None = None
+    """Questions or problems to measure, evenly spaced over the file; None for all."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MultipleChoiceSetConfig(EvalSetConfig):
+class MultipleChoiceSetConfig(TaskSetConfig):
     """Settings of multiple-choice questions, answered by the choice of highest log-probability."""
 
-    type: ClassVar[str] = "multiple_choice"
-    path: str
-    num_fewshot: int = 0
-    max_items: int | None = None
-    """Questions to measure, evenly spaced over the file; None for all."""
-    metric: str = "acc_norm"
-    """The metric, acc or acc_norm, that counts in forgetting/mean_accuracy."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_file(self.path)
-        self._check_count("num_fewshot", 0)
-        self._check_count("max_items", 1)
-        if self.metric not in ("acc", "acc_norm"):
-            raise UserError(f"sets.{self.name}.metric: {self.metric!r}; choose acc or acc_norm")
+    metric: Literal["acc", "acc_norm"] = "acc_norm"
+    """The metric that counts in forgetting/mean_accuracy."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationSetConfig(EvalSetConfig):
+class GenerationSetConfig(TaskSetConfig):
     """Settings of GSM8K problems, answered greedily and matched strictly and flexibly."""
 
-    type: ClassVar[str] = "generation"
-    path: str
-    num_fewshot: int = 5
-    max_new_tokens: int = 256
-    max_items: int | None = None
-    """Problems to measure, evenly spaced over the file; None for all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_file(self.path)
-        self._check_count("num_fewshot", 0)
-        self._check_count("max_new_tokens", 1)
-        self._check_count("max_items", 1)
+    num_fewshot: NonNegativeInt = 5
+    max_new_tokens: PositiveInt = 256
 
 
 _TYPES = {
-    kind.type: kind for kind in (DocumentsSetConfig, MultipleChoiceSetConfig, GenerationSetConfig)
+    "documents": DocumentsSetConfig,
+    "multiple_choice": MultipleChoiceSetConfig,
+    "generation": GenerationSetConfig,
 }
 
 
@@ -115,7 +89,7 @@ def parse_sets(sets: Mapping[str, Mapping[str, Any]]) -> list[EvalSetConfig]:
     """Check a YAML's `sets` and return their settings, without sets that have nothing to read.
 
     Raises:
-        UserError: no set, or an unknown or missing key, role, type or file.
+        UserError: no set, or an impossible key or value; names set, key and value.
     """
     if isinstance(sets, Mapping):
         # An override such as `sets.kl_docs=null` takes a set out.
@@ -131,18 +105,15 @@ def _parse_set(name: str, entry: Mapping[str, Any]) -> EvalSetConfig:
         raise UserError(f"sets.{name}: a name has letters, digits, '_', '.' and '-' only")
     if not isinstance(entry, Mapping):
         raise UserError(f"sets.{name}: {entry!r}; must be a mapping with role, type and its keys")
-    values = dict(entry)
-    kind = values.pop("type", None)
-    if kind not in _TYPES:
+    kind = entry.get("type")
+    if str(kind) not in _TYPES:
         raise UserError(f"sets.{name}.type: {kind!r}; choose one of {', '.join(_TYPES)}")
-    known = {key.name: key for key in fields(_TYPES[kind]) if key.name != "name"}
-    for key in sorted(map(str, values.keys() - known.keys())):
-        raise UserError(
-            f"sets.{name}: unknown key {key!r}{suggest(key, known)}; a {kind} set takes type,"
-            f" {', '.join(known)}"
-        )
-    for key, definition in known.items():
-        required = definition.default is MISSING and definition.default_factory is MISSING
-        if required and key not in values:
-            raise UserError(f"sets.{name}: {key} is missing")
-    return _TYPES[kind](name=name, **values)
+    model = _TYPES[str(kind)]
+    values = {key: value for key, value in entry.items() if key != "type"}
+    if "name" in values:
+        raise UserError(f"sets.{name}.name: unknown key; the set's name is its key in `sets`")
+    try:
+        return model.model_validate({"name": name, **values})
+    except ValidationError as error:
+        known = ["type", *(key for key in model.model_fields if key != "name")]
+        raise UserError(f"sets.{name}.{explain_invalid(error, known)}") from error

@@ -5,7 +5,6 @@ version 3. Its few-shot examples come from the training split, ours from other r
 file.
 """
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
-from foundry_ext.evaluation.scoring import Shard, evenly_spaced
+from foundry_ext.evaluation.scoring import Shard
+from foundry_ext.evaluation.task_set import TaskSet, token_ids
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
-
-log = logging.getLogger(__name__)
 
 BATCH_SIZE = 16  # prompts per generated batch
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
@@ -72,6 +69,11 @@ class Problem:
     """The text after the prompt when this problem is a few-shot example."""
     golds: tuple[str, ...]
     """Right answers, normalised; any of them will do."""
+
+    @property
+    def solved(self) -> str:
+        """The problem with its solution, as a few-shot example."""
+        return f"{self.prompt} {self.solution}"
 
 
 def parse_problem(row: dict[str, Any], place: str) -> Problem:
@@ -164,72 +166,49 @@ def generate(
     return [output_text(text) for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
 
-class GenerationSet:
+class GenerationSet(TaskSet):
     """A file of problems whose prompts are encoded once."""
 
     def __init__(
         self, config: GenerationSetConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
     ):
-        self.config, self.tokenizer = config, tokenizer
-        rows = read_rows(config.path)
-        problems = [
-            parse_problem(row, f"{config.path}, row {index}") for index, row in enumerate(rows)
-        ]
-        self.items = [int(index) for index in evenly_spaced(len(rows), config.max_items)]
-        self.problems = [problems[item] for item in self.items]
-        examples = [f"{problem.prompt} {problem.solution}" for problem in problems]
-        texts = [
-            few_shot_prompt(examples, item, config.num_fewshot) + problem.prompt
-            for item, problem in zip(self.items, self.problems, strict=True)
-        ]
+        super().__init__(config, parse_problem)
+        self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens
         room = max_length - config.max_new_tokens
         if room < 1:
             raise UserError(
                 f"sets.{config.name}.max_new_tokens: {config.max_new_tokens} leaves no room for"
                 f" a prompt in the model's {max_length} positions; lower it"
             )
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        prompts = cast(list[list[int]], encoded)
-        self.num_truncated = sum(len(prompt) > room for prompt in prompts)
+        prompts = token_ids(
+            tokenizer,
+            [
+                before + problem.prompt
+                for before, problem in zip(self.few_shot, self.questions, strict=True)
+            ],
+        )
         self.prompts = [prompt[-room:] for prompt in prompts]
-        self.fingerprint = fingerprint([rows[item] for item in self.items])
-        if self.num_truncated:
-            log.warning(
-                "%s: %d of %d prompts exceed %d tokens and were cut from the left",
-                *(config.name, self.num_truncated, len(self.prompts), room),
-            )
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Which data this is, for the run's record."""
-        intact = len(self.prompts) - self.num_truncated
-        return {
-            "name": self.config.path,
-            "revision": None,
-            "fingerprint": self.fingerprint,
-            "documents": len(self.problems),
-            "tokens": sum(map(len, self.prompts)),
-            "counts": {"kept": intact, "truncated": self.num_truncated},
-        }
+        num_truncated = sum(len(prompt) > room for prompt in prompts)
+        self.count("prompts", [len(prompt) for prompt in self.prompts], num_truncated, room)
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:
         """Return an item per problem of this rank's shard."""
         # Sorted by length, so that little is padding. Batches do not depend on the number of ranks.
-        order = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
+        order = np.argsort(self.lengths, kind="stable")
         batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
         items = []
         for batch in (batches[index] for index in shard.of(len(batches))):
             prompts = [self.prompts[index] for index in batch]
-            outputs = generate(model, self.tokenizer, prompts, self.config.max_new_tokens)
+            outputs = generate(model, self.tokenizer, prompts, self.max_new_tokens)
             items += [
                 self._item(int(index), output) for index, output in zip(batch, outputs, strict=True)
             ]
         return items
 
     def _item(self, index: int, output: str) -> Item:
-        golds = self.problems[index].golds
+        golds = self.questions[index].golds
         return {
             "item": str(self.items[index]),
             "gold": golds[0],

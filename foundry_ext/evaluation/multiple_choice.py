@@ -5,24 +5,21 @@ log-probability of the continuation's tokens, `acc_norm` the one with the larges
 choice's length in characters. llm-foundry instead takes the lowest perplexity, a mean over tokens.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import MultipleChoiceSetConfig
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
-from foundry_ext.evaluation.scoring import Shard, evenly_spaced, score_documents
+from foundry_ext.evaluation.scoring import Shard, score_documents
+from foundry_ext.evaluation.task_set import TaskSet, token_ids
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
 from foundry_ext.utils.errors import UserError
-
-log = logging.getLogger(__name__)
 
 # Tokens per pack: enough to fill a GPU, and no more than a training pack has.
 PACK_TOKENS = 8192
@@ -106,8 +103,8 @@ def encode(
     for context, continuation in pairs:
         stripped = context.rstrip()
         moved.append((stripped, context[len(stripped) :] + continuation))
-    together = _token_ids(tokenizer, [context + text for context, text in moved])
-    contexts = _token_ids(tokenizer, [context for context, _ in moved])
+    together = token_ids(tokenizer, [context + text for context, text in moved])
+    contexts = token_ids(tokenizer, [context for context, _ in moved])
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     documents, num_truncated = [], 0
     for (_, text), ids, context_ids in zip(moved, together, contexts, strict=True):
@@ -125,13 +122,7 @@ def encode(
     return documents, num_truncated
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # Not verbose: a text longer than the tokenizer's model_max_length is fine, it is cut later.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    return cast(list[list[int]], encoded["input_ids"])
-
-
-class MultipleChoiceSet:
+class MultipleChoiceSet(TaskSet):
     """A file of questions whose choices are encoded once."""
 
     def __init__(
@@ -140,41 +131,17 @@ class MultipleChoiceSet:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
     ):
-        self.config = config
-        rows = read_rows(config.path)
-        questions = [
-            parse_question(row, f"{config.path}, row {index}") for index, row in enumerate(rows)
+        super().__init__(config, parse_question)
+        pairs = [
+            (before + choice.context, choice.continuation)
+            for before, question in zip(self.few_shot, self.questions, strict=True)
+            for choice in question.choices
         ]
-        self.items = [int(index) for index in evenly_spaced(len(rows), config.max_items)]
-        self.questions = [questions[item] for item in self.items]
-        examples = [question.solved for question in questions]
-        pairs = []
-        for item, question in zip(self.items, self.questions, strict=True):
-            prompt = few_shot_prompt(examples, item, config.num_fewshot)
-            pairs += [(prompt + choice.context, choice.continuation) for choice in question.choices]
-        self.documents, self.num_truncated = encode(tokenizer, pairs, max_length=max_length)
-        self.lengths = np.asarray([len(document.input_ids) for document in self.documents])
-        self.capacity = max(PACK_TOKENS, int(self.lengths.max()))
+        self.documents, num_truncated = encode(tokenizer, pairs, max_length=max_length)
+        lengths = [len(document.input_ids) for document in self.documents]
+        self.count("choices", lengths, num_truncated, max_length)
+        self.capacity = max(PACK_TOKENS, *lengths)
         self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
-        self.fingerprint = fingerprint([rows[item] for item in self.items])
-        if self.num_truncated:
-            log.warning(
-                "%s: %d of %d choices exceed %d tokens and were cut from the left",
-                *(config.name, self.num_truncated, len(self.documents), max_length),
-            )
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Which data this is, for the run's record."""
-        intact = len(self.documents) - self.num_truncated
-        return {
-            "name": self.config.path,
-            "revision": None,
-            "fingerprint": self.fingerprint,
-            "documents": len(self.questions),
-            "tokens": int(self.lengths.sum()),
-            "counts": {"kept": intact, "truncated": self.num_truncated},
-        }
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
@@ -186,7 +153,7 @@ class MultipleChoiceSet:
         scores = score_documents(
             model,
             np.arange(len(self.documents)),
-            self.lengths,
+            np.asarray(self.lengths),
             lambda indices: self.collator([self.documents[index] for index in indices]),
             capacity=self.capacity,
             base=None,
@@ -211,8 +178,8 @@ class MultipleChoiceSet:
                     "gold": question.gold,
                     "logprobs": sums,
                     "logprobs_norm": normed,
-                    "acc": int(int(np.argmax(sums)) == question.gold),
-                    "acc_norm": int(int(np.argmax(normed)) == question.gold),
+                    "acc": int(np.argmax(sums) == question.gold),
+                    "acc_norm": int(np.argmax(normed) == question.gold),
                 }
             )
             first = last

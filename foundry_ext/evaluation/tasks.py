@@ -8,9 +8,8 @@ lm-evaluation-harness.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from foundry_ext.evaluation.rows import read_rows
 from foundry_ext.utils.atomic import write_text
@@ -19,8 +18,7 @@ from foundry_ext.utils.errors import UserError
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(NamedTuple):
     """A task's rows on the hub, and their conversion."""
 
     hub: str
@@ -92,34 +90,14 @@ def convert_gsm8k(row: Row) -> Row:
 
 
 TASKS = {
-    "hellaswag": Task(
-        hub="Rowan/hellaswag",
-        config=None,
-        split="validation",
-        icl_task_type="multiple_choice",
-        convert=convert_hellaswag,
-    ),
+    "hellaswag": Task("Rowan/hellaswag", None, "validation", "multiple_choice", convert_hellaswag),
     "arc_challenge": Task(
-        hub="allenai/ai2_arc",
-        config="ARC-Challenge",
-        split="test",
-        icl_task_type="multiple_choice",
-        convert=convert_arc,
+        "allenai/ai2_arc", "ARC-Challenge", "test", "multiple_choice", convert_arc
     ),
     "winogrande": Task(
-        hub="allenai/winogrande",
-        config="winogrande_xl",
-        split="validation",
-        icl_task_type="schema",
-        convert=convert_winogrande,
+        "allenai/winogrande", "winogrande_xl", "validation", "schema", convert_winogrande
     ),
-    "gsm8k": Task(
-        hub="openai/gsm8k",
-        config="main",
-        split="test",
-        icl_task_type="generation_task_with_answers",
-        convert=convert_gsm8k,
-    ),
+    "gsm8k": Task("openai/gsm8k", "main", "test", "generation_task_with_answers", convert_gsm8k),
 }
 
 

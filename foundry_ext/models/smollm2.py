@@ -40,6 +40,16 @@ class PackedCausalLMOutput(CausalLMOutputWithPast):
 class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     """SmolLM2 with its language-modelling head, tied to the embedding if the config says so.
 
+    It takes three kinds of batches:
+
+    - Packed (`cu_seqlens` given): `input_ids`, `position_ids` and `labels` are [1, T], `cu_seqlens`
+      is [D+1] int32, and `max_seqlen` an int that no document exceeds. With labels the result is
+      the mean loss over labelled positions, without them logits [1, T, V].
+    - Padded [B, S], left or right, with `attention_mask` [B, S] of ones and zeros: padding is
+      removed after the embedding and put back at the end, where its logits are zero. With labels
+      the result is the loss, and outside training also the logits.
+    - Cached (`use_cache` or `past_key_values`): attention over the cache, for `generate`.
+
     `attention_backend` and `loss_implementation` are plain attributes, set by the Composer model.
     They are not part of the configuration, which stays exactly Llama's.
     """
@@ -53,12 +63,6 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         self.attention_backend = "auto"
         self.loss_implementation = "chunked"
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -94,15 +98,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         num_loss_tokens: int | None = None,
         logits_to_keep: int = 0,
     ) -> PackedCausalLMOutput:
-        """Run a packed, padded or cached batch, depending on the arguments.
-
-        - Packed (`cu_seqlens` given): `input_ids`, `position_ids` and `labels` are [1, T],
-          `cu_seqlens` is [D+1] int32, and `max_seqlen` an int that no document exceeds. With labels
-          the result is the mean loss over labelled positions, without them logits [1, T, V].
-        - Padded [B, S], left or right, with `attention_mask` [B, S] of ones and zeros: padding is
-          removed after the embedding and put back at the end, where its logits are zero. With
-          labels the result is the loss, and outside training also the logits.
-        - Cached (`use_cache` or `past_key_values`): attention over the cache, for `generate`.
+        """Run a packed, padded or cached batch, see the class, depending on the arguments.
 
         Labels are unshifted, -100 without loss. `num_loss_tokens`, if known, avoids a device
         synchronisation. `inputs_embeds` replaces `input_ids`. Every argument is named, because
@@ -112,27 +108,19 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: arguments are contradictory or not supported.
         """
-        if output_attentions or output_hidden_states:
+        if output_attentions or output_hidden_states or return_dict is False:
             raise ValueError(
-                "output_attentions and output_hidden_states are not supported by smollm2_packed;"
-                " load the checkpoint with AutoModelForCausalLM to get them"
+                "output_attentions, output_hidden_states and return_dict=False are not supported by"
+                " smollm2_packed; load the checkpoint with AutoModelForCausalLM to use them"
             )
-        if return_dict is False:
-            raise ValueError("return_dict=False is not supported by smollm2_packed; leave it out")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds")
-        check_ids(input_ids, labels, self.config.vocab_size)
-        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self._embed(input_ids, inputs_embeds, labels)
+        is_cached = past_key_values is not None or use_cache
         if cu_seqlens is not None:
-            if attention_mask is not None or past_key_values is not None or use_cache:
+            if attention_mask is not None or is_cached or logits_to_keep:
                 raise ValueError(
-                    "a packed batch (cu_seqlens) takes no attention_mask and no cache, because"
-                    " cu_seqlens alone decides which tokens see each other; leave them out"
-                )
-            if logits_to_keep:
-                raise ValueError(
-                    "a packed batch (cu_seqlens) returns all logits or none; leave logits_to_keep"
-                    " out"
+                    "a packed batch (cu_seqlens) takes no attention_mask, no cache and no"
+                    " logits_to_keep: cu_seqlens alone decides which tokens see each other, and all"
+                    " logits or none are returned; leave them out"
                 )
             return self._forward_packed(
                 hidden, position_ids, cu_seqlens, max_seqlen, labels, num_loss_tokens
@@ -141,34 +129,34 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "max_seqlen and num_loss_tokens need a packed batch, but cu_seqlens is missing"
             )
-        if past_key_values is not None or use_cache:
-            if labels is not None:
-                raise ValueError("labels cannot be used with a cache; set use_cache=False")
-            return self._forward_cached(
-                hidden,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                cache_position,
-                logits_to_keep,
+        if not is_cached:
+            return self._forward_padded(
+                hidden, attention_mask, position_ids, labels, logits_to_keep
             )
-        return self._forward_padded(hidden, attention_mask, position_ids, labels, logits_to_keep)
+        if labels is not None:
+            raise ValueError("labels cannot be used with a cache; set use_cache=False")
+        return self._forward_cached(
+            hidden, attention_mask, position_ids, past_key_values, cache_position, logits_to_keep
+        )
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        check_ids(input_ids, labels, self.config.vocab_size)
+        return self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _run_packed(
         self, hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """Run the layers on embedded tokens: [T, D] -> [T, D] before the final norm."""
+        backend = self.attention_backend
         dropout_p = self.config.attention_dropout if self.training else 0.0
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return varlen_attention(
-                q,
-                k,
-                v,
-                cu_seqlens,
-                max_seqlen,
-                backend=self.attention_backend,
-                dropout_p=dropout_p,
+                q, k, v, cu_seqlens, max_seqlen, backend=backend, dropout_p=dropout_p
             )
 
         return self.model(hidden, position_ids, lambda _layer: attend)
@@ -208,8 +196,7 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             (states [L, D], the input of the head; targets [L]; positions [L]). The state at
             position p predicts the token at p + 1.
         """
-        check_ids(input_ids, labels, self.config.vocab_size)
-        hidden = self.model.embed_tokens(input_ids)
+        hidden = self._embed(input_ids, None, labels)
         check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
         hidden = self._run_packed(hidden[0], position_ids[0], cu_seqlens, int(max_seqlen))
         positions, targets = labelled_positions(labels[0], num_loss_tokens)
@@ -259,18 +246,16 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
         cache = DynamicCache() if cache is None else cache
         batch, seq_len = hidden.shape[:2]
         past = cache.get_seq_length() if cache_position is None else int(cache_position[0])
+        key = torch.arange(past + seq_len, device=hidden.device)
+        query = key[past:, None]
         if attention_mask is None:
-            attention_mask = torch.ones(
-                batch, past + seq_len, dtype=torch.long, device=hidden.device
-            )
+            attention_mask = torch.ones(batch, past + seq_len, device=hidden.device)
         is_token = attention_mask.bool()
         if position_ids is None:
             position_ids = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        query = torch.arange(past, past + seq_len, device=hidden.device)[:, None]
-        causal = query >= torch.arange(past + seq_len, device=hidden.device)
-        mask = (causal & is_token[:, None])[:, None]  # [B, 1, S, past + S]
+        mask = ((query >= key) & is_token[:, None])[:, None]  # [B, 1, S, past + S]
         # A padding token would see nothing, and a softmax over nothing is NaN: let it see itself.
-        mask = mask | (query == torch.arange(past + seq_len, device=hidden.device))
+        mask = mask | (query == key)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)

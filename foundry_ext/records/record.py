@@ -5,8 +5,6 @@ records/schema.py names every key with its type, meaning and unit.
 
 import json
 import os
-import re
-import reprlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from foundry_ext.records.schema import Record, Throughput
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, explain_invalid
 from foundry_ext.utils.redaction import redact
 
 RECORD_NAME = "record.json"  # in a run's folder and among its W&B files
 SCHEMA_VERSION = 1
 ITEM_NUMBERS = {"loss", "kl", "acc", "acc_norm", "strict_match", "flexible_extract", "tokens"}
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200  # characters of a value that an error shows
 
 
 def now() -> str:
@@ -92,20 +88,7 @@ def validate(record: Any) -> None:
     try:
         Record.model_validate(record)
     except ValidationError as error:
-        raise UserError(_explain(error.errors(include_url=False)[0])) from error
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """Return one of pydantic's errors as a line: key, value, and what the value must be."""
-    key = ".".join(str(part) for part in error["loc"]) or "record"
-    if error["type"] == "missing":
-        return f"{key}: missing from the run record"
-    if error["type"] == "extra_forbidden":
-        return f"{key}: not a key of a run record; remove it"
-    # "Input should be a valid integer" becomes "must be a valid integer".
-    message = error["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
-    message = re.sub(r"^(Input|String) should ", "must ", message)
-    return f"{key}: {_SHORT.repr(error['input'])} {message}"
+        raise UserError(explain_invalid(error, Record.model_fields)) from error
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> None:

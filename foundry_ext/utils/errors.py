@@ -2,9 +2,17 @@
 
 import difflib
 import os
+import re
+import reprlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200  # characters of a value that an error shows
 
 
 class UserError(ValueError):
@@ -35,3 +43,23 @@ def suggest(name: object, known: Iterable[object]) -> str:
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     similar = similar or [other for other in names if len(name) > 2 and other.startswith(name)]
     return f", did you mean {similar[0]!r}?" if similar else ""
+
+
+def explain_invalid(error: "ValidationError", known: Iterable[str]) -> str:
+    """Return one of pydantic's errors as a line: key, value, and what the value must be.
+
+    Example: `seed: '17' must be a valid integer`. An unknown key comes first, because it may be a
+    misspelt one that is then missing.
+    """
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda fault: fault["type"] != "extra_forbidden")
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{key}: missing"
+    if first["type"] == "extra_forbidden":
+        known = list(known)
+        return f"{key}: unknown key{suggest(key, known) or ';'} the keys are {', '.join(known)}"
+    # "Input should be a valid integer" becomes "must be a valid integer".
+    message = first["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
+    message = re.sub(r"^(Input|String) should ", "must ", message)
+    return f"{key}: {_SHORT.repr(first['input'])} {message}"

@@ -186,8 +186,8 @@ def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):
     (ours,), (theirs,) = (
         build(str(file), tokenizer, num_fewshot=2, max_items=2) for file in (other, path)
     )
-    assert [problem.golds for problem in ours.problems] == [("1234",), ("-3",)]
-    assert [p.golds for p in ours.problems] == [p.golds for p in theirs.problems]
+    assert [problem.golds for problem in ours.questions] == [("1234",), ("-3",)]
+    assert [p.golds for p in ours.questions] == [p.golds for p in theirs.questions]
     # The third row has no reasoning, so no line break before its mark.
     assert tokenizer.decode(ours.prompts[0]).count("#### 7") == 1
     assert ours.prompts[1] == theirs.prompts[1]

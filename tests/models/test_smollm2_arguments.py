@@ -143,7 +143,7 @@ def test_default_split_of_a_batch_is_refused(ours, pack):
 CONTRADICTIONS = {
     "mask": ({"attention_mask": torch.ones(1, 25)}, "no attention_mask"),
     "cache": ({"use_cache": True}, "no cache"),
-    "logits_to_keep": ({"logits_to_keep": 1}, "all logits or none"),
+    "logits_to_keep": ({"logits_to_keep": 1}, "no logits_to_keep"),
     "no positions": ({"position_ids": None}, "needs position_ids and max_seqlen"),
     "no max_seqlen": ({"max_seqlen": None}, "needs position_ids and max_seqlen"),
     "flat positions": ({"position_ids": torch.arange(25)}, r"position_ids is \[25\]"),

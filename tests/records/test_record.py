@@ -114,7 +114,7 @@ def test_a_diverged_run_has_a_record(record, tmp_path):
         ("items", "../other/items.jsonl", "items: '../other/items.jsonl' must not leave the rec"),
         ("items", "/etc/passwd", "items: '/etc/passwd' must not leave the record's folder; give"),
         ("items", "a" * 201, "items: 'aaa.*' must have at most 200 characters$"),
-        ("remarks", "hm", "remarks: not a key of a run record"),
+        ("remarks", "hm", "remarks: unknown key; the keys are schema_version, "),
         ("schema_version", 2, "schema_version: 2; this version of foundry_ext reads 1"),
     ],
 )

@@ -392,7 +392,7 @@ def test_missing_tasks_are_named_with_the_way_to_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Combination("finetune", "metamathqa", "135m", "lora")
     with pytest.raises(
-        ValueError, match=r"data/tasks/\w+.jsonl does not exist; `foundry-ext tasks`"
+        ValueError, match=r"data/tasks/\w+.jsonl' does not exist; `foundry-ext tasks`"
     ):
         parse_sets(resolved(run)["callbacks"]["forgetting"]["sets"])
 

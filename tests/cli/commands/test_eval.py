@@ -136,7 +136,7 @@ def test_base_of_an_adapter_can_be_given(world, sets, trained, tmp_path):
     [
         ("model: {}", "neither `sets` nor `callbacks.forgetting.sets`"),
         ("[", "while parsing"),
-        ("sets: {a: {type: documents}}", "sets.a: role is missing"),
+        ("sets: {a: {type: documents}}", "sets.a.role: missing"),
         ("sets: {a: '${nowhere}'}", "nowhere"),
     ],
 )

@@ -18,13 +18,13 @@ def sets(world, tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": {"roll": "learning"}}, "unknown key 'roll'"),
-        ({"target": {"role": "both"}}, "'both'; choose learning or forgetting"),
+        ({"target": {"roll": "learning"}}, r"target\.roll: unknown key, did you mean 'role'\?"),
+        ({"target": {"role": "both"}}, "'both' must be 'learning' or 'forgetting'"),
         ({"target": {"type": "perplexity"}}, "'perplexity'; choose one of documents"),
         ({"target": {"loader": {"name": "finetuning", "dataset": {"split": "x"}}}}, "'finetuning'"),
-        ({"choice": {"path": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
+        ({"choice": {"path": "nowhere.jsonl"}}, "nowhere.jsonl' does not exist"),
         ({"choice": {"num_fewshot": 5}}, "num_fewshot: 5 .* file's 5 rows"),
-        ({"choice": {"metric": "f1"}}, "choose acc or acc_norm"),
+        ({"choice": {"metric": "f1"}}, "metric: 'f1' must be 'acc' or 'acc_norm'"),
         ({"problems": {"max_new_tokens": 128}}, "leaves no room"),
     ],
 )
