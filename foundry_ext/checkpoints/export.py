@@ -129,7 +129,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
         raise UserError(f"{checkpoint} must be of a Llama-shaped model, not {config['model_type']}")
     weights = {name.removeprefix("model."): value for name, value in weights.items()}
     model = _build(saved["model"], weights, checkpoint)
-    with replaced_folder(out) as scratch:
+    with replaced_folder(out, must_be_new=True) as scratch:
         write_folder(model, _saved_tokenizer(saved, scratch / "tokenizer"), scratch)
     return out
 

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.checkpoints.export import export_checkpoint, load_adapter
 from foundry_ext.models.pretrained import HUB_NAMES
 from foundry_ext.records.record import read_record
-from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.errors import UserError, naming, one_line
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -48,7 +48,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text())
+    path = folder / "adapter_config.json"
+    with naming(str(path)):
+        return json.loads(path.read_text())
 
 
 def base_name(folder: Path, given: str | None) -> str:
@@ -59,7 +61,7 @@ def base_name(folder: Path, given: str | None) -> str:
     """
     name = given
     if name is None and is_adapter(folder):
-        name = read_adapter_config(folder)["base_model_name_or_path"]
+        name = read_adapter_config(folder).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder} does not name its base model; pass --base")
     if name in HUB_NAMES:
@@ -83,7 +85,9 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
         loaded: Any = kind.from_pretrained(
             name, torch_dtype=torch.float32, output_loading_info=True
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"model {name} cannot be loaded; name another by --base: {one_line(error)}"
         ) from error
@@ -113,7 +117,8 @@ def recorded_base(path: Path) -> str | None:
 def load_tuned(folder: Path, base: str, kind: type[Model] = LlamaForCausalLM) -> Model | PeftModel:
     """Return the tuned model in fp32 and evaluation mode, its adapter not merged."""
     if is_adapter(folder):
-        return load_adapter(load_model(base, kind), str(folder)).eval()
+        with naming(str(folder), (ValueError, TypeError)):  # of peft, about adapter_config.json
+            return load_adapter(load_model(base, kind), str(folder)).eval()
     return load_model(str(folder), kind)
 
 
@@ -122,5 +127,5 @@ def load_tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
     is_saved = (folder / "tokenizer_config.json").is_file()
     try:
         return AutoTokenizer.from_pretrained(str(folder) if is_saved else base)
-    except OSError as error:
+    except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"no tokenizer in {folder} or {base}: {one_line(error)}") from error

@@ -128,7 +128,7 @@ def merge_adapter(
         difference, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32"
     )
     certificate["merged_in_float32"] = asdict(difference)
-    with replaced_folder(out) as scratch:
+    with replaced_folder(out, must_be_new=True) as scratch:
         merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
         tokenizer.save_pretrained(scratch)
         difference = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)

@@ -210,10 +210,8 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, DatasetsError, pa.ArrowException) as error:
-        if isinstance(error, ValueError) and name in str(error):
-            raise
-        cause = error if isinstance(error, ValueError) else error.__cause__ or error
-        raise UserError(f"{name}: {cause}") from error
+        cause = str(error if isinstance(error, ValueError) else error.__cause__ or error)
+        raise UserError(cause if name in cause else f"{name}: {cause}") from error
 
 
 def _read_streams(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from foundry_ext.evaluation.rows import read_rows
 from foundry_ext.utils.atomic import write_text
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming
 
 Row = dict[str, Any]
 
@@ -158,9 +158,10 @@ def _from_hub(task: Task, split: str, revision: str) -> tuple[str, Iterable[Row]
 
     commit = HfApi().dataset_info(task.hub, revision=revision).sha
     assert commit is not None
-    rows = datasets.load_dataset(
-        task.hub, task.config, split=split, revision=commit, trust_remote_code=False
-    )
+    with naming(f"{task.hub}, split {split!r}"):
+        rows = datasets.load_dataset(
+            task.hub, task.config, split=split, revision=commit, trust_remote_code=False
+        )
     return commit, rows  # pyright: ignore[reportReturnType]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.preflight.components import SECTIONS, Section, registered
-from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.errors import UserError, naming, one_line
 
 _TOKENIZER = (
     "tokenizer.name must be a local folder with tokenizer.json and tokenizer_config.json, or a name"
@@ -45,12 +45,8 @@ def errors_name_their_section() -> Iterator[None]:
 def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(check)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with naming("the configuration"):
             return check(*args, **kwargs)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{one_line(error)} [{type(error).__name__}]") from error
 
     return wrapper
 
@@ -83,7 +79,9 @@ def _is_ours(key: str, name: str) -> bool:
     if not SECTIONS[key].registries:
         return False
     component = registered(key, name, SECTIONS[key]) if name else None
-    return component is None or getattr(component, "__module__", "").startswith("foundry_ext.")
+    # The optimizers are constructed by Composer's code, which checks their values.
+    constructor = component.__init__ if inspect.isclass(component) else component
+    return component is None or getattr(constructor, "__module__", "").startswith("foundry_ext.")
 
 
 def _describe(key: str, name: str, error: Exception) -> str:

@@ -18,7 +18,7 @@ from foundry_ext.adapters.frozen import hold_frozen_in_bf16
 from foundry_ext.models.decoder import SmolLM2DecoderLayer
 from foundry_ext.models.pretrained import load_strictly, naming_the_hub, shipped_config
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming
 
 
 def read_config(name: str, overrides: dict[str, Any], *, use_auth_token: bool) -> LlamaConfig:
@@ -50,7 +50,8 @@ def read_config(name: str, overrides: dict[str, Any], *, use_auth_token: bool) -
             for key in ("hidden_size", "num_attention_heads")
         )
         overrides = {**overrides, "head_dim": hidden // heads}
-    set_config_overrides(config, overrides)
+    with naming("config_overrides"):
+        set_config_overrides(config, overrides)
     config._name_or_path = name  # for a shipped shape not its path on this machine
     return config
 

@@ -47,29 +47,45 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
+def replaced_folder(
+    path: Path, *, partial: Path | None = None, must_be_new: bool = False
+) -> Iterator[Path]:
     """Yield a folder to fill; afterwards it is at `path`, or `path` is untouched.
 
     Args:
         path: the folder to create or replace. A folder cannot replace another in one step: a kill
-            between the two renames leaves the old one as `.<name>.replaced`.
-        partial: the folder to fill, beside `path`; `<name>.partial` by default. Leftovers of an
+            between the two renames leaves the old one as `.<name>.replaced`, and the next call
+            puts it back.
+        partial: the folder to fill, beside `path`; `.<name>.partial` by default. Leftovers of an
             earlier process are removed.
+        must_be_new: replace an empty folder only.
+
+    Raises:
+        OSError: the disk refused, or `must_be_new` and by the end `path` holds files.
     """
-    partial = partial or path.with_name(path.name + ".partial")
+    partial = partial or path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.replaced")
-    for stale in (partial, old):
-        shutil.rmtree(stale, ignore_errors=True)
+    _put_back(old, path)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         for written in (*partial.rglob("*"), partial):
             sync(written)
-        if path.exists():
+        if path.exists() and must_be_new:
+            path.rmdir()
+        elif path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         partial.rename(path)
         sync(path.parent)
     except BaseException:
+        _put_back(old, path)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if old.exists() and not path.exists():
+        old.rename(path)

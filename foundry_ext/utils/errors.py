@@ -1,10 +1,11 @@
 """Errors that a user can fix, shown in one line, and helpers that write that line."""
 
+import contextlib
 import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,22 @@ class UserError(ValueError):
     Its message is one line that names the value, the place and the way out. Commands print it
     without a traceback. Bugs raise other exceptions, which keep their traceback.
     """
+
+
+@contextlib.contextmanager
+def naming(place: str, kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Turn a library's errors about something of the user's into a UserError that names it.
+
+    Args:
+        place: a file, a folder, or a key of the YAML and its value.
+        kinds: the errors to turn.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{place}: {one_line(error)} [{type(error).__name__}]") from error
 
 
 def wants_traceback() -> bool:

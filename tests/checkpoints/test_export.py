@@ -189,7 +189,7 @@ def test_refuses_another_architecture(changed, tmp_path):
 
 def test_leaves_nothing_when_writing_fails(saved, tmp_path, monkeypatch):
     def full_disk(*_):
-        (tmp_path / "out.partial" / "model.safetensors").touch()
+        (tmp_path / ".out.partial" / "model.safetensors").touch()
         raise OSError("No space left on device")
 
     monkeypatch.setattr(foundry_ext.checkpoints.export, "write_folder", full_disk)

@@ -19,7 +19,7 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.documents import RowOutcome
 from foundry_ext.packing.batch import Pack
 from foundry_ext.utils.constants import IGNORE_INDEX
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming
 
 LOADERS = ("train", "eval")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -153,7 +153,9 @@ def inspect_config(
 def open_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """Return the tokenizer as training builds it."""
     section = config["tokenizer"]
-    return build_tokenizer(section["name"], dict(section.get("kwargs") or {}))
+    # The tokenizers library raises nothing more specific.
+    with naming(f"tokenizer ({section['name']})", (Exception,)):
+        return build_tokenizer(section["name"], dict(section.get("kwargs") or {}))
 
 
 def open_loader(

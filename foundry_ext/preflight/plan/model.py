@@ -23,7 +23,7 @@ from foundry_ext.models.memory import Parameters, autocast, optimizer_states
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.training.model_building import read_config
 from foundry_ext.utils.constants import IGNORE_INDEX
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming
 
 # Budget of the timing below, in FLOPs of forward and backward passes.
 _TIMING_FLOPS = 1.5e11
@@ -60,7 +60,8 @@ class PlannedModel:
         peft_config = model.get("peft_config")
         stored = model.get("pretrained_lora_id_or_path")
         if stored is not None:
-            peft_config = PeftConfig.from_pretrained(stored).to_dict()
+            with naming(f"model.pretrained_lora_id_or_path, {stored!r}"):
+                peft_config = PeftConfig.from_pretrained(stored).to_dict()
         frozen_dtype = model.get("frozen_dtype", "fp32")
         check_frozen_dtype(frozen_dtype, adapted=peft_config is not None, init_device="cpu")
         if peft_config is not None:
