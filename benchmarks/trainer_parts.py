@@ -85,7 +85,7 @@ class Parts:
 class HostWaits:
     """Number of times that the host waits for the device, by place in the code.
 
-    On a GPU torch itself reports them. On a CPU nothing waits, so the reads of a tensor's value that
+    On a GPU torch itself reports them. On a CPU nothing waits, so reads of a tensor's value that
     would wait on a GPU are counted. Copies to the host would wait too, but are not counted.
     """
 
