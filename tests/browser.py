@@ -33,7 +33,7 @@ def _chromium(page: Path, profile: Path, options: Sequence[str]) -> str:
 
 
 def foreign_references(html: str) -> list[str]:
-    """What a page would load from elsewhere: addresses of sources, links to styles, imports.
+    """Return addresses that a page would load: of sources, stylesheets and imports.
 
     Links that a reader may follow and names of XML namespaces load nothing.
     """

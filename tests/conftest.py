@@ -1,4 +1,4 @@
-"""What all tests share: caches in a folder of their own, a tiny tokenizer, generated rows.
+"""Fixtures of all tests: caches in a separate folder, a tiny tokenizer, generated rows.
 
 Nothing here needs a network. The environment is set before anything imports `datasets`, which reads
 it on import; processes that tests start inherit it.

@@ -1,4 +1,4 @@
-"""What a comparison reports, and what it does where a variant cannot run."""
+"""Contents of a comparison, and its handling of variants that cannot run."""
 
 import dataclasses
 import json

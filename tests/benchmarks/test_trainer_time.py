@@ -98,7 +98,7 @@ def test_parts_add_up_to_the_step(measured):
 
 
 def test_our_callbacks_read_nothing_back(measured):
-    """Of the trainer's waits none is of a callback of ours, or of anything they call."""
+    """No wait of the trainer comes from our callbacks or from what they call."""
     result, _ = measured
     places = result["host_waits"]
     assert any("composer/trainer/trainer.py" in place for place in places)

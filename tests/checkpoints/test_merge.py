@@ -171,7 +171,7 @@ def test_bf16_does_not_hide_a_wrong_merge(saved, tmp_path, monkeypatch):
 
 
 def test_a_broken_file_is_caught(saved, tmp_path, monkeypatch):
-    """What is compared is what was written, not what was meant to be."""
+    """The comparison reads the written file, not the model in memory."""
     save = LlamaForCausalLM.save_pretrained
 
     def spoil(self, *arguments, **settings):

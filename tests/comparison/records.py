@@ -25,7 +25,7 @@ STEPS = (0, 40, 80)
 
 @dataclass(frozen=True)
 class Truth:
-    """What a method tends to: `most` learned, `cost` forgotten a unit squared of learning."""
+    """True behaviour of a method: `most` learned, `cost` forgotten per unit learned squared."""
 
     most: float
     peak: float

@@ -1,4 +1,4 @@
-"""What is said about pairs of methods, and about the trade-off."""
+"""Findings about pairs of methods and about the trade-off."""
 
 import json
 from dataclasses import replace

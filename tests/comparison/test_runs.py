@@ -1,4 +1,4 @@
-"""Which runs are found, which are left out, what they are called, and which may be compared."""
+"""Runs that are found or left out, their labels, and which runs may be compared."""
 
 import json
 from pathlib import Path

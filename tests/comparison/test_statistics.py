@@ -22,7 +22,7 @@ from tests.tiers import one_of
 
 
 def within_binomial_error(hits: int, trials: int, share: float) -> bool:
-    """Whether `hits` is what a true `share` gives, within 3.3 standard deviations (p = 0.001)."""
+    """Return whether `hits` fits a true `share`, within 3.3 standard deviations (p = 0.001)."""
     return abs(hits / trials - share) <= 3.3 * math.sqrt(share * (1 - share) / trials)
 
 

@@ -31,7 +31,7 @@ class Run:
 
 
 class Api:
-    """As much of wandb.Api as is used."""
+    """Stand-in for the parts of wandb.Api that are used."""
 
     def __init__(self, runs: dict[str, dict[str, str]]):
         self.runs = runs

@@ -22,7 +22,7 @@ def document(ids: Sequence[int], prompt: int = 1) -> Document:
 
 
 def random_documents(num: int, seed: int = 0, vocabulary: int = 9) -> list[Document]:
-    """Of 2 to MAX_SEQ_LEN tokens; ids from 0, so that 0, a pad token elsewhere, is a real one."""
+    """Return documents of 2 to MAX_SEQ_LEN tokens; id 0, a pad token elsewhere, is a real id."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, MAX_SEQ_LEN + 1, num)
     return [
@@ -58,7 +58,7 @@ def assert_packs_equal(ours: Pack, theirs: Pack):
 
 
 def assert_batches_equal(ours: Iterable[Sequence[Pack]], theirs: Iterable[Sequence[Pack]]):
-    """As many batches, of as many packs, of the same content."""
+    """Check that both have the same batches of the same packs."""
     for one, other in zip(ours, theirs, strict=True):
         for pack, other_pack in zip(one, other, strict=True):
             assert_packs_equal(pack, other_pack)

@@ -1,4 +1,4 @@
-"""What is tokenised is kept on disk, under all that decides it; a fingerprint knows it again."""
+"""Cache of tokenised rows, keyed by everything they depend on, and their fingerprint."""
 
 import importlib
 import json

@@ -179,7 +179,7 @@ def test_tokens_of_a_row_are_kept_in_order_or_counted(flags, limit, overlong):
 
 
 def in_memory(documents) -> Documents:
-    """As written by the tokeniser, in tables of two rows: chunks to look documents up in."""
+    """Return documents as the tokeniser writes them, in several chunks of two rows each."""
     records = [Record(Tokens(one.input_ids, one.loss_mask), RowOutcome.KEPT) for one in documents]
     tables = [to_table(records[at : at + 2]) for at in range(0, len(records), 2)]
     return Documents(datasets.Dataset(pa.concat_tables(tables), info=_INFO))

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, builders, slices, held-out parts, MDS streams."""
+"""Sources of rows: files, folders, builders, slices, held-out parts, MDS streams."""
 
 import csv
 import json

@@ -143,7 +143,7 @@ def test_a_tokenizer_that_was_told_to_cut_and_pad_does_neither(tokenizer, make_r
 
 @pytest.mark.parametrize("kind", ["prompt_response", "chat", "text"])
 def test_a_tokenizer_that_begins_every_text(tokenizer, make_rows, read_singly, kind: str):
-    """As Llama's does: llm-foundry takes the second beginning of a row out again."""
+    """With a tokenizer like Llama's, llm-foundry removes the second start token of a row."""
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
@@ -311,7 +311,7 @@ def test_pieces_without_an_answer_are_dropped_and_counted(tokenizer):
 
 @pytest.mark.parametrize("row", [{"prompt": "", "response": "a"}, {"prompt": "a", "response": ""}])
 def test_a_row_with_an_empty_side_is_dropped_and_counted(tokenizer, row):
-    """As llm-foundry does it."""
+    """Rows with an empty side are dropped, as in llm-foundry."""
     documents = tokenize([row, {"prompt": "a", "response": "b"}], tokenizer)
     assert theirs(row, tokenizer, LONG, "none", "last") is None
     assert documents.lengths.tolist() == [0, 3]

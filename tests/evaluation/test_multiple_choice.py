@@ -193,7 +193,7 @@ def test_few_shot_prompts(tokenizer, write):
 
 
 def test_spaces_at_the_end_of_the_context_are_scored(tokenizer):
-    """As in the harness, because the space belongs to the next word's token."""
+    """Trailing spaces are scored, as in the harness: they belong to the next word's token."""
     (document,), _ = multiple_choice.encode(tokenizer, [("one two \n", " bird")], max_length=50)
     assert tokenizer.decode(document.input_ids[document.loss_mask]) == " \n bird"
 

@@ -134,7 +134,7 @@ def start_sweep(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def lines(folder: Path, run: str, name: str) -> list[str]:
-    """What the stand-in of a run noted in the file `name`."""
+    """Return the lines that a run's stand-in wrote to the file `name`."""
     path = folder / "outputs" / run / name
     return path.read_text().splitlines() if path.exists() else []
 
@@ -178,13 +178,13 @@ def changed_at(path: Path) -> int:
 
 
 def names(folder: Path) -> list[str]:
-    """Of the runs that have a folder."""
+    """Return the names of the runs that have a folder."""
     found = (folder / "outputs").glob("*")
     return sorted(path.name for path in found if path.name != "sweeps")
 
 
 class Said(list[str]):
-    """What a sweep printed."""
+    """Lines that a sweep printed."""
 
     def __call__(self, line: str) -> None:
         self.append(line)

@@ -1,6 +1,6 @@
-"""What each rank of tests/system/ranks.py runs: composer -n 2 rank_worker.py FOLDER.
+"""Program of each rank of tests/system/ranks.py: composer -n 2 rank_worker.py FOLDER.
 
-FOLDER/job.json says what; rank 0 writes FOLDER/result.pt.
+It reads its job from FOLDER/job.json; rank 0 writes FOLDER/result.pt.
 """
 
 import functools

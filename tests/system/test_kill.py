@@ -31,7 +31,7 @@ def longer(world, tmp_path_factory, make_rows):
 
 
 def settings(world, folder, method, workers):
-    """What the shipped YAMLs have, and a checkpoint after every batch."""
+    """Return settings as in the shipped YAMLs, with a checkpoint after every batch."""
     evaluated = kit.loader_config(world.eval_rows, eval_packs=1)
     target = {"role": "learning", "type": "documents", "loader": evaluated}
     return {
@@ -61,7 +61,7 @@ def settings(world, folder, method, workers):
 
 
 def run(world, folder, method, workers, kills=(), seed=0):
-    """What kill_server.py met."""
+    """Run kill_server.py; return its counts of attempts, and of kills during a save or start."""
     folder.mkdir()
     paths = {name: str(path) for name, path in asdict(world).items()}
     job = {
@@ -91,7 +91,7 @@ def read_lines(path):
 
 
 def documents_by_batch(folder):
-    """Of all attempts, which must agree."""
+    """Return the documents of each batch over all attempts, which must agree."""
     found: dict[int, list[str]] = {}
     for line in read_lines(folder / "diary.jsonl"):
         assert found.setdefault(line["batch"], line["documents"]) == line["documents"]
@@ -99,7 +99,7 @@ def documents_by_batch(folder):
 
 
 def losses_by_batch(folder):
-    """Of all attempts, which must agree to the last bit."""
+    """Return the loss of each batch over all attempts, which must agree to the last bit."""
     found: dict[int, float] = {}
     for line in read_lines(folder / "metrics.jsonl"):
         if (loss := line.get("loss/train/total")) is not None:
@@ -162,7 +162,7 @@ def uninterrupted(longer, tmp_path_factory):
 
 
 def test_each_document_once_an_epoch(uninterrupted):
-    """What the others are compared with."""
+    """The uninterrupted run, which the others are compared with, has each document once."""
     batches = list(documents_by_batch(uninterrupted("lora", 0)).values())
     half = len(batches) // 2
     first, second = (list(chain(*part)) for part in (batches[:half], batches[half:]))

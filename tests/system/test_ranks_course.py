@@ -39,7 +39,7 @@ def variables(way):
 
 
 def factor_of(num_ranks, way):
-    """Of FSDP2's gradients over one rank's."""
+    """Return the factor by which FSDP2's gradients exceed one rank's."""
     return num_ranks if way == "fsdp2" and ADDS_UP else 1
 
 

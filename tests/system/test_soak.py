@@ -24,7 +24,7 @@ LEAK = 4096  # bytes a step, in the test that a leak is seen
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """What a process has allocated, swapped out or not; pages of files come and go."""
+    """Return the bytes that a process has allocated, swapped or not; file pages do not count."""
     fields = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())
     return 1024 * sum(int(one[1]) for one in fields if one[0] in ("Anonymous:", "Swap:"))
 

@@ -1,4 +1,4 @@
-"""What a start costs of ours: nothing is imported before it is needed."""
+"""Our share of the start-up time: nothing is imported before it is needed."""
 
 import subprocess
 import sys

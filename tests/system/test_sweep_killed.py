@@ -1,4 +1,4 @@
-"""What stays of a sweep that is stopped or killed, and what the next one makes of it."""
+"""State that a stopped or killed sweep leaves, and how the next start uses it."""
 
 import os
 import signal

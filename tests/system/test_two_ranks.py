@@ -115,7 +115,7 @@ def datasets(work: Path, make_rows) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def ranks(work: Path, datasets, tokenizer_folder) -> list[dict]:
-    """What rank 0 and rank 1 found, by loader."""
+    """Return the results of rank 0 and rank 1, by loader."""
     loaders = {
         name: {
             "name": "packed_text" if name == "text" else "packed_finetuning",

@@ -41,7 +41,7 @@ def parsed(path: Path) -> DictConfig:
 
 
 def stock(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """What `llmfoundry train` trains with, and our loaders and callbacks make of it."""
+    """Return the settings of `llmfoundry train`, as our loaders and callbacks read them."""
     content = OmegaConf.merge(parsed(path), OmegaConf.from_cli(overrides))
     return run_settings(cast(dict[str, Any], OmegaConf.to_container(content, resolve=True)))
 

@@ -1,8 +1,8 @@
-"""What the shipped YAMLs promise: held-out data, names, rates, and that they train.
+"""Promises of the shipped YAMLs: held-out data, names, rates, and that they train.
 
-One combination of each data set and each method also takes a step: its shape is cut tiny and its
-sources replaced by rows of the true schema; all the rest, loggers, callbacks, schedules and
-evaluation included, is what users run. Not tried here: the hub itself.
+One combination of each data set and each method also takes a step. Its shape is made tiny and its
+sources are replaced by rows of the real schema. Everything else, including loggers, callbacks,
+schedules and evaluation, is what users run. The hub itself is not tested here.
 """
 
 import json
@@ -255,7 +255,7 @@ def loaders(config: DictConfig) -> Iterator[DictConfig]:
 
 
 def sets(config: DictConfig) -> dict[str, DictConfig]:
-    """Those that are measured, in a configuration with or without the others."""
+    """Return the evaluation sets that are measured; a configuration may also hold others."""
     given = config.callbacks.get("forgetting", {}).get("sets", {})
     return {name: one for name, one in given.items() if one.get("path", "") is not None}
 

@@ -119,7 +119,7 @@ def test_the_base_of_a_full_model_is_in_its_run_s_record(world, sets, trained, t
 
 
 def test_base_of_an_adapter_can_be_given(world, sets, trained, tmp_path):
-    """Where the adapter's own base is not where it was."""
+    """`--base` replaces an adapter's own base that has moved."""
     evaluations, folder = trained("dora")
     adapter, base = tmp_path / "adapter", tmp_path / "moved"
     shutil.copytree(folder / "hf", adapter)

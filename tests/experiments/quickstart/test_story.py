@@ -1,4 +1,4 @@
-"""What the quickstart runs again and what it does not; which learning rates it takes further."""
+"""Runs that the quickstart repeats or skips, and learning rates that get more seeds."""
 
 import json
 import os

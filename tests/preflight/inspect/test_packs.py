@@ -127,7 +127,7 @@ def test_the_eval_loader(config):
 
 
 def page_text(page: str) -> str:
-    """What a reader sees of the tokens."""
+    """Return the text of the tokens as a reader sees it."""
     tokens = re.findall(r"<([bi]) title=\"\d+, id \d+\">(.*?)</\1>", page, re.DOTALL)
     return unescape("".join(text for _, text in tokens)).replace("<u>\u21b5</u>", "")
 

@@ -1,4 +1,4 @@
-"""What a case of the table works on: a run that would do, in a folder of its own, to be spoilt."""
+"""Workbench of a case: a valid run in a folder of its own, for the case to break."""
 
 import contextlib
 import io
@@ -113,7 +113,7 @@ class Bench:
         return read_record(self.folder / "record.json")
 
     def assert_nothing_half_written(self) -> None:
-        """What is there can be read: checkpoints, the record, no temporary file."""
+        """Check that all checkpoints can be read and that no temporary file remains."""
         for path in map(Path, self.written()):
             assert not path.name.endswith((".partial", ".part", ".tmp")), path
             if path.suffix == ".pt":
@@ -121,6 +121,6 @@ class Bench:
 
 
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a lone process without a sweep, at the user's keyboard."""
+    """Set the environment of a single process without a sweep, started by a user."""
     for name in ("WANDB_SWEEP_ID", "FOUNDRY_EXT_SWEEP", "FOUNDRY_EXT_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)

@@ -112,7 +112,7 @@ def _pads_with_the_end(bench: Bench) -> None:
 
 
 def _ends_are_learned(bench: Bench) -> None:
-    """Of the prompt's token, the response's 7 and the end of text, all but the prompt's."""
+    """Check that 8 of 9 tokens are learned: the response's 7 and the end, not the prompt."""
     tokens = bench.record()["tokens"]
     assert tokens["loss"] * 9 == tokens["real"] * 8 > 0, tokens
 

@@ -72,7 +72,7 @@ def values() -> st.SearchStrategy[Any]:
 
 @st.composite
 def mutated_json(draw: Any, valid: st.SearchStrategy[bytes]) -> bytes:
-    """Of a JSON object, or of lines of them, some values replaced, removed or added."""
+    """Draw a JSON object, or lines of them, with values replaced, removed or added."""
     lines = [json.loads(line) for line in _objects(draw(valid))]
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, len(lines) - 1))

@@ -29,13 +29,13 @@ _EXAMPLES_A_ROUND = 1000
 
 @dataclass
 class Findings:
-    """What a reader was given, and the first file of each kind that it did not take well."""
+    """Counts of a reader's files, and the first file of each kind of crash."""
 
     files: int = 0
     taken: int = 0
     refused: int = 0
     crashes: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    """where -> (what happened, the file)."""
+    """Place in the code -> (error, file)."""
 
 
 def contents(target: Target) -> st.SearchStrategy[bytes]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 class Target:
     label: str
     name: str
-    """Of the file."""
+    """Name of the file."""
     valid: list[bytes]
     read: Callable[[Path], Any]
     is_json: bool = False
