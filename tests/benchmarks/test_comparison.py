@@ -82,7 +82,7 @@ def test_flops_are_of_the_documents_and_know_what_is_frozen(result, workload, ma
 
 
 class Slow(Step):
-    """Takes as long as its rows say; more than four do not fit."""
+    """A step that records its rows; more than four are out of memory."""
 
     def __call__(self):
         size = self.batches[0]["input_ids"].shape[0]

@@ -1,4 +1,4 @@
-"""Records of W&B runs: in an offline run's folder, and on a server, whose Api is a stand-in."""
+"""Records of W&B runs, in an offline run's folder and on a server with a stand-in Api."""
 
 import json
 from pathlib import Path

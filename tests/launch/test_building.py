@@ -40,7 +40,7 @@ def test_errors_of_building_name_their_section(error, module, expected):
 
 
 def test_every_builder_is_there_and_every_section_checked():
-    """A renamed builder of llm-foundry would be an AttributeError here, and not a silent change."""
+    """A builder that llm-foundry renames raises an AttributeError here."""
     for section in SECTIONS.values():
         assert callable(getattr(train_module, section.builder))
         for registry in section.registries:

@@ -70,7 +70,7 @@ _forward = SmolLM2ForCausalLM.forward
 
 
 def spoil(document: list[int] | None) -> None:
-    """Makes the loss of any batch with this document NaN."""
+    """Make the loss of any batch with this document NaN."""
 
     @functools.wraps(_forward)
     def spoilt(self, *args, **kwargs):

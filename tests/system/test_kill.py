@@ -1,7 +1,8 @@
-"""A run that is killed with -9 over and over ends bit for bit like one that never was.
+"""A run that is killed with -9 many times ends bit for bit like one that never was.
 
-In its middle, across the ends of its epochs, while it starts, while it writes a checkpoint; every
-document once an epoch, in every attempt in the same batch. (Traps 31, 40, 41.)
+It is killed in its middle, around the ends of epochs, while it starts, and while it writes a
+checkpoint. Every document is used once per epoch, in the same batch in all attempts. (Traps 31, 40,
+41.)
 """
 
 import json
@@ -23,7 +24,7 @@ TIMEOUT = 1500  # seconds for all attempts of a run
 
 @pytest.fixture(scope="session")
 def longer(world, tmp_path_factory, make_rows):
-    """A world with epochs of some 30 batches."""
+    """Return a world with epochs of some 30 batches."""
     path = tmp_path_factory.mktemp("longer") / "train.jsonl"
     rows = make_rows(NUM_DOCUMENTS, seed=3, longest=12)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,7 +81,7 @@ def run(world, folder, method, workers, kills=(), seed=0):
 
 
 def read_lines(path):
-    """Also behind a line that was cut."""
+    """Return the complete lines of a file, even after one that was cut off."""
     found = []
     for line in path.read_text().splitlines():
         try:
@@ -148,7 +149,7 @@ def optimizer_state(folder):
 
 @pytest.fixture(scope="session")
 def uninterrupted(longer, tmp_path_factory):
-    """uninterrupted(method, workers): the folder of a run that was left alone."""
+    """Return uninterrupted(method, workers): the folder of a run that was never killed."""
     made = {}
 
     def get(method, workers):

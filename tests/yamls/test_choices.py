@@ -1,4 +1,4 @@
-"""The choices of the shipped files: any order of overrides, any mistake, any file that is gone."""
+"""Choices in the shipped files: any order of overrides, mistakes, and missing files."""
 
 import itertools
 import json
@@ -320,7 +320,7 @@ def test_a_callback_can_be_switched_off():
 
 
 def test_a_sweeps_names_are_those_of_the_old_files(monkeypatch: pytest.MonkeyPatch):
-    """So that a finished run of a sweep is found, under the name that it was started with."""
+    """Finished runs of a sweep must be found under the names with which they were started."""
     monkeypatch.setenv(SWEEP_VARIABLES[0], "abc")
     overrides = ["seed=18", "variables.data=magicoder", "variables.learning_rate=low"]
     name = "smollm2-135m_magicoder_lora-seed_18-learning_rate_low"
