@@ -1,6 +1,6 @@
 """Export of Composer checkpoints as folders for stock libraries, and what is refused.
 
-Checkpoints come from Composer's own saver, without training; tests/composer exports trained ones.
+Checkpoints come from Composer's own saver, without training; tests/training exports trained ones.
 """
 
 import json
