@@ -14,7 +14,7 @@ $(error WORLD=$(WORLD) is unknown; pinned (torch as in requirements.lock) or cur
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torch and what it alone brings along: the lines that requirements-current.txt writes anew.
+# torch and packages that only torch needs: the lines that requirements-current.txt replaces.
 FAMILY := ^(torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+)=
 
 export TOKENIZERS_PARALLELISM = false
@@ -27,7 +27,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13; HASHES=1: only the very files of requirements.sha256
+install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13; HASHES=1: only files with the hashes of requirements.sha256
 
 $(STAMP): requirements.lock pyproject.toml $(OVERRIDES)
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
@@ -47,16 +47,16 @@ quickstart: install ## a base model, four methods compared, a report; FAST=1: on
 test: install browser ## the tests to run before a commit: no GPU, no network, under ten minutes on two cores
 	$(PYTEST)
 
-test-all: install browser ## these and whole processes, all methods, every bad input: before a merge
+test-all: install browser ## also complete processes, all methods, every bad input: before a merge
 	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: install ## soaks, fuzzing, dozens of kills, large models: an hour or more
 	$(PYTEST) --dist loadgroup -m "slow and not gpu"
 
-coverage: install browser ## the lines that `make test-all` runs, those of subprocesses not counted
+coverage: install browser ## the lines that `make test-all` runs, without those of subprocesses
 	$(PYTEST) -m "not gpu and not slow" --cov=foundry_ext --cov-report=term:skip-covered
 
-browser: ## headless Chromium for the tests of pages; without it they are skipped
+browser: ## headless Chromium for the tests of pages, which are skipped without it
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing Debian's chromium for the tests of pages"; \
@@ -75,7 +75,7 @@ bench: install ## the CPU rows of benchmarks/RESULTS.md: some minutes on two idl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/data.py collation
 
-lock: ## resolve pyproject.toml anew into requirements.lock; WORLD=current: torch's companions into its file
+lock: ## resolve pyproject.toml into a new requirements.lock; WORLD=current: renew requirements-current.txt
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 ifdef OVERRIDES
@@ -92,11 +92,11 @@ else
 endif
 	rm -rf .venv-lock
 
-hashes: install ## what requirements.lock names, with the SHA-256 of each file, into requirements.sha256
+hashes: install ## write requirements.sha256: the packages of requirements.lock with the SHA-256 of each file
 	$(BIN)/pip install --quiet --dry-run --ignore-installed --no-deps --report $(VENV)/report.json -r requirements.lock
 	$(BIN)/python .ci/hashes.py $(VENV)/report.json > requirements.sha256
 
-audit: ## known vulnerabilities in what requirements.lock names; needs the network, for pip-audit and its database
+audit: ## known vulnerabilities in the packages of requirements.lock; needs the network for pip-audit and its database
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet pip-audit==2.10.1
 	.venv-audit/bin/pip-audit --strict --requirement requirements.sha256 --disable-pip --require-hashes

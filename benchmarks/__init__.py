@@ -1,1 +1,1 @@
-"""Measurements: each script runs by itself, the other modules are what several of them need."""
+"""Benchmarks. Each script runs by itself; the other modules are shared by several scripts."""

@@ -30,10 +30,10 @@ WARM_UP = {"cuda": 4, "cpu": 1}  # steps: allocations, choice of kernels, compil
 class Options:
     repeats: int = 5
     memory: bool = False
-    """On a CPU each variant runs once more, in a process of its own; a GPU has it always."""
+    """Measure peak memory on a CPU too, where each variant then runs again in its own process."""
     kernels: bool = True
     workers: int | None = None
-    """Of a loader that makes each step's batches anew; None: no loader, no wait measured."""
+    """Workers of a loader that makes each step's batches again; None for no loader."""
 
 
 Key = tuple[str, str]  # method, variant
@@ -47,14 +47,14 @@ def compare(
     sizes: Mapping[str, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Everything about a workload: {"workload": {...}, "variants": [{...}, ...]}.
+    """Measure all variants on a workload: {"workload": {...}, "variants": [{...}, ...]}.
 
-    All methods and variants take turns in one alternation, so that every ratio is of pairs.
+    All methods and variants take turns, so that every ratio is of times from the same round.
 
     Args:
-        setups: by method; they differ by it alone.
+        setups: by method; they differ only by method.
         names: of `VARIANTS`.
-        sizes: rows of a padded variant's microbatch, where they are not to be searched for.
+        sizes: rows of a padded variant's microbatch by variant; searched for if missing.
     """
     steps: dict[Key, Step] = {}
     rows: dict[Key, dict[str, Any]] = {}
@@ -98,12 +98,12 @@ def _describe(workload: Workload) -> dict[str, Any]:
 
 
 def best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
-    """The padded microbatch with the most tokens a second; larger ones stop at the memory's end."""
+    """Return the rows of the fastest padded microbatch that fits in memory; None if not padded."""
     sizes = workload.microbatches
     if VARIANTS[name].batches != "padded":
         return None
     if len(sizes) == 1 or VARIANTS[name].compiled:
-        # Compilation takes minutes: the size found for the same model uncompiled.
+        # Compilation takes minutes, so use the best size of the same model uncompiled.
         return sizes[0] if len(sizes) == 1 else best_rows(bench, BASELINE, workload)
     times: dict[int, float] = {}
     for size in sizes:
@@ -115,14 +115,14 @@ def best_rows(bench: Bench, name: str, workload: Workload) -> int | None:
             bench.optimizer.zero_grad(set_to_none=True)
             break
         if times[size] > 1.3 * min(times.values()):
-            break  # beyond the best, where more padding is all that a larger one brings
+            break  # past the best size, larger microbatches only add padding
     if not times:
         raise Absent(f"out of memory with {sizes[0]} rows")
     return min(times, key=lambda size: times[size])
 
 
 def _warm_up(step: Step, name: str, options: Options) -> dict[str, Any]:
-    """{"loss": ..., "kernels" or "operators": ...}; the last step of it is the one that counts."""
+    """Warm up; return {"loss": ..., "kernels" or "operators": ...}, both of the last step."""
     device, losses = step.setup.device, []
     compiled = is_compiled(VARIANTS[name], step.setup)
     for _ in range(WARM_UP[device] - 1 + (compiled or not options.kernels)):
@@ -156,7 +156,7 @@ def _rates(
 
 
 def step_flops(workload: Workload, step: Step) -> float:
-    """What has to be computed, whoever computes it: padding and recomputation do not count."""
+    """Return the FLOPs that every variant must compute: no padding, no recomputation."""
     return training_flops(
         step.setup.config(),
         num_tokens=workload.num_tokens,
@@ -185,7 +185,7 @@ def _one_step(setup: Setup, workload: Workload, name: str, rows: int | None) -> 
 
 
 class _Batches(Dataset):
-    """The same step's batches as often as asked for, each time made anew."""
+    """A step's batches, made again each time they are read."""
 
     def __init__(self, *arguments: Any, length: int):
         self.arguments, self.length = arguments, length
@@ -200,7 +200,7 @@ class _Batches(Dataset):
 def data_wait(
     name: str, step: Step, workload: Workload, setup: Setup, workers: int, rows: int | None
 ) -> float:
-    """Share of wall time, 0 to 1, in which the step waits for the loader, after the first."""
+    """Return the share of wall time, 0 to 1, that steps after the first wait for the loader."""
     count = 1 + (20 if setup.device == "cuda" else 2)
     dataset = _Batches(name, workload, setup, rows, length=count)
     cuda = setup.device == "cuda"
@@ -219,8 +219,11 @@ def data_wait(
 
 
 def _add_ratios(rows: Mapping[Key, dict[str, Any]], samples: Mapping[Key, Sequence[float]]) -> None:
-    """Over the baseline and over the fastest of Hugging Face's with the same method, and over full
-    fine-tuning by the same variant."""
+    """Add each row's speed-up over other rows.
+
+    With the same method: over the baseline and over the fastest variant of Hugging Face. With the
+    same variant: over full fine-tuning.
+    """
     for (method, name), row in rows.items():
         if (method, name) not in samples:
             continue

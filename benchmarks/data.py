@@ -1,13 +1,13 @@
-"""The way of the data, measured: tokenising, the store, collation, planning, waiting for a loader.
+"""Benchmark of the data path: tokenising, the store, collation, planning, waiting for the loader.
 
     python benchmarks/data.py                       # all, some minutes
-    python benchmarks/data.py collation loader      # some of it
+    python benchmarks/data.py collation loader      # some parts
     python benchmarks/data.py tokenizing --tokenizer HuggingFaceTB/SmolLM2-135M --rows rows.jsonl
 
-Seconds are CPU time of all processes, the least of several repeats, baselines in turn with ours,
-unless it says wall time. Texts are pieces of Python's own library, cut to the length distributions
-of benchmarks/packing.py; the tokenizer, unless one is named, is trained on them: byte level, 49,152
-ids.
+Seconds are CPU time of all processes, unless they are said to be wall time. They are the least of
+several repeats, in which the baselines and ours take turns. Texts are pieces of Python's own
+library, cut to the length distributions of benchmarks/packing.py. Unless a tokenizer is named, a
+byte-level one with 49,152 ids is trained on these texts.
 """
 
 import argparse
@@ -39,17 +39,17 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], Table]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the way of the data.")
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS) + "; all if none")
-    parser.add_argument("--tokenizer", help="name or folder; else one is trained")
-    parser.add_argument("--rows", type=Path, help="JSONL of prompt and response to tokenise")
+    parser = argparse.ArgumentParser(description="Measure the data path.")
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS) + "; default all")
+    parser.add_argument("--tokenizer", help="name or folder (default: train one)")
+    parser.add_argument("--rows", type=Path, help="JSONL rows of prompt and response to tokenise")
     parser.add_argument("--num-rows", type=int, default=4000, help="generated rows to tokenise")
     parser.add_argument("--store-documents", type=int, default=2_000_000)
-    parser.add_argument("--steps", type=int, default=150, help="steps to wait for a loader in")
+    parser.add_argument("--steps", type=int, default=150, help="steps per loader")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.parts) - PARTS.keys())
     if unknown:
-        parser.error(f"no part {unknown[0]}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
     datasets.disable_progress_bars()
     print(as_line(describe_machine("cpu")))
     print(", ".join(f"{name} {version(name)}" for name in PACKAGES))

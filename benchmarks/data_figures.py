@@ -10,13 +10,13 @@ REPEATS = 5
 
 
 def cpu_seconds() -> float:
-    """Of this process and of all it waited for."""
+    """Return the CPU seconds of this process and of all children it has waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def best_of(functions: dict[str, Callable[[], Any]], repeats: int = REPEATS) -> dict[str, float]:
-    """CPU seconds of each, the least of several turns A B A B."""
+    """Return the CPU seconds of each function, the least of several rounds A B A B."""
     best = dict.fromkeys(functions, float("inf"))
     for _ in range(repeats):
         for name, function in functions.items():
@@ -37,7 +37,7 @@ def print_table(table: Table) -> None:
 
 
 def memory() -> dict[str, int]:
-    """MiB now: `anon` is this process's own, `file` pages of mapped files; `peak` of both."""
+    """Return MiB in use: `anon` (the process's own), `file` (mapped files), `peak` (of both)."""
     status = Path("/proc/self/status").read_text().splitlines()
     found = dict(line.split(":") for line in status if line.startswith(("Rss", "VmHWM")))
     names = {"anon": "RssAnon", "file": "RssFile", "peak": "VmHWM"}

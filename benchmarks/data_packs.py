@@ -1,4 +1,4 @@
-"""From the store of tokens to packs: reading, collating, planning, waiting for a loader."""
+"""Benchmarks from the store of tokens to packs: reading, collating, planning, loading."""
 
 import argparse
 import multiprocessing
@@ -21,14 +21,14 @@ from foundry_ext.packing.collator import Document, PackCollator
 from foundry_ext.packing.sampler import PackedBatchSampler
 from foundry_ext.utils.constants import IGNORE_INDEX
 
-TOKENS_PER_SECOND = 400_000  # of a GPU step: the aim for 135M on an H200
+TOKENS_PER_SECOND = 400_000  # speed of a GPU step; the target for 135M on an H200
 
 
 # --- the store ------------------------------------------------------------------------------------
 
 
 def make_store(path: Path, lengths: np.ndarray) -> Path:
-    """Random documents, half of each to be predicted, in chunks as tokenising writes them."""
+    """Write random documents, the second half of each labelled, in chunks as tokenising does."""
     rng = np.random.default_rng(1)
     schema = FEATURES.arrow_schema
     with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -56,8 +56,8 @@ def make_dataset(documents: Documents, capacity: int, batch_packs: int = 1) -> P
 
 def store(folder: Path, arguments: argparse.Namespace) -> Table:
     header = ["documents (c)", "MiB on disk", "s to open", "k random reads/s"]
-    header += ["MiB more of its own", "MiB of mapped pages", "fingerprint, M tokens/s (once)"]
-    title = "The store, every document read once in a random order"
+    header += ["own MiB added", "MiB of mapped pages added", "fingerprint, M tokens/s (once)"]
+    title = "The store: every document read once in random order"
     return title, header, _store(folder, arguments)
 
 
@@ -84,7 +84,7 @@ def _store(folder: Path, arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def naive_collate(documents: Sequence[Document]) -> dict[str, Any]:
-    """A pack by a loop over tokens."""
+    """Make a pack with a loop over tokens."""
     import torch
 
     input_ids, labels, positions, ends = [], [], [], [0]
@@ -101,7 +101,7 @@ def naive_collate(documents: Sequence[Document]) -> dict[str, Any]:
 
 
 def bin_pack_collate(capacity: int, tokenizer: Any) -> Callable[[Sequence[Document]], Any]:
-    """llm-foundry's: pads, then packs the padded rows."""
+    """Return llm-foundry's collator, which pads rows and then packs the padded rows."""
     from llmfoundry.data.finetuning.collator import Seq2SeqFinetuningCollator
     from llmfoundry.data.packing import BinPackCollator
 
@@ -155,12 +155,12 @@ def planning(folder: Path, arguments: argparse.Namespace) -> Table:
     del arguments
     header = ["lengths", "pack_tokens", "opening, CPU-s", "sampler and first batch, CPU-s"]
     header += ["epoch 1, CPU-s", "digest, CPU-s", "peak MiB above the start", "of mapped pages"]
-    title = "10 M documents: start of an epoch (store: 8 to 24 tokens, on disk)"
+    title = "10 M documents: start of an epoch (store: documents of 8 to 24 tokens, on disk)"
     return title, header, _planning(folder)
 
 
 def _planning(folder: Path) -> Iterator[list[str]]:
-    """A process a case, so that each peak is its own."""
+    """Run each case in its own process, so that each has its own peak memory."""
     for name, capacity in (("a", 2048), ("a", 8192), ("c", 8192), ("store", 8192)):
         receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
         arguments = (send, folder, name, capacity)
@@ -177,7 +177,7 @@ def _plan(send: Any, folder: Path, name: str, capacity: int) -> None:
         short = np.random.default_rng(0).integers(8, 25, num).astype(np.int32)
         path = make_store(folder / "many.arrow", short)
         del short
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before, start = memory(), time.process_time()
         documents = open_store(path)
         opened, lengths = time.process_time() - start, documents.lengths
@@ -205,14 +205,14 @@ def _plan(send: Any, folder: Path, name: str, capacity: int) -> None:
 
 
 def loader(folder: Path, arguments: argparse.Namespace) -> Table:
-    header = ["lengths", "batch", "workers", "step, ms", "CPU-ms of the loop's process a batch"]
+    header = ["lengths", "batch", "workers", "step, ms", "CPU-ms per batch in the loop's process"]
     header += ["waiting", "longest wait, ms", "first batch, ms", "second epoch's first, ms"]
-    title = "Waiting for the loader (wall time, but for the CPU-ms), after the first batch"
+    title = "Waiting for the loader after the first batch (wall time, except the CPU-ms)"
     return title, header, _loader(folder, arguments)
 
 
 def _loader(folder: Path, arguments: argparse.Namespace) -> Iterator[list[str]]:
-    """A step sleeps as long as a GPU would compute; what the loop waits for a batch is counted."""
+    """Measure the waits for batches while each step sleeps as long as a GPU would compute."""
     for name, capacity, batch_packs in (("a", 8192, 1), ("a", 8192, 8), ("c", 65536, 1)):
         documents = open_store(make_store(folder / f"{name}.arrow", make_lengths(name, 50_000)))
         for workers, prefetch, persistent in (

@@ -1,4 +1,4 @@
-"""Tokenising, next to llm-foundry's own way and to the tokenizer alone."""
+"""Benchmark of tokenising, compared with llm-foundry and with the tokenizer alone."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ def make_tokenizer(name: str | None) -> Any:
 
 
 def make_rows(num: int, kind: str) -> list[dict[str, Any]]:
-    """Rows of distribution a, of some 4 characters a token."""
+    """Return rows with the lengths of distribution a, at some 4 characters per token."""
     whole, rng = "\n".join(library_texts()), random.Random(0)
     rows = []
     for length in make_lengths("a", num).tolist():
@@ -79,7 +79,7 @@ def empty_cache(folder: Path) -> Iterator[None]:
 
 
 def tokenizing(folder: Path, arguments: argparse.Namespace) -> Table:
-    header = ["rows", "way", "rows/CPU-s", "MB/CPU-s", "k tokens/CPU-s", "time, ours = 1"]
+    header = ["rows", "method", "rows/CPU-s", "MB/CPU-s", "k tokens/CPU-s", "time, ours = 1"]
     title = f"Tokenising ({arguments.num_rows} rows of a, {VOCABULARY} ids)"
     return title, header, _tokenizing(folder, arguments)
 

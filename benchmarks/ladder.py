@@ -1,11 +1,11 @@
-"""What each step from padding to packing brings, as one picture.
+"""Speed-up of each step from padding to packing, as one picture.
 
     python benchmarks/ladder.py               # measures, writes results/ladder_<device>.json, draws
-    python benchmarks/ladder.py --draw FILE   # draws anew from the JSON of a run
+    python benchmarks/ladder.py --draw FILE   # draws again from the JSON of a run
 
-Rungs on the same documents in one process, in turns: Hugging Face padded with SDPA; padding left
-out (our model fed the same padded batch); that with a larger microbatch; packed; packed and
-compiled. Whole optimizer steps, real tokens only.
+The rungs take turns on the same documents in one process: Hugging Face padded with SDPA; unpadded
+(our model, given the same padded batch); unpadded with a larger microbatch; packed; packed and
+compiled. Complete optimizer steps are timed, and only real tokens count.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from benchmarks.workloads import packed_workload
 from foundry_ext.comparison.report.figures import FAINT, new_figure
 
 RESULTS = Path(__file__).parent / "results"
-# By names of benchmarks/variants.py. Padding-free is Hugging Face's answer, where flash-attn is.
+# Keys are variants of benchmarks/variants.py. Padding-free is Hugging Face's own solution and needs
+# flash-attn.
 RUNGS = {
     "hf_padded": "HF, padded, SDPA",
     "hf_padding_free": "HF, padding-free, flash",
@@ -62,9 +63,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rows(setup: Any, workload: Any) -> dict[str, int]:
-    """The same microbatch for the first rungs, Hugging Face's best; the next: the best above it.
+    """Return the rows of each padded rung's microbatch.
 
-    On a CPU a larger microbatch gains nothing, so there is nothing to search for.
+    The first rungs have Hugging Face's best size, and `unpadded_larger` has its own best size, at
+    least as large. On a CPU nothing is searched for, because a larger microbatch gains nothing.
     """
     first, *larger = workload.microbatches
     if setup.device == "cpu":
@@ -79,7 +81,7 @@ def _rows(setup: Any, workload: Any) -> dict[str, int]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Three panels a rung, path.png and path.svg: real tokens per second, fill, peak memory."""
+    """Draw three panels, real tokens per second, fill and peak memory, in path.png and path.svg."""
     (result,) = report["results"]
     rungs = [row for row in result["variants"] if "absent" not in row][::-1]  # the first on top
     unit = "CPU-second" if report["settings"]["device"] == "cpu" else "second"
@@ -91,7 +93,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         ratios = [row.get("over_hf_padded", {"median": 1.0})["median"] for row in rungs]
         texts = [f"{v:,.0f}   {ratio:.2f}×" for v, ratio in zip(speeds, ratios, strict=True)]
         titles = [row["title"] for row in rungs]
-        _bars(panels[0], speeds, texts, f"real tokens a {unit}", titles)
+        _bars(panels[0], speeds, texts, f"real tokens per {unit}", titles)
         fills = [100 * row["fill"] for row in rungs]
         _bars(panels[1], fills, [f"{fill:.0f} %" for fill in fills], "slots filled")
         memory = [row.get("peak_memory_gib", 0.0) for row in rungs]
@@ -104,7 +106,7 @@ def _title(report: dict[str, Any]) -> str:
     return (
         f"SmolLM2 {settings['model'].removeprefix('smollm2-')}, full fine-tuning,"
         f" {settings['precision']}; {workload['documents']} documents,"
-        f" {workload['tokens']:,} tokens a step\n"
+        f" {workload['tokens']:,} tokens per step\n"
         f"{machine['device']}, torch {machine['torch']}, {machine['date']}"
     )
 
@@ -136,11 +138,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="a shipped shape")
     add("--lengths", default="a", choices=("a", "b", "c"))
     add("--pack-tokens", type=int)
-    add("--packs", type=int, help="of a step")
+    add("--packs", type=int, help="per step")
     add_shipped(made)
     add("--repeats", type=int)
-    add("--json", type=Path, help="file to write; the picture lies beside it")
-    add("--draw", type=Path, help="only draw, from this JSON")
+    add("--json", type=Path, help="file to write; the picture is written beside it")
+    add("--draw", type=Path, help="only draw the picture, from this JSON")
     options = made.parse_args(arguments)
     for key in ("precision", "compile", "pack_tokens", "packs", "repeats"):
         if getattr(options, key) is None:

@@ -1,9 +1,9 @@
-"""Does the path that is shipped learn what the plain one learns?
+"""Check that the shipped path learns as well as the plain one; run by `step_time.py --check`.
 
-Run by `step_time.py --check`. `ours` as shipped (amp_bf16, its kernels, compiled where that is so)
-and the same model in eager fp32, from the same weights on the same data, over several seeds; their
-difference is held against what another seed does to the loss. The data is a Markov chain, so that
-there is something to learn: every token has four successors, likely in the ratio 8:4:2:1.
+`ours` as shipped (amp_bf16, its kernels, compiled where it ships compiled) and the same model in
+eager fp32 train from the same weights on the same data, with several seeds. The difference between
+their losses is compared with the difference between seeds. The data is a Markov chain, so that
+there is something to learn: every token has four successors, with probabilities 8:4:2:1.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.variants import Bench, Setup
 from benchmarks.workloads import LENGTHS, Workload
 from foundry_ext.packing.collator import Document
 
-# A small shape for a CPU; a GPU trains the model that is named.
+# A small shape for a CPU; a GPU trains the named model.
 SMALL = {
     "hidden_size": 144,
     "head_dim": 16,
@@ -38,7 +38,7 @@ SetupOf = Callable[[argparse.Namespace, str, str], Setup]
 
 
 def run(options: argparse.Namespace, setup_of: SetupOf) -> dict[str, Any]:
-    """Trains both paths for every seed, prints a table and says whether they differ."""
+    """Train both paths for every seed, print a table and say whether they differ."""
     device = options.device
     setup = dataclasses.replace(
         setup_of(options, options.models[0], options.methods[0]),
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, setup_of: SetupOf) -> dict[str, Any]:
     report = new_report(device, {"setup": dataclasses.asdict(setup), "steps": options.check_steps})
     print(as_line(report["machine"]))
     print(f"{setup.precision}, compile {setup.compile}; {options.check_steps} steps", flush=True)
-    print("| seed | eager fp32 | as shipped | difference | largest of a step |\n|" + "---|" * 5)
+    print("| seed | eager fp32 | as shipped | difference | largest in a step |\n|" + "---|" * 5)
     for seed in range(options.check_seeds):
         row = compare_seed(setup, seed, options.check_steps)
         report["results"].append(row)
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, setup_of: SetupOf) -> dict[str, Any]:
 
 
 def compare_seed(setup: Setup, seed: int, num_steps: int) -> dict[str, Any]:
-    """Loss curves of both paths, and their means over the last steps."""
+    """Return the loss curves of both paths, and their means over the last steps."""
     shipped_setup = dataclasses.replace(setup, seed=seed)
     plain_setup = dataclasses.replace(
         shipped_setup, precision="fp32", compile="none", backend="sdpa", loss="chunked"
@@ -84,7 +84,7 @@ def compare_seed(setup: Setup, seed: int, num_steps: int) -> dict[str, Any]:
 
 
 def train(setup: Setup, name: str, seed: int, num_steps: int) -> list[float]:
-    """Loss of every step."""
+    """Return the loss of every step."""
     bench, curve = Bench(setup), []
     for workload in chain_workloads(setup, seed, num_steps):
         curve.append(bench.step(name, workload)())
@@ -92,7 +92,7 @@ def train(setup: Setup, name: str, seed: int, num_steps: int) -> list[float]:
 
 
 def chain_workloads(setup: Setup, seed: int, num_steps: int) -> Iterator[Workload]:
-    """New documents for every step, one full pack of them."""
+    """Yield one full pack of new documents per step."""
     generator = np.random.default_rng(seed)
     successors = np.random.default_rng(0).integers(NUM_STATES, size=(NUM_STATES, 4))
     capacity = PACK_TOKENS[setup.device]
@@ -125,7 +125,7 @@ def _chain(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean difference beside the standard deviation of the plain path's loss over seeds."""
+    """Compare the differences with the standard deviation of the plain path's loss over seeds."""
     differences = [row["difference"] for row in rows]
     mean = statistics.fmean(differences)
     largest = max(abs(value) for value in differences)

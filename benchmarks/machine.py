@@ -1,4 +1,4 @@
-"""What a figure was measured on, and with which versions."""
+"""The machine that a figure was measured on, and the versions of packages."""
 
 import importlib.metadata
 import platform
@@ -12,19 +12,19 @@ PACKAGES = ("torch", "transformers", "peft", "flash-attn", "liger-kernel", "trit
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Name, threads, date and the versions of what is installed."""
+    """Return the device's name, threads, date and the versions of installed packages."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := installed(name))},
-        "torch": torch.__version__,  # with its build
+        "torch": torch.__version__,  # with its build tag
     }
 
 
 def cpu_name() -> str:
-    """The processor's name, and the extension that decides how fast bf16 is."""
+    """Return the processor's name, and the extension that decides how fast bf16 is."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     found = {line.split(":")[0].strip(): line.split(":")[-1].strip() for line in lines if line}
@@ -34,7 +34,7 @@ def cpu_name() -> str:
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None."""
+    """Return the package's version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -42,6 +42,6 @@ def installed(package: str) -> str | None:
 
 
 def as_line(machine: dict[str, Any]) -> str:
-    """One line to print above figures."""
+    """Return one line to print above figures."""
     versions = (f"{name} {machine[name]}" for name in ("python", *PACKAGES) if machine.get(name))
     return f"{machine['device']}, {machine['threads']} threads; {', '.join(versions)}"

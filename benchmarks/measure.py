@@ -1,7 +1,7 @@
 """Clocks, ratios, memory and counts of a step.
 
-On a CPU time is the process's CPU time, all threads together, so that what else the machine does
-falls out; on a GPU it is wall time between two synchronisations.
+On a CPU, time is the process's CPU time over all threads, so other load on the machine does not
+count. On a GPU, it is wall time between two synchronisations.
 """
 
 import statistics
@@ -17,14 +17,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-STEPS_A_SAMPLE = {
-    "cuda": 5,
-    "cpu": 1,
-}  # launches of the next step hide behind this one, as in training
+# Several on a GPU, because the next step's launches overlap with this one, as in training.
+STEPS_A_SAMPLE = {"cuda": 5, "cpu": 1}
 
 
 def seconds(run: Run, device: str, steps: int | None = None) -> float:
-    """Of one step, over a sample of some."""
+    """Return the seconds per step, over a sample of several steps."""
     steps = steps or STEPS_A_SAMPLE[device]
     clock = time.perf_counter if device == "cuda" else time.process_time
     synchronize(device)
@@ -41,7 +39,7 @@ def synchronize(device: str) -> None:
 
 
 def alternate(runs: Mapping[str, Run], device: str, *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, in rounds A B C A B C, so that what else the machine does falls on all."""
+    """Return seconds of each, in rounds A B C A B C, so that other load affects all alike."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -50,9 +48,9 @@ def alternate(runs: Mapping[str, Run], device: str, *, repeats: int) -> dict[str
 
 
 def pairwise(baseline: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """How many times faster `other` is, each round against the baseline of the same round.
+    """Return how many times faster `other` is than the baseline of the same round.
 
-    Example: baseline 10 20, other 5 5: ratios 2 4, median 3 (and not 15 / 5 by accident).
+    Example: baseline 10 20 and other 5 5 give the ratios 2 4 and the median 3.
     """
     return spread([a / b for a, b in zip(baseline, other, strict=True)])
 
@@ -62,7 +60,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def device_peak_memory(run: Run) -> float:
-    """GiB that torch's allocator held at most during a step, weights and optimizer included."""
+    """Return the peak GiB of torch's allocator in a step, including weights and optimizer."""
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
@@ -70,9 +68,9 @@ def device_peak_memory(run: Run) -> float:
 
 
 def process_peak_memory(function: Callable[..., None], *arguments: Any) -> float:
-    """GiB by which a fresh process's resident memory rises at most while it runs `function`.
+    """Return the GiB by which a fresh process's resident memory rises in `function`, at its peak.
 
-    Weights and optimizer are included, the interpreter and its libraries are not.
+    This includes weights and optimizer, but not the interpreter and its libraries.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_rise_of_memory, function, arguments).result()
@@ -81,7 +79,7 @@ def process_peak_memory(function: Callable[..., None], *arguments: Any) -> float
 def _rise_of_memory(function: Callable[..., None], arguments: Sequence[Any]) -> float:
     before = _kibibytes("VmRSS")
     function(*arguments)
-    # Not getrusage's maximum: a child's begins with that of the process that started it.
+    # Not getrusage's maximum, because a child's starts at that of its parent.
     return (_kibibytes("VmHWM") - before) / 2**20
 
 
@@ -91,9 +89,9 @@ def _kibibytes(key: str) -> int:
 
 
 def count_kernels(run: Run, device: str) -> int:
-    """CUDA kernels of a step, no copies and no fills; on a CPU, aten operators that no other calls.
+    """Count a step's CUDA kernels (no copies or fills); on a CPU, its outermost aten operators.
 
-    What compilation has fused on a CPU is in no count.
+    Operators that compilation has fused on a CPU are not counted.
     """
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
@@ -112,7 +110,7 @@ def is_aten(event: Any) -> bool:
 
 
 def is_kernel(event: Any) -> bool:
-    """Of the device's events, those that are neither copies nor marks of the profiler's own."""
+    """Return whether a device event is a kernel: not a copy, a fill or a mark of the profiler."""
     if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
         return False
     return not event.name.startswith(("Memcpy", "Memset", "ProfilerStep", "Optimizer.", "##"))

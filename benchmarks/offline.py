@@ -1,8 +1,8 @@
-"""A shipped YAML without a network: the same run, on generated rows and random weights.
+"""Configuration of a shipped YAML that runs without a network.
 
-Replaced is what the hub would give: the weights by those of a shipped shape at random, the
-tokenizer by one in which a word is a token, the rows by generated ones of the columns that the
-shipped YAMLs read. Left out is what needs them or a server: evaluation, samples, W&B, checkpoints.
+What the hub would supply is replaced: weights by random ones of a shipped shape, the tokenizer by
+one in which a word is a token, rows by generated ones with the columns that the shipped YAMLs read.
+What needs the hub or a server is removed: evaluation, samples, W&B, checkpoints.
 """
 
 import json
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from benchmarks.workloads import LENGTHS, LONGEST
 from foundry_ext.config.loading import load_config
 
-LABELLED = 0.5  # of a row's tokens, those of its response
+LABELLED = 0.5  # share of a row's tokens that are in its response
 VOCABULARY = 49152
 END = "<|endoftext|>"
 _PROMPTS = ("query", "instruction", "question", "original_question", "url")
@@ -26,7 +26,7 @@ _DROPPED_CALLBACKS = ("forgetting", "text_samples", "hf_export", "exact_resume")
 
 
 def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:
-    """Words w3, w4, ... are the ids 3, 4, ...; any other word is the end of text, id 0."""
+    """Save a tokenizer with ids 3, 4, ... for words w3, w4, ... and 0 (end of text) for others."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,7 +41,7 @@ def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:
 
 
 def draw_lengths(name: str, tokens: int, longest: int) -> list[int]:
-    """Lengths from the named distribution, enough of them for `tokens`."""
+    """Draw lengths from the named distribution until they sum to at least `tokens`."""
     median, sigma = LENGTHS[name]
     rng = np.random.default_rng(0)
     lengths: list[int] = []
@@ -56,7 +56,7 @@ def draw_lengths(name: str, tokens: int, longest: int) -> list[int]:
 
 
 def write_rows(path: Path, lengths: Sequence[int], vocabulary: int = VOCABULARY) -> Path:
-    """A row a length, with every column that a shipped YAML reads; the same rows every time."""
+    """Write one row per length, the same every time, with every column that a YAML reads."""
     rng = np.random.default_rng(1)
     with path.open("w") as file:
         for length in lengths:
@@ -78,14 +78,14 @@ def offline_config(
     overrides: Sequence[str] = (),
     keep_wandb: bool = False,
 ) -> dict[str, Any]:
-    """The YAML at `path`, resolved, for `steps` batches, with its outputs and inputs in `folder`.
+    """Resolve the YAML at `path` for `steps` batches, with its inputs and outputs in `folder`.
 
     Args:
-        model: a shipped shape; None for that of the checkpoint the YAML names.
+        model: a shipped shape; None for the shape of the checkpoint that the YAML names.
         overrides: `key=value` as for train.py.
 
     Raises:
-        ValueError: an override that train.py would refuse, a checkpoint of no shipped shape.
+        ValueError: train.py would refuse an override, or the checkpoint has no shipped shape.
     """
     import torch
 
@@ -116,5 +116,5 @@ def offline_config(
     if not keep_wandb:
         config["loggers"].pop("wandb_metrics", None)
     if not torch.cuda.is_available():
-        config["precision"] = "fp32"  # all that Composer trains in on a CPU
+        config["precision"] = "fp32"  # the only precision that Composer trains in on a CPU
     return config | {"eval_interval": 0, "eval_first": False, "max_duration": f"{steps}ba"}

@@ -1,10 +1,10 @@
-"""Fill, speed and side effects of packing, next to simple baselines.
+"""Fill, speed and side effects of packing, compared with simple baselines.
 
     python benchmarks/packing.py            # 100k documents, some seconds
-    python benchmarks/packing.py --large    # and 10M documents: seconds and peak memory
+    python benchmarks/packing.py --large    # also 10M documents: seconds and peak memory
 
-Indices only, one thread; seconds are process CPU time, the least of several repeats. Lengths are
-log-normal, clipped at 16 and 2048.
+Only indices are packed, on one thread. Seconds are CPU time of the process, the least of several
+repeats. Lengths are log-normal, clipped at 16 and 2048.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CAPACITIES = (2048, 8192)
 NUM_DOCUMENTS = 100_000
 REPEATS = 7
 
-# A packer takes (lengths, capacity, epoch) and gives (documents one pack after another, offsets).
+# A packer takes (lengths, capacity, epoch) and returns (documents in pack order, offsets of packs).
 Packed = tuple[np.ndarray, np.ndarray]
 Packer = Callable[[np.ndarray, int, int], Packed]
 
@@ -48,7 +48,7 @@ def next_fit(lengths: np.ndarray, capacity: int, epoch: int) -> Packed:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int, epoch: int) -> Packed:
-    """Over a histogram of gaps: bit g of `open_gaps` is set while some pack has a gap of g."""
+    """Pack with a histogram of gaps: bit g of `open_gaps` is set while some pack has a gap of g."""
     rng = np.random.default_rng(epoch)
     documents = rng.permutation(len(lengths))
     documents = documents[np.argsort(-lengths[documents], kind="stable")]
@@ -139,12 +139,12 @@ def large() -> None:
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"\n10M documents (a, 2048): {seconds:.1f} s, peak RSS {after:.0f} MiB "
-        f"({before:.0f} MiB before packing, for the making of the lengths)"
+        f"({before:.0f} MiB before packing, from making the lengths)"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure packing next to simple baselines.")
+    parser = argparse.ArgumentParser(description="Measure packing against simple baselines.")
     parser.add_argument("--large", action="store_true", help="also pack 10M documents")
     arguments = parser.parse_args()
     cpuinfo = Path("/proc/cpuinfo")

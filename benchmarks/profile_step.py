@@ -1,11 +1,11 @@
-"""Where an optimizer step goes: ten lines and a picture, ours beside Hugging Face's padded.
+"""Profile of an optimizer step, in ten lines and a picture: ours and Hugging Face's padded.
 
     python benchmarks/profile_step.py
 
-Operators are timed by torch.profiler and put into groups by their names, what called them, and
-whether they touch the vocabulary; on a GPU what counts is the time of the kernels they launch. On a
-CPU the profiler knows wall time only and adds its own: its shares are laid on the step's CPU time.
-Run it on an idle machine.
+torch.profiler times operators. They are grouped by their names, their callers, and whether they
+touch the vocabulary. On a GPU, the time of the kernels that they launch counts. On a CPU, the
+profiler measures only wall time, including its own, so its shares are applied to the step's CPU
+time. Run this on an idle machine.
 """
 
 import argparse
@@ -36,7 +36,7 @@ GROUPS: tuple[str, ...] = (
     *("optimizer", "other"),
 )
 COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#009E73", "#AA4499", "#8a8a8a")
-# Parts of names, of an operator or of one above it; the first group that fits.
+# Parts of the names of an operator or its callers; the first group that matches is used.
 ABOVE = (
     ("optimizer", ("Optimizer.step", "Optimizer.zero_grad")),
     ("other", ("embedding",)),
@@ -45,10 +45,10 @@ ABOVE = (
 )
 OWN = (
     ("trunk products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "mkl::")),
-    # What compilation has fused is, on a CPU, the compiled graph's own time.
+    # On a CPU, fused operators count as the compiled graph's own time.
     ("norm, rotary, SwiGLU, casts", ("aten::", "triton_", "CompiledFxGraph", "CompiledFunction")),
 )
-# A GPU's kernels that no operator launched as the profiler saw it, as in a CUDA graph.
+# For a GPU's kernels that the profiler assigns to no operator, as in a CUDA graph.
 KERNELS = (
     ("attention", ("flash", "fmha", "attention", "varlen")),
     ("head and loss", ("cross_entropy", "log_softmax", "nll")),
@@ -59,7 +59,7 @@ KERNELS = (
 
 
 def group_times(run: Any, device: str, vocabulary: int) -> dict[str, float]:
-    """Seconds of a step by group; on a CPU those of operators, on a GPU those of kernels."""
+    """Return a step's seconds by group, of operators on a CPU and of kernels on a GPU."""
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -80,7 +80,7 @@ def group_times(run: Any, device: str, vocabulary: int) -> dict[str, float]:
 
 
 def launched(events: list[Any], vocabulary: int) -> Iterator[tuple[str, str, float]]:
-    """(group, name, seconds) of the kernels that an operator launched."""
+    """Yield (group, name, seconds) of each kernel that an operator launched."""
     for event in events:
         for kernel in getattr(event, "kernels", []):
             if not kernel.name.startswith(("Memcpy", "Memset")):
@@ -88,7 +88,7 @@ def launched(events: list[Any], vocabulary: int) -> Iterator[tuple[str, str, flo
 
 
 def not_launched(events: list[Any]) -> dict[str, float]:
-    """Seconds by name of all other kernels."""
+    """Return the seconds by name of all other kernels."""
     times: defaultdict[str, float] = defaultdict(float)
     for event in events:
         if is_kernel(event):
@@ -99,7 +99,7 @@ def not_launched(events: list[Any]) -> dict[str, float]:
 
 
 def group_of(event: Any, vocabulary: int) -> str:
-    """By what stands above it, then by its shapes, then by its own name."""
+    """Return an operator's group, by its callers, then its shapes, then its own name."""
     chain = [event]
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
@@ -120,7 +120,7 @@ def by_name(name: str, table: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product here: what trunk products could reach at most."""
+    """Return the FLOP/s of a large square product, the most that trunk products could reach."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
@@ -174,8 +174,8 @@ def _row(name: str, step: Step, workload: Any, vocabulary: int) -> dict[str, Any
 
 
 def text(report: dict[str, Any]) -> str:
-    """Ten lines: the machine, what ran, a line a group, and what the products reach."""
-    rows, unit = report["results"], "ms a step"
+    """Return ten lines: the machine, the variants, one line per group, the step, the FLOP/s."""
+    rows, unit = report["results"], "ms per step"
     heads = "  ".join(f"{row['title']:>24}" for row in rows)
     lines = [as_line(report["machine"]), f"{unit:<30}{heads}"]
     for group in GROUPS:
@@ -185,18 +185,18 @@ def text(report: dict[str, Any]) -> str:
             cells.append(f"{1000 * row['groups'][group]:>15,.1f} ({100 * share:>4.1f} %)".rjust(24))
         lines.append(f"{group:<30}" + "  ".join(cells))
     whole = [f"{1000 * row['seconds']:,.1f}".rjust(24) for row in rows]
-    lines.append(f"{'the step, unprofiled':<30}" + "  ".join(whole))
+    lines.append(f"{'the step, without profiler':<30}" + "  ".join(whole))
     last, rate = rows[-1], report["product_flops_per_second"]
     lines.append(
-        f"{last['title']}: {last['flops'] / last['seconds'] / 1e9:,.0f} GFLOP/s in all; a large"
-        f" product alone {rate / 1e9:,.0f}; profiled"
+        f"{last['title']}: {last['flops'] / last['seconds'] / 1e9:,.0f} GFLOP/s overall;"
+        f" {rate / 1e9:,.0f} for a large product alone; profiled seconds are"
         f" {last['profiled_seconds'] / last['seconds']:.2f} of the step's time."
     )
     return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A stacked bar a variant, microseconds per real token."""
+    """Draw one stacked bar per variant, in microseconds per real token."""
     rows = report["results"][::-1]
     with new_figure(path.parent, path.stem, (8.0, 0.62 * len(rows) + 1.5)) as axes:
         left = [0.0] * len(rows)
@@ -237,11 +237,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--variants", type=lambda value: value.split(","), default=["hf_padded", "ours"])
     add("--lengths", default="a", choices=("a", "b", "c"))
     add("--pack-tokens", type=int)
-    add("--packs", type=int, help="of a step")
-    add("--rows", type=int, default=4, help="of a padded microbatch")
+    add("--packs", type=int, help="per step")
+    add("--rows", type=int, default=4, help="per padded microbatch")
     add_shipped(made)
-    add("--json", type=Path, help="file to write; the picture lies beside it")
-    add("--draw", type=Path, help="only draw, from this JSON")
+    add("--json", type=Path, help="file to write; the picture is written beside it")
+    add("--draw", type=Path, help="only draw the picture, from this JSON")
     options = made.parse_args(arguments)
     for key in ("precision", "compile", "pack_tokens", "packs"):
         if getattr(options, key) is None:

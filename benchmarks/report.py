@@ -1,4 +1,4 @@
-"""Results as a table to print, rows for RESULTS.md and JSON."""
+"""Benchmark results as JSON, and as a table to print or paste into RESULTS.md."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ SCHEMA = 1
 
 
 def new_report(device: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"schema", "command", "machine", "settings", "results": []}, the results to be added."""
+    """Return {"schema", "command", "machine", "settings", "results": []}, without results yet."""
     return {
         "schema": SCHEMA,
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
@@ -30,7 +30,7 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
 
 
 def markdown(results: Sequence[Mapping[str, Any]], device: str) -> str:
-    """A header and a row for each variant of each result; columns that are empty throughout go."""
+    """Return a table with one row per variant of each result, without empty columns."""
     unit = "s" if device == "cuda" else "CPU-s"
     rows = [_cells(row, result, unit) for result in results for row in result["variants"]]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -70,7 +70,7 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any], unit: str) -> dict
 
 
 def ratio(pairs: Mapping[str, float] | None) -> str:
-    """Example: 2.10 (2.06-2.17)."""
+    """Format a ratio as median and range, for example 2.10 (2.06-2.17)."""
     if pairs is None:
         return ""
     return f"{pairs['median']:.2f} ({pairs['least']:.2f}-{pairs['most']:.2f})"

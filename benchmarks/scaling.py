@@ -1,7 +1,7 @@
-"""How the cost of a token grows with the size of a pack, of the model, of a document.
+"""Growth of the cost per token with the size of packs, the model or documents.
 
-Run by `step_time.py --scale`. All points of an axis take turns in one process; a step is that of
-`ours`, on full packs.
+Run by `step_time.py --scale`. All points of an axis take turns in one process. A step is a step of
+`ours` on full packs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.workloads import LONGEST, Workload, make_documents, packed_workl
 from foundry_ext.comparison.report.figures import FAINT, new_figure
 from foundry_ext.models.flops import peak_flops
 
-# Axis -> device -> points. A CPU computes some hundred tokens a second.
+# Axis -> device -> points. A CPU computes some hundred tokens per second.
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     "pack_tokens": {
         "cpu": (512, 1024, 2048, 4096),
@@ -37,9 +37,9 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 TITLES = {
-    "pack_tokens": "tokens of a pack",
+    "pack_tokens": "tokens per pack",
     "model": "parameters, millions",
-    "document_length": "tokens of a document",
+    "document_length": "tokens per document",
 }
 PACK_TOKENS = {"cpu": {"model": 512, "document_length": 2048}, "cuda": {}}
 WARM_UP = {"cpu": 1, "cuda": 4}
@@ -49,7 +49,7 @@ SetupOf = Callable[[argparse.Namespace, str, str], Setup]
 
 
 def run(options: argparse.Namespace, setup_of: SetupOf) -> dict[str, Any]:
-    """Measures an axis, prints a table, writes JSON and a picture beside it."""
+    """Measure an axis, print a table, and write JSON and a picture beside it."""
     axis, device = options.scale, options.device
     points = points_of(axis, device, options.methods[0])
     report = new_report(device, {"axis": axis, "method": options.methods[0]})
@@ -88,11 +88,11 @@ def run(options: argparse.Namespace, setup_of: SetupOf) -> dict[str, Any]:
 
 
 def points_of(axis: str, device: str, method: str) -> tuple[Any, ...]:
-    """Those of the table; with Adam's moments the 1.7B is too large for most CPUs' memory."""
+    """Return the axis's points, without the 1.7B if Adam's moments would fill a CPU's memory."""
     points = AXES[axis][device]
     if (axis, device, method) == ("model", "cpu", "full"):
         points = tuple(point for point in points if point != "smollm2-1.7b")
-        print("smollm2-1.7b is left out: on a CPU take --methods lora for it", file=sys.stderr)
+        print("smollm2-1.7b is left out; on a CPU use --methods lora for it", file=sys.stderr)
     return points
 
 
@@ -140,7 +140,7 @@ def _cost(step: Step, samples: list[float], workload: Workload) -> dict[str, Any
 
 def table(report: dict[str, Any]) -> str:
     axis = report["settings"]["axis"]
-    lines = [f"| {axis} | us a token (least-most) | MFLOP a token | GFLOP/s | MFU | peak GiB |"]
+    lines = [f"| {axis} | us per token (least-most) | MFLOP per token | GFLOP/s | MFU | peak GiB |"]
     lines += ["|" + "---|" * 6]
     for row in report["results"]:
         time = row["microseconds_per_token"]
@@ -158,7 +158,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Time per token with its spread, and the time that the FLOPs alone would make of the first."""
+    """Draw the time per token with its spread, and the first point's time scaled by FLOPs."""
     axis, results = report["settings"]["axis"], report["results"]
     x = [row["point"] for row in results]
     times = [row["microseconds_per_token"] for row in results]
@@ -171,7 +171,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         ]
         axes.errorbar(x, median, yerr=error, marker="o", color="#0072B2", label="measured")
         by_flops = [first * row["flops_per_token"] for row in results]
-        axes.plot(x, by_flops, color=FAINT, linestyle="--", label="as the FLOPs grow")
+        axes.plot(x, by_flops, color=FAINT, linestyle="--", label="in proportion to FLOPs")
         axes.set_xscale("log", base=10 if axis == "model" else 2)
         axes.set_xticks(x, [f"{value:,.0f}" for value in x])
         if axis == "model":
@@ -181,7 +181,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.set_ylim(bottom=0)
         axes.minorticks_off()
         axes.set_xlabel(TITLES[axis])
-        axes.set_ylabel("microseconds a token")
+        axes.set_ylabel("microseconds per token")
         machine = report["machine"]
         axes.set_title(f"{machine['device']}, torch {machine['torch']}")
         axes.legend()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.startup --yaml yamls/smollm2_lora.yaml
 
-What `python train.py YAML` does is done in the same order, with a clock between; but for what needs
-a network, see offline.py, the YAML runs as it is. A first process fills the caches and is left out;
-tokenisation is then served from its cache, as in all runs of a data set but the first. CPU seconds
-are those of the process with its threads, not of the data loader's workers.
+This does what `python train.py YAML` does, in the same order, and times the parts. The YAML runs as
+it is, except for what needs a network; see offline.py. A first process fills the caches and does
+not count. Tokenisation then comes from its cache, as in every run on a data set except the first.
+CPU seconds are those of the process and its threads, without the data loader's workers.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 YAML = Path("yamls/smollm2_lora.yaml")
 LAUNCH = "foundry_ext.launch.train, YAML read and checked"
-# The order of the table, and what is ours.
+# In the order of the table; True for our own code.
 PARTS = {
     "Python": False,
     LAUNCH: True,
@@ -50,7 +50,7 @@ _BUILDERS = {
 
 
 class Marks:
-    """Wall and CPU seconds of consecutive parts, in the order they end."""
+    """Wall and CPU seconds of consecutive parts, in the order in which they end."""
 
     def __init__(self, started: float):
         self.found: dict[str, list[float]] = {}
@@ -74,11 +74,11 @@ class Marks:
 
 
 def child(path: Path, started: float) -> dict[str, list[float]]:
-    """One start, in the process it is about.
+    """Start one run in this process and return [wall, CPU] seconds by part.
 
     Args:
-        started: perf_counter of the parent right before it started this process; on Linux the
-            clock is the machine's.
+        started: perf_counter of the parent just before it started this process; on Linux, all
+            processes share this clock.
     """
     marks = Marks(started)
     marks.mark("Python")
@@ -92,7 +92,7 @@ def child(path: Path, started: float) -> dict[str, list[float]]:
     import composer
 
     marks.mark("import composer")
-    # The module, whose name in the package above it is that of its function.
+    # By name, because `llmfoundry.command_utils.train` as an attribute is the function.
     module = importlib.import_module("llmfoundry.command_utils.train")
     marks.mark("import llmfoundry")
     _import_registered(config)
@@ -113,7 +113,7 @@ def child(path: Path, started: float) -> dict[str, list[float]]:
 
 
 def _import_registered(config: Any) -> None:
-    """The modules of ours that this YAML names; else the first builder to need one imports it."""
+    """Import our modules that this YAML names, which the first builder would import otherwise."""
     from importlib.metadata import entry_points
 
     sections = ("callbacks", "loggers", "algorithms")
@@ -127,7 +127,7 @@ def _import_registered(config: Any) -> None:
 
 
 def measure(path: Path, runs: int) -> dict[str, dict[str, float]]:
-    """Medians over fresh processes of each part's wall and CPU seconds."""
+    """Return the medians of each part's wall and CPU seconds over fresh processes."""
     found = [_start(path) for _ in range(runs + 1)][1:]
     return {
         part: {
@@ -151,7 +151,7 @@ def _start(path: Path) -> dict[str, list[float]]:
 
 
 def answer(path: str, started: str, result: str) -> None:
-    """What the child process calls."""
+    """Write the seconds of one start as JSON; called in the child process."""
     Path(result).write_text(json.dumps(child(Path(path), float(started))))
 
 

@@ -1,14 +1,14 @@
-"""Real tokens per second of whole optimizer steps: ours, packed, against Hugging Face's.
+"""Real tokens per second of complete optimizer steps: ours, packed, against Hugging Face's.
 
     python benchmarks/step_time.py                       # this machine's defaults
     python benchmarks/step_time.py --methods full,lora,dora,rslora --models smollm2-360m
     python benchmarks/step_time.py --scale pack_tokens   # how cost grows; model, document_length
-    python benchmarks/step_time.py --check               # does `ours` learn as the fp32 path does
+    python benchmarks/step_time.py --check               # whether `ours` learns as well as fp32
 
-A step is forward and backward of all its microbatches, AdamW (fused) and zero_grad; neither
-gradient clipping nor data loading. Weights and tokens are random, seeds fixed, documents the same
-for all, and only they count as tokens. Variants take turns, and ratios are taken pair by pair. Time
-is CPU time of the process on a CPU, wall time on a GPU.
+A step is forward and backward of all its microbatches, AdamW (fused) and zero_grad; no gradient
+clipping, no data loading. Weights and tokens are random with fixed seeds. All variants compute the
+same documents, and only the documents' tokens count. Variants take turns, and ratios are of times
+from the same round. Time is CPU time of the process on a CPU and wall time on a GPU.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from benchmarks.workloads import LENGTHS, Workload, named_case, packed_workload
 from foundry_ext.models.attention import BACKENDS
 from foundry_ext.models.loss import LOSSES
 
-# By device. A CPU computes some hundred tokens a second: few variants, few documents; and four
-# thousand padded slots take 7 GB.
+# By device. A CPU computes some hundred tokens per second, so it gets few variants and documents.
+# 4,000 padded slots take 7 GB there.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "precision": "bf16",
@@ -70,30 +70,30 @@ def parser() -> argparse.ArgumentParser:
     add("--lengths", type=_names, help=f"{','.join(LENGTHS)}, longest, to2048")
     add("--labelled", type=_numbers, help="shares of a document's tokens with a label")
     add("--pack-tokens", type=int, help="capacity of a pack, for lengths a, b and c")
-    add("--packs", type=int, help="of a step, for lengths a, b and c")
-    add("--documents", type=int, default=8, help="of a step, for longest; to2048 has a quarter")
+    add("--packs", type=int, help="per step, for lengths a, b and c")
+    add("--documents", type=int, default=8, help="per step, for longest; to2048 has a quarter")
     add("--microbatches", type=_counts, help="rows of padded microbatches to choose from")
     add_shipped(made)
     add("--repeats", type=int)
-    add("--memory", action="store_true", help="peak memory on a CPU too: a process a variant")
-    add("--workers", type=int, help="time waiting for a loader with so many workers, too")
+    add("--memory", action="store_true", help="peak memory on a CPU too, one process per variant")
+    add("--workers", type=int, help="also measure the wait for a loader with N workers")
     add("--json", type=Path, help="file to write")
     add("--scale", choices=scaling.AXES, help="how cost per token grows")
-    add("--draw", type=Path, help="only draw, from the JSON of --scale")
-    add("--check", action="store_true", help="loss after training against the fp32 path")
+    add("--draw", type=Path, help="only draw the picture, from the JSON of --scale")
+    add("--check", action="store_true", help="compare the loss after training with the fp32 path")
     add("--check-steps", type=int, default=200)
     add("--check-seeds", type=int, default=3)
     return made
 
 
 def add_shipped(made: argparse.ArgumentParser) -> None:
-    """How ours runs: the device's defaults are what is shipped."""
+    """Add the options that set how ours runs; by default as shipped for the device."""
     add = made.add_argument
     add("--device", default=default_device(), choices=("cpu", "cuda"))
     add("--precision", choices=("bf16", "amp_bf16", "fp32"))
-    add("--backend", default="auto", choices=BACKENDS, help="attention of ours")
-    add("--loss", default="chunked", choices=LOSSES, help="of ours")
-    add("--compile", choices=("none", "layers", "model"), help="what of ours")
+    add("--backend", default="auto", choices=BACKENDS, help="our attention")
+    add("--loss", default="chunked", choices=LOSSES, help="our loss")
+    add("--compile", choices=("none", "layers", "model"), help="part of ours to compile")
     add("--compile-mode", default="default")
     add("--dynamic", action="store_true", help="compile ours for any shape")
     add("--activation-checkpointing", action="store_true", help="on both sides")
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             if value not in names:
                 made.error(f"--{key}: {value!r} is unknown; choose from {', '.join(names)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        made.error("--device: 'cuda' is not here; use cpu")
+        made.error("--device: 'cuda' is not available; use cpu")
     return options
 
 
@@ -191,7 +191,7 @@ def main() -> None:
         loss_check.run(options, setup_of)
     else:
         report = measure(options)
-        print("All of it:\n\n" + markdown(report["results"], options.device))
+        print("All results:\n\n" + markdown(report["results"], options.device))
 
 
 if __name__ == "__main__":

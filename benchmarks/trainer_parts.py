@@ -1,4 +1,4 @@
-"""Where a trainer's step goes: the time of the parts that Composer calls, its waits for a GPU."""
+"""Parts of a trainer's step: the time of what Composer calls, and its waits for a GPU."""
 
 import traceback
 import warnings
@@ -16,14 +16,14 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 CORE = ("forward", "backward", "optimizer")
 _SYNC_WARNING = "called a synchronizing CUDA operation"
-# Operators whose result the host has to wait for; on a GPU copies to the host do so too.
+# Operators whose result the host must wait for; on a GPU it also waits for copies to the host.
 _READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 
 
 class Parts:
-    """Seconds that each part takes itself, without the parts it calls in turn.
+    """Seconds that each part takes itself, without the parts that it calls.
 
-    On a GPU these are the host's: a wait for the device shows in whatever waits.
+    On a GPU this is host time, so a wait for the device counts in the part that waits.
     """
 
     def __init__(self, clock: Callable[[], float]):
@@ -49,7 +49,7 @@ class Parts:
         return wrapper
 
     def watch(self, state: State, logger: Logger, leave_out: object) -> None:
-        """To be called when training starts, when Composer has made all that is watched."""
+        """Start timing; call this when training starts, after Composer has made everything."""
         for callback in state.callbacks:
             if callback is not leave_out:
                 self._replace(callback, "run_event", type(callback).__name__)
@@ -71,7 +71,7 @@ class Parts:
     def _replace(self, owner: Any, attribute: str, name: str) -> None:
         original, own = getattr(owner, attribute), attribute in vars(owner)
         setattr(owner, attribute, self.timed(name, original))
-        # A method that the object had from its class comes back when its own is deleted.
+        # Deleting the object's attribute makes its class's method visible again.
         if own:
             self._undo.append(lambda: setattr(owner, attribute, original))
         else:
@@ -83,10 +83,10 @@ class Parts:
 
 
 class HostWaits:
-    """Counts, by the place in the code, where the host waits for the device.
+    """Number of times that the host waits for the device, by place in the code.
 
-    On a GPU torch itself says so. On a CPU nothing waits; there the reads of a tensor's value are
-    counted, which would wait on a GPU, though not copies to the host.
+    On a GPU torch itself reports them. On a CPU nothing waits, so reads of a tensor's value that
+    would wait on a GPU are counted. Copies to the host would wait too, but are not counted.
     """
 
     def __init__(self, device: str):
@@ -135,7 +135,7 @@ class _Reads(TorchDispatchMode):
 
 
 def _place() -> str:
-    """`composer/trainer/trainer.py:2468 in _train_loop`: the last frame outside torch."""
+    """Return the last frame outside torch, as `composer/trainer/trainer.py:2468 in _train_loop`."""
     for frame in reversed(traceback.extract_stack()):
         parts = Path(frame.filename).parts
         if frame.filename == __file__ or {"torch", "warnings.py"} & set(parts):

@@ -1,12 +1,13 @@
-"""What Composer adds to a step: a shipped YAML through the whole trainer against its bare core.
+"""Overhead of Composer per step: a shipped YAML through the trainer against its bare core.
 
     python -m benchmarks.trainer_time --yaml yamls/smollm2_full.yaml
 
-The YAML trains as it is, but for what needs a network, see offline.py. Between its steps the core
-(forward, backward, the same optimizer, nothing else) takes the same packs through a second model
-built from the same YAML: A B A B, and the overhead is taken pair by pair. On a CPU time is the
-process's CPU time and the precision fp32; on a GPU it is wall time between synchronisations.
-`key=value` arguments override the YAML, as for train.py: on a CPU keep the packs small.
+The YAML trains as it is, except for what needs a network; see offline.py. Between its steps, the
+core (only forward, backward and the same optimizer) trains a second model, built from the same
+YAML, on the same packs. The two alternate, A B A B, and the overhead is computed pair by pair. On a
+CPU, time is the process's CPU time and the precision is fp32. On a GPU, it is wall time between
+synchronisations. `key=value` arguments override the YAML, as for train.py. On a CPU, keep the packs
+small.
 """
 
 import argparse
@@ -42,7 +43,7 @@ Step = Callable[[Sequence[Pack]], None]
 
 
 class Core:
-    """The YAML's model and optimizer without a trainer: calling it takes one optimizer step."""
+    """The YAML's model and optimizer without a trainer; a call takes one optimizer step."""
 
     def __init__(self, config: dict[str, Any]):
         config = deepcopy(config)
@@ -72,9 +73,9 @@ class Core:
 
 
 class Probe(Callback):
-    """Times blocks of the trainer's steps, and after each one the core's on the same packs.
+    """Callback that times blocks of the trainer's steps, and then the core's on the same packs.
 
-    The first block warms up and the last step, untimed, is that whose waits are counted.
+    The first block is a warm-up. The last step is not timed; its waits are counted.
     """
 
     core: Step
@@ -92,7 +93,7 @@ class Probe(Callback):
         self._go_on()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """The step's last event."""
+        """Count the step and, at a block's end, time the core; this is the step's last event."""
         done = state.timestamp.batch.value
         if done > self.block + self.steps:
             self.waits.__exit__(None, None, None)
@@ -161,9 +162,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(probe: Probe, *, window: int, logged: float) -> dict[str, Any]:
-    """The figures. `logged`: what the callback said of its last `window` batches, in tokens/s."""
+    """Return the figures; `logged` is the callback's tokens/s over its last `window` batches."""
     timed, block = probe.blocks[1:], probe.block
-    # The callback leaves out the process's first batch, and so the first block of one.
+    # The callback ignores the process's first batch, which is the first block if blocks have one.
     same = (timed if block == 1 else probe.blocks)[-(window // block) :]
     counted = sum(one["tokens"] for one in same) / sum(one["wall"] for one in same)
     ratios = sorted(one["trainer"] / one["core"] - 1 for one in timed)
@@ -191,10 +192,10 @@ def as_markdown(result: dict[str, Any]) -> str:
     kind = "waits for the GPU" if DEVICE == "cuda" else "reads of a tensor's value"
     lines = [
         f"{as_line(result['machine'])}; {Path(result['yaml']).name}, {result['model']},"
-        f" {result['precision']}, {result['tokens_per_step']:,.0f} tokens a step,"
+        f" {result['precision']}, {result['tokens_per_step']:,.0f} tokens per step,"
         f" {result['steps']} steps",
         "",
-        "| trainer, ms a step | core, ms a step | overhead (least-most of the pairs) |"
+        "| trainer, ms per step | core, ms per step | overhead (least-most of the pairs) |"
         " not in forward, backward, optimizer | callback's tokens/s over the benchmark's |",
         "|---|---|---|---|---|",
         f"| {1000 * seconds['trainer']:,.1f} | {1000 * seconds['core']:,.1f} |"
@@ -203,13 +204,13 @@ def as_markdown(result: dict[str, Any]) -> str:
         f" {throughput['logged']:,.1f} / {throughput['counted']:,.1f} ="
         f" {throughput['ratio']:.3f} |",
         "",
-        "| part | ms a step | |",
+        "| part | ms per step | |",
         "|---|---|---|",
     ]
     whole = sum(result["parts"].values())
     for name, took in result["parts"].items():
         lines.append(f"| {name} | {1000 * took:.2f} | {100 * took / whole:.2f} % |")
-    lines += ["", f"{sum(result['host_waits'].values())} {kind} in a step:", ""]
+    lines += ["", f"{sum(result['host_waits'].values())} {kind} per step:", ""]
     lines += [f"- {count} x {place}" for place, count in result["host_waits"].items()]
     return "\n".join(lines)
 
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore
     parser.add_argument("--yaml", type=Path, default=YAML)
     parser.add_argument("--model", help="a shipped shape instead of the YAML's model")
-    parser.add_argument("--steps", type=int, default=20, help="timed, of each side")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--lengths", default="a", choices=sorted(LENGTHS))
     parser.add_argument("--wandb", action="store_true", help="log to W&B too, offline")
     parser.add_argument("--json", type=Path, help="write the figures here")

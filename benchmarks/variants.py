@@ -1,7 +1,7 @@
-"""The systems compared, each as something to call for one optimizer step.
+"""The systems compared, each as a callable that takes one optimizer step.
 
-All variants of a comparison share one set of parameters and one optimizer: memory holds the model
-once, whichever runs, and their losses can be compared at any time.
+All variants of a comparison share one set of parameters and one optimizer. The model is therefore
+in memory once, and the losses can be compared at any time.
 """
 
 import importlib.util
@@ -44,11 +44,11 @@ class Variant:
     batches: str
     """padded, flattened (transformers' padding-free arguments) or packed."""
     attention: str = "sdpa"
-    """Of transformers; ours takes the setup's backend."""
+    """Attention implementation of transformers; ours uses the setup's backend."""
     compiled: bool = False
     mask: bool = True
-    """Whether a padded batch brings its mask. Padding on the right needs none under causal
-    attention, and without one SDPA takes a faster kernel; users of a tokenizer's output have it."""
+    """A padded batch has a mask, as a tokenizer's output does. Padding on the right needs none with
+    causal attention, and SDPA has a faster kernel without one."""
 
 
 VARIANTS = {
@@ -74,27 +74,27 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all variants of a comparison have in common, and how `ours` is shipped."""
+    """Settings that all variants of a comparison share, and those of `ours` as shipped."""
 
     model: str = "smollm2-135m"
     config_overrides: dict[str, Any] = field(default_factory=dict)
     method: str = "full"
     precision: str = "bf16"
-    """bf16: parameters and all else; amp_bf16: fp32 parameters under autocast; fp32."""
+    """bf16: parameters and everything else; amp_bf16: fp32 parameters under autocast; fp32."""
     device: str = "cpu"
     backend: str = "auto"
     loss: str = "chunked"
     compile: str = "none"
-    """none, layers or model: what of `ours` is compiled, with packs of one shape."""
+    """Part of `ours` that is compiled, with packs of one shape: none, layers or model."""
     compile_mode: str = "default"
     dynamic: bool = False
     activation_checkpointing: bool = False
     frozen_dtype: str = "fp32"
-    """bf16, under amp_bf16: an adapter's frozen linears are held so, on both sides."""
+    """dtype of an adapter's frozen linears on both sides; bf16 only under amp_bf16."""
     learning_rate: float = 0.0
-    """Of AdamW. 0 does all the work and leaves the weights alone, so that losses compare."""
+    """Learning rate of AdamW. 0 does all the work but keeps the weights, so losses compare."""
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
 
     def config(self) -> LlamaConfig:
         return AutoConfig.from_pretrained(
@@ -105,8 +105,8 @@ class Setup:
 class Step:
     """One optimizer step: forward and backward of every microbatch, AdamW, zero_grad.
 
-    Neither gradient clipping nor a scheduler is in it, and the loss is not fetched: what is timed
-    never waits for the device. Each microbatch's mean loss weighs by its share of the labels.
+    There is no gradient clipping and no scheduler. The loss is not fetched, so that a timed step
+    never waits for the device. Each microbatch's mean loss is weighted by its share of the labels.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Step:
         self.load(batches)
 
     def __call__(self) -> torch.Tensor:
-        """Mean nats over the step's labels, a scalar still on the device."""
+        """Take the step; return mean nats over its labels, a scalar still on the device."""
         amp = self.setup.precision == "amp_bf16"
         total = torch.zeros((), device=self.setup.device)
         for batch, weight in zip(self.batches, self.weights, strict=True):
@@ -136,14 +136,14 @@ class Step:
         return total
 
     def load(self, batches: Sequence[Batch]) -> None:
-        """Goes on with these, which the loader has made of the same documents."""
+        """Replace the batches by others that the loader made from the same documents."""
         self.batches = [to_device(batch, self.setup.device) for batch in batches]
 
 
 def make_batches(
     name: str, workload: Workload, setup: Setup, rows: int | None = None
 ) -> list[Batch]:
-    """A step's microbatches for a variant, on the CPU; `rows` as in `Bench.step`."""
+    """Return a step's microbatches for a variant, on the CPU; `rows` as in `Bench.step`."""
     variant = VARIANTS[name]
     if variant.batches == "flattened":
         return flattened_batches(workload)
@@ -165,7 +165,7 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 
 class Bench:
-    """Makes the steps of one setup, over shared weights."""
+    """Factory of the steps of one setup, with shared weights."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -176,12 +176,12 @@ class Bench:
 
             hold_frozen_in_bf16(self.source)  # pyright: ignore[reportArgumentType]
         trained = [p for p in self.source.parameters() if p.requires_grad]
-        # Fused on both sides: the fastest of torch's own.
+        # Fused on both sides, because it is torch's fastest.
         self.optimizer = torch.optim.AdamW(trained, lr=setup.learning_rate, fused=True)
         self._models: dict[tuple[bool, str, bool], nn.Module] = {}
 
     def step(self, name: str, workload: Workload, rows: int | None = None) -> Step:
-        """A variant's step; `rows` of a padded microbatch, by default the largest named.
+        """Return a variant's step; `rows` of a padded microbatch, by default the workload's most.
 
         Raises:
             Absent: the variant cannot run here.
@@ -208,7 +208,7 @@ class Bench:
     def _compile(self, model: nn.Module, variant: Variant) -> nn.Module:
         setup = self.setup
         if not variant.ours:
-            # Rows of every length come: without `dynamic` each would compile anew.
+            # Rows have many lengths, and each would compile again without `dynamic`.
             return torch.compile(model, dynamic=True)  # pyright: ignore[reportReturnType]
         from foundry_ext.models.compiled import compile_model
 
@@ -233,7 +233,7 @@ class Bench:
 
 
 def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
-    """peft's adapter on all seven linears, in the model's dtype; ours with our forward of DoRA."""
+    """Add peft's adapter to all seven linears, in the model's dtype; ours gets our fast DoRA."""
     from peft import LoraConfig, get_peft_model
 
     options = METHODS[method] or {}
@@ -251,13 +251,13 @@ def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
 
 
 def inner(model: nn.Module) -> Any:
-    """The decoder below an adapter."""
+    """Return the decoder below an adapter."""
     get_base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     return get_base() if get_base else model
 
 
 def share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Puts the parameters of `source` into `target`, which has the same names."""
+    """Put the parameters of `source` into `target`, which has the same names."""
     named = dict(source.named_parameters(remove_duplicate=False))
     wanted = [name for name, _ in target.named_parameters(remove_duplicate=False)]
     assert set(wanted) == set(named), set(wanted) ^ set(named)
@@ -267,11 +267,11 @@ def share_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 class Absent(Exception):
-    """A variant that cannot run here; says why."""
+    """A variant cannot run here; the message says why."""
 
 
 def why_absent(variant: Variant, setup: Setup) -> str:
-    """Empty if the variant can run."""
+    """Return why a variant cannot run here, or an empty string if it can."""
     if variant.attention == "flash_attention_2":
         if setup.device != "cuda":
             return "needs a GPU"

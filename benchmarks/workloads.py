@@ -1,7 +1,7 @@
 """The documents of one optimizer step, and the batches that each system makes of them.
 
-Lengths are log-normal, clipped at 16 and 2048, token ids random, all seeds fixed. Whatever the
-batch, it holds the same documents, and only these count as tokens.
+Lengths are log-normal, clipped at 16 and 2048. Token ids are random, and all seeds are fixed. Every
+kind of batch holds the same documents, and only their tokens count.
 
 D documents, T tokens, B rows of S slots.
 """
@@ -20,30 +20,30 @@ from foundry_ext.packing.collator import Document, PackCollator
 # Medians and sigmas of log-normal lengths: instruction tuning, code, chat.
 LENGTHS = {"a": (350, 0.9), "b": (600, 1.4), "c": (80, 0.7)}
 LONGEST = 2048
-# Padding's fill in the two cases that earlier figures are of. Documents of distribution a, eight at
-# a time, fill rows less than this on average, so these favour padding.
+# Padding's fill in the two cases of earlier figures. Eight documents of distribution a fill rows
+# less than this on average, so these cases favour padding.
 FILL_LONGEST, FILL_2048 = 0.66, 0.39
-_POOL = 20_000  # documents that packs are made of, so that they are as full as in a data set
+_POOL = 20_000  # documents to pack; enough for packs as full as a data set's
 
 Batch = dict[str, Tensor | int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one step is made of."""
+    """The documents of one step, and how they are batched."""
 
     name: str
     documents: Sequence[Document]
     pack_tokens: int
     """Capacity of a pack, tokens."""
     packs: Sequence[Sequence[int]] | None = None
-    """Documents of each pack, by their place; None to pack them here."""
+    """Indices of each pack's documents; None to pack them here."""
     microbatches: tuple[int, ...]
-    """Rows of a padded microbatch to choose the fastest from; one where the case itself says it."""
+    """Row counts of padded microbatches to choose the fastest from; one if the case fixes it."""
     max_seq_len: int = LONGEST
-    """Tokens no document exceeds."""
+    """Most tokens of a document."""
     pad_to: int | None = None
-    """Slots of a padded row; None for the longest of its microbatch."""
+    """Slots of a padded row; None for the longest document of its microbatch."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +59,7 @@ class Workload:
 
 
 def make_documents(lengths: Sequence[int], *, vocabulary: int, labelled: float) -> list[Document]:
-    """Random documents; the last `labelled` (0 to 1) of each has labels, its first token never."""
+    """Make random documents; the last share `labelled` of each has labels, a first token never."""
     generator = np.random.default_rng(0)
     made = []
     for length in lengths:
@@ -70,13 +70,13 @@ def make_documents(lengths: Sequence[int], *, vocabulary: int, labelled: float) 
 
 
 def draw_lengths(name: str, count: int, *, fill: float, pad_to: int | None) -> list[int]:
-    """Lengths from the named distribution whose padded batch is `fill` full.
+    """Draw lengths from the named distribution whose padded batch is `fill` full.
 
-    Fill decides the ratio more than anything else, and of 8 documents it scatters from .2 to .8, so
-    of a thousand draws the one nearest to the wanted fill is taken.
+    Fill affects the ratio more than anything else, and with 8 documents it ranges from .2 to .8.
+    Therefore the draw with the fill nearest to the wanted one is chosen from a thousand.
 
     Args:
-        pad_to: slots a row has; None for the longest document.
+        pad_to: slots per row; None for the longest document.
     """
     median, sigma = LENGTHS[name]
     draw = np.random.default_rng(0).lognormal(np.log(median), sigma, (1000, count))
@@ -86,7 +86,7 @@ def draw_lengths(name: str, count: int, *, fill: float, pad_to: int | None) -> l
 
 
 def named_case(name: str, *, vocabulary: int, labelled: float, count: int) -> Workload:
-    """ "longest": `count` documents padded to the longest at 66 % fill; "to2048": at 39 %.
+    """Return `count` documents, padded to the longest at 66 % fill or, for "to2048", at 39 %.
 
     All of them are one microbatch and one pack.
     """
@@ -111,10 +111,10 @@ def packed_workload(
     num_packs: int,
     microbatches: tuple[int, ...],
 ) -> Workload:
-    """The documents of `num_packs` packs out of a data set of distribution `name`.
+    """Return the documents of `num_packs` packs from a data set with distribution `name`.
 
-    Packs of so few documents alone would be less full than those of a data set; the documents come
-    in an order that knows nothing of the packs.
+    They are packed with a large pool, because packs of so few documents alone would be less full
+    than those of a data set. Their order is independent of the packs.
     """
     median, sigma = LENGTHS[name]
     generator = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def packed_workload(
 
 
 def padded_batches(workload: Workload, rows: int) -> list[Batch]:
-    """Documents in their order, `rows` at a time: ids, labels, mask [B, S], padded on the right."""
+    """Pad `rows` documents at a time on the right: ids, labels, mask [B, S]."""
     batches = []
     for start in range(0, len(workload.documents), rows):
         documents = workload.documents[start : start + rows]
@@ -155,7 +155,7 @@ def _padded_row(document: Document, slots: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def packed_batches(workload: Workload, *, fixed_shape: bool = False) -> list[Batch]:
-    """A microbatch a pack, as the project's loader makes it."""
+    """Return one microbatch per pack, as the project's loader makes it."""
     lengths = [len(document.input_ids) for document in workload.documents]
     collate = PackCollator(
         max_seq_len=min(workload.max_seq_len, workload.pack_tokens),
@@ -171,7 +171,7 @@ def packed_batches(workload: Workload, *, fixed_shape: bool = False) -> list[Bat
 
 
 def flattened_batches(workload: Workload) -> list[Batch]:
-    """The same packs in the arguments of transformers' padding-free path (FlashAttentionKwargs)."""
+    """Return the same packs as arguments of transformers' padding-free path."""
     return [
         {
             **{key: batch[key] for key in ("input_ids", "labels", "position_ids")},
@@ -185,5 +185,5 @@ def flattened_batches(workload: Workload) -> list[Batch]:
 
 
 def num_computed_tokens(batches: Sequence[Batch]) -> int:
-    """Places for tokens in all batches, filled or not."""
+    """Return the number of token slots in all batches, filled or not."""
     return sum(batch["input_ids"].numel() for batch in batches)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Pages opened in headless Chromium; tests that need it are skipped where there is none."""
+"""Pages in headless Chromium; tests that need it are skipped if it is missing."""
 
 import re
 import shutil
@@ -15,12 +15,12 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found o
 
 
 def dom(page: Path, profile: Path) -> str:
-    """The page's document as Chromium has built it, its scripts, if any, having run."""
+    """Return the page's document as Chromium builds it, after its scripts have run."""
     return _chromium(page, profile, ["--dump-dom"])
 
 
 def screenshot(page: Path, image: Path, profile: Path, *, width: int, height: int = 1600) -> None:
-    """Writes what is seen of the page as a PNG of that size."""
+    """Write a screenshot of the page as a PNG of that size."""
     options = [f"--window-size={width},{height}", f"--screenshot={image}", "--hide-scrollbars"]
     _chromium(page, profile, options)
 
@@ -33,7 +33,7 @@ def _chromium(page: Path, profile: Path, options: Sequence[str]) -> str:
 
 
 def foreign_references(html: str) -> list[str]:
-    """What a page would load from elsewhere: addresses of sources, links to styles, imports.
+    """Return addresses that a page would load: of sources, stylesheets and imports.
 
     Links that a reader may follow and names of XML namespaces load nothing.
     """

@@ -1,4 +1,4 @@
-"""What all tests share: caches in a folder of their own, a tiny tokenizer, generated rows.
+"""Fixtures of all tests: caches in a separate folder, a tiny tokenizer, generated rows.
 
 Nothing here needs a network. The environment is set before anything imports `datasets`, which reads
 it on import; processes that tests start inherit it.
@@ -45,7 +45,7 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> Path:
-    """A byte-level BPE tokenizer of some 300 ids, as `AutoTokenizer.from_pretrained` reads it."""
+    """Return a folder with a byte-level BPE tokenizer of some 300 ids, for `AutoTokenizer`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +71,7 @@ def tokenizer_folder() -> Path:
 
 @pytest.fixture
 def tokenizer(tokenizer_folder: Path):
-    """A fresh copy, so that a test may change it."""
+    """Return a fresh copy, so that a test may change it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -79,7 +79,7 @@ def tokenizer(tokenizer_folder: Path):
 
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., list[dict[str, str]]]:
-    """make_rows(n, seed=0, longest=40): prompt/response rows of words, short and long ones."""
+    """Return make_rows(n, seed=0, longest=40): prompt/response rows of words, short and long."""
 
     def words(rng: random.Random, most: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
@@ -96,7 +96,7 @@ def make_rows() -> Callable[..., list[dict[str, str]]]:
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """write_jsonl(rows, name="train.jsonl"): a file in the test's own folder."""
+    """Return write_jsonl(rows, name="train.jsonl"): write a file in the test's own folder."""
 
     def write(rows: Iterable[dict[str, Any]], name: str = "train.jsonl") -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""What tests of properties share: the same examples every time, none kept on disk.
+"""Settings of the property tests: the same examples every time, none stored on disk.
 
     @examples(200)
     @given(...)

@@ -1,4 +1,4 @@
-"""The files around the code: what is installed, locked and registered."""
+"""Project files around the code: installation, locks and entry points."""
 
 import re
 import shutil
@@ -33,13 +33,13 @@ def locked(file: str = "requirements.lock") -> dict[str, str]:
 
 
 def torch_family() -> re.Pattern[str]:
-    """The lines that the Makefile leaves out of the lock for `WORLD=current`, as grep gets them."""
+    """Return the pattern of lines that the Makefile removes from the lock for `WORLD=current`."""
     [pattern] = re.findall("^FAMILY := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     return re.compile(pattern)
 
 
 def this_world() -> dict[str, str]:
-    """The pins of the environment that runs the tests: the lock's, or the current world's."""
+    """Return the pins of the environment that runs the tests: the lock's or the current world's."""
     pins, overrides = locked(), locked("requirements-current.txt")
     if version("torch") != overrides["torch"]:
         return pins
@@ -83,8 +83,8 @@ def test_no_file_names_a_package_index():
 
 
 def test_the_current_world_names_what_it_overrides():
-    """Only torch, torchvision and what torch alone brings along, and every line of the lock that
-    the Makefile leaves out has its successor."""
+    """It has only torch, torchvision and torch's own dependencies, and it replaces every line of
+    the lock that the Makefile leaves out."""
     pins, overrides, family = locked(), locked("requirements-current.txt"), torch_family()
     assert all(family.match(f"{name}==") for name in overrides)
     left_out = {name for name in pins if family.match(f"{name}==")}
@@ -95,7 +95,7 @@ def test_the_current_world_names_what_it_overrides():
 
 
 def test_torch_gets_what_it_asks_for():
-    """`--no-deps` asks nobody, so this does. Also for the lock, which resolved it."""
+    """`--no-deps` does not check torch's requirements, so this test does, for both worlds."""
     pins = this_world()
     wanted = [Requirement(line) for line in requires("torch") or []]
     for requirement in wanted:
@@ -131,7 +131,7 @@ def test_one_lock_and_one_licence():
 
 
 def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path):
-    """Templates, styles and configs too, which only pyproject.toml's package-data brings along."""
+    """This includes templates, styles and configs, which need pyproject.toml's package-data."""
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("__pycache__")

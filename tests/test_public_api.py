@@ -55,7 +55,7 @@ def test_every_name_has_an_example():
 
 @pytest.fixture
 def folder(tmp_path, tokenizer_folder, make_rows, monkeypatch):
-    """The files that the page names: a run's YAML, its outputs, a sweep, runs to compare."""
+    """Make the files that the page names: a run's YAML, its outputs, a sweep, runs to compare."""
     from omegaconf import OmegaConf
 
     from tests.sweeps.kit import write_sweep

@@ -1,4 +1,4 @@
-"""The tiers of tests: together they leave nothing out, and small ones start fast."""
+"""Tiers of tests: together they run every test, and small ones start fast."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def test_a_case_of_several_arguments_stays_whole():
 
 
 def test_every_test_is_in_a_tier():
-    """For each combination of marks one of pytest's and make's expressions holds."""
+    """For each combination of marks, one of pytest's and make's expressions selects the test."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     makefile = (ROOT / "Makefile").read_text()
     tiers = re.findall(r'^test-\w+:.*\n\t\$\(PYTEST\).* -m "(.*)"$', makefile, re.MULTILINE)
@@ -42,7 +42,7 @@ def test_every_test_is_in_a_tier():
 
 @pytest.mark.more
 def test_rooms_without_a_trainer_are_tested_without_one():
-    """Importing Composer would be most of the time of their tests."""
+    """Importing Composer would take most of the time of their tests."""
     folders = [str(ROOT / "tests" / name) for name in WITHOUT_TRAINER]
     code = (
         "import sys, pytest\n"

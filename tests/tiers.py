@@ -1,4 +1,4 @@
-"""Which cases of a test are left to `make test-all`: the mark `more`, case by case."""
+"""Mark `more` for single cases of a test, which `make test-all` runs."""
 
 from collections.abc import Iterable
 from typing import Any

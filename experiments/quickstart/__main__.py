@@ -1,4 +1,4 @@
-"""`python -m experiments.quickstart [prepare] [--fast] [--seeds 17 18 ...]`: see story.py."""
+"""Command `python -m experiments.quickstart [prepare] [--fast] [--seeds 17 18 ...]`."""
 
 import argparse
 import sys
@@ -15,21 +15,21 @@ from experiments.quickstart.story import (
     train_base,
 )
 
-# Three would do for an interval; with two degrees of freedom hardly any difference is told from
-# chance after Holm's correction over six pairs.
+# Three would be enough for an interval. But with two degrees of freedom, hardly any difference is
+# distinguishable from chance after Holm's correction over six pairs.
 SEEDS = [17, 18, 19, 20, 21]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.quickstart")
     parser.add_argument(
-        "only", nargs="?", choices=["prepare"], help="write data and tokenizer, run nothing"
+        "only", nargs="?", choices=["prepare"], help="only write data and tokenizer"
     )
     parser.add_argument("--fast", action="store_true", help="one learning rate, one seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED")
     arguments = parser.parse_args(argv)
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        parser.error(f"--seeds {arguments.seeds}: one stands there twice; give different ones")
+        parser.error(f"--seeds {arguments.seeds}: one is given twice; give different seeds")
     started = time.monotonic()
     try:
         prepare(FOLDER)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("quickstart: stopped; the same command goes on from here", file=sys.stderr)
+        print("quickstart: stopped; the same command continues from here", file=sys.stderr)
         return 130
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"the quickstart took {minutes} min {seconds} s")
@@ -51,7 +51,7 @@ def _run(seeds: list[int], *, fast: bool) -> None:
     show_base()
     used = seeds[:1] if fast else seeds
     records = fine_tune(used, fast=fast)
-    # A report of other seeds, or of one, does not take the place of the default one.
+    # A report of other seeds, or of one seed, does not replace the default report.
     kind = "" if used == SEEDS else "-" + "-".join(map(str, used))
     configs = read_grid()["parameters"]["config"]["values"]
     report(records, configs, used[0], FOLDER / f"report{kind}")

@@ -1,4 +1,4 @@
-"""What the quickstart reads: library and problems, for training, held out, and as choices."""
+"""Data of the quickstart: library and problems, for training, held out, and as choices."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.quickstart import library, problems
 
-# Fixed, whatever the seed of a run: all runs are measured on the same held-out items.
+# Independent of a run's seed, so that all runs are measured on the same held-out items.
 SEED = 0
 NUM_TRAIN = 6000
 NUM_EVAL = 160
@@ -15,7 +15,7 @@ NUM_CHOICES = 80
 
 
 def prepare(folder: Path) -> None:
-    """Writes data/*.jsonl and tokenizer/ into `folder`; what is there already is written anew."""
+    """Write data/*.jsonl and tokenizer/ into `folder`, replacing what is there."""
     source = library.standard_library()
     parts: dict[str, Iterable[Mapping[str, Any]]] = {
         "library_train": source["train"],
@@ -33,7 +33,7 @@ def prepare(folder: Path) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """The number of rows written."""
+    """Write rows as JSON lines; return how many were written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines))

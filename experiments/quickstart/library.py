@@ -1,6 +1,6 @@
-"""The source of this Python's own standard library, which every machine has: the base model's data.
+"""The base model's data: the source of this Python's standard library, which every machine has.
 
-A path's hash decides which files are held out; forgetting is measured on those.
+A file is held out by the hash of its path. Forgetting is measured on the held-out files.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_SHARE = 0.04
-# Not what a library's user reads or calls: tests, character tables, bundled programs.
+# Tests, character tables and bundled programs, which users of the library do not read or call.
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data"}
 _NUM_WRONG = 3
 _CONTEXT_LINES = 4
@@ -20,7 +20,7 @@ _LEAST_WORDS, _MOST_WORDS = 5, 9
 
 
 def standard_library() -> dict[str, list[dict[str, str]]]:
-    """{"train": rows, "eval": rows} of {path, text}, in a fixed order."""
+    """Return {"train": rows, "eval": rows}, where a row is {path, text}, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: dict[str, list[dict[str, str]]] = {"train": [], "eval": []}
     for path in sorted(root.rglob("*.py")):
@@ -38,11 +38,11 @@ def _is_held_out(name: str) -> bool:
 
 
 def choices(rows: Sequence[dict[str, str]], count: int, seed: int) -> Iterator[dict[str, object]]:
-    """In which order do the words of a line stand? {query, choices, gold}.
+    """Yield questions about the order of a line's words: {query, choices, gold}.
 
-    A line of code or documentation after the lines before it, against the same words shuffled. The
-    choices have nearly the same tokens, so what decides is their order. Evaluators put a space
-    between query and choice; the lines are indented ones, given with one space less.
+    The query is the lines before a line of code or documentation. The choices are that line and the
+    same words shuffled, so they have nearly the same tokens and differ by order. Evaluators put a
+    space between query and choice, so only indented lines are used, with one space removed.
     """
     rng = random.Random(seed)
     places = [
@@ -63,7 +63,7 @@ def choices(rows: Sequence[dict[str, str]], count: int, seed: int) -> Iterator[d
 
 
 def _shuffles(rng: random.Random, indent: str, words: Sequence[str]) -> Iterator[str]:
-    """`_NUM_WRONG` different orders of the words, none of them the given one."""
+    """Yield `_NUM_WRONG` different orders of the words, without the given one."""
     seen = {tuple(words)}
     while len(seen) <= _NUM_WRONG:
         order = tuple(rng.sample(words, len(words)))
@@ -73,7 +73,7 @@ def _shuffles(rng: random.Random, indent: str, words: Sequence[str]) -> Iterator
 
 
 def train_tokenizer(texts: Sequence[str], folder: Path) -> None:
-    """A byte-level BPE tokenizer like SmolLM2's, small: every text is representable."""
+    """Train and save a small byte-level BPE tokenizer like SmolLM2's, which can encode any text."""
     from tokenizers.implementations import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,6 @@
 """Generated arithmetic word problems: the target task, which the base model has never seen.
 
-Held-out problems have number pairs that no training problem has, so what is measured on them is
-not recall.
+Held-out problems have number pairs that no training problem has, so they do not measure recall.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ _COMPUTE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 def problems(part: str, count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` different rows {prompt, response} of "train" or "eval", the same for a seed."""
+    """Yield `count` different rows {prompt, response} of "train" or "eval", fixed by the seed."""
     rng = random.Random(f"{seed}-{part}")
     seen: set[str] = set()
     while len(seen) < count:
@@ -36,10 +35,10 @@ def problems(part: str, count: int, seed: int) -> Iterator[dict[str, str]]:
 
 
 def choices(count: int, seed: int) -> Iterator[dict[str, object]]:
-    """Which calculation answers a held-out problem? {query, choices, gold}.
+    """Yield questions about which calculation answers a held-out problem: {query, choices, gold}.
 
-    Wrong are the two other signs, and the right sign with one number changed. The result is left
-    out: a million parameters learn to read a problem, not to multiply.
+    The wrong choices have the two other signs, or the right sign with one number changed. Results
+    are left out, because a million parameters learn to read a problem but not to multiply.
     """
     rng = random.Random(f"{seed}-choices")
     seen: set[str] = set()
@@ -61,7 +60,7 @@ def choices(count: int, seed: int) -> Iterator[dict[str, object]]:
 
 
 def is_held_out(sign: str, a: int, b: int) -> bool:
-    """Decided by the numbers: 3 + 5 and 5 + 3 are on one side, whatever the words."""
+    """Return whether a problem is held out, by its numbers: 3 + 5 and 5 + 3 belong together."""
     low, high = sorted((a, b))
     digest = hashlib.sha256(f"{sign}{low},{high}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32

@@ -1,7 +1,7 @@
 """The quickstart's runs: a base model, a grid of learning rates, more seeds, a report.
 
-Everything goes through what users have: `composer train.py`, sweep files, `foundry-ext compare`.
-What is finished is not run again, so that an interrupted quickstart goes on where it stopped.
+Everything uses what users have: `composer train.py`, sweep files, `foundry-ext compare`. Finished
+runs are not repeated, so an interrupted quickstart continues where it stopped.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ _BEGUN, _STAMP = "begun_from", "made_from"
 
 
 def train_base(folder: Path = FOLDER) -> None:
-    """`composer train.py yamls/quickstart/base.yaml`, unless its result is there; one that was
-    killed goes on.
+    """Run `composer train.py yamls/quickstart/base.yaml`, unless its result is there.
 
-    A new base model, or other data, makes the runs that are there worthless: they are removed.
+    Training that was killed continues. A new base model or other data makes the existing runs
+    worthless, so they are removed.
 
     Raises:
-        ValueError: training failed, or was stopped.
+        ValueError: training failed or was stopped.
     """
     base = folder / "base"
     data = sorted((folder / "data").glob("*.jsonl"))
     stamp = _fingerprint(BASE_YAML, folder / "tokenizer" / "tokenizer.json", *data)
     if (base / _STAMP).is_file() and (base / _STAMP).read_text() == stamp:
-        print(f"{base}: there already, made by the same file from the same data")
+        print(f"{base}: already there, made by the same file from the same data")
         return
     begun = base / _BEGUN
     if not (begun.is_file() and begun.read_text() == stamp):
@@ -47,23 +47,25 @@ def train_base(folder: Path = FOLDER) -> None:
         base.mkdir()
         begun.write_text(stamp)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py", str(BASE_YAML)]
-    # A bar that cannot be redrawn is a line a step.
+    # Without a terminal, a progress bar would print one line per step.
     bar = [] if sys.stderr.isatty() else ["progress_bar=false"]
-    print(f"\ncomposer train.py {BASE_YAML}   (some three minutes on 2 cores)", flush=True)
-    # Threads that spin while they wait make a busy machine ten times slower.
+    print(f"\ncomposer train.py {BASE_YAML}   (about three minutes on 2 cores)", flush=True)
+    # Threads that spin while they wait make this ten times slower on a busy machine.
     patient = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     code = run_to_its_end([*launcher, *bar], patient)
     if code:
         raise ValueError(
             f"training the base model ended with exit code {code}, for the reason above; the same"
-            " command goes on where it stopped"
+            " command continues where it stopped"
         )
     (base / _STAMP).write_text(stamp)
 
 
 def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> int:
-    """The exit code. A terminal's Ctrl-C reaches the command too, which saves before it ends;
-    subprocess.run would kill it after a quarter of a second.
+    """Run a command and return its exit code, waiting for it even after Ctrl-C.
+
+    A terminal's Ctrl-C reaches the command too, which saves before it ends. subprocess.run would
+    kill it after a quarter of a second.
     """
     with subprocess.Popen(command, env=environment) as process:
         try:
@@ -78,13 +80,13 @@ def _fingerprint(*files: Path) -> str:
 
 
 def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> list[Path]:
-    """The records of the runs: a grid under the first seed, then the best of it under the others.
+    """Run the grid with the first seed, then its best with the others; return the runs' records.
 
     Args:
-        fast: the middle learning rate under the first seed alone.
+        fast: run only the middle learning rate with the first seed.
 
     Raises:
-        ValueError: a run did not finish; names its log.
+        ValueError: a run did not finish; the message names its log.
     """
     grid = read_grid()
     if fast:
@@ -95,7 +97,7 @@ def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> lis
         return records
     by_rate: dict[str, list[str]] = defaultdict(list)
     for config, rate in best_rates(records, grid["parameters"]["config"]["values"]).items():
-        print(f"{config}: learns most at {RATE_KEY}={rate}, which runs with seeds {seeds[1:]} too")
+        print(f"{config}: learns most at {RATE_KEY}={rate}; also run with seeds {seeds[1:]}")
         by_rate[rate].append(config)
     for rate, configs in sorted(by_rate.items()):
         again = {"config": configs, RATE_KEY: [rate], "seed": list(seeds[1:])}
@@ -105,12 +107,12 @@ def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> lis
 
 
 def read_grid() -> dict[str, Any]:
-    """The sweep file's content."""
+    """Return the sweep file's content."""
     return yaml.safe_load(SWEEP_YAML.read_text())
 
 
 def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str]:
-    """For each YAML the name, in its own grid, of the learning rate that learned most."""
+    """Return for each YAML the learning rate that learned most, by its name in the YAML's grid."""
     from foundry_ext.comparison.learning_rates import best_learning_rate
     from foundry_ext.records.record import read_record
 
@@ -127,7 +129,7 @@ def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str
 
 
 def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
-    """`foundry-ext sweep` on the file, written beside the data so that it can be looked at."""
+    """Run `foundry-ext sweep` on the file, which is written beside the data for users to see."""
     from foundry_ext.sweeps.run import run_sweep
 
     path = folder / "sweeps" / f"{name}.yaml"
@@ -143,7 +145,7 @@ def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
 
 
 def report(records: Sequence[Path], configs: Sequence[str], seed: int, out: Path) -> None:
-    """`foundry-ext analyse` on each method's best run under `seed`, then `compare` on all runs."""
+    """Analyse each method's best run with `seed`, then compare all runs."""
     rates = best_rates(records, configs)
     names = {f"{Path(config).stem}-seed_{seed}-learning_rate_{rates[config]}" for config in configs}
     for record in records:
@@ -162,7 +164,7 @@ def _foundry_ext(command: str, *arguments: Path | str) -> None:
 
 
 def show_base(folder: Path = FOLDER) -> None:
-    """What the base model cost and came to."""
+    """Print the base model's size, tokens, loss and throughput."""
     record = json.loads((folder / "base" / "record.json").read_text())
     losses = [
         next(value for name, value in entry["metrics"].items() if "CrossEntropy" in name)
@@ -172,7 +174,7 @@ def show_base(folder: Path = FOLDER) -> None:
     print(
         f"base model: {record['model']['parameters'] / 1e6:.2f} M parameters,"
         f" {record['tokens']['real']:,} real tokens,"
-        f" held-out loss {' -> '.join(f'{loss:.2f}' for loss in losses)} nats a token,"
+        f" held-out loss {' -> '.join(f'{loss:.2f}' for loss in losses)} nats per token,"
         f" {throughput['real_tokens_per_second']:,.0f} real tokens/s on {device},"
         f" packs {100 * throughput['fill']:.2f} % full"
     )

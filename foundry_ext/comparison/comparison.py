@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def is_in_general(self) -> bool:
-        """Whether every method has enough seeds for a claim about the method itself."""
+        """True if every method has enough seeds for a claim about the method itself."""
         return all(len(runs) >= MIN_SEEDS for runs in self.chosen.values())
 
 

@@ -39,7 +39,7 @@ class Metric:
 
     @property
     def is_binary(self) -> bool:
-        """Whether each item is either right or wrong."""
+        """True if each item is either right or wrong."""
         return self.kind in KINDS[:4] and self.key != MEAN_ACCURACY
 
     @property

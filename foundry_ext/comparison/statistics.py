@@ -61,7 +61,7 @@ class Interval:
     p: float
     standard_error: float
     kind: str
-    """What varies: "items", "seeds" or "seeds and items"."""
+    """Source of variation: "items", "seeds" or "seeds and items"."""
 
     @property
     def includes_zero(self) -> bool:

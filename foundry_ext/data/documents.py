@@ -12,7 +12,7 @@ from foundry_ext.packing.collator import Document
 
 
 class RowOutcome(IntEnum):
-    """What happened to a row; a dropped one stays as a document of no tokens, to be counted."""
+    """Outcome of tokenising a row; a dropped row stays as an empty document, to be counted."""
 
     KEPT = 0
     TRUNCATED = 1

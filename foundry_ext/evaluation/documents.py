@@ -46,7 +46,7 @@ class DocumentsSet:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Which data this is, for the run's record."""
+        """Identity of the data, for the run's record."""
         documents = self.dataset.documents
         return {
             "name": self.dataset.describe_sources("name"),

@@ -1,1 +1,1 @@
-"""What train.py does: one or several runs, and errors on one line."""
+"""Implementation of train.py: one or several runs, and errors on one line."""

@@ -30,8 +30,8 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 return text.partition("] ")[2]
             return (
                 f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
-                " another disk in save_folder, and start the same command again: it goes on from"
-                f" the last whole checkpoint ({said})"
+                " another disk in save_folder, and start the same command again: it continues"
+                f" from the last intact checkpoint ({said})"
             )
         if "can't allocate memory" in text:
             return (

@@ -20,7 +20,7 @@ THREADS = "OMP_NUM_THREADS"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a launcher needs to know to start a run."""
+    """A run for a launcher to start."""
 
     command: tuple[str, ...]
     program: str

@@ -27,7 +27,7 @@ class PlannedRun:
 
     name: str
     command: tuple[str, ...]
-    """As written in the sweep file: `composer` and `python` are not resolved yet."""
+    """Command as written in the sweep file; `composer` and `python` are not resolved yet."""
     program: str
     arguments: tuple[str, ...]
     """Arguments of the program: one YAML and overrides."""
@@ -61,7 +61,7 @@ class CostEstimate:
 
     tokens: float | None
     is_bound: bool
-    """Whether `tokens` is an upper bound, because packs may have empty slots."""
+    """True if `tokens` is an upper bound, because packs may have empty slots."""
     seconds: float | None
 
 

@@ -30,12 +30,12 @@ class DocumentLoss(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether both are finite."""
+        """True if loss and norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.norm or 0.0)
 
     @property
     def weight(self) -> float:
-        """What documents are ordered by: the norm, or the loss if the norm was not measured."""
+        """Sort key of documents: the norm, or the loss if the norm was not measured."""
         return self.loss if self.norm is None else self.norm
 
     def __str__(self) -> str:

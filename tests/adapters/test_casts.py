@@ -1,4 +1,4 @@
-"""Without peft's cast, results are the same bits with fewer casts."""
+"""Without peft's cast, results are equal to the last bit and fewer casts are made."""
 
 import pytest
 import torch

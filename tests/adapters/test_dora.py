@@ -1,4 +1,4 @@
-"""The faster DoRA forward pass against peft's own, and the cost of LoRA's.
+"""The fast DoRA forward pass against peft's own, and the cost of LoRA's.
 
 `stock` is peft's model, `fast` a copy of it with `use_fast_dora`.
 """
@@ -108,7 +108,7 @@ def test_outputs_and_gradients(dtype, tolerance, rslora):
 
 
 def test_autocast_is_as_exact_as_in_peft():
-    """Both in bf16 against fp64, over some inputs: peft rounds W x and B A x, here their sum is."""
+    """Both run in bf16 against fp64: peft rounds W x and B A x, ours rounds their sum."""
     stock, fast = pair()
     double = copy.deepcopy(stock).double()
     errors: dict[str, list] = {}
@@ -211,8 +211,8 @@ def test_no_unit_matrix():
 
 
 def test_lora_multiplies_with_no_frozen_gradient():
-    """The products of a model's LoRA step. In the backward pass each frozen linear has one, the
-    embedding none, and the head the one for the states. Dropout 0 is the identity."""
+    """In a LoRA step's backward pass each frozen linear has one product, the embedding none, and
+    the head only the one for the states. Dropout 0 is the identity."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,
@@ -345,7 +345,7 @@ def test_names_and_merging_are_pefts():
 
 
 def test_other_base_weights_have_other_norms():
-    """After loading, or an in-place change hidden from autograd, nothing old is reused."""
+    """Old norms are not reused after loading, or after an in-place change hidden from autograd."""
     stock, fast = pair()
     fast(data())
     changed = {name: value * 1.5 + 0.01 for name, value in stock.state_dict().items()}
@@ -437,7 +437,7 @@ def test_recomputed_in_the_backward_pass(autocast, only_fast):
 
 @pytest.fixture
 def mesh(tmp_path):
-    """One rank; the process group is Composer's if a test before this one left it."""
+    """Return a mesh of one rank, in Composer's process group if an earlier test left one."""
     begun = not torch.distributed.is_initialized()
     if begun:
         store = f"file://{tmp_path / 'store'}"
@@ -448,8 +448,8 @@ def mesh(tmp_path):
 
 
 def test_sharded_weights(mesh, monkeypatch):
-    """FSDP2 on one rank: an adapter gathered with its layer takes the fast pass. Wrapped alone, as
-    llm-foundry does, it takes peft's, which gathers it."""
+    """With FSDP2 on one rank, an adapter gathered with its layer uses the fast pass. Wrapped alone,
+    as llm-foundry does, it uses peft's, which gathers it."""
     expected = run(pair()[0], data())
     calls = []
     forward = PeftLinear.forward

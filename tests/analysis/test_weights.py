@@ -1,4 +1,4 @@
-"""Rank, intruders and the line, where the truth is known because it was planted."""
+"""Rank, intruders and the line, against planted values."""
 
 import json
 from contextlib import nullcontext
@@ -39,7 +39,7 @@ def orthonormal(rows, columns, seed):
 
 @pytest.fixture(scope="module")
 def weight():
-    """Singular values 32, 31, ..., 1 in known directions U and V."""
+    """Make a weight with singular values 32, 31, ..., 1 in known directions U and V."""
     U, V = orthonormal(OUT, IN, 0), orthonormal(IN, IN, 1)
     values = torch.arange(IN, 0, -1).float()
     return U, values, V, U @ values.diag() @ V.T
@@ -50,7 +50,7 @@ def weight():
 
 @pytest.mark.parametrize("k", [1, 3, 5, 9])
 def test_a_planted_rank_is_found(k):
-    """k equal singular values: k - 1 of them, at most 8 of 9, hold less than 90 %."""
+    """Of k equal singular values, k - 1 (at most 8 of 9) hold less than 90 %."""
     change = 0.7 * orthonormal(OUT, k, 2) @ orthonormal(IN, k, 3).T
     assert rank_for_energy(torch.linalg.svdvals(change)) == k
 
@@ -81,13 +81,13 @@ def test_factors_give_the_singular_values_of_their_product():
 
 
 def mixed(directions):
-    """A unit vector at the same small angle to all of these: cosine 1/sqrt(32) = 0.18."""
+    """Return a unit vector at the same small angle to all of these: cosine 1/sqrt(32) = 0.18."""
     return directions.mean(1) * directions.shape[1] ** 0.5
 
 
 @pytest.mark.parametrize("planted", ["outside", "between"])
 def test_a_planted_direction_is_one_intruder(weight, planted):
-    """A new leading direction, orthogonal to all of W's, or within their span but like none."""
+    """The new leading direction is orthogonal to all of W's, or in their span but unlike each."""
     U, _, V, W = weight
     new = torch.linalg.qr(torch.cat([U, orthonormal(OUT, 1, 5)], 1)).Q[:, -1]
     new = new if planted == "outside" else mixed(U)
@@ -127,7 +127,7 @@ def world(tmp_path_factory, tokenizer_folder, make_rows):
 
 @pytest.fixture(scope="module")
 def saved(world, tmp_path_factory):
-    """saved(method): an adapter that does something, as a Composer checkpoint."""
+    """Return saved(method): a Composer checkpoint of an adapter that has an effect."""
     made = {}
 
     def get(method):
@@ -178,7 +178,7 @@ def test_a_change_planted_in_one_matrix(world, tmp_path):
 
 @pytest.mark.parametrize("method", kit.ADAPTERS)
 def test_an_adapter_is_analysed_as_its_merged_model(world, saved, tmp_path, method):
-    """Factors there, dense weights here: the same figures."""
+    """The adapter's factors give the same figures as the merged model's dense weights."""
     merge_adapter(saved(method), tmp_path / "merged")
     ours, dense = (
         analyse_weights(saved(method)),

@@ -1,4 +1,4 @@
-"""A tiny setup and workload for the benchmarks' own tests."""
+"""Fixtures of the benchmarks' tests: a tiny setup and workload."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def make_setup():
-    """make_setup(method="lora", ...): fp32 on the CPU unless said otherwise."""
+    """Return make_setup(method="lora", ...): a setup, by default fp32 on the CPU."""
     return lambda **keys: Setup(**({"precision": "fp32", "config_overrides": TINY} | keys))
 
 
 @pytest.fixture(scope="session")
 def workload():
-    """Five documents with half of their labels; two packs; padded in twos, fours or all at once."""
+    """Return five half-labelled documents that fill two packs; padded microbatches of 2 or 4."""
     documents = make_documents([40, 7, 23, 31, 12], vocabulary=VOCABULARY, labelled=0.5)
     return Workload(name="five", documents=documents, pack_tokens=64, microbatches=(2, 4))

@@ -1,4 +1,4 @@
-"""What a comparison reports, and what it does where a variant cannot run."""
+"""Contents of a comparison, and its handling of variants that cannot run."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ def test_flops_are_of_the_documents_and_know_what_is_frozen(result, workload, ma
 
 
 class Slow(Step):
-    """Takes as long as its rows say; more than four do not fit."""
+    """A step that records its rows; more than four are out of memory."""
 
     def __call__(self):
         size = self.batches[0]["input_ids"].shape[0]

@@ -1,4 +1,4 @@
-"""No step of ours makes the host wait for the device: forward, backward, optimizer."""
+"""Our steps (forward, backward, optimizer) never make the host wait for the device."""
 
 import dataclasses
 
@@ -15,8 +15,10 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where a GPU's queue would have to run empty. It does not look inside operators of
-    ours, such as a CPU's attention, which reads lengths."""
+    """Mode that fails on operators for which a GPU's queue would have to run empty.
+
+    It does not look inside our own operators, such as a CPU's attention, which reads lengths.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
@@ -28,7 +30,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def leave_checks_to_the_device(monkeypatch):
-    """On a GPU they are asynchronous; on a CPU they read the values."""
+    """Disable the checks: on a GPU they are asynchronous, but on a CPU they read the values."""
     for name in ("check_ids", "check_packed"):
         monkeypatch.setattr(smollm2, name, lambda *arguments: None)
 

@@ -20,7 +20,7 @@ def silent(_line):
 
 @pytest.fixture
 def tiny(monkeypatch, make_setup):
-    """Commands measure this in place of the shape they name."""
+    """Make commands measure a tiny setup instead of the shape that they name."""
 
     def setup_of(options, model, method):
         return make_setup(method=method)

@@ -44,7 +44,7 @@ llmfoundry.registry.callbacks.register("snapshots", func=Snapshots)
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def measured(request, tmp_path_factory):
-    """(result, the core after its last step)"""
+    """Return (result, the core after its last step)."""
     Snapshots.weights, cores = {}, []
 
     class Kept(trainer_time.Core):
@@ -70,7 +70,7 @@ def measured(request, tmp_path_factory):
 
 @pytest.mark.skipif(trainer_time.DEVICE == "cuda", reason="kernels there add in any order")
 def test_both_sides_do_the_same_work(measured):
-    """After as many steps on the same packs both have the same weights."""
+    """Both have the same weights after the same number of steps on the same packs."""
     result, core = measured
     theirs = Snapshots.weights[1 + result["steps"]]
     ours = core.built.state_dict()
@@ -82,7 +82,7 @@ def test_both_sides_do_the_same_work(measured):
 
 
 def test_the_callback_agrees_with_the_benchmark(measured):
-    """In units and window; within 5 % is for the benchmark to show, on steps of a real size."""
+    """Units and window agree; agreement within 5 % is shown by the benchmark on full-size steps."""
     result, _ = measured
     assert result["throughput"]["ratio"] == pytest.approx(1.0, abs=0.2)
 
@@ -98,7 +98,7 @@ def test_parts_add_up_to_the_step(measured):
 
 
 def test_our_callbacks_read_nothing_back(measured):
-    """Of the trainer's waits none is of a callback of ours, or of anything they call."""
+    """No wait of the trainer comes from our callbacks or from what they call."""
     result, _ = measured
     places = result["host_waits"]
     assert any("composer/trainer/trainer.py" in place for place in places)
@@ -180,7 +180,7 @@ def test_waits_on_a_gpu_are_torch_s_warnings(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_only_composer_waits(measured):
-    """The core has no wait, and the trainer's are Composer's own, the same few in every step."""
+    """The core never waits, and all waits of the trainer are Composer's own."""
     result, core = measured
     assert result["host_waits"]
     assert not [place for place in result["host_waits"] if place.startswith("foundry_ext")]
@@ -213,7 +213,7 @@ RUNS = [  # file, size, data set
 
 @pytest.mark.parametrize(("name", "size", "data"), RUNS)
 def test_a_shipped_yaml_offline(name, size, data, tmp_path):
-    """Nothing of the hub is left, and its loader reads the generated rows."""
+    """No reference to the hub remains, and the loader reads the generated rows."""
     from llmfoundry.data.dataloader import build_dataloader
     from transformers import AutoTokenizer
 

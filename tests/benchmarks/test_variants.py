@@ -20,7 +20,7 @@ HERE = ("hf_padded", "hf_padded_no_mask", "unpadded", "unpadded_larger", "ours_e
 
 
 def documents_of(batches):
-    """(ids, labels after the first token) of every document, sorted; filling slots left out."""
+    """Return (ids, labels after the first token) of every document, sorted, without padding."""
     found = []
     for batch in batches:
         ids, labels = batch["input_ids"], batch["labels"]

@@ -1,6 +1,6 @@
-"""Composer checkpoints as folders for stock libraries: what is written, and what is refused.
+"""Export of Composer checkpoints as folders for stock libraries, and what is refused.
 
-Checkpoints come from Composer's own saver, without training; tests/composer exports trained ones.
+Checkpoints come from Composer's own saver, without training; tests/training exports trained ones.
 """
 
 import json
@@ -24,7 +24,7 @@ def world(tmp_path_factory, tokenizer_folder, make_rows):
 
 @pytest.fixture(scope="module")
 def saved(world, tmp_path_factory):
-    """saved(method): a model with an adapter that does something, and Composer's checkpoint."""
+    """Return saved(method): a model whose adapter has an effect, and Composer's checkpoint."""
     made = {}
 
     def get(method, **settings):
@@ -42,7 +42,7 @@ def saved(world, tmp_path_factory):
 
 @pytest.fixture
 def changed(saved, tmp_path):
-    """changed(method, change): the checkpoint after `change(its state)`."""
+    """Return changed(method, change): the checkpoint after `change(its state)`."""
 
     def write(method, change):
         content = torch.load(saved(method)[1], weights_only=False)

@@ -26,7 +26,7 @@ def test_cut_anywhere_is_noticed(whole):
 
 
 def test_a_flipped_bit_is_noticed_or_changes_nothing(whole):
-    """The zip format has padding, and fields that nobody reads."""
+    """A flipped bit may change nothing, because a zip has padding and fields that nobody reads."""
     content, expected = whole.read_bytes(), torch.load(whole)
     rng, noticed = random.Random(0), 0
     for _ in range(300):
@@ -52,7 +52,7 @@ def test_what_is_not_finished_is_not_there(whole):
 
 
 def test_the_link_is_replaced_in_one_step(whole, monkeypatch):
-    """os.remove and os.symlink leave a moment without a link: Composer would begin anew."""
+    """With os.remove and os.symlink the link is briefly missing, and Composer would start anew."""
     link, other = whole.with_name("latest-rank0.pt"), whole.with_name("ep0-ba2-rank0.pt")
     other.touch()
     checkpoint_files.link_to(whole, link)
@@ -94,7 +94,7 @@ def test_the_one_before_is_taken(whole, caplog):
 
 
 def test_none_whole_is_an_error_and_stays_one(whole):
-    """Not a new run: the second attempt must not find an empty folder either."""
+    """No new run starts, not even at the second attempt, which must not find an empty folder."""
     whole.write_bytes(whole.read_bytes()[:-1])
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"all checkpoints are damaged.*{whole.name} cannot"):

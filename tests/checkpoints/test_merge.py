@@ -1,4 +1,4 @@
-"""Merged models give the logits of the adapter they came from; whatever does not is refused."""
+"""Merged models give the logits of their adapter, or the merge is refused."""
 
 import json
 
@@ -36,7 +36,7 @@ def world(tmp_path_factory, tokenizer_folder, make_rows):
 
 @pytest.fixture(scope="module")
 def saved(world, tmp_path_factory):
-    """saved(variant): (model, Composer's checkpoint, peft folder) of an adapter that does much."""
+    """Return saved(variant): (model, Composer's checkpoint, peft folder) of a strong adapter."""
     made = {}
 
     def get(variant, **settings):
@@ -72,7 +72,7 @@ def refused(match, *arguments, **settings):
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "pissa"])
 def test_a_merged_adapter_is_the_model_it_was(world, saved, tmp_path, variant):
-    """From Composer's checkpoint; against our model, stock peft unmerged, and peft's own merge."""
+    """The merge equals our model, stock peft unmerged, and peft's own merge."""
     settings = {"init_lora_weights": "pissa"} if variant == "pissa" else {}
     model, checkpoint, folder = saved(variant, **settings)
     certificate = merge_adapter(checkpoint, tmp_path / "out")
@@ -113,7 +113,7 @@ def test_the_certificate_says_what_was_done(world, saved, tmp_path):
 
 @pytest.mark.parametrize("variant", ["rslora", "dora"])
 def test_bf16_is_merged_in_fp32_and_cast_once(saved, tmp_path, variant):
-    """The error is that of rounding the merged weights, which merging in bf16 would exceed."""
+    """The error is that of rounding merged weights once; merging in bf16 would exceed it."""
     model, _, folder = saved(variant)
     certificate = merge_adapter(folder, tmp_path / "out", dtype="bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype="auto")
@@ -139,7 +139,7 @@ def test_any_text_will_do(saved, tmp_path):
 
 @pytest.mark.parametrize("variant", ["rslora", "dora", "lora"])
 def test_a_merge_with_another_scale_is_caught(saved, tmp_path, monkeypatch, variant):
-    """alpha/r for rsLoRA, alpha/sqrt(r) for the others: a known mistake of merging tools."""
+    """Merging tools are known to use alpha/r for rsLoRA, or alpha/sqrt(r) for the others."""
     right = methods.scale_of
 
     def wrong(config, module):
@@ -164,14 +164,14 @@ def test_a_magnitude_left_out_is_caught(saved, tmp_path, monkeypatch):
 
 
 def test_bf16_does_not_hide_a_wrong_merge(saved, tmp_path, monkeypatch):
-    """The fp32 step is held to fp32's tolerance, whatever the cast may cost."""
+    """The fp32 step must meet fp32's tolerance, whatever error the cast adds."""
     right = methods.scale_of
     monkeypatch.setattr(methods, "scale_of", lambda *a: 1.01 * right(*a))
     refused("merging in float32", saved("lora")[2], tmp_path / "o", dtype="bfloat16")
 
 
 def test_a_broken_file_is_caught(saved, tmp_path, monkeypatch):
-    """What is compared is what was written, not what was meant to be."""
+    """The comparison reads the written file, not the model in memory."""
     save = LlamaForCausalLM.save_pretrained
 
     def spoil(self, *arguments, **settings):

@@ -1,4 +1,4 @@
-"""The command itself: its table of subcommands, and mistakes in one line."""
+"""The command itself: its table of subcommands, and one-line errors."""
 
 import importlib
 from types import SimpleNamespace

@@ -11,7 +11,7 @@ from tests.comparison import records
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four methods, three learning rates each, the best with three seeds."""
+    """Return a sweep of four methods with three learning rates each, the best with three seeds."""
     folder = tmp_path_factory.mktemp("sweep")
     records.write_sweep(folder)
     return folder

@@ -1,8 +1,8 @@
 """Run records and items as four methods would leave them, drawn from a known truth.
 
 A method learns most at its learning rate `peak`, and forgets with the square of what it learns. A
-seed shifts a run, an item has its own level and its own response, so that intervals over seeds and
-over items both have something to cover.
+seed shifts a run, and an item has its own level and its own response, so that intervals over seeds
+and over items both have something to cover.
 """
 
 import json
@@ -25,7 +25,7 @@ STEPS = (0, 40, 80)
 
 @dataclass(frozen=True)
 class Truth:
-    """What a method tends to: `most` learned, `cost` forgotten a unit squared of learning."""
+    """True behaviour of a method: `most` learned, `cost` forgotten per unit learned squared."""
 
     most: float
     peak: float
@@ -67,7 +67,7 @@ def write_run(
     num_items: int = NUM_ITEMS,
     **changes: Any,
 ) -> Path:
-    """Writes folder/<run>/record.json and items.jsonl; `changes` replace keys of the record.
+    """Write folder/<run>/record.json and items.jsonl; `changes` replace keys of the record.
 
     Returns:
         The run's folder.
@@ -97,7 +97,7 @@ def write_run(
 def write_sweep(
     folder: Path, *, seeds: Sequence[int] = (17, 18, 19), methods: Sequence[str] = tuple(TRUTHS)
 ) -> list[Path]:
-    """Every method at its three learning rates with the first seed, the best with all."""
+    """Write runs of every method at three learning rates with one seed, the best with all seeds."""
     written = []
     for method in methods:
         truth = TRUTHS[method]

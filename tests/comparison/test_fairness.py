@@ -1,4 +1,4 @@
-"""One planted difference in a family is found and named; what may differ is not."""
+"""One planted difference in a family is found and named; allowed differences are not."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def families() -> dict[str, list[Path]]:
-    """The shipped YAMLs that are meant to differ by method alone."""
+    """Return the shipped YAMLs that are meant to differ only by method."""
     found: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "yamls").rglob("*.yaml")):
         head, _, last = path.stem.rpartition("_")

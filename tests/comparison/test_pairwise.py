@@ -1,4 +1,4 @@
-"""What is said about pairs of methods, and about the trade-off."""
+"""Findings about pairs of methods and about the trade-off."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_measures_are_each_sets_own(comparison: Comparison):
 
 
 def test_true_differences_are_found_and_others_are_not(comparison: Comparison):
-    """full learns and forgets more than the rest; LoRA and DoRA are drawn from one truth."""
+    """By construction full learns and forgets most, and LoRA and DoRA are equal."""
     for metric in (LEARNING, FORGETTING):
         for other in ("LoRA", "DoRA", "rsLoRA"):
             found = pair(comparison, metric, "full", other)
@@ -58,7 +58,7 @@ def test_true_differences_are_found_and_others_are_not(comparison: Comparison):
 
 
 def planted(tmp_path: Path, seeds: tuple[int, ...], other_seeds: tuple[int, ...]) -> Loaded:
-    """One method under two names."""
+    """Plant one method under two names."""
     truth = records.TRUTHS["lora"]
     for seed in seeds:
         records.write_run(tmp_path, "lora", 1e-2, seed, truth=truth, num_items=60)
@@ -137,7 +137,7 @@ def test_items_that_are_not_the_records_are_not_used(tmp_path: Path):
 
 
 def test_items_of_another_evaluation_are_not_used(tmp_path: Path):
-    """All there, but they do not make up the value in the record."""
+    """Items that do not add up to the record's value are not used."""
     folder = records.write_run(tmp_path, "lora", 1e-2, 1, num_items=20)
     record = json.loads((folder / "record.json").read_text())
     record["evaluations"][-1]["learning"]["target_loss"] += 0.1
@@ -206,7 +206,7 @@ def test_matched_learning_says_who_does_not_reach_it(comparison: Comparison):
 
 
 def test_a_method_beaten_at_a_rate_that_was_not_chosen_is_named(tmp_path: Path):
-    """Full fine-tuning at a low rate learns more than LoRA and forgets less, at its best more."""
+    """Full fine-tuning beats LoRA at a low rate, but forgets more at its best rate."""
     cheap = replace(records.TRUTHS["full"], cost=0.02, most=4.5)
     records.write_run(tmp_path, "full", 1e-3, 17, truth=cheap, num_items=20)
     records.write_run(tmp_path, "full", 2e-3, 17, num_items=20)
@@ -219,7 +219,7 @@ def test_a_method_beaten_at_a_rate_that_was_not_chosen_is_named(tmp_path: Path):
 
 
 def test_what_holm_holds_back_needs_more_than_there_is(tmp_path: Path):
-    """Not distinguishable and "needs 3 seeds" with three at hand would contradict each other."""
+    """A pair held back by Holm must not be said to need the three seeds that it already has."""
     held_back = 0
     for case in range(8):
         folder = tmp_path / str(case)

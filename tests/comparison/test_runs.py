@@ -1,4 +1,4 @@
-"""Which runs are found, which are left out, what they are called, and which may be compared."""
+"""Runs that are found or left out, their labels, and which runs may be compared."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.comparison import records
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Changes dotted keys (with __ for the dot) of a run's record."""
+    """Change dotted keys (with __ for the dot) of a run's record."""
     path = folder / "record.json"
     record = json.loads(path.read_text())
     for key, value in changes.items():
@@ -28,7 +28,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
-    """A full and a LoRA run, at one learning rate each."""
+    """Write a full and a LoRA run, at one learning rate each."""
     full = records.write_run(tmp_path, "full", 2e-3, 17, num_items=20)
     lora = records.write_run(tmp_path, "lora", 1e-2, 17, num_items=20)
     return full, lora
@@ -157,7 +157,7 @@ def test_groups_whose_long_settings_begin_alike_stay_two(two, tmp_path: Path):
 
 
 def test_a_learning_rate_that_diverged_was_tried(two, tmp_path: Path):
-    """It ends the grid, so the one below is at no edge; another setting's runs say nothing."""
+    """It ends the grid, so the rate below is not at the edge; other settings' runs do not count."""
     full, lora = two
     rates = [records.write_run(tmp_path, "full", rate, 17, num_items=20) for rate in (1e-3, 4e-3)]
     other = records.write_run(tmp_path / "other", "lora", 2e-2, 17, num_items=20)

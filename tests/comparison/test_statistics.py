@@ -22,7 +22,7 @@ from tests.tiers import one_of
 
 
 def within_binomial_error(hits: int, trials: int, share: float) -> bool:
-    """Whether `hits` is what a true `share` gives, within 3.3 standard deviations (p = 0.001)."""
+    """Return whether `hits` fits a true `share`, within 3.3 standard deviations (p = 0.001)."""
     return abs(hits / trials - share) <= 3.3 * math.sqrt(share * (1 - share) / trials)
 
 
@@ -105,7 +105,7 @@ def test_p_value_and_interval_agree():
     [(0, 0, 1), (0, 5, 2 / 2**5), (6, 0, 2 / 2**6), (10, 10, 1), (3, 12, 2 * 576 / 2**15)],
 )
 def test_mcnemar_by_hand(b: int, c: int, p: float):
-    """Twice the tail of a fair coin: of 15 tosses, 1 + 15 + 105 + 455 ways to at most 3."""
+    """p is twice a fair coin's tail: of 15 tosses, 1 + 15 + 105 + 455 ways give at most 3."""
     first = np.array([1] * b + [0] * c + [1] * 20 + [0] * 7)
     second = np.array([0] * b + [1] * c + [1] * 20 + [0] * 7)
     ours = mcnemar(first, second)
@@ -142,7 +142,7 @@ def test_values_that_are_no_numbers_are_refused(bad: list[float]):
 
 
 def crossed(rng: np.random.Generator, seeds: int, items: int, sizes) -> np.ndarray:
-    """[S, I] differences whose true mean is 0: a part of the seed, of the item, and the rest."""
+    """Return [S, I] differences with true mean 0, from the seed, the item, and the rest."""
     of_seed, of_item, rest = sizes
     return (
         of_seed * rng.normal(size=(seeds, 1))
@@ -170,7 +170,7 @@ def test_interval_over_three_seeds_and_items_covers(sizes, trials):
 
 
 def test_bootstrap_over_three_seeds_covers_far_too_little():
-    """Why none is reported: of three numbers, resamples know no spread beyond the three."""
+    """None is reported, because resamples of three numbers show no spread beyond the three."""
     rng = np.random.default_rng(12)
     trials, plain, t = 600, 0, 0
     for trial in range(trials):
@@ -218,7 +218,7 @@ def test_mcnemar_finds_nothing_too_often_where_there_is_nothing():
 
 
 def test_holm_keeps_the_error_of_a_family():
-    """Six pairs of four equal methods: one false finding in 5 % of the families at most."""
+    """Among six pairs of four equal methods, at most 5 % of families have a false finding."""
     rng = np.random.default_rng(16)
     families, wrong, wrong_plain = 800, 0, 0
     for _ in range(families):
@@ -278,7 +278,7 @@ def test_what_one_error_hides_the_other_cannot_find():
 
 
 def test_seeds_and_items_needed_together():
-    """Neither alone finds 0.2 where one error of 3 seeds or 50 items hides it; both grown do."""
+    """More seeds or more items alone do not find 0.2, but both together do."""
     found = both_needed(0.2, 0.3, 1.0, 3, 50)
     assert found is not None
     rng = np.random.default_rng(18)

@@ -1,4 +1,4 @@
-"""Records of W&B runs: in an offline run's folder, and on a server, whose Api is a stand-in."""
+"""Records of W&B runs, in an offline run's folder and on a server with a stand-in Api."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ class Run:
 
 
 class Api:
-    """As much of wandb.Api as is used."""
+    """Stand-in for the parts of wandb.Api that are used."""
 
     def __init__(self, runs: dict[str, dict[str, str]]):
         self.runs = runs

@@ -1,4 +1,4 @@
-"""For the tests of loaders: their worker processes end with the test that started them."""
+"""Fixture that ends a loader's worker processes with the test that started them."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.data import kit
 
 @pytest.fixture(autouse=True)
 def _workers_end():
-    """Composer's DataSpec is a cycle of references, and a loader collected with it hangs 10 s."""
+    """End workers; otherwise a loader that is collected with Composer's DataSpec hangs 10 s."""
     yield
     while kit.BUILT:
         kit.BUILT.pop().dataloader._iterator = None

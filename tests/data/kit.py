@@ -1,4 +1,4 @@
-"""Documents, packs and batches to test with, and how to look into them."""
+"""Documents, packs and batches for tests, and functions that inspect them."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -15,14 +15,14 @@ BUILT: list[Any] = []  # the loaders of the test at hand
 
 
 def document(ids: Sequence[int], prompt: int = 1) -> Document:
-    """`prompt` tokens without loss, then the rest with it."""
+    """Return a document whose first `prompt` tokens carry no loss, unlike the rest."""
     return Document(
         input_ids=np.asarray(ids, dtype=np.int32), loss_mask=np.arange(len(ids)) >= prompt
     )
 
 
 def random_documents(num: int, seed: int = 0, vocabulary: int = 9) -> list[Document]:
-    """Of 2 to MAX_SEQ_LEN tokens; ids from 0, so that 0, a pad token elsewhere, is a real one."""
+    """Return documents of 2 to MAX_SEQ_LEN tokens; id 0, a pad token elsewhere, is a real id."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, MAX_SEQ_LEN + 1, num)
     return [
@@ -32,14 +32,14 @@ def random_documents(num: int, seed: int = 0, vocabulary: int = 9) -> list[Docum
 
 
 def random_packs(num: int, seed: int = 0, **collator) -> list[Pack]:
-    """Packs of 0 to 5 documents."""
+    """Return packs of 0 to 5 documents."""
     rng = np.random.default_rng(seed)
     collate = PackCollator(max_seq_len=MAX_SEQ_LEN, pack_tokens=5 * MAX_SEQ_LEN, **collator)
     return [collate(random_documents(int(rng.integers(0, 6)), seed + i)) for i in range(num)]
 
 
 def split_documents(pack: Pack, key: str = "input_ids") -> list[list[int]]:
-    """The real documents of a pack, without filled slots."""
+    """Return the real documents of a pack, without filled slots."""
     ends = pack["cu_seqlens"].tolist()[: pack["num_documents"] + 1]
     row = pack[key][0].tolist()
     return [row[start:end] for start, end in pairwise(ends)]
@@ -58,14 +58,14 @@ def assert_packs_equal(ours: Pack, theirs: Pack):
 
 
 def assert_batches_equal(ours: Iterable[Sequence[Pack]], theirs: Iterable[Sequence[Pack]]):
-    """As many batches, of as many packs, of the same content."""
+    """Check that both have the same batches of the same packs."""
     for one, other in zip(ours, theirs, strict=True):
         for pack, other_pack in zip(one, other, strict=True):
             assert_packs_equal(pack, other_pack)
 
 
 def build(tokenizer, dataset: dict[str, Any], size=2, name="packed_finetuning", **loader):
-    """The DataSpec that llm-foundry's registry builds under this name."""
+    """Return the DataSpec that llm-foundry's registry builds under this name."""
     from llmfoundry import registry
 
     BUILT.append(registry.dataloaders.get(name)(tokenizer, size, dataset, **loader))
@@ -73,6 +73,6 @@ def build(tokenizer, dataset: dict[str, Any], size=2, name="packed_finetuning", 
 
 
 def walk(spec, epoch: int = 0) -> list[list[Pack]]:
-    """The batches of an epoch, as Composer comes by them."""
+    """Return the batches of an epoch in the way that Composer reads them."""
     spec.dataloader.batch_sampler.set_epoch(epoch)
     return list(spec.dataloader)

@@ -1,4 +1,4 @@
-"""What is tokenised is kept on disk, under all that decides it; a fingerprint knows it again."""
+"""Cache of tokenised rows, keyed by everything they depend on, and their fingerprint."""
 
 import importlib
 import json
@@ -40,7 +40,7 @@ def _a_cache_of_its_own(tmp_path, monkeypatch):
 
 
 class Counted:
-    """Tokenises a file's rows, and says how many rows were formatted to do so."""
+    """Tokeniser of a file's rows that counts how many rows it formatted."""
 
     def __init__(self, path: Path, module_file: Path):
         self.path, self.module_file = path, module_file
@@ -122,7 +122,7 @@ def test_another_chat_template_misses_the_cache(counted: Counted, tokenizer):
 
 
 def test_an_edited_preprocessing_function_misses_the_cache(counted: Counted, tokenizer):
-    """Pickled, an importable function is no more than its name: an edit would go unseen."""
+    """A pickled function is only its name, so its source must be part of the key."""
     first, calls = counted(tokenizer)
     assert calls == 20
     counted.edit('row["response"]}', '"yes " + row["response"]}')
@@ -160,7 +160,7 @@ def test_other_rows_in_the_same_file_miss_the_cache(counted: Counted, tokenizer,
 
 
 def test_a_copy_and_a_touched_file_hit_the_cache(counted: Counted, tokenizer):
-    """The key of `datasets` is a path and a time: a run on a copy would tokenise all of it anew."""
+    """With the key of `datasets`, a path and a time, a copy would be tokenised again."""
     first, calls = counted(tokenizer)
     assert calls == 20
     os.utime(counted.path, (1, 1))
@@ -227,7 +227,7 @@ def test_the_number_of_processes_is_not_in_the_key(tokenizer, make_rows, monkeyp
 
 
 def test_the_fingerprint_is_kept_beside_the_table(counted: Counted, tokenizer, monkeypatch):
-    """5 bytes a token are hashed for it, on every rank."""
+    """It is stored because every rank would hash 5 bytes per token for it."""
     first, _ = counted(tokenizer)
     computed = Documents.__dict__["fingerprint"].func(first)
     monkeypatch.setattr("foundry_ext.data.documents.hashlib.sha256", pytest.fail)
@@ -235,7 +235,7 @@ def test_the_fingerprint_is_kept_beside_the_table(counted: Counted, tokenizer, m
 
 
 def test_a_bar_says_what_is_tokenised(tokenizer, make_rows, monkeypatch, capsys, caplog):
-    """It is no log line, so that it is seen at any log level; what was found again shows none."""
+    """The bar shows at any log level, but not if the rows come from the cache."""
 
     def shown(seed: int) -> str:
         rows = datasets.Dataset.from_list(make_rows(20, seed=seed))
@@ -349,7 +349,7 @@ def fingerprint_of(path: Path, tokenizer, **settings) -> str:
 
 
 def test_the_fingerprint_is_the_datas_not_the_files(tokenizer, make_rows, write_jsonl):
-    """Else a run could not be resumed on another machine, or after its file was written again."""
+    """A run can be resumed on another machine, or after its file was written again."""
     path = write_jsonl(make_rows(20))
     first = fingerprint_of(path, tokenizer)
     copy = path.parent / "elsewhere" / "data.jsonl"

@@ -1,4 +1,4 @@
-"""The builders: their keys and errors, and batches that hold everything exactly once."""
+"""Builders of loaders: keys, errors, and batches that hold every document exactly once."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ BUILDERS = {
 
 @pytest.fixture
 def dataset(make_rows, write_jsonl, tmp_path, monkeypatch) -> dict:
-    """The `dataset` section for some rows, of which none is dropped or cut."""
+    """Return the `dataset` section for some rows, none of which is dropped or cut."""
     monkeypatch.chdir(tmp_path)  # where ranks signal one another
     path = write_jsonl(make_rows(120))
     return {"hf_name": str(path), "split": "train", "max_seq_len": 128, "pack_tokens": 256}
@@ -53,7 +53,7 @@ def texts(write_jsonl, make_rows, tmp_path, monkeypatch) -> dict:
 
 
 def documents_in(batches) -> Counter:
-    """Documents with their labels, and how often each is there."""
+    """Count the documents, with their labels, in batches."""
     return Counter(
         (tuple(ids), tuple(labels))
         for batch in batches
@@ -86,7 +86,7 @@ def test_composers_own_split_would_cut_the_offsets():
 
 
 def test_what_composer_reads(tokenizer, dataset):
-    """Counts of documents and real tokens; a length; a sampler that it knows for distributed."""
+    """Composer gets counts of documents and real tokens, a length and a distributed sampler."""
     spec = build(tokenizer, dataset, size=3)
     loader = spec.dataloader
     batches = walk(spec)
@@ -149,7 +149,7 @@ timeout: 0
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_stock_yaml_works_with_its_name_changed(tokenizer, dataset):
-    """And gives the documents and labels that llm-foundry's own loader gives."""
+    """The documents and labels are those of llm-foundry's own loader."""
     from omegaconf import OmegaConf
 
     folder = Path(dataset["hf_name"]).parent
@@ -180,7 +180,7 @@ def test_workers_give_the_same_batches(tokenizer, dataset, shuffle: bool):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_left_early_leaves_nothing_behind(tokenizer, dataset, num_workers: int):
-    """Workers have read ahead when Composer breaks off, as it does with every evaluator's first."""
+    """Workers have read ahead when Composer stops, as after every evaluator's first batch."""
     dataset = {**dataset, "shuffle": True}
     spec = build(tokenizer, dataset, num_workers=num_workers)
     whole = walk(build(tokenizer, dataset), epoch=1)
@@ -191,7 +191,7 @@ def test_an_epoch_left_early_leaves_nothing_behind(tokenizer, dataset, num_worke
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_random_numbers_are_left_alone(tokenizer, dataset, num_workers: int):
-    """The model's dropout draws from them: it must not depend on how data is read."""
+    """The model's dropout uses the same random numbers, however the data is read."""
     spec = build(tokenizer, {**dataset, "shuffle": True}, num_workers=num_workers)
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -359,7 +359,7 @@ def test_a_tokenizer_with_an_end_of_text_is_needed(tokenizer_folder, dataset, na
 
 
 def test_a_tokenizer_without_a_pad_token_will_do(tokenizer, dataset):
-    """SmolLM2's base models have none; packs need none."""
+    """SmolLM2's base models have no pad token, and packs need none."""
     tokenizer.pad_token = None
     assert documents_in(walk(build(tokenizer, dataset))).total() == 120
 
@@ -380,7 +380,7 @@ def test_no_document_left_is_an_error(tokenizer, dataset):
 
 
 def test_real_rows(tokenizer, dataset):
-    """GSM8K's, with a tokenizer that makes many tokens of them."""
+    """Rows of GSM8K work, with a tokenizer that makes many tokens of them."""
     if not SHARED_ROWS.exists():
         pytest.skip(f"{SHARED_ROWS} is not on this machine")
     dataset |= {"hf_name": str(SHARED_ROWS), "split": "train[:400]", "max_seq_len": 2048}

@@ -1,4 +1,4 @@
-"""Weighted sources in one epoch: shares reached, the same every time, known again on resumption."""
+"""Weighted sources in one epoch: shares are met, deterministic, and checked on resumption."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from tests.data.kit import assert_batches_equal, build, split_documents, walk
 
 
 def documents_of(lengths, first_id: int = 1) -> Documents:
-    """Documents of these lengths; each token's id tells its document; 0 is a dropped one."""
+    """Return documents of these lengths (0: dropped), each with a token id of its own."""
     ids = [[first_id + i] * length for i, length in enumerate(lengths)]
     columns = {
         "input_ids": ids,
@@ -31,7 +31,7 @@ def tokens(part) -> int:
 
 
 def test_the_worked_example():
-    """9,000 and a share of 0.1 of 10,000: the 400 tokens twice, then 200 of them."""
+    """For 9,000 tokens and a share of 0.1, 400 tokens are used twice, then 200 of them."""
     main, other = documents_of([90] * 100), documents_of([20] * 20, first_id=1000)
     whole, part = draw([main, other], [None, 0.1])
     assert tokens(whole) == 9000 and tokens(part) == 1000
@@ -99,7 +99,7 @@ def test_nothing_to_draw_from():
 
 @pytest.fixture
 def mixed(make_rows, write_jsonl, tmp_path, monkeypatch) -> dict:
-    """The `dataset` section: prompts and responses, and a fifth of plain text."""
+    """Return the `dataset` section: prompts and responses, and a fifth of plain text."""
     monkeypatch.chdir(tmp_path)
     rows = write_jsonl(make_rows(120), "rows.jsonl")
     texts = write_jsonl([{"body": f"~{i}~" * (3 + i % 5)} for i in range(90)], "texts.jsonl")
@@ -159,7 +159,7 @@ def test_texts_of_several_columns(tokenizer, mixed, write_jsonl):
 
 
 def test_the_same_again_whatever_the_seed(tokenizer, mixed):
-    """Seeds change the order; the documents stay, so runs of several seeds have the same data."""
+    """Seeds change the order but not the documents, so runs of all seeds have the same data."""
     one, again, other = (
         build(tokenizer, {**mixed, "shuffle_seed": seed}).dataloader.dataset for seed in (1, 1, 2)
     )

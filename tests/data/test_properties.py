@@ -1,5 +1,8 @@
-"""Whatever the lengths: documents once, within capacity, in order; tokens and labels come back out;
-any batch can be the first."""
+"""Properties for any lengths of documents.
+
+Each document is used once, in order and within capacity. Its tokens and labels come back out. Any
+batch can be the first.
+"""
 
 from itertools import pairwise
 
@@ -47,7 +50,7 @@ def lengths_and_capacity(draw, least: int = 1):
 
 @st.composite
 def documents_of(draw, least: int = 0, most: int = 30):
-    """Documents whose tokens are all different, so that none can be taken for another."""
+    """Return documents whose tokens are all different, so that none is mistaken for another."""
     lengths = draw(st.lists(st.integers(1, LONGEST), min_size=least, max_size=most))
     prompts = draw(st.lists(st.integers(0, LONGEST), min_size=most, max_size=most))
     ends = np.cumsum([0, *lengths])
@@ -58,7 +61,7 @@ def documents_of(draw, least: int = 0, most: int = 30):
 
 
 def first_fit_decreasing(lengths, capacity: int) -> int:
-    """Number of packs, a document at a time."""
+    """Return the number of packs, placing one document at a time."""
     gaps: list[int] = []
     for length in sorted(lengths, reverse=True):
         place = next((i for i, gap in enumerate(gaps) if gap >= length), None)
@@ -91,7 +94,7 @@ def test_packs_are_a_partition_within_capacity(case, seed, epoch, window):
 @examples(300)
 @given(lengths_and_capacity(), SEEDS)
 def test_no_more_packs_than_first_fit_decreasing(case, seed):
-    """Its limit, 1.001 times as many, is none more below a thousand packs."""
+    """The limit, 1.001 times as many, allows no extra pack below a thousand packs."""
     lengths, capacity = case
     packs = pack(lengths, capacity, seed=seed, epoch=0)
     assert -(-sum(lengths) // capacity) <= len(packs) <= first_fit_decreasing(lengths, capacity)
@@ -179,7 +182,7 @@ def test_tokens_of_a_row_are_kept_in_order_or_counted(flags, limit, overlong):
 
 
 def in_memory(documents) -> Documents:
-    """As written by the tokeniser, in tables of two rows: chunks to look documents up in."""
+    """Return documents as the tokeniser writes them, in several chunks of two rows each."""
     records = [Record(Tokens(one.input_ids, one.loss_mask), RowOutcome.KEPT) for one in documents]
     tables = [to_table(records[at : at + 2]) for at in range(0, len(records), 2)]
     return Documents(datasets.Dataset(pa.concat_tables(tables), info=_INFO))
@@ -221,7 +224,7 @@ def test_a_share_is_met_to_within_a_document(main, other, share):
 
 
 class Lengths(Documents):
-    """Documents of which nothing but the lengths is asked."""
+    """Stand-in for documents with lengths only."""
 
     def __init__(self, lengths):
         self.lengths = np.array(lengths, dtype=np.int32)
@@ -241,7 +244,7 @@ def walk(dataset: PackedDataset, epoch: int) -> list[list[list[int]]]:
 
 
 def of_all_ranks(datasets_of_ranks, epoch: int) -> list[list[list[int]]]:
-    """Global batches: the packs of all ranks in turn."""
+    """Return global batches: the packs of all ranks in turn."""
     batches = [walk(dataset, epoch) for dataset in datasets_of_ranks]
     assert len({len(one) for one in batches}) == 1, "a rank would wait for ever"
     return [
@@ -298,7 +301,7 @@ def test_stopped_at_any_batch_the_rest_is_the_same_on_any_ranks(
 @examples(40)
 @given(documents_of(least=1, most=20), st.integers(1, 3), SEEDS, st.integers(0, 2), st.data())
 def test_tokens_come_through_a_loader_that_was_stopped(documents, size, seed, epoch, data):
-    """Every document's own tokens, each once, whichever batch the loader was stopped at."""
+    """Every document's tokens come once, whichever batch the loader was stopped at."""
     settings = {"capacity": 2 * LONGEST, "shuffle": True, "seed": seed}
     settings |= {"batch_packs": size, "rank": 0, "world_size": 1}
     collator = PackCollator(max_seq_len=LONGEST, pack_tokens=2 * LONGEST)

@@ -1,4 +1,4 @@
-"""Going on where a run stopped: the very batches that were left, from no other documents."""
+"""Resumption of a loader: exactly the remaining batches, of the same documents."""
 
 import io
 
@@ -46,7 +46,7 @@ def walk_loader(loader: PackedDataLoader, epoch: int):
 
 
 def saved(state: dict) -> dict:
-    """Through a file, as a checkpoint goes."""
+    """Return the state after writing and reading it as a file, like a checkpoint."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -54,7 +54,7 @@ def saved(state: dict) -> dict:
 
 
 def stop_after(loader: PackedDataLoader, epoch: int, batch: int) -> dict:
-    """The state saved when `batch` batches of this epoch have been trained on."""
+    """Return the state saved after training on `batch` batches of this epoch."""
     loader.dataset.sampler.set_epoch(epoch)
     for number, _ in enumerate(loader, start=1):
         if number == batch:
@@ -116,7 +116,7 @@ def test_a_state_counts_what_was_yielded_not_what_was_read_ahead(tokenizer, data
 
 
 def test_stopped_after_an_epochs_last_batch(documents):
-    """Composer's clock may still be in that epoch or already in the next one."""
+    """Resumption works whether Composer's clock is still in that epoch or in the next one."""
     loader = loader_of(documents)
     state = stop_after(loader, 1, len(loader))
     assert (state["epoch"], state["batch"]) == (1, len(loader))
@@ -177,7 +177,7 @@ def test_inside_a_global_batch_is_an_error(documents, batch_packs: int, world_si
 
 
 class Lengths(Documents):
-    """Documents of which nothing but the lengths is asked."""
+    """Stand-in for documents with lengths only."""
 
     def __init__(self, lengths):
         self.lengths = np.asarray(lengths)
@@ -185,7 +185,7 @@ class Lengths(Documents):
 
 
 def test_a_batch_size_under_which_the_epoch_has_other_packs_is_an_error():
-    """Epoch 3 needs a pack more than epoch 0: a batch more of one pack, none more of two."""
+    """Epoch 3 needs one pack more than epoch 0: one batch more of one pack, but none of two."""
     documents = Lengths(np.random.default_rng(5).integers(16, 32, 200))
     one, two = (loader_of(documents, size, capacity=64) for size in (1, 2))
     plans = [loader.dataset.sampler.plan_digest(3) for loader in (one, two)]
@@ -232,14 +232,14 @@ def test_what_decides_no_token_may_change(tokenizer, dataset):
 
 
 def test_a_checkpoint_of_another_loader_is_an_error(documents):
-    """Composer would believe that the place was found, and start at the epoch's first batch."""
+    """Without the error, Composer would start at the epoch's first batch."""
     with pytest.raises(ValueError, match=r"made with another loader .* load_weights_only: true"):
         loader_of(documents).dataset.load_state_dict(None)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_random_numbers_go_on_too(tokenizer, dataset, num_workers: int):
-    """Trap 31: Composer does not restore them when a dataset finds its place itself."""
+    """Trap 31: Composer does not restore them if a dataset resumes by itself."""
 
     def train(loader, draws: list, stop: int | None = None):
         loader.dataset.sampler.set_epoch(0)
@@ -273,7 +273,7 @@ def test_at_an_epochs_start_random_numbers_are_composers(documents):
 
 
 class Recorder(ComposerModel):
-    """Learns nothing worth it; keeps what it was given and which random numbers it drew."""
+    """Model that records its inputs and the random numbers that it drew."""
 
     def __init__(self):
         super().__init__()
@@ -317,7 +317,7 @@ def train(tokenizer, dataset, folder, duration: str, load_path=None) -> list:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stop", ["inside an epoch", "at its last batch", "at its end"])
 def test_composer_goes_on_where_it_stopped(tokenizer, dataset, tmp_path, stop: str):
-    """Equal batches and equal random numbers, through Composer's own checkpoints."""
+    """Batches and random numbers are equal, through Composer's own checkpoints."""
     num_batches = len(build(tokenizer, dataset).dataloader)
     batch = 5 if stop == "inside an epoch" else num_batches
     name = "end.pt" if stop == "at its end" else f"ba{batch}.pt"

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, builders, slices, held-out parts, MDS streams."""
+"""Sources of rows: files, folders, builders, slices, held-out parts, MDS streams."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_
 
 
 def write(path, rows):
-    """`rows` in the format that the path's suffix names."""
+    """Write `rows` in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
@@ -33,7 +33,7 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_file(tmp_path, make_rows, suffix: str, split: str):
-    """A lone file is one split, whatever it is called."""
+    """A single file is one split, whatever its name."""
     rows = make_rows(10)
     assert load_rows(str(write(tmp_path / f"rows{suffix}", rows)), split).to_list() == rows
 
@@ -100,7 +100,7 @@ def test_an_endless_dataset_is_refused(tmp_path, make_rows):
 
 
 def metamathqa_rows(num_questions: int = 200, seed: int = 0) -> list[dict[str, str]]:
-    """Rephrasings of shared questions, in the columns of meta-math/MetaMathQA."""
+    """Return rephrasings of shared questions, in the columns of meta-math/MetaMathQA."""
     rng = random.Random(seed)
     kinds = ("GSM_Rephrased", "GSM_SV", "GSM_FOBAR", "GSM_AnsAug")
     rows = []
@@ -198,7 +198,7 @@ def tokenize_all(dataset, tokenizer):
 
 
 def test_a_stream_is_read_as_rows_are(tmp_path, tokenizer, make_rows):
-    """Over several shards, in stored order, each row once."""
+    """Rows are read over several shards, in stored order, each once."""
     rows = make_rows(40)
     remote = write_mds(tmp_path / "remote" / "train", rows)
     dataset = {"remote": str(tmp_path / "remote"), "local": str(tmp_path / "a"), "split": "train"}
@@ -225,7 +225,7 @@ def test_two_streams_are_read_one_after_the_other(tmp_path, tokenizer, make_rows
 
 
 def test_a_tokenised_stream(tmp_path, tokenizer):
-    """Rows that llm-foundry's own converter has tokenised already."""
+    """Streams may hold rows that llm-foundry's converter has tokenised already."""
     ids, labels = np.array([5, 6, 7]), np.array([8, 9, 0])
     with MDSWriter(
         out=str(tmp_path / "mds"), columns={"input_ids": "ndarray", "labels": "ndarray"}

@@ -1,4 +1,4 @@
-"""Whatever the text: tokens say it again, and exactly what is to be learned carries loss."""
+"""Properties for any text: tokens decode to it, and exactly the learned part carries loss."""
 
 import numpy as np
 import pytest

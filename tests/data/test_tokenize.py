@@ -1,4 +1,4 @@
-"""Rows to documents: llm-foundry's own labels; what is cut, split or dropped counted exactly."""
+"""Tokenisation of rows: llm-foundry's labels, and exact counts of cut or dropped rows."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def chat_rows(num: int, seed: int = 0) -> list[dict]:
 
 
 def theirs(row, tokenizer, max_seq_len: int, prompts: str, responses: str):
-    """llm-foundry's ids and labels of a row, or None where it leaves the row out."""
+    """Return llm-foundry's ids and labels of a row, or None if it drops the row."""
     example = tokenize_formatted_example(row, tokenizer)
     policy = (prompts.lower(), responses)
     if not is_valid_ift_example(max_seq_len, *policy, True, example):
@@ -88,7 +88,7 @@ def test_labels_are_llm_foundrys(
 
 
 def test_labels_are_llm_foundrys_where_pad_is_the_end_of_a_turn(tokenizer):
-    """Trap 8: as SmolLM2-Instruct has it; no real `<|im_end|>` may be taken for padding."""
+    """Trap 8: as in SmolLM2-Instruct, no real `<|im_end|>` may be taken for padding."""
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     rows = chat_rows(20, seed=2)
     documents = tokenize(rows, tokenizer, target_responses="all")
@@ -101,7 +101,7 @@ def test_labels_are_llm_foundrys_where_pad_is_the_end_of_a_turn(tokenizer):
 
 @pytest.fixture
 def read_singly(monkeypatch, tmp_path) -> list:
-    """The rows that were read one by one, in a cache of its own."""
+    """Return the list of rows that were read one by one, with an empty cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     found, read = [], _Reader.read
     monkeypatch.setattr(_Reader, "read", lambda self, row: (found.append(row), read(self, row))[1])
@@ -114,7 +114,7 @@ def text_rows(num: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("kind", ["prompt_response", "completion", "chat", "text"])
 def test_rows_are_read_many_at_a_time(tokenizer, make_rows, monkeypatch, read_singly, kind: str):
-    """Two to three times as fast; the first row is read singly, to compare."""
+    """Batches are two to three times as fast; the first row is also read singly, to compare."""
     rows = {"chat": chat_rows, "text": text_rows}.get(kind, make_rows)(60)
     if kind == "completion":
         rows = [{"completion": row["response"], "prompt": row["prompt"]} for row in rows]
@@ -143,7 +143,7 @@ def test_a_tokenizer_that_was_told_to_cut_and_pad_does_neither(tokenizer, make_r
 
 @pytest.mark.parametrize("kind", ["prompt_response", "chat", "text"])
 def test_a_tokenizer_that_begins_every_text(tokenizer, make_rows, read_singly, kind: str):
-    """As Llama's does: llm-foundry takes the second beginning of a row out again."""
+    """With a tokenizer like Llama's, llm-foundry removes the second start token of a row."""
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
@@ -311,7 +311,7 @@ def test_pieces_without_an_answer_are_dropped_and_counted(tokenizer):
 
 @pytest.mark.parametrize("row", [{"prompt": "", "response": "a"}, {"prompt": "a", "response": ""}])
 def test_a_row_with_an_empty_side_is_dropped_and_counted(tokenizer, row):
-    """As llm-foundry does it."""
+    """Rows with an empty side are dropped, as in llm-foundry."""
     documents = tokenize([row, {"prompt": "a", "response": "b"}], tokenizer)
     assert theirs(row, tokenizer, LONG, "none", "last") is None
     assert documents.lengths.tolist() == [0, 3]
@@ -379,7 +379,7 @@ def test_settings_are_checked(settings, message: str):
 
 
 def test_documents_of_many_chunks_are_found(tokenizer):
-    """Arrow keeps a table in chunks of 1000 rows; here some are empty at a chunk's end."""
+    """Documents are found although Arrow has chunks of 1000 rows, some with empty ends."""
     texts = ["x" * (i % 5) for i in range(3210)]
     documents = tokenize([{"text": text} for text in texts], tokenizer, text_key="text")
     assert len(documents._chunks) > 1

@@ -25,7 +25,7 @@ MAX_LENGTH = 200
 
 @pytest.fixture(scope="module")
 def models():
-    """(ours, theirs): SmolLM2-135M's 9 query and 3 key/value heads, two layers, 320 ids."""
+    """Return (ours, theirs) with SmolLM2-135M's 9 query and 3 key/value heads, but two layers."""
     config = LlamaConfig.from_pretrained(CONFIGS / "smollm2-135m")
     small = {"hidden_size": 72, "head_dim": 8, "intermediate_size": 96, "num_hidden_layers": 2}
     for key, value in (small | {"vocab_size": 320, "initializer_range": 0.2}).items():
@@ -77,7 +77,7 @@ def evaluate(model, path, tokenizer, max_length=MAX_LENGTH, shard=None, **settin
 
 @torch.no_grad()
 def directly(theirs, tokenizer, context, continuation):
-    """Summed log-probability of the continuation's tokens, from the logits of one sequence."""
+    """Return the summed log-probability of the continuation from one sequence's logits."""
     ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
     start = len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
     log_probs = theirs(torch.tensor([ids])).logits[0].double().log_softmax(-1)
@@ -120,7 +120,7 @@ def test_generated_items_are_those_of_the_logits(models, tokenizer, write):
 
 @pytest.mark.parametrize("name", ["arc_challenge", "winogrande"])
 def test_shared_items_are_those_of_the_logits(models, tokenizer, name):
-    """Real questions, 60 of each file."""
+    """Log-probabilities are those of the logits, on 60 real questions of each file."""
     path = SHARED / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"no {path.name} beside the project")
@@ -134,7 +134,7 @@ def test_shared_items_are_those_of_the_logits(models, tokenizer, name):
 
 @pytest.mark.parametrize("pack_tokens", [1, 64, 8192])
 def test_any_batch_size_gives_the_same(models, tokenizer, write, monkeypatch, pack_tokens):
-    """A document a pack (1 is raised to the longest), a few, all at once."""
+    """Packs may hold one document (1 is raised to the longest), a few, or all."""
     monkeypatch.setattr(multiple_choice, "PACK_TOKENS", pack_tokens)
     ours, theirs = models
     rows = generated(12, seed=4)
@@ -144,7 +144,7 @@ def test_any_batch_size_gives_the_same(models, tokenizer, write, monkeypatch, pa
 
 @torch.no_grad()
 def test_padded_batch_gives_the_same(models, tokenizer, write):
-    """Our own padded forward, whose logits in-context tasks of llm-foundry use."""
+    """Our padded forward pass, which llm-foundry's in-context tasks use, gives the same."""
     ours, _ = models
     rows = [row for row in generated(9, seed=2) if "query" in row]
     _, items, built = evaluate(ours, write(rows), tokenizer)
@@ -193,7 +193,7 @@ def test_few_shot_prompts(tokenizer, write):
 
 
 def test_spaces_at_the_end_of_the_context_are_scored(tokenizer):
-    """As in the harness, because the space belongs to the next word's token."""
+    """Trailing spaces are scored, as in the harness: they belong to the next word's token."""
     (document,), _ = multiple_choice.encode(tokenizer, [("one two \n", " bird")], max_length=50)
     assert tokenizer.decode(document.input_ids[document.loss_mask]) == " \n bird"
 

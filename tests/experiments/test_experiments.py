@@ -1,4 +1,4 @@
-"""Every shipped sweep: its files, its keys, its commands, and what its README says of it."""
+"""Every shipped sweep: its files, keys and commands, and its README's number of runs."""
 
 import itertools
 import re
@@ -32,7 +32,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def planned(path: Path) -> list[PlannedRun]:
-    """All runs of the sweep; ValueError if a file, a key or a name in it does not exist."""
+    """Return all runs of the sweep; ValueError if a file, key or name in it does not exist."""
     sweep = read_sweep(path)
     return plan(sweep, expand(sweep))
 
@@ -63,7 +63,7 @@ def test_a_sweep_is_what_its_readme_says(path: Path):
 
 
 def check_fair(runs: list[PlannedRun]) -> None:
-    """Runs of one data set that the sweep sets alike differ by method alone."""
+    """Check that runs with the same data and settings differ only by method."""
 
     def what(run: PlannedRun) -> str:
         experiment = run.config["callbacks"]["run_record"]["experiment"]

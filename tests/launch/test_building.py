@@ -51,7 +51,7 @@ def test_values_that_llm_foundry_refuses_are_the_user_s_mistake(
 
 
 def test_every_builder_is_there_and_every_section_checked():
-    """A renamed builder of llm-foundry would be an AttributeError here, and not a silent change."""
+    """A builder that llm-foundry renames raises an AttributeError here."""
     for section in SECTIONS.values():
         assert callable(getattr(train_module, section.builder))
         for registry in section.registries:

@@ -1,4 +1,4 @@
-"""What train.py makes of its arguments, its files and the failures of runs."""
+"""Handling of train.py's arguments, its files and failed runs."""
 
 import dataclasses
 import os

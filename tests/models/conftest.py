@@ -65,7 +65,7 @@ def _make_documents(lengths, *, vocabulary=VOCABULARY, seed=0):
 
 
 def _make_pack(documents, *, prompt=0, max_seqlen=None):
-    """The batch of docs/architecture, without its counts; `prompt` tokens of each have no label."""
+    """Make a packed batch without its counts; `prompt` tokens of each have no label."""
     labels = [document.clone() for document in documents]
     for label in labels:
         label[: max(prompt, 1)] = -100

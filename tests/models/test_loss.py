@@ -87,7 +87,7 @@ def test_loss_is_summed_in_fp32(weights_in_bf16, monkeypatch):
 
 @pytest.mark.parametrize("weights_in_bf16", [False, True], ids=["autocast", "bf16"])
 def test_gradients_in_bf16(weights_in_bf16, monkeypatch):
-    """As close to fp32 as bf16 products allow, with 500 chunks as with one."""
+    """With 500 chunks as with one, gradients are as close to fp32 as bf16 products allow."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     dtype = torch.bfloat16 if weights_in_bf16 else torch.float32
     hidden, weight, target = make_head(rows=2000, dtype=dtype)

@@ -144,14 +144,14 @@ def test_a_missing_key_is_named(record, key):
 
 
 def test_unknown_keys_of_sections_are_kept(record, tmp_path):
-    """A later version may add some; only the top level is closed."""
+    """A later version may add keys to sections; only the top level is closed."""
     record["model"]["remarks"] = record["evaluations"][0]["remarks"] = "hm"
     write_record(tmp_path / "record.json", record)
     assert read_record(tmp_path / "record.json") == record
 
 
 def test_numbers_and_texts_that_json_can_hold(record, tmp_path):
-    """Integers for floats, and the undecodable bytes of a path in an error's text."""
+    """Integers pass for floats, and so do undecodable bytes of a path in an error's text."""
     record.update(learning_rate=1, error="no file \udcff", peak_memory_bytes=2**70)
     record["throughput"].update(real_tokens_per_second=math.inf, mfu=0)
     write_record(tmp_path / "record.json", record)

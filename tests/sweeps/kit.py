@@ -1,4 +1,4 @@
-"""Sweeps of stand-in programs: they write records as runs do, in a tenth of a second."""
+"""Sweeps of stand-in programs, which write records like runs in a tenth of a second."""
 
 import os
 import random
@@ -93,7 +93,7 @@ if behaviour != "silent":
 
 
 def write_sweep(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
-    """A folder with a.yaml, b.yaml, train.py and the sweep over them; the sweep's path."""
+    """Write a.yaml, b.yaml, train.py and a sweep over them; return the sweep's path."""
     for name in ("a", "b"):
         (folder / f"{name}.yaml").write_text(RUN_YAML.replace("NAME", name))
     (folder / "train.py").write_text(textwrap.dedent(PROGRAM))
@@ -111,7 +111,7 @@ def write_sweep(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes `folder` the current one, outside of any sweep."""
+    """Make `folder` the current folder, outside of any sweep."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in SWEEP_VARIABLES:
@@ -120,7 +120,7 @@ def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_sweep(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`foundry-ext sweep sweep.yaml ...` in `folder`, with its output as text."""
+    """Start `foundry-ext sweep sweep.yaml ...` in `folder`, with its output as text."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         [sys.executable, "-m", "foundry_ext.cli.main", "sweep", "sweep.yaml", *options],
@@ -134,7 +134,7 @@ def start_sweep(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def lines(folder: Path, run: str, name: str) -> list[str]:
-    """What the stand-in of a run noted in the file `name`."""
+    """Return the lines that a run's stand-in wrote to the file `name`."""
     path = folder / "outputs" / run / name
     return path.read_text().splitlines() if path.exists() else []
 
@@ -149,8 +149,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
 def run_and_kill(
     folder: Path, start: Callable[[], subprocess.Popen[str]], victims: Callable[[int], list[int]]
 ) -> None:
-    """Starts the sweep, kills it and its `victims` some time after its first word, five times; then
-    it is left to end, which it must do well.
+    """Start the sweep and kill it and its `victims` after its first output, five times. Then let it
+    end, which must succeed.
     """
     state = folder / "outputs/sweeps/stand-in/state.json"
     rng = random.Random(5)
@@ -178,20 +178,20 @@ def changed_at(path: Path) -> int:
 
 
 def names(folder: Path) -> list[str]:
-    """Of the runs that have a folder."""
+    """Return the names of the runs that have a folder."""
     found = (folder / "outputs").glob("*")
     return sorted(path.name for path in found if path.name != "sweeps")
 
 
 class Said(list[str]):
-    """What a sweep printed."""
+    """Lines that a sweep printed."""
 
     def __call__(self, line: str) -> None:
         self.append(line)
 
 
 def run(path: Path, **settings: Any) -> tuple[dict[str, str], Said]:
-    """{run: status} and what was printed, of a sweep of subprocesses."""
+    """Run a sweep of subprocesses; return {run: status} and what was printed."""
     said = Said()
     outcomes = run_sweep(path, launcher="subprocess", echo=said, **settings)
     return {outcome.name: outcome.status for outcome in outcomes}, said

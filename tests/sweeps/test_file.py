@@ -1,4 +1,4 @@
-"""W&B's sweep format: what is refused, what a file stands for, in W&B's order and spelling."""
+"""W&B's sweep format: refused files, and the runs of a file in W&B's order and spelling."""
 
 import json
 import math

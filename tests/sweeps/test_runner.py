@@ -1,4 +1,4 @@
-"""Sweeps of stand-in programs: what is started, skipped, retried, refused and reported."""
+"""Sweeps of stand-in programs: runs started, skipped, retried, refused and reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Locks, the state file, and what a restart makes of a run."""
+"""Locks, the state file, and how a restart treats a run."""
 
 import os
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Starts one run over and over, and kills it: main(FOLDER), in a preloaded process.
+"""Server that starts one run repeatedly and kills it: main(FOLDER), in a preloaded process.
 
-FOLDER/job.json has the world, the run's settings for kit.run_config, and the kills: a number is the
-seconds after the run began to train, "save" the moment when a checkpoint is being written, and
-"start" some moment before the first step. Runs are forked from this process, which has everything
-imported, so that a start costs a second. After the last kill the run goes on to its end.
-FOLDER/result.json has what was met: the number of attempts, and how many died inside a save.
+FOLDER/job.json has the world, the run's settings for kit.run_config, and the kills. A number kills
+the run so many seconds after it began to train, "save" while it writes a checkpoint, and "start" at
+some moment before the first step. Runs are forked from this process, which has everything imported,
+so that a start costs a second. After the last kill the run continues to its end. FOLDER/result.json
+has the number of attempts, and how many died inside a save or while starting.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ PATIENCE = 120  # seconds
 
 
 class Diary(Callback):
-    """Appends every batch to `path`: its number and its documents, as digests."""
+    """Callback that appends every batch to `path`: its number and digests of its documents."""
 
     def __init__(self, path: str):
         self.path = path
@@ -39,7 +39,7 @@ class Diary(Callback):
         ]
         line = {"batch": state.timestamp.batch.value, "documents": documents}
         with open(self.path, "a") as file:
-            file.write("\n" + json.dumps(line) + "\n")  # whole, also behind a cut one
+            file.write("\n" + json.dumps(line) + "\n")  # complete, even after a cut one
 
 
 registry.callbacks.register("diary", func=Diary)
@@ -92,7 +92,7 @@ def start(world: kit.World, folder: Path, settings: dict[str, Any]) -> int:
 
 
 def wait_for(folder: Path, pid: int, kill: Any, before: int, moments: random.Random) -> int | None:
-    """Until the moment to kill: None; or the exit code of a run that ended before it."""
+    """Wait for the moment to kill; return None, or the exit code if the run ended before."""
     limit = time.monotonic() + PATIENCE
     began = None
     at = time.monotonic() + moments.uniform(0, 1.0)  # of a kill while it starts
@@ -114,7 +114,7 @@ def wait_for(folder: Path, pid: int, kill: Any, before: int, moments: random.Ran
 
 
 def read_progress(folder: Path) -> int:
-    """Grows with every batch that is begun."""
+    """Return a number that grows with every batch that starts."""
     path = folder / "diary.jsonl"
     return path.stat().st_size if path.exists() else 0
 

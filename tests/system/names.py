@@ -1,4 +1,4 @@
-"""The names in what a run leaves behind, and those of yesterday in yesterday/names.json."""
+"""Names in the files of a run, and those of an earlier version in yesterday/names.json."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""What each rank of tests/system/ranks.py runs: composer -n 2 rank_worker.py FOLDER.
+"""Program of each rank of tests/system/ranks.py: composer -n 2 rank_worker.py FOLDER.
 
-FOLDER/job.json says what; rank 0 writes FOLDER/result.pt.
+It reads its job from FOLDER/job.json; rank 0 writes FOLDER/result.pt.
 """
 
 import functools
@@ -70,7 +70,7 @@ _forward = SmolLM2ForCausalLM.forward
 
 
 def spoil(document: list[int] | None) -> None:
-    """Makes the loss of any batch with this document NaN."""
+    """Make the loss of any batch with this document NaN."""
 
     @functools.wraps(_forward)
     def spoilt(self, *args, **kwargs):

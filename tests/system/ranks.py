@@ -23,11 +23,11 @@ ADDS_UP = version("torch").startswith("2.7.")
 
 
 def launch(world, folder, num_ranks, runs, *, nodes=1, **variables):
-    """The results of `runs`, each a call of kit.run_config, on that many ranks.
+    """Return the results of `runs`, each a call of kit.run_config, on that many ranks.
 
     A key `world` of a run replaces paths of the world; for `spoil` see rank_worker.py. Ranks are
-    forked, with the variables that Composer's launcher would set. Several `nodes` are as many
-    launchers, which know of one another by address and port alone.
+    forked, with the variables that Composer's launcher would set. With several `nodes` there is one
+    launcher per node; they are connected only by address and port.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str(path) for name, path in asdict(world).items()}
@@ -41,7 +41,7 @@ def launch(world, folder, num_ranks, runs, *, nodes=1, **variables):
 
 
 def fork_ranks(folder, num_ranks, **variables):
-    """rank_worker.py's `main(folder)` as that many forked ranks; all must end well."""
+    """Run rank_worker.py's `main(folder)` as that many forked ranks, which must all succeed."""
     common = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "NODE_RANK": "0"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
     logs = [folder / f"log{rank}.txt" for rank in range(num_ranks)]
@@ -64,7 +64,7 @@ def last_lines(logs):
 
 
 def run_launchers(script, folder, num_ranks, *, nodes=1, **variables):
-    """`composer -n NUM_RANKS SCRIPT`, spread over nodes; all must end well."""
+    """Run `composer -n NUM_RANKS SCRIPT`, spread over nodes, which must all succeed."""
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(num_ranks // nodes)]
     where = ["--world_size", str(num_ranks), "--master_addr", "127.0.0.1"]
     where += ["--master_port", str(free_port())]

@@ -1,7 +1,8 @@
-"""A run that is killed with -9 over and over ends bit for bit like one that never was.
+"""A run that is killed with -9 many times ends bit for bit like one that never was.
 
-In its middle, across the ends of its epochs, while it starts, while it writes a checkpoint; every
-document once an epoch, in every attempt in the same batch. (Traps 31, 40, 41.)
+It is killed in its middle, around the ends of epochs, while it starts, and while it writes a
+checkpoint. Every document is used once per epoch, in the same batch in all attempts. (Traps 31, 40,
+41.)
 """
 
 import json
@@ -23,7 +24,7 @@ TIMEOUT = 1500  # seconds for all attempts of a run
 
 @pytest.fixture(scope="session")
 def longer(world, tmp_path_factory, make_rows):
-    """A world with epochs of some 30 batches."""
+    """Return a world with epochs of some 30 batches."""
     path = tmp_path_factory.mktemp("longer") / "train.jsonl"
     rows = make_rows(NUM_DOCUMENTS, seed=3, longest=12)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -31,7 +32,7 @@ def longer(world, tmp_path_factory, make_rows):
 
 
 def settings(world, folder, method, workers):
-    """What the shipped YAMLs have, and a checkpoint after every batch."""
+    """Return settings as in the shipped YAMLs, with a checkpoint after every batch."""
     evaluated = kit.loader_config(world.eval_rows, eval_packs=1)
     target = {"role": "learning", "type": "documents", "loader": evaluated}
     return {
@@ -61,7 +62,7 @@ def settings(world, folder, method, workers):
 
 
 def run(world, folder, method, workers, kills=(), seed=0):
-    """What kill_server.py met."""
+    """Run kill_server.py; return its counts of attempts, and of kills during a save or start."""
     folder.mkdir()
     paths = {name: str(path) for name, path in asdict(world).items()}
     job = {
@@ -80,7 +81,7 @@ def run(world, folder, method, workers, kills=(), seed=0):
 
 
 def read_lines(path):
-    """Also behind a line that was cut."""
+    """Return the complete lines of a file, even after one that was cut off."""
     found = []
     for line in path.read_text().splitlines():
         try:
@@ -91,7 +92,7 @@ def read_lines(path):
 
 
 def documents_by_batch(folder):
-    """Of all attempts, which must agree."""
+    """Return the documents of each batch over all attempts, which must agree."""
     found: dict[int, list[str]] = {}
     for line in read_lines(folder / "diary.jsonl"):
         assert found.setdefault(line["batch"], line["documents"]) == line["documents"]
@@ -99,7 +100,7 @@ def documents_by_batch(folder):
 
 
 def losses_by_batch(folder):
-    """Of all attempts, which must agree to the last bit."""
+    """Return the loss of each batch over all attempts, which must agree to the last bit."""
     found: dict[int, float] = {}
     for line in read_lines(folder / "metrics.jsonl"):
         if (loss := line.get("loss/train/total")) is not None:
@@ -148,7 +149,7 @@ def optimizer_state(folder):
 
 @pytest.fixture(scope="session")
 def uninterrupted(longer, tmp_path_factory):
-    """uninterrupted(method, workers): the folder of a run that was left alone."""
+    """Return uninterrupted(method, workers): the folder of a run that was never killed."""
     made = {}
 
     def get(method, workers):
@@ -162,7 +163,7 @@ def uninterrupted(longer, tmp_path_factory):
 
 
 def test_each_document_once_an_epoch(uninterrupted):
-    """What the others are compared with."""
+    """The uninterrupted run, which the others are compared with, has each document once."""
     batches = list(documents_by_batch(uninterrupted("lora", 0)).values())
     half = len(batches) // 2
     first, second = (list(chain(*part)) for part in (batches[:half], batches[half:]))

@@ -1,5 +1,7 @@
-"""One rank is killed with SIGKILL: the others end in under a minute, with a message, leaving no
-process behind. Composer's launcher does it; here it is seen that nothing of ours holds it up."""
+"""If one rank is killed with SIGKILL, the others end within a minute, with a message.
+
+No process remains. Composer's launcher does this; the test checks that our code does not delay it.
+"""
 
 import json
 import os
@@ -22,7 +24,7 @@ LIMIT = 60  # seconds
 
 
 def write_job(world, folder, fsdp, last=100_000):
-    """To batch `last`, for rank_worker.py: steps, evaluations, checkpoints, a record."""
+    """Write a job to batch `last` for rank_worker.py, with evaluations, checkpoints, a record."""
     loader = kit.loader_config(world.rows, shuffle=True)
     settings = {
         "callbacks": {
@@ -48,7 +50,7 @@ def write_job(world, folder, fsdp, last=100_000):
 
 
 def start(folder, **variables):
-    """Composer's launcher with two ranks of what is written in the folder."""
+    """Start Composer's launcher with two ranks on the job in the folder."""
     worker = str(Path(__file__).with_name("rank_worker.py"))
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", worker, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}

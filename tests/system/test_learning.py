@@ -1,8 +1,8 @@
-"""A model learns where there is something to learn: the check that a stalled loss would fail.
+"""A model learns if there is something to learn, so that a stalled loss would be noticed.
 
-On generated word problems, trained and evaluated on different rows, held-out loss must fall below
-the entropy of the labels' unigrams, which is what a model reaches that looks at no context. With
-the labels shuffled among their positions there is nothing else to learn, and it must not.
+On generated word problems, trained and evaluated on different rows, the held-out loss must fall
+below the entropy of the labels' unigrams, which a model reaches without any context. With the
+labels shuffled among their positions there is nothing more to learn, and it must not fall below.
 """
 
 import random
@@ -43,7 +43,7 @@ def word_problem(rng: random.Random) -> dict[str, str]:
 
 
 def shuffle_labels(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Labels permuted over all labelled positions of the batch."""
+    """Permute the labels over all labelled positions of the batch."""
     labels = [pack["labels"].clone() for pack in batch]
     where = [pack_labels != IGNORE_INDEX for pack_labels in labels]
     values = torch.cat([pack_labels[mask] for pack_labels, mask in zip(labels, where, strict=True)])
@@ -54,7 +54,7 @@ def shuffle_labels(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def unigram_entropy(loader: Any) -> float:
-    """Nats a label."""
+    """Return the entropy of the labels' unigrams, in nats per label."""
     labels = torch.cat([pack["labels"].flatten() for batch in loader for pack in batch])
     counts = torch.bincount(labels[labels != IGNORE_INDEX]).numpy()
     share = counts[counts > 0] / counts.sum()

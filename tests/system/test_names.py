@@ -1,4 +1,4 @@
-"""Names that YAMLs, scripts and W&B pages hold are as yesterday, see yesterday/names.json."""
+"""Names that YAMLs, scripts and W&B pages hold have not changed; see yesterday/names.json."""
 
 import pkgutil
 from importlib.metadata import entry_points

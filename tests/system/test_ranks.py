@@ -16,7 +16,7 @@ METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
-    """Gradients, metrics and counters of an epoch; then an adapter's run that one rank began."""
+    """Compare gradients, metrics and counters of an epoch; then continue one rank's adapter run."""
     common = {"global_train_batch_size": 2 * num_ranks, "eval_interval": "1ep"}
     look = {
         **common,
@@ -52,7 +52,7 @@ def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
 
     here, there = one["adapter"], several["adapter"]
     assert there["losses"] == pytest.approx(here.losses[2:], rel=1e-5)
-    # Under DDP, too, the checkpoint holds the adapter alone, and one rank goes on with it.
+    # Under DDP, too, the checkpoint holds only the adapter, and one rank continues with it.
     last = kit.checkpoint(tmp_path / "adapter", len(here.losses))
     names = torch.load(last, weights_only=False)["state"]["model"]
     assert names and all("lora_" in name for name in names)
@@ -62,7 +62,7 @@ def test_ranks_do_what_one_does(world, finished, tmp_path, num_ranks):
 
 
 def test_fsdp2_shards_what_one_rank_trains(world, tmp_path):
-    """Losses and exports equal; gradients too, but for those that are added up."""
+    """Losses and exports are equal, and so are gradients, except those that FSDP2 sums."""
     factor = 2 if ADDS_UP else 1
     common = {"global_train_batch_size": 4, "optimizer__lr": 0.0, "algorithms": {}}
     common |= {"callbacks": {"spy": {"keep_gradients": True}}, "max_duration": "1ep"}

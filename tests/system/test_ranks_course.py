@@ -1,7 +1,7 @@
-"""Whole courses on 2 and 4 ranks, by DDP and by FSDP2, against one rank's; odd amounts of data.
+"""Complete runs on 2 and 4 ranks, with DDP and FSDP2, against one rank; odd amounts of data.
 
-Every global batch is the same, so losses, gradients and weights are, to rounding. FSDP2 on a CPU
-needs FSDP_VERSION=2. (Traps 18, 32, 39.)
+Every global batch is the same, and therefore so are losses, gradients and weights, to rounding.
+FSDP2 on a CPU needs FSDP_VERSION=2. (Traps 18, 32, 39.)
 """
 
 import json
@@ -39,19 +39,19 @@ def variables(way):
 
 
 def factor_of(num_ranks, way):
-    """Of FSDP2's gradients over one rank's."""
+    """Return the factor by which FSDP2's gradients exceed one rank's."""
     return num_ranks if way == "fsdp2" and ADDS_UP else 1
 
 
 def sharded(num_ranks, way):
-    """Settings of a course. Adam's steps do not change with the scale of gradients and eps."""
+    """Return a run's settings; Adam's steps do not depend on the scale of gradients and eps."""
     eps = EPS * factor_of(num_ranks, way)
     return {"optimizer__eps": eps, **(FSDP if way == "fsdp2" else {})}
 
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    """Two epochs on one rank."""
+    """Return the results of two epochs on one rank."""
     folder = tmp_path_factory.mktemp("alone")
     runs = {"full": COMMON, "adapter": COMMON | ADAPTER}
     return {name: kit.run(kit.run_config(world, folder, **one)) for name, one in runs.items()}
@@ -89,7 +89,7 @@ def test_a_course(world, alone, tmp_path, num_ranks, way):
 
 
 def check_documents(run, reference):
-    """Each global batch has one rank's documents, each once; each document once an epoch."""
+    """Check that global batches have one rank's documents, each once per epoch."""
     theirs = [
         sorted(ids.tolist() for ids, _ in kit.documents_of(batch))
         for batch in reference.spy.batches
@@ -103,7 +103,7 @@ def check_documents(run, reference):
 
 
 def test_two_nodes(world, alone, tmp_path):
-    """Two launchers, as on two machines, with a rank each."""
+    """Two launchers with one rank each work as on two machines."""
     found = launch(world, tmp_path, 2, {"full": COMMON}, nodes=2)
     assert found["full"]["losses"] == pytest.approx(alone["full"].losses, rel=2e-5)
     check_documents(found["full"], alone["full"])
@@ -114,8 +114,8 @@ def test_two_nodes(world, alone, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd(world, make_rows, tmp_path_factory):
-    """Worlds: a single document; fewer packs than ranks; a prime number of documents; one that is
-    64 times as long as the others; one that is over-long and cut in pieces."""
+    """Return worlds with a single document, fewer packs than ranks, a prime number of documents,
+    one document 64 times as long as the others, and one overlong document that is split."""
     folder = tmp_path_factory.mktemp("odd")
     short = make_rows(31, seed=4, longest=3)
     long = {"prompt": "long", "response": " ".join(["word"] * 400)}
@@ -187,7 +187,7 @@ def test_odd_amounts(world, odd, odd_alone, tmp_path, num_ranks, way):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_what_two_ranks_saved_goes_on_on_one_and_four(world, alone, tmp_path, way):
-    """Mid-epoch, with the optimizer's state."""
+    """A checkpoint from inside an epoch continues on other numbers of ranks, optimizer included."""
     # Under FSDP2 eps has to change with the ranks here, which exact_resume refuses.
     exact = {"exact_resume": {}} if way == "ddp" else {}
     saving = {"callbacks": {**COMMON["callbacks"], **exact}}
@@ -225,7 +225,7 @@ def test_what_two_ranks_saved_goes_on_on_one_and_four(world, alone, tmp_path, wa
 
 
 def rescaled(path, ratio):
-    """The checkpoint as it were, had gradients been `ratio` times as large: see ADDS_UP."""
+    """Return a checkpoint's copy as if gradients were `ratio` times as large; see ADDS_UP."""
     if ratio == 1:
         return path
     content = torch.load(path, weights_only=False)
@@ -242,7 +242,7 @@ def rescaled(path, ratio):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_all_ranks_stop_and_skip_together(world, alone, tmp_path, way):
-    """Though one rank alone has the document that goes wrong."""
+    """All ranks stop or skip although only one has the document that goes wrong."""
     dataset = alone["full"].trainer.state.train_dataloader.dataset
     dataset.sampler.set_epoch(0)
     number = int(dataset.sampler.batch(1)[1][0])  # of rank 1

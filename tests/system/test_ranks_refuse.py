@@ -1,4 +1,4 @@
-"""What one rank refuses all do: none waits for the others."""
+"""If one rank refuses a run, all ranks end and none waits for the others."""
 
 import json
 

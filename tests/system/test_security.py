@@ -1,8 +1,8 @@
-"""Nobody gets in: no code from data, weights or checkpoints, no shell, nothing outside its folder.
+"""Security: no code from data, weights or checkpoints, no shell, nothing outside its folder.
 
-Pages are tested where they are made (test_inspection.py, compare/test_report.py), secrets in the
-record and in W&B's files too (composer/test_run_record.py, composer/test_wandb.py); models and
-adapters as pickles stand in the table of bad input.
+Other tests cover pages (preflight/inspect/test_packs.py, comparison/report/test_report.py), secrets
+in the record and in W&B's files (training/callbacks/test_run_record.py,
+training/loggers/test_wandb_metrics.py), and models and adapters as pickles (system/bad_input).
 """
 
 import ast
@@ -45,7 +45,7 @@ def world(tmp_path_factory, tokenizer_folder, make_rows):
 
 
 class Payload:
-    """Read by an ordinary unpickler, it makes a folder."""
+    """Object that makes a folder when an ordinary unpickler reads it."""
 
     def __init__(self, made: Path):
         self.made = made
@@ -62,7 +62,7 @@ def test_the_payload_is_one(tmp_path: Path):
 
 @pytest.fixture
 def trap(world, tmp_path: Path) -> tuple[Path, Path]:
-    """A checkpoint with a payload in a callback's state, and the folder that it would make."""
+    """Return a checkpoint with a payload in a callback's state, and the folder it would make."""
     run = {"save_interval": "1dur", "max_duration": "1ba"}
     kit.run(kit.run_config(world, tmp_path, **run))
     path = kit.checkpoint(tmp_path, 1)
@@ -147,7 +147,7 @@ def test_a_data_sets_own_script_is_not_run(world, tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("given", ["rows.py:f", "__import__('os').mkdir('x')", "os", "no.such:f"])
 def test_a_preprocessing_function_is_imported_by_name_alone(world, tmp_path, monkeypatch, given):
-    """A file beside the data is none, and neither is an expression."""
+    """A file beside the data cannot be imported, and an expression is not a name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as where train.py lies beside it
     (tmp_path / "rows.py").write_text("import os\nos.mkdir('made')\ndef f(row):\n    return row\n")
@@ -210,8 +210,8 @@ def record(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.more
 def test_secrets_are_in_no_file_and_no_output(world, tmp_path: Path):
-    """Planted in the environment and in the YAML; everything that a run leaves behind is searched,
-    its checkpoints and W&B's files too."""
+    """Secrets planted in the environment and in the YAML are in no file that a run leaves,
+    including its checkpoints and W&B's files."""
     config = OmegaConf.to_container(kit.run_config(world, tmp_path))
     assert isinstance(config, dict)
     config["tokenizer"]["kwargs"]["token"] = SECRETS["HF_TOKEN"]
@@ -276,7 +276,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_every_locked_package_has_its_hash():
-    """`make hashes` writes them, `make install HASHES=1` holds pip to them."""
+    """`make hashes` writes the hashes, and `make install HASHES=1` makes pip check them."""
     assert pins("requirements.sha256") == pins("requirements.lock")
     lines = (ROOT / "requirements.sha256").read_text().splitlines()[1:]
     assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)

@@ -1,4 +1,4 @@
-"""Soak: a loader and a training run that go on for long hold no more memory, files or threads.
+"""Soak: a long-running loader or training does not accumulate memory, files or threads.
 
 `make test-slow`, or `pytest -m slow -s tests/system/test_soak.py` to read the slopes.
 """
@@ -24,7 +24,7 @@ LEAK = 4096  # bytes a step, in the test that a leak is seen
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """What a process has allocated, swapped out or not; pages of files come and go."""
+    """Return the bytes that a process has allocated, swapped or not; file pages do not count."""
     fields = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())
     return 1024 * sum(int(one[1]) for one in fields if one[0] in ("Anonymous:", "Swap:"))
 
@@ -34,13 +34,13 @@ def children() -> list[int]:
 
 
 def handles() -> tuple[int, int, int]:
-    """Open files, threads, child processes."""
+    """Return the numbers of open files, threads and child processes."""
     return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children())
 
 
 @dataclass
 class Curve:
-    """Allocated memory at some steps, of this process (0) and its workers (1, 2, ...)."""
+    """Allocated memory at some steps, for this process (0) and its workers (1, 2, ...)."""
 
     others: set[int] = field(default_factory=lambda: set(children()))
     """Child processes of earlier tests."""
@@ -54,7 +54,7 @@ class Curve:
         self.sizes.append([anonymous_bytes(pid) for pid in ("self", *workers)])
 
     def slopes(self) -> list[float]:
-        """Bytes a step by least squares over the second half; in the first, caches fill."""
+        """Return bytes per step by least squares over the second half; caches fill in the first."""
         half = len(self.steps) // 2
         return [
             float(np.polyfit(self.steps[half:], sizes, 1)[0])
@@ -64,7 +64,7 @@ class Curve:
 
 @pytest.fixture(scope="module")
 def many_rows(make_rows, tmp_path_factory) -> Path:
-    """Rows enough that an epoch has some hundred batches."""
+    """Write enough rows for an epoch of some hundred batches."""
     path = tmp_path_factory.mktemp("soak") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(3000, seed=3, longest=12)))
     return path
@@ -145,7 +145,7 @@ def train(world, folder, many_rows, method: str, *, leak: bool = False) -> Soak:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", kit.METHODS)
 def test_training(world, tmp_path, many_rows, method: str):
-    """With evaluations and checkpoints in between."""
+    """Training with evaluations and checkpoints in between holds no more memory over time."""
     soak = train(world, tmp_path, many_rows, method)
     (slope,) = soak.curve.slopes()
     print(f"\n{STEPS} steps, {method}: {slope:.1f} bytes a step, {soak.handles[-1]} handles")

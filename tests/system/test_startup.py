@@ -1,4 +1,4 @@
-"""What a start costs of ours: nothing is imported before it is needed."""
+"""Our share of the start-up time: nothing is imported before it is needed."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ NOT_FOR_TRAINING = {
 
 
 def loaded_by(code: str) -> set[str]:
-    """Names of all modules after `code` has run in a fresh interpreter."""
+    """Return the names of all modules after `code` has run in a fresh interpreter."""
     code += "\nimport sys; print('\\nMODULES', *sys.modules)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -38,7 +38,7 @@ def packages(modules: set[str]) -> set[str]:
 
 
 def entry_modules() -> set[str]:
-    """The modules that a run's YAML can name."""
+    """Return the modules that a run's YAML can name."""
     import tomllib
 
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
@@ -70,7 +70,7 @@ assert configs and not complaints
 
 @pytest.mark.more
 def test_beyond_llm_foundry_a_run_loads_peft_and_little_else():
-    """Ours on top of what llm-foundry has imported by then, all packages of it."""
+    """Compare with the packages that llm-foundry has imported by then."""
     code = "import llmfoundry.command_utils"
     before = packages(loaded_by(code))
     modules = loaded_by(f"{code}\nimport {', '.join(sorted(entry_modules()))}")

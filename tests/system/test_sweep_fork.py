@@ -1,4 +1,4 @@
-"""Forked runs of the real trainer: the losses of `composer train.py`, bit for bit, and kill -9."""
+"""Forked runs of the real trainer: the same losses as `composer train.py`, and kill -9."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.more
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer_folder: Path, make_rows, monkeypatch) -> Path:
-    """A real train.py and two YAMLs of runs of 20,000 parameters, LoRA with dropout one of them."""
+    """Return a folder with train.py and two YAMLs of tiny runs, one of them LoRA with dropout."""
     from tests.training import kit
 
     world = kit.make_world(tmp_path, tokenizer_folder, make_rows)

@@ -1,4 +1,4 @@
-"""What stays of a sweep that is stopped or killed, and what the next one makes of it."""
+"""State that a stopped or killed sweep leaves, and how the next start uses it."""
 
 import os
 import signal
@@ -92,7 +92,7 @@ def test_a_sweep_killed_at_random_moments_ends_with_every_run_once(
 
 
 def test_a_child_of_a_killed_launcher_is_found_by_its_arguments(folder: Path):
-    """Composer's launcher passes its lock on to no rank."""
+    """Arguments identify it, because Composer's launcher does not pass its lock on to ranks."""
     (folder / "launch.py").write_text(
         "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
     )

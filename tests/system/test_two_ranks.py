@@ -1,4 +1,4 @@
-"""Two processes build their loaders at once, nothing cached: none waits for ever, both agree."""
+"""Two processes build uncached loaders at once: neither hangs, and both agree."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def datasets(work: Path, make_rows) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def ranks(work: Path, datasets, tokenizer_folder) -> list[dict]:
-    """What rank 0 and rank 1 found, by loader."""
+    """Return the results of rank 0 and rank 1, by loader."""
     loaders = {
         name: {
             "name": "packed_text" if name == "text" else "packed_finetuning",
@@ -138,7 +138,7 @@ def test_both_ranks_have_the_same_plan(ranks, name: str):
 
 @pytest.fixture
 def alone(work, datasets, tokenizer, monkeypatch):
-    """A builder of the loader that one rank alone has, for the same global batch."""
+    """Return a function that builds one rank's loader for the same global batch."""
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(work)
 
@@ -172,7 +172,7 @@ def test_each_document_is_on_one_rank_once(ranks):
 
 
 def test_a_row_is_tokenised_once_in_all(ranks, work, alone):
-    """By local rank 0; the other one and any later process find the cache."""
+    """Local rank 0 tokenises; the other rank and any later process use the cache."""
     calls = work / "calls.txt"
     assert len(calls.read_text()) == 60
     alone("rows")

@@ -1,4 +1,4 @@
-"""Runs, records and sweeps that an earlier version left behind, see yesterday/README.md.
+"""Runs, records and sweeps that an earlier version left behind; see yesterday/README.md.
 
 Users who upgrade have such files. This version must resume, compare and continue them, and it must
 write the same names. Everything runs in this process, through train.py and `foundry-ext`.
@@ -134,7 +134,7 @@ def losses(lines: list[dict[str, Any]]) -> dict[int, float]:
 
 @RUNS
 def test_a_stopped_run_goes_on(run: Stopped, folder: Path, capfd, recwarn):
-    """Reach the losses, measurements and weights of the run that was never stopped."""
+    """It reaches the losses, measurements and weights of the run that was never stopped."""
     out, whole = folder / "outputs" / run.name, folder / "uninterrupted" / run.name
     before = read(out / "record.json")
     metrics, items = out / "metrics.jsonl", out / "items.jsonl"
@@ -181,7 +181,7 @@ def test_other_settings_are_still_told_from_those_of_the_checkpoint(folder: Path
 
 @RUNS
 def test_a_checkpoint_holds_no_class_of_this_package(run: Stopped, folder: Path):
-    """Hold the reason why modules may move, and export it by the reader that refuses classes."""
+    """Modules may move, because checkpoints hold no class; export would refuse one."""
     path = folder / "outputs" / run.name / "checkpoints" / run.checkpoint
     classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     assert classes and not [name for name in classes if name.startswith("foundry_ext")]
@@ -209,7 +209,7 @@ def test_records_compare_as_they_did(folder: Path):
 
 
 def check_figures(now: Any, before: Any, place: str = "comparison") -> None:
-    """Compare all that was there but sentences, whose wording may change; keys may have come."""
+    """Compare the old figures, but not sentences, whose wording may change; keys may be added."""
     if isinstance(before, dict):
         assert before.keys() <= now.keys(), place
         for key in before.keys() - {"sentence"}:
@@ -228,7 +228,7 @@ def check_figures(now: Any, before: Any, place: str = "comparison") -> None:
 
 
 class InThisProcess:
-    """A run of a sweep that trains here and now instead of in a process of its own."""
+    """A run of a sweep that trains in this process instead of a separate one."""
 
     pid: int | None = None
 
@@ -278,5 +278,5 @@ def test_a_killed_sweep_goes_on(folder: Path, capfd):
 
 
 def test_a_finished_sweep_is_finished(folder: Path):
-    """Find in the records of all four methods the names and settings that their YAMLs give."""
+    """The records of all four methods have the names and settings that their YAMLs give."""
     assert sweep("methods.yaml") == []

@@ -1,4 +1,4 @@
-"""One rank of test_two_ranks.py: builds each loader it is told to, and writes down what it got.
+"""One rank of test_two_ranks.py: builds each given loader and writes what it received.
 
 python -m tests.system.two_ranks TOKENIZER LOADERS_JSON OUT BUCKET
 """
@@ -22,7 +22,7 @@ STOP_AFTER = 3
 
 
 def copy_from(bucket: str, path: str, destination: str, overwrite: bool):
-    """Composer's `get_file`, from a folder in place of an object store."""
+    """Copy a file from a folder, in place of Composer's `get_file` and an object store."""
     target = Path(destination)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(Path(bucket, path.removeprefix("s3://bucket/")), target)

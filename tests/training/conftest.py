@@ -1,4 +1,4 @@
-"""Inputs for all of these tests, and a finished run per method; neither is ever changed."""
+"""Inputs of these tests, and a finished run per method; tests must not change them."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What does not apply is left out; what a user wrote stays."""
+"""Settings that do not apply are left out; settings of users stay."""
 
 import copy
 

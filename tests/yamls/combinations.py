@@ -1,4 +1,4 @@
-"""The eight files and the combinations of size, data set and method that they stand for."""
+"""The eight files, and the combinations of size, data set and method that they cover."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The choices of the shipped files: any order of overrides, any mistake, any file that is gone."""
+"""Choices in the shipped files: any order of overrides, mistakes, and missing files."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def parsed(path: Path) -> DictConfig:
 
 
 def stock(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """What `llmfoundry train` trains with, and our loaders and callbacks make of it."""
+    """Return the settings of `llmfoundry train`, as our loaders and callbacks read them."""
     content = OmegaConf.merge(parsed(path), OmegaConf.from_cli(overrides))
     return run_settings(cast(dict[str, Any], OmegaConf.to_container(content, resolve=True)))
 
@@ -369,7 +369,7 @@ def test_a_callback_can_be_switched_off():
 
 
 def test_a_sweeps_names_are_those_of_the_old_files(monkeypatch: pytest.MonkeyPatch):
-    """So that a finished run of a sweep is found, under the name that it was started with."""
+    """Finished runs of a sweep must be found under the names with which they were started."""
     monkeypatch.setenv(SWEEP_VARIABLES[0], "abc")
     overrides = ["seed=18", "variables.data=magicoder", "variables.learning_rate=low"]
     name = "smollm2-135m_magicoder_lora-seed_18-learning_rate_low"

@@ -1,4 +1,4 @@
-"""The YAMLs of yamls/eval, on tasks of the hub's schema: ours, and llm-foundry's own evaluation."""
+"""The YAMLs of yamls/eval on tasks with the hub's schema: ours and llm-foundry's evaluation."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ EVAL = Path(__file__).parents[2] / "yamls/eval"
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """data/tasks under the folder that is worked in, eight rows each."""
+    """Write data/tasks in the current folder, with eight rows per task."""
     for name, rows in ROWS.items():
         source = tmp_path / "hub.jsonl"
         eight = list(itertools.islice(itertools.cycle(rows), 8))

@@ -1,4 +1,4 @@
-"""The YAML for eight GPUs, on two CPU ranks: what users run but for shape and sources."""
+"""The YAML for eight GPUs, on two CPU ranks, as users run it except for shape and sources."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ OF_ONE_DEVICE = Combination("finetune", "metamathqa", "1.7b", "full")
 
 
 def test_it_is_the_run_of_one_device():
-    """The same but for packs, sharding and what FSDP shuts out."""
+    """It is the same except for packs, sharding, and what FSDP does not allow."""
     sharded = OmegaConf.to_container(load_config(PATH, []), resolve=True)
     one = copy.deepcopy(resolved(OF_ONE_DEVICE))
     assert isinstance(sharded, dict)

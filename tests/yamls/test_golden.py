@@ -1,8 +1,8 @@
 """Every combination has the settings that its own file had, when there was one file per run.
 
 golden/settings.json has one entry per dotted key of the 84 files: its value, or `by` and `values`
-where it depends on size, data set or method. {run_name}, {size}, {data} and {method} stand for the
-run's own. The file of yamls/fsdp is there as a whole.
+if it depends on size, data set or method. {run_name}, {size}, {data} and {method} stand for those
+of the run. The file of yamls/fsdp is stored completely.
 """
 
 import json
@@ -58,7 +58,7 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def settings(config: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, and of the variables those that the old file had."""
+    """Return all settings, but only those variables that the old file had."""
     found = dict(leaves(config))
     return {
         key: value
@@ -87,7 +87,7 @@ def test_the_sharded_run_has_the_settings_it_had():
 
 
 def test_a_checkpoint_of_the_old_file_is_resumed():
-    """A list is digested with the order of its keys, which the settings above do not show."""
+    """The digest of a list depends on the order of keys, which the settings above do not show."""
     run = Combination("finetune", "metamathqa-replay", "135m", "lora")
     digests = digest_settings(result_settings(resolved(run)))
     assert digests["train_loader.dataset.datasets"][0] == "6caf338d3d821c42"

@@ -1,8 +1,8 @@
-"""What the shipped YAMLs promise: held-out data, names, rates, and that they train.
+"""Promises of the shipped YAMLs: held-out data, names, rates, and that they train.
 
-One combination of each data set and each method also takes a step: its shape is cut tiny and its
-sources replaced by rows of the true schema; all the rest, loggers, callbacks, schedules and
-evaluation included, is what users run. Not tried here: the hub itself.
+One combination of each data set and each method also takes a step. Its shape is made tiny and its
+sources are replaced by rows of the real schema. Everything else, including loggers, callbacks,
+schedules and evaluation, is what users run. The hub itself is not tested here.
 """
 
 import json
@@ -74,7 +74,7 @@ def test_there_is_one_file_per_method():
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_the_files_differ_by_the_methods_own_lines(kind: str):
-    """Title and commands, the grid of rates and its reason, ranks and peft_config, and the name."""
+    """They differ in title, commands, grid of rates and its reason, ranks, peft_config and name."""
     own = re.compile(
         r"# .*of SmolLM2|#   composer train|.*_(full|lora|dora|rslora)$|.*(135m|360m|1.7b): {lowest"
         r"|.*for an adapter|  # (Llama-2-7B|the smaller batch|larger scale)|.*tags: \["
@@ -89,7 +89,7 @@ def test_the_files_differ_by_the_methods_own_lines(kind: str):
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_the_files_are_fair(kind: str):
-    """Four methods of one size and data set differ by method and rate alone."""
+    """Four methods with the same size and data set differ only by method and rate."""
     for data in DATA[kind]:
         for size in SIZES:
             runs = [Combination(kind, data, size, method) for method in METHODS]
@@ -153,7 +153,7 @@ def test_what_is_measured_is_held_out(run: Combination):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
 def test_a_rank_brings_its_alpha(method: str):
-    """So that one sweep over variables.rank is the paper's 16, 64, 256 with alpha = 2r."""
+    """One sweep over variables.rank therefore gives the paper's 16, 64, 256 with alpha = 2r."""
     for rank in (16, 64, 256):
         path = FOLDERS["finetune"] / f"smollm2_{method}.yaml"
         config = load_config(path, [f"variables.rank=r{rank}"])
@@ -162,7 +162,7 @@ def test_a_rank_brings_its_alpha(method: str):
 
 
 def test_an_adapters_rate_times_scale_is_one_for_the_family():
-    """So that rsLoRA's larger scale is no advantage or handicap at a grid's middle."""
+    """rsLoRA's larger scale is then no advantage or handicap at the middle of a grid."""
     from foundry_ext.adapters.methods import method_of_config
 
     for run in COMBINATIONS:
@@ -240,7 +240,7 @@ TASKS = {
 
 
 def load_dataset(path: str, *, split: str, data_files: Any = None, **_: Any) -> datasets.Dataset:
-    """In place of the hub's; other rows where the file is another."""
+    """Stand in for the hub's data sets, with other rows for another file."""
     files = str(data_files)
     if path == "json":
         path = next(name for name in ROWS if name in files)
@@ -256,7 +256,7 @@ def loaders(config: DictConfig) -> Iterator[DictConfig]:
 
 
 def sets(config: DictConfig) -> dict[str, DictConfig]:
-    """Those that are measured, in a configuration with or without the others."""
+    """Return the evaluation sets that are measured; a configuration may also hold others."""
     given = config.callbacks.get("forgetting", {}).get("sets", {})
     return {name: one for name, one in given.items() if one.get("path", "") is not None}
 
@@ -296,7 +296,7 @@ def touch(path: str) -> Path:
 
 
 def by_stock(path: Path, overrides: list[str]) -> DictConfig:
-    """The configuration as `llmfoundry train` has it: what does not apply is null."""
+    """Return the configuration as in `llmfoundry train`: settings that do not apply are null."""
     config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides))
     assert isinstance(config, DictConfig)
     return config

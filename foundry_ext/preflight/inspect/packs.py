@@ -31,7 +31,7 @@ class TokenView:
     id: int
     position: int
     has_loss: bool
-    """Whether the model learns to predict this token from those before it in its document."""
+    """True if the model learns to predict this token from the document's tokens before it."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ _LINE_BREAK_OR_TAB = re.compile(r"([\n\t])")
 
 
 def format_inspection(inspection: Inspection) -> str:
-    """Return the whole page. Nothing from the data, the YAML or the tokenizer becomes markup."""
+    """Return the complete page. Nothing from the data, the YAML or the tokenizer becomes markup."""
     counts = [source["counts"] for source in inspection.sources]
     return render_page(
         "foundry_ext.preflight.inspect",

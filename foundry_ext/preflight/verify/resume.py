@@ -92,7 +92,7 @@ def digest(content: Any) -> str:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run left: loss per step, trained weights, digests per step."""
+    """Result of a finished run: loss per step, trained weights, digests per step."""
 
     losses: list[float]
     weights: dict[str, torch.Tensor]

@@ -123,7 +123,7 @@ class Guard(Callback):
         sums = torch.stack([bad.to(square), square])
         dist.all_reduce(sums)
         num_bad, total = _read(sums)
-        # Under DDP every rank has the whole gradient, under FSDP a part of it.
+        # Under DDP every rank has the complete gradient, under FSDP a part of it.
         total /= 1 if _is_sharded(state) else dist.get_world_size()
         return int(num_bad), math.sqrt(total)
 

@@ -1,4 +1,4 @@
-"""`foundry-ext compare`, as typed."""
+"""`foundry-ext compare`, with arguments as typed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`foundry-ext eval`: a finished model afterwards gives the figures that its run gave."""
+"""`foundry-ext eval`: a finished model gives the same figures as its run."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def sets(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(world, sets, tmp_path_factory):
-    """trained(method) -> (the callback's last evaluation, its folder)."""
+    """Return trained(method) -> (the callback's evaluations, the run's folder)."""
     made = {}
 
     def get(method):
@@ -63,7 +63,7 @@ def trained(world, sets, tmp_path_factory):
 
 
 def evaluate(model, sets, tmp_path, *more):
-    """By the command, from a run's own YAML with an interpolation in it."""
+    """Evaluate with the command, with sets from a run's own YAML that has an interpolation."""
     file, out = tmp_path / "run.yaml", tmp_path / "out"
     shown = {**sets, "target": {**sets["target"], "loader": "${eval_loader}"}}
     run = {"eval_loader": sets["target"]["loader"], "callbacks": {"forgetting": {"sets": shown}}}
@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_run(world, sets, trained, tmp_path, capsys, me
 
 
 def test_full_model_without_a_base(sets, trained, tmp_path, capsys):
-    """Figures, and nothing to compare them with: no KL, no learning."""
+    """Without a base there are figures, but no KL and no learning."""
     evaluations, folder = trained("full")
     report = evaluate(folder / "hf", sets, tmp_path)
     expected = dict(evaluations[-1]["metrics"])
@@ -119,7 +119,7 @@ def test_the_base_of_a_full_model_is_in_its_run_s_record(world, sets, trained, t
 
 
 def test_base_of_an_adapter_can_be_given(world, sets, trained, tmp_path):
-    """Where the adapter's own base is not where it was."""
+    """`--base` replaces an adapter's own base that has moved."""
     evaluations, folder = trained("dora")
     adapter, base = tmp_path / "adapter", tmp_path / "moved"
     shutil.copytree(folder / "hf", adapter)
@@ -186,7 +186,7 @@ FIGURES = {
 
 @pytest.fixture
 def record(tmp_path):
-    """A finished run's record with two evaluations."""
+    """Return a finished run's record with two evaluations."""
     environment = {
         **{"python": "3.11", "packages": {}, "commit": None, "dirty": None, "device": "x"},
         **{"device_kind": "cpu", "world_size": 1},

@@ -1,4 +1,4 @@
-"""`foundry-ext plan` and `train.py --dry-run`: one text, nothing trained, mistakes in a line."""
+"""`foundry-ext plan` and `train.py --dry-run`: same text, no training, one-line errors."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def world(tmp_path_factory, tokenizer_folder, make_rows):
 
 @pytest.fixture
 def write(world, tmp_path, monkeypatch):
-    """write("a.yaml", seed=3): a run's file in an empty folder of its own, its name."""
+    """Return write("a.yaml", seed=3): write a run's file in an empty folder; return its name."""
     monkeypatch.chdir(tmp_path)
 
     def make(name: str, **overrides) -> str:
@@ -29,7 +29,7 @@ def write(world, tmp_path, monkeypatch):
 
 
 def without_time(text: str) -> str:
-    """Time is measured anew and the process grows: all above it is the same."""
+    """Remove the time, which is measured again, and what follows it; the process grows."""
     return text.partition("\ntime\n")[0]
 
 

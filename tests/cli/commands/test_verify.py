@@ -1,4 +1,4 @@
-"""`foundry-ext verify`: passes on what is right, and says where what is wrong parts."""
+"""`foundry-ext verify`: passes if all is right, and otherwise says where results diverge."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def world(tmp_path_factory, tokenizer_folder, make_rows):
 
 @pytest.fixture
 def verify(world, tmp_path, monkeypatch, capsys):
-    """verify("lora", ...): the exit code and what was said, in an empty folder of its own."""
+    """Return verify("lora", ...): run in an empty folder; return exit code and output."""
     monkeypatch.chdir(tmp_path)
 
     def run(method: str, *arguments: str, **overrides) -> tuple[int, str]:
@@ -58,7 +58,7 @@ def test_a_pack_that_is_too_large_is_cut_and_that_is_said(verify, recwarn):
 
 @pytest.mark.filterwarnings("ignore")
 def test_documents_that_see_each_other_are_found(verify, monkeypatch):
-    """The second document's start is no longer in cu_seqlens."""
+    """An error is found if the second document's start is missing in cu_seqlens."""
     plain = PackCollator.__call__
 
     def merged(self, documents):

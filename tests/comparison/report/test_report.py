@@ -1,4 +1,4 @@
-"""The report as files: what it says, that nothing in it is markup, how a browser shows it."""
+"""The report's files: their content, escaped markup, and how a browser shows them."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def report(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Reader(HTMLParser):
-    """Tags that are not closed, and all names of tags and attributes."""
+    """Parser that collects unclosed tags, and all names of tags and attributes."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_a_seed_that_diverged_at_the_chosen_rate_is_said(tmp_path: Path):
 
 
 def test_runs_of_allowed_other_lengths_are_said_and_drawn(tmp_path: Path):
-    """--allow lets runs of one group have other evaluations: no mean curve, and no one length."""
+    """With --allow, runs of a group may differ in evaluations: no mean curve, several lengths."""
     for seed in (1, 2):
         folder = records.write_run(tmp_path / "runs", "lora", 1e-2, seed, num_items=20)
     record = json.loads((folder / "record.json").read_text())
@@ -182,7 +182,7 @@ def test_other_code_and_other_packages_are_said(tmp_path: Path):
 def test_the_front_passes_through_no_point_better_than_was_reached(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Between two of its points forgetting is the second's: nothing beats both of them."""
+    """Between two points of the front, forgetting is the second's: no run is better than both."""
     from matplotlib.axes import Axes
 
     drawn = []

@@ -1,4 +1,4 @@
-"""Problems and choices: right, disjoint, the same every time, and without a tell-tale."""
+"""Problems and choices: correct, disjoint, deterministic, and without giveaways."""
 
 import re
 

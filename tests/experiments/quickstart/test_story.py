@@ -1,4 +1,4 @@
-"""What the quickstart runs again and what it does not; which learning rates it takes further."""
+"""Runs that the quickstart repeats or skips, and learning rates that get more seeds."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.comparison.records import write_run
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A quickstart whose commands are counted instead of run."""
+    """Return the folder of a quickstart with placeholder inputs, for commands that do not run."""
     monkeypatch.chdir(tmp_path)
     for path in (story.BASE_YAML, story.SWEEP_YAML):
         path.parent.mkdir(parents=True)

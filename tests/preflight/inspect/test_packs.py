@@ -1,4 +1,4 @@
-"""`foundry-ext inspect`: what the page says is what the model gets; the data cannot write in it."""
+"""`foundry-ext inspect`: the page shows what the model receives, and escapes the data."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SCRIPT = "<script>document.title='taken over'</script><img src=x onerror=alert(1
 
 @pytest.fixture
 def config(tokenizer_folder, make_rows, write_jsonl, tmp_path, monkeypatch) -> dict[str, Any]:
-    """A resolved configuration: prompts and responses, one hostile, one too long; replayed text."""
+    """Return a resolved configuration with a hostile and an overlong row, and replayed text."""
     monkeypatch.chdir(tmp_path)
     rows = make_rows(150, longest=12)
     rows[7]["response"] = f" {SCRIPT} & \u20ac\n\ttabbed"
@@ -127,7 +127,7 @@ def test_the_eval_loader(config):
 
 
 def page_text(page: str) -> str:
-    """What a reader sees of the tokens."""
+    """Return the text of the tokens as a reader sees it."""
     tokens = re.findall(r"<([bi]) title=\"\d+, id \d+\">(.*?)</\1>", page, re.DOTALL)
     return unescape("".join(text for _, text in tokens)).replace("<u>\u21b5</u>", "")
 

@@ -1,4 +1,4 @@
-"""A plan says what training then does: every count is compared with a run's own."""
+"""A plan predicts training: every count is compared with that of a run."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.training import kit
 
 
 class EvalSpy(Callback):
-    """`eval_spy` in a YAML: at which steps Composer evaluated."""
+    """Callback `eval_spy` in a YAML that records at which steps Composer evaluated."""
 
     def __init__(self):
         self.steps: list[int] = []
@@ -113,7 +113,7 @@ def test_parameters_and_method_are_the_models(world, tmp_path, method: str):
 
 
 def finished_run(config: Any, folder: Path, **changes: Any) -> None:
-    """A record as a run of this configuration leaves it, beside the run to plan."""
+    """Write the record of a finished run of this configuration beside the run to plan."""
     from foundry_ext.records.record import new_record, write_record
 
     record = new_record(

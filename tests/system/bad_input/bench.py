@@ -1,4 +1,4 @@
-"""What a case of the table works on: a run that would do, in a folder of its own, to be spoilt."""
+"""Workbench of a case: a valid run in a folder of its own, for the case to break."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from tests.training import kit
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, and what it said."""
+    """Exit code and output of a command that ended."""
 
     code: int
     out: str
@@ -30,13 +30,13 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that a user is told as an error."""
+        """Lines of the error that a user sees."""
         return [line for line in self.err.splitlines() if ": error: " in line]
 
 
 @dataclass
 class Bench:
-    """A small fine-tuning run, its YAML yet to be written."""
+    """A small fine-tuning run, whose YAML is written when it starts."""
 
     folder: Path
     world: kit.World
@@ -58,7 +58,7 @@ class Bench:
         self.config = OmegaConf.to_container(config)  # pyright: ignore
 
     def change(self, **values: Any) -> None:
-        """`change(model__loss="x")`: a key of the YAML; None removes it."""
+        """Set keys of the YAML, such as `change(model__loss="x")`; None removes a key."""
         for key, value in values.items():
             *parents, last = key.split("__")
             node = self.config
@@ -69,11 +69,11 @@ class Bench:
                 del node[last]
 
     def data(self, **values: Any) -> None:
-        """Keys of the train loader's `dataset`."""
+        """Set keys of the train loader's `dataset`."""
         self.change(**{f"train_loader__dataset__{key}": value for key, value in values.items()})
 
     def rows(self, content: bytes | str | Iterable[Any], name: str = "rows.jsonl") -> Path:
-        """The file trained on: its bytes, or rows to be written as JSON lines."""
+        """Write the training file, from bytes or from rows to be written as JSON lines."""
         path = self.folder / name
         if isinstance(content, str):
             content = content.encode()
@@ -84,17 +84,17 @@ class Bench:
         return path
 
     def train(self, *overrides: str) -> Ended:
-        """`python train.py run.yaml ...`, in this process."""
+        """Run `python train.py run.yaml ...` in this process."""
         path = self.folder / "run.yaml"
         path.write_text(yaml.safe_dump(self.config) if self.text is None else self.text)
         return self.call(launch.main, "train.py", [str(path), *overrides])
 
     def command(self, *arguments: str) -> Ended:
-        """`foundry-ext ...`, in this process."""
+        """Run `foundry-ext ...` in this process."""
         return self.call(cli.main, list(arguments))
 
     def call(self, main: Any, *arguments: Any) -> Ended:
-        """Exceptions end a process with a traceback and exit code 1."""
+        """Call a program; an exception counts as a traceback and exit code 1."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -104,7 +104,7 @@ class Bench:
         return Ended(code, out.getvalue(), err.getvalue())
 
     def written(self) -> set[str]:
-        """Files below the folder, and unfinished ones in the cache of tokens."""
+        """Return files below the folder, and unfinished ones in the cache of tokens."""
         files = {str(path) for path in self.folder.rglob("*") if path.is_file()}
         cache = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext")
         return files | {str(path) for path in cache.glob("*.part")}
@@ -113,7 +113,7 @@ class Bench:
         return read_record(self.folder / "record.json")
 
     def assert_nothing_half_written(self) -> None:
-        """What is there can be read: checkpoints, the record, no temporary file."""
+        """Check that all checkpoints can be read and that no temporary file remains."""
         for path in map(Path, self.written()):
             assert not path.name.endswith((".partial", ".part", ".tmp")), path
             if path.suffix == ".pt":
@@ -121,6 +121,6 @@ class Bench:
 
 
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a lone process without a sweep, at the user's keyboard."""
+    """Set the environment of a single process without a sweep, started by a user."""
     for name in ("WANDB_SWEEP_ID", "FOUNDRY_EXT_SWEEP", "FOUNDRY_EXT_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)

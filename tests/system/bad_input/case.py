@@ -1,4 +1,4 @@
-"""A line of the table."""
+"""One case of the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ def _train(bench: Bench) -> Ended:
 
 @dataclass(frozen=True)
 class Case:
-    """`spoil` makes the bench's run a bad one, `start` is the command, `says` is in its error line:
-    the value, the place, the way out."""
+    """A case: `spoil` breaks the bench's run and `start` is the command. Its error line contains
+    `says`: the value, the place, the way out."""
 
     name: str
     spoil: Callable[[Bench], Any]
@@ -48,4 +48,4 @@ def text(content: str) -> Callable[[Bench], None]:
 
 
 def nothing(bench: Bench) -> None:
-    """The command alone is what is bad."""
+    """Change nothing, because only the command is bad."""

@@ -1,4 +1,4 @@
-"""What stands in a YAML or on the command line."""
+"""Cases of bad input in a YAML or on the command line."""
 
 from foundry_ext.launch.train import main
 from tests.system.bad_input.bench import Bench

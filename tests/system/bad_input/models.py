@@ -1,4 +1,4 @@
-"""Models, adapters, tokenizers, and where they are looked for."""
+"""Cases of bad models, adapters and tokenizers, and of places where they are looked for."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ _TOKENIZER = "tokenizer.name must be a local folder with tokenizer.json"
 
 
 def model(spoil: Callable[[Path], Any]) -> Callable[[Bench], None]:
-    """A copy of the model's folder, of which `spoil` takes or changes something."""
+    """Return a change that uses a copy of the base model, broken by `spoil`."""
 
     def make(bench: Bench) -> None:
         folder = bench.folder / "model"
@@ -58,7 +58,7 @@ def _empty(folder: Path) -> None:
 
 
 def adapter(spoil: Callable[[Path], Any] | None = None, **shape: Any) -> Callable[[Bench], None]:
-    """An adapter of the world's base model, or of one of another shape."""
+    """Return a change that adds an adapter of the base model, or of a model of another shape."""
 
     def make(bench: Bench) -> None:
         folder = bench.folder / "adapter"
@@ -78,7 +78,7 @@ def _other_base(folder: Path) -> None:
 
 
 def tokenizer(spoil: Callable[[Any], Any]) -> Callable[[Bench], Path]:
-    """A copy of the tokenizer, changed; it is where the result says."""
+    """Return a function that uses a changed copy of the tokenizer and returns its folder."""
 
     def make(bench: Bench) -> Path:
         changed, folder = AutoTokenizer.from_pretrained(bench.world.tokenizer), bench.folder / "tok"
@@ -112,7 +112,7 @@ def _pads_with_the_end(bench: Bench) -> None:
 
 
 def _ends_are_learned(bench: Bench) -> None:
-    """Of the prompt's token, the response's 7 and the end of text, all but the prompt's."""
+    """Check that 8 of 9 tokens are learned: the response's 7 and the end, not the prompt."""
     tokens = bench.record()["tokens"]
     assert tokens["loss"] * 9 == tokens["real"] * 8 > 0, tokens
 

@@ -1,4 +1,4 @@
-"""Files of rows, and how they are cut and packed."""
+"""Cases of bad files of rows, and of how they are cut and packed."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def _kept(**counts: int):
 
 
 def _same_documents(bench: Bench) -> None:
-    """The rows trained on, under another name."""
+    """Evaluate on a copy of the training rows under another name."""
     copy = bench.folder / "copy.jsonl"
     copy.write_bytes(bench.world.rows.read_bytes())
     _evaluate_on(copy)(bench)

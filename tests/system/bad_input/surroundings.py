@@ -1,4 +1,4 @@
-"""Disks, networks, GPUs, and the other commands' files."""
+"""Cases of bad disks, networks, GPUs, and files of other commands."""
 
 import errno
 from typing import Any
@@ -21,7 +21,7 @@ def _below_a_file(key: str):
 
 
 def _raising(error: BaseException):
-    """The first forward pass of training raises it."""
+    """Return a change that raises an error in the first forward pass of training."""
 
     def spoil(bench: Bench) -> None:
         def forward(*_: Any, **__: Any) -> None:
@@ -44,7 +44,7 @@ def _out_of_memory(**values: Any):
 
 
 def _full_disk(bench: Bench) -> None:
-    """The disk of the tokens' cache."""
+    """Fill the disk of the token cache."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "part.arrow")
@@ -54,7 +54,7 @@ def _full_disk(bench: Bench) -> None:
 
 
 def _no_key(bench: Bench) -> None:
-    """W&B as on a machine where nobody has logged in, and no terminal to ask at."""
+    """Simulate a machine without a W&B login and without a terminal to ask at."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
         bench.monkeypatch.delenv(name, raising=False)
     bench.monkeypatch.setenv("NETRC", str(bench.folder / "netrc"))

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a user gives: one line that says what, where and what to do.
+"""Bad input of any kind gives one line that says what is wrong, where, and what to do.
 
 The cases are the table in table.py; `pytest -m more tests/system/bad_input -k NAME` runs some.
 """
@@ -36,7 +36,7 @@ def test_the_table_is_as_long_as_it_should_be_and_names_differ():
 
 @pytest.mark.parametrize("case", table.REFUSED, ids=lambda case: case.name)
 def test_refused_in_one_line(case, bench):
-    """Exit code not zero, the line, nothing written."""
+    """The exit code is not zero, there is one error line, and nothing is written."""
     case.spoil(bench)
     before = bench.written() | {str(bench.folder / "run.yaml")}
     ended = case.start(bench)
@@ -50,7 +50,7 @@ def test_refused_in_one_line(case, bench):
 
 @pytest.mark.parametrize("case", table.ALLOWED, ids=lambda case: case.name)
 def test_allowed_and_said(case, bench, caplog):
-    """Exit code zero, and what is odd is said; `holds` looks at the run."""
+    """The exit code is zero, and a message says what is odd; `holds` checks the run."""
     case.spoil(bench)
     ended = case.start(bench)
     assert ended.code == 0 and not ended.errors, ended.err
@@ -62,7 +62,7 @@ def test_allowed_and_said(case, bench, caplog):
 
 @pytest.mark.parametrize("case", table.ENDED, ids=lambda case: case.name)
 def test_a_run_that_ends_early_says_why(case, bench):
-    """One line, exit code 1, a record that says failed, nothing half-written."""
+    """There is one line, exit code 1, a record with status failed, and no partly written file."""
     case.spoil(bench)
     ended = case.start(bench)
     assert ended.code == 1, ended

@@ -1,5 +1,7 @@
-"""flash-attn absent, or built for another torch: asked of the same function as a run on a GPU, as
-if there were one."""
+"""flash-attn missing, or built for another torch.
+
+The tests call the same function as a run on a GPU, and pretend that there is one.
+"""
 
 import importlib
 import sys
@@ -23,7 +25,7 @@ def fresh_choice():
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):
-    """Found, and not to be loaded."""
+    """Make a flash-attn that is installed but cannot be loaded."""
     (tmp_path / "flash_attn").mkdir()
     text = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105Error')\n"
     (tmp_path / "flash_attn" / "__init__.py").write_text(text)

@@ -1,4 +1,4 @@
-"""Contents of files: a valid one with parts replaced, or made up."""
+"""Strategies for contents of files: a valid file with parts replaced, or a generated one."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ _NASTY = [
 
 @st.composite
 def mutated_bytes(draw: Any, valid: st.SearchStrategy[bytes]) -> bytes:
-    """Some stretches removed, doubled or replaced; cut short."""
+    """Draw bytes with stretches removed, doubled or replaced, or with the end cut off."""
     content = bytearray(draw(valid))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -51,7 +51,7 @@ def mutated_bytes(draw: Any, valid: st.SearchStrategy[bytes]) -> bytes:
 
 
 def values() -> st.SearchStrategy[Any]:
-    """Whatever JSON can say, and what Python's JSON says besides."""
+    """Return a strategy for all values of JSON, and those that only Python's JSON allows."""
     single = st.one_of(
         st.none(),
         st.booleans(),
@@ -72,7 +72,7 @@ def values() -> st.SearchStrategy[Any]:
 
 @st.composite
 def mutated_json(draw: Any, valid: st.SearchStrategy[bytes]) -> bytes:
-    """Of a JSON object, or of lines of them, some values replaced, removed or added."""
+    """Draw a JSON object, or lines of them, with values replaced, removed or added."""
     lines = [json.loads(line) for line in _objects(draw(valid))]
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, len(lines) - 1))
@@ -105,7 +105,7 @@ def _mutated(draw: Any, root: Any) -> Any:
 
 
 def texts() -> st.SearchStrategy[str]:
-    """Lines that look like YAML or JSON from afar, and others."""
+    """Return a strategy for lines that resemble YAML or JSON, and others."""
     word = st.one_of(
         st.sampled_from(["method", "grid", "program", "parameters", "values", "prompt", "step"]),
         st.text(max_size=5),

@@ -1,11 +1,10 @@
-"""Files nobody meant to write, before the readers of rows, of YAMLs and sweeps, and of records.
+"""Fuzzing of the readers of rows, YAMLs, sweeps and records with malformed files.
 
     python -m tests.system.fuzz.readers [rows | yaml | sweep | records ...] [--minutes 10]
 
-Each reader takes the file or ends in one of its errors, `ValueError` or `OSError`, which the
-commands print as one line; that line names the file. Whatever else a file makes a reader do is
-printed with the smallest such file, and the exit code is 1. Files are a valid one with some bytes
-or some values replaced, or all of it made up.
+Each reader must accept the file, or raise a `ValueError` or `OSError` that names the file. Commands
+print these errors as one line. Anything else is a crash, which is printed with the smallest such
+file, and the exit code is 1. Files are valid ones with some bytes or values replaced, or generated.
 """
 
 import argparse
@@ -29,13 +28,13 @@ _EXAMPLES_A_ROUND = 1000
 
 @dataclass
 class Findings:
-    """What a reader was given, and the first file of each kind that it did not take well."""
+    """Counts of a reader's files, and the first file of each kind of crash."""
 
     files: int = 0
     taken: int = 0
     refused: int = 0
     crashes: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    """where -> (what happened, the file)."""
+    """Place in the code -> (error, file)."""
 
 
 def contents(target: Target) -> st.SearchStrategy[bytes]:
@@ -47,7 +46,7 @@ def contents(target: Target) -> st.SearchStrategy[bytes]:
 
 
 def look(target: Target, content: bytes, folder: Path, findings: Findings) -> None:
-    """Gives one file to the reader.
+    """Give one file to the reader.
 
     Raises:
         AssertionError: it crashed, or its error does not say where.
@@ -69,7 +68,7 @@ def look(target: Target, content: bytes, folder: Path, findings: Findings) -> No
 
 
 def place(error: BaseException) -> str:
-    """The innermost line of this package that an error came through."""
+    """Return the innermost line of this package in an error's traceback."""
     cause = error.__cause__ or error
     frames = traceback.extract_tb(cause.__traceback__)
     own = [frame for frame in frames if "foundry_ext" in frame.filename] or list(frames)
@@ -78,7 +77,7 @@ def place(error: BaseException) -> str:
 
 
 def fuzz(target: Target, *, examples: int, number: int, findings: Findings) -> None:
-    """One round; what is found is kept and looked for no more, so that rounds find other things."""
+    """Run one round; known crashes are ignored, so that later rounds find other ones."""
     with tempfile.TemporaryDirectory() as folder:
 
         @seed(number)
@@ -106,7 +105,7 @@ def fuzz(target: Target, *, examples: int, number: int, findings: Findings) -> N
 def run(
     target: Target, *, seconds: float, say: Callable[[str], None] = print, first: int = 0
 ) -> Findings:
-    """Rounds until the time is over."""
+    """Run rounds until the time is over."""
     findings, end, number = Findings(), time.monotonic() + seconds, first
     while time.monotonic() < end:
         fuzz(target, examples=_EXAMPLES_A_ROUND, number=number, findings=findings)

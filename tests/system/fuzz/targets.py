@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 class Target:
     label: str
     name: str
-    """Of the file."""
+    """Name of the file."""
     valid: list[bytes]
     read: Callable[[Path], Any]
     is_json: bool = False
@@ -47,7 +47,7 @@ _tokenizer: Any = None
 
 @contextlib.contextmanager
 def _with_tokenizer() -> Iterator[None]:
-    """And a cache of its own for what `datasets` makes of every file."""
+    """Prepare a tokenizer, and a separate cache for what `datasets` makes of every file."""
     import datasets
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -116,7 +116,7 @@ _OTHER = "other"
 
 
 def _beside_another(path: Path) -> Path:
-    """The folder of a run of this file, in which another run lies too."""
+    """Return the folder of a run with this file, in a folder that contains another run too."""
     folder = path.parent / "runs"
     if not folder.exists():
         write_run(folder / _OTHER, "full", 1e-3, 17, num_items=2)

@@ -1,4 +1,4 @@
-"""Files nobody meant to write; `python -m tests.system.fuzz.readers` tries them for minutes."""
+"""A short round of fuzzing; `python -m tests.system.fuzz.readers` runs for minutes."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ NOT_ROWS = ["null\n", ' null\n{"prompt": "a"}\n', '{"prompt": "a", "response": "
 
 @pytest.mark.parametrize("content", NOT_ROWS)
 def test_rows_that_are_no_objects_do_not_end_the_process(content: str, tmp_path):
-    """pyarrow 19 dies of the first two."""
+    """Such rows do not crash the process; the first two crash pyarrow 19."""
     from foundry_ext.data.sources import load_rows
 
     path = tmp_path / "rows.jsonl"

@@ -64,7 +64,7 @@ def counted(batches) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """A finished run with rsLoRA, fixed shapes and a secret in its YAML."""
+    """Return a finished run with rsLoRA, fixed shapes and a secret in its YAML."""
     folder = tmp_path_factory.mktemp("whole")
     given = settings(world, folder, seed=23, precision="fp32")
     given["train_loader"] = kit.loader_config(world.rows, shuffle=True, fixed_shape=True)
