@@ -200,9 +200,9 @@ def test_the_command(config, tmp_path, capsys):
     yaml = tmp_path / "run.yaml"
     whole = {
         **config,
-        "model": {"name": "smollm2_packed"},
+        "model": {"name": "smollm2_packed", "pretrained_model_name_or_path": "smollm2-135m"},
         "optimizer": {"name": "decoupled_adamw"},
-        "scheduler": {"name": "constant_with_warmup"},
+        "scheduler": {"name": "constant_with_warmup", "t_warmup": "1ba"},
         "max_duration": "1ep",
         "max_seq_len": 160,
         "eval_interval": 1,
