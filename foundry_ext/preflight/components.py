@@ -7,7 +7,8 @@ misspelt key of the optimizer does not wait for the data and the model.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from foundry_ext.utils.errors import UserError, one_line, suggest
 
@@ -168,7 +169,7 @@ def _check_types(place: str, settings: Mapping[str, Any], component: Callable[..
     """Compare plain values with the annotations of one of our components."""
     function = component.__init__ if inspect.isclass(component) else component
     for key, hint in get_type_hints(function).items():
-        kinds = set(get_args(hint) or (hint,))
+        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
         value = settings.get(key)
         # Classes decide what else they take, and say so better.
         if key not in settings or not kinds <= _PLAIN.keys() or type(value) in kinds:

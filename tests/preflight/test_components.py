@@ -6,7 +6,9 @@ from pathlib import Path
 import catalogue
 import llmfoundry.registry
 import pytest
+from omegaconf import OmegaConf
 
+from foundry_ext.config.loading import load_config
 from foundry_ext.preflight.components import (
     SECTIONS,
     _check_types,
@@ -16,6 +18,7 @@ from foundry_ext.preflight.components import (
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.nested import get
 
+ROOT = Path(__file__).parents[2]
 LOADER = {"name": "packed_finetuning", "dataset": {}, "num_workers": 0}
 CONFIG = {
     "model": {
@@ -27,7 +30,12 @@ CONFIG = {
     "tokenizer": {"name": "anything"},
     "optimizer": {"name": "decoupled_adamw", "lr": 0.1, "param_groups": []},
     "scheduler": {"name": "constant_with_warmup", "t_warmup": "1ba"},
-    "callbacks": {"guard": {}, "exact_resume": None, "lr_monitor": {}},
+    "callbacks": {
+        "guard": {},
+        "exact_resume": None,
+        "lr_monitor": {},
+        "text_samples": {"prompts": ["Once", "Twice"], "max_new_tokens": 2},
+    },
     "loggers": {"metrics_file": {"path": "m"}},
     "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1}},
     "train_loader": LOADER,
@@ -46,6 +54,13 @@ def test_a_run_is_accepted():
     check_components(CONFIG)
     check_components(changed("eval_loader", LOADER))
     check_components(changed("callbacks", None))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").rglob("smollm2*.yaml")), ids=str)
+def test_the_shipped_files_are_accepted(path: Path):
+    content = OmegaConf.to_container(load_config(path), resolve=True)
+    assert isinstance(content, dict)
+    check_components(content)
 
 
 @pytest.mark.parametrize(
