@@ -201,7 +201,7 @@ class GenerationSet:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Identity of the data, for the run's record."""
+        """Which data this is, for the run's record."""
         intact = len(self.prompts) - self.num_truncated
         return {
             "name": self.config.path,

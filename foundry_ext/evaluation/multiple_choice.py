@@ -165,7 +165,7 @@ class MultipleChoiceSet:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Identity of the data, for the run's record."""
+        """Which data this is, for the run's record."""
         intact = len(self.documents) - self.num_truncated
         return {
             "name": self.config.path,
