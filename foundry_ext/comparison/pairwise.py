@@ -71,7 +71,7 @@ class PairwiseComparison:
 
     @property
     def in_general(self) -> bool:
-        """True if seeds vary in the interval, so that it holds for methods, not only runs."""
+        """Whether seeds vary in the interval, so that it holds for the methods, not only runs."""
         return self.interval is not None and self.interval.kind.startswith("seeds")
 
     @property
@@ -84,7 +84,7 @@ class PairwiseComparison:
 
     @property
     def is_distinguishable(self) -> bool:
-        """True if both the interval and the adjusted p-value exclude a difference of 0."""
+        """Whether both the interval and the adjusted p-value exclude a difference of 0."""
         if self.interval is None or self.adjusted_p is None:
             return False
         return not self.interval.includes_zero and self.adjusted_p < ALPHA

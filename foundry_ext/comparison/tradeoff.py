@@ -68,7 +68,7 @@ class Matched:
     interval: Interval | None
     """Interval over seeds; None with fewer than three."""
     is_early: bool
-    """True if a run reached the level before its first evaluation after step 0. Its value then lies
+    """Whether a run reached the level before its first evaluation after step 0. Its value then lies
     on the straight line from the base model, not between two measured points."""
     over_rates: float | None
     """Forgetting between the ends of runs with rising learning rates; None if the level lies
@@ -132,7 +132,7 @@ class MatchedPair:
 
     @property
     def is_distinguishable(self) -> bool:
-        """True if both the interval and the adjusted p-value exclude a difference of 0."""
+        """Whether both the interval and the adjusted p-value exclude a difference of 0."""
         if self.interval is None or self.adjusted_p is None:
             return False
         return not self.interval.includes_zero and self.adjusted_p < ALPHA
