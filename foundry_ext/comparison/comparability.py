@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foundry_ext.comparison.fairness import ABSENT, Difference, differences, is_below
+from foundry_ext.comparison.fairness import ABSENT, Difference, differences, unequal_values
 from foundry_ext.comparison.metrics import KINDS
 from foundry_ext.comparison.runs import Run
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.nested import is_below
 
 # Seeds may differ, because only those that two methods share are paired. Ranks make groups.
 _ALWAYS_ALLOWED = ("seed", "model.peft_config.r")
@@ -32,8 +33,8 @@ def check_comparable(runs: Sequence[Run], allow: Sequence[str] = ()) -> list[str
     """
     if len(runs) < 2:
         return []
-    configs = {name: run.record["config"] for name, run in _named(runs).items()}
-    unequal = _unequal_results(runs) + differences(configs, allow=_ALWAYS_ALLOWED)
+    named = _named(runs)
+    unequal = _unequal_results(named) + _unequal_settings(named)
     refused = [each for each in unequal if not any(is_below(each.key, key) for key in allow)]
     if refused:
         more = len(refused) - _MOST_DIFFERENCES
@@ -54,9 +55,13 @@ def distinguishing(runs: Sequence[Run]) -> list[dict[str, Any]]:
     if len(runs) < 2:
         return [{} for _ in runs]
     named = _named(runs)
-    configs = {name: run.record["config"] for name, run in named.items()}
-    differing = differences(configs, allow=_ALWAYS_ALLOWED)
+    differing = _unequal_settings(named)
     return [{each.key: each.values.get(name) for each in differing} for name in named]
+
+
+def _unequal_settings(named: Mapping[str, Run]) -> list[Difference]:
+    configs = {name: run.record["config"] for name, run in named.items()}
+    return differences(configs, allow=_ALWAYS_ALLOWED)
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
@@ -71,14 +76,13 @@ def _named(runs: Sequence[Run]) -> dict[str, Run]:
     return named
 
 
-def _unequal_results(runs: Sequence[Run]) -> list[Difference]:
-    named = _named(runs)
+def _unequal_results(named: Mapping[str, Run]) -> list[Difference]:
     by_run = {name: _facts(run) for name, run in named.items()}
     unequal = []
     for key in dict.fromkeys(key for facts in by_run.values() for key in facts):
-        values = {name: facts.get(key, ABSENT) for name, facts in by_run.items()}
-        if len({str(value) for value in values.values()}) > 1:
-            unequal.append(Difference(key, values))
+        unequal += unequal_values(
+            key, {name: facts.get(key, ABSENT) for name, facts in by_run.items()}
+        )
     return unequal + _unequal_tokens(named) + _unequal_base(named)
 
 
@@ -92,9 +96,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "model.name": record["model"]["name"],
         "model.parameters": _base_parameters(record["model"]),
         "evaluation.steps": [evaluation["step"] for evaluation in record["evaluations"]],
-        "evaluation.measures": sorted(
-            [*run.final["learning"], *run.final["forgetting"]],
-        ),
+        "evaluation.measures": sorted([*run.final["learning"], *run.final["forgetting"]]),
     }
     for label, loader in sorted(data["eval"].items()):
         facts[f"data.eval.{label}.fingerprint"] = loader["fingerprint"]
@@ -122,9 +124,7 @@ def _unequal_base(named: Mapping[str, Run]) -> list[Difference]:
     """Check that all runs start from the same values, which are the base model's."""
     unequal = []
     metrics = {
-        name: {
-            key: run.first["metrics"][key] for key in run.first["metrics"] if _kind(key) in KINDS
-        }
+        name: {key: x for key, x in run.first["metrics"].items() if _kind(key) in KINDS}
         for name, run in named.items()
     }
     for key in dict.fromkeys(key for by_key in metrics.values() for key in by_key):
@@ -143,13 +143,5 @@ def _kind(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-def _sentence(difference: Difference, most: int = 3) -> str:
-    """Return each value with the first few runs that have it."""
-    names: dict[str, list[str]] = {}
-    for name, value in difference.values.items():
-        names.setdefault(str(value), []).append(name)
-    parts = []
-    for value, group in names.items():
-        more = f" and {len(group) - most} more" if len(group) > most else ""
-        parts.append(f"{value} in {', '.join(group[:most])}{more}")
-    return f"{difference.key}: {'; '.join(parts)}"
+def _sentence(difference: Difference) -> str:
+    return difference.describe(most=3, form=str)

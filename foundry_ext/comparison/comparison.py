@@ -5,43 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from foundry_ext.comparison.comparability import check_comparable, distinguishing
-from foundry_ext.comparison.learning_rates import (
-    BestLearningRate,
-    best_learning_rate,
-    learning_metric,
-)
-from foundry_ext.comparison.metrics import Metric, final_value, shared_metrics
-from foundry_ext.comparison.pairwise import (
-    PairwiseComparison,
-    Summary,
-    compare_pairs,
-    summarise,
-)
+from foundry_ext.comparison.learning_rates import BestLearningRate, best_learning_rate
+from foundry_ext.comparison.metrics import Metric, shared_metrics
+from foundry_ext.comparison.pairwise import PairwiseComparison, Summary, compare_pairs, summarise
 from foundry_ext.comparison.runs import Loaded, Run, by_label, labelled
 from foundry_ext.comparison.statistics import MIN_SEEDS
 from foundry_ext.comparison.tradeoff import (
     Matched,
+    Point,
     matched,
     matched_pairs,
     matching_levels,
     pareto_front,
+    points,
 )
 from foundry_ext.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Point:
-    """A method at one learning rate: the mean over its runs at the end of training."""
-
-    label: str
-    learning_rate: float
-    learning: float
-    forgetting: float
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +50,16 @@ class Comparison:
     """label -> its runs that diverged, which no mean includes."""
     accepted: Sequence[str]
     """Differences that --allow accepted."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for group in self.groups.values() for run in group]
+
+    @property
+    def chosen_runs(self) -> list[Run]:
+        """The runs at the chosen learning rates."""
+        return [run for group in self.chosen.values() for run in group]
 
     @property
     def metrics(self) -> list[Metric]:
@@ -125,7 +116,7 @@ def compare_runs(
     _refuse_copies(groups)
     learned = shared_metrics(runs, "learning")
     forgotten = shared_metrics(runs, "forgetting")
-    x = _pick(learned, learning or learning_metric([run.record for run in runs]), "learning")
+    x = _pick(learned, learning, "learning")
     y = _pick(forgotten, forgetting, "forgetting")
     diverged = {label: _alike(loaded.diverged, group[0]) for label, group in groups.items()}
     best = {
@@ -146,8 +137,11 @@ def compare_runs(
             summarise(label, group, metric) for metric in metrics for label, group in chosen.items()
         ],
         pairs=[pair for metric in metrics for pair in compare_pairs(chosen, metric)],
-        front=_front(groups, x, y),
-        matched=_match(groups, chosen, x, y),
+        front=pareto_front(points(groups, x, y)),
+        matched={
+            level: {label: matched(chosen[label], groups[label], x, y, level) for label in groups}
+            for level in matching_levels(chosen, x)
+        },
         left_out=loaded.left_out,
         diverged=diverged,
         accepted=accepted,
@@ -159,15 +153,6 @@ def _best_learning_rate(runs: Sequence[Run], learning: Metric) -> BestLearningRa
     return best_learning_rate(records, learning.key)
 
 
-def _match(
-    groups: Mapping[str, Sequence[Run]], chosen: Mapping[str, Sequence[Run]], x: Metric, y: Metric
-) -> dict[float, dict[str, Matched]]:
-    return {
-        level: {label: matched(chosen[label], groups[label], x, y, level) for label in groups}
-        for level in matching_levels(chosen, x)
-    }
-
-
 def _alike(candidates: Sequence[Run], run: Run) -> list[Run]:
     """Return the candidates that belong to the same group as `run`."""
 
@@ -177,17 +162,6 @@ def _alike(candidates: Sequence[Run], run: Run) -> list[Run]:
         return first.label == second.label
 
     return list(filter(is_alike, candidates))
-
-
-def points(groups: Mapping[str, Sequence[Run]], x: Metric, y: Metric) -> list[Point]:
-    """Return one point for every method at every learning rate."""
-    result = []
-    for label, group in groups.items():
-        for rate in sorted({run.learning_rate for run in group}):
-            runs = [run for run in group if run.learning_rate == rate]
-            learned, forgot = (fmean(final_value(run, axis) for run in runs) for axis in (x, y))
-            result.append(Point(label, rate, learned, forgot, tuple(run.seed for run in runs)))
-    return result
 
 
 def dominated_points(comparison: Comparison) -> list[tuple[Point, Point]]:
@@ -212,12 +186,6 @@ def dominated_points(comparison: Comparison) -> list[tuple[Point, Point]]:
         if better:
             dominated.append((point, min(better, key=lambda other: other.forgetting)))
     return dominated
-
-
-def _front(groups: Mapping[str, Sequence[Run]], x: Metric, y: Metric) -> list[Point]:
-    candidates = points(groups, x, y)
-    front = pareto_front([(point.learning, point.forgetting) for point in candidates])
-    return [candidates[index] for index in front]
 
 
 def _pick(metrics: Sequence[Metric], key: str | None, role: str) -> Metric:

@@ -20,6 +20,7 @@ from typing import Any
 
 from foundry_ext.adapters.methods import check_numbers, method_of_config
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.nested import get, is_below
 
 ABSENT = "(absent)"
 _METHOD_KEYS = {"peft_type", "task_type", "use_dora", "use_rslora", "init_lora_weights"}
@@ -42,11 +43,22 @@ class Difference:
     values: Mapping[str, Any]
 
     def __str__(self) -> str:
-        """Format as `max_duration: 1ep in a.yaml, b.yaml; 2ep in c.yaml`."""
+        return self.describe()
+
+    def describe(self, *, most: int | None = None, form: Callable[[Any], str] | None = None) -> str:
+        """Format as `max_duration: 1ep in a.yaml, b.yaml; 2ep in c.yaml`.
+
+        Args:
+            most: names per value; the others are counted.
+            form: formats a value.
+        """
         names: dict[str, list[str]] = {}
         for name, value in self.values.items():
-            names.setdefault(_text(value), []).append(name)
-        parts = (f"{value} in {', '.join(group)}" for value, group in names.items())
+            names.setdefault((form or _text)(value), []).append(name)
+        parts = []
+        for value, group in names.items():
+            more = f" and {len(group) - most} more" if most and len(group) > most else ""
+            parts.append(f"{value} in {', '.join(group[:most])}{more}")
         return f"{self.key}: {'; '.join(parts)}"
 
 
@@ -67,21 +79,22 @@ def differences(
     for name, config in configs.items():
         check_sections(name, config)
     flat = {name: _comparable(config) for name, config in configs.items()}
-    adapters = {name for name, config in configs.items() if _adapter(config)}
+    adapted = {name: config for name, config in configs.items() if _adapter(config)}
     unequal = []
     for key in sorted(set().union(*flat.values())):
-        concerned = adapters if key.startswith(f"{_ADAPTER}.") else flat
-        values = {name: leaves.get(key, ABSENT) for name, leaves in flat.items()}
-        values = {name: value for name, value in values.items() if name in concerned}
-        if len({_text(value) for value in values.values()}) > 1:
-            unequal.append(Difference(key, values))
+        concerned = adapted if key.startswith(f"{_ADAPTER}.") else configs
+        unequal += unequal_values(key, {n: flat[n].get(key, ABSENT) for n in concerned})
     unequal += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
-    adapted = {name: config for name, config in configs.items() if name in adapters}
     unequal += _unequal_sets(
         adapted, f"{_ADAPTER}.r", lambda config: method_of_config(_adapter(config)).rank
     )
     unequal += _unequal_grids(configs)
     return [each for each in unequal if not any(is_below(each.key, key) for key in allow)]
+
+
+def unequal_values(key: str, values: Mapping[str, Any]) -> list[Difference]:
+    """Return a difference if the values are not all equal."""
+    return [Difference(key, values)] if len(set(map(_text, values.values()))) > 1 else []
 
 
 def check_sections(name: str, config: Mapping[str, Any]) -> None:
@@ -198,19 +211,9 @@ def _unequal_sets(
 
 def _unequal_grids(configs: Mapping[str, Mapping[str, Any]]) -> list[Difference]:
     """Return a difference if the methods' grids of learning rates have different names."""
-    key = "learning_rates"
-    grids = {
-        name: sorted(map(str, (config.get("variables") or {}).get(key) or {}))
-        for name, config in configs.items()
-    }
-    if len({_text(grid) for grid in grids.values()}) <= 1:
-        return []
-    return [Difference(f"variables.{key} (names)", grids)]
-
-
-def is_below(key: str, allowed: str) -> bool:
-    """Return whether `key` is the allowed key or a key below it."""
-    return key == allowed or key.startswith((f"{allowed}.", f"{allowed}[", f"{allowed} "))
+    key = "variables.learning_rates"
+    grids = {name: sorted(map(str, get(config, key) or {})) for name, config in configs.items()}
+    return unequal_values(f"{key} (names)", grids)
 
 
 def _text(value: Any) -> str:

@@ -4,12 +4,13 @@ Signs are the same as in records: positive learning means more learned, positive
 forgotten.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from foundry_ext.comparison.runs import Run
+from foundry_ext.utils.nested import get
 
 MEAN_ACCURACY = "mean_accuracy"
 KINDS = ("strict_match", "flexible_extract", "acc_norm", "acc", "loss", "kl")
@@ -67,6 +68,10 @@ class Metric:
         digits = 1 if self.scale == 100 else 3
         shown = f"{value * self.scale:{'+' if signed else ''}.{digits}f}"
         return shown.replace("-", "−")
+
+    def show_limits(self, low: float, high: float, *, signed: bool = False) -> str:
+        """Format an interval, e.g. "[3.823, 3.919]"."""
+        return f"[{self.show(low, signed=signed)}, {self.show(high, signed=signed)}]"
 
 
 def shared_metrics(runs: Sequence[Run], role: str) -> list[Metric]:
@@ -155,9 +160,8 @@ def _mean_accuracy_items(run: Run) -> dict[str, tuple[float, float]]:
 
 def _configured_kind(run: Run, role: str, set_name: str) -> str:
     """Return the `metric` that a multiple-choice set is configured with."""
-    configured = run.record["config"]
-    for part in ("callbacks", "forgetting", "sets", set_name, "metric"):
-        configured = configured.get(part) if isinstance(configured, Mapping) else None
+    sets = get(run.record["config"], "callbacks.forgetting.sets") or {}
+    configured = get(sets.get(set_name), "metric")
     kinds = [kind for kind in _CHOICE if f"{set_name}_{kind}" in run.final[role]]
     return configured if configured in kinds else kinds[0]
 

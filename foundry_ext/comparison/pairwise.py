@@ -7,23 +7,21 @@ from itertools import combinations
 import numpy as np
 
 from foundry_ext.comparison.metrics import Metric, final_value, item_matrix, outcomes
-from foundry_ext.comparison.power import (
-    ALPHA,
-    mcnemar_items_needed,
-    seeds_and_items_needed,
-)
+from foundry_ext.comparison.power import mcnemar_items_needed, seeds_and_items_needed
 from foundry_ext.comparison.runs import Run
 from foundry_ext.comparison.statistics import (
+    ALPHA,
     MIN_SEEDS,
     Interval,
     McNemar,
     bootstrap_items,
     holm,
+    interval_of_difference,
+    is_distinguishable,
     mcnemar,
     over_seeds,
     seeds_and_items,
     two_level_bootstrap,
-    unpaired_seeds_and_items,
 )
 
 
@@ -85,14 +83,38 @@ class PairwiseComparison:
     @property
     def is_distinguishable(self) -> bool:
         """Whether both the interval and the adjusted p-value exclude a difference of 0."""
-        if self.interval is None or self.adjusted_p is None:
-            return False
-        return not self.interval.includes_zero and self.adjusted_p < ALPHA
+        return is_distinguishable(self.interval, self.adjusted_p)
 
     @property
     def sentence(self) -> str:
         """The finding in words."""
-        return _sentence(self)
+        metric = self.metric
+        scope = "" if self.in_general else "In these runs, "
+        size = f"{metric.show(self.difference, signed=True)} {metric.unit}"
+        not_distinguishable = (
+            f"{self.first} and {self.second} are not distinguishable in {metric.role} on"
+            f" {metric.subject}: difference {size}"
+        )
+        if self.interval is None:
+            return (
+                f"{not_distinguishable}, with neither items nor {MIN_SEEDS} seeds to show its"
+                " spread."
+            )
+        low, high = self.interval.low, self.interval.high
+        if self.is_distinguishable:
+            more, less = self.first, self.second
+            if self.difference < 0:
+                more, less, low, high = less, more, -high, -low
+            verb = "learns" if metric.role == "learning" else "forgets"
+            size = f"{metric.show(abs(self.difference))} {metric.unit}"
+            return (
+                f"{scope}{more} {verb} more than {less} on {metric.subject}: {size}"
+                f" {metric.show_limits(low, high)}."
+            )
+        limits = metric.show_limits(low, high, signed=True)
+        if not self.interval.includes_zero:  # the p-value is the reason
+            limits += f", p = {self.adjusted_p:.2f} after Holm's correction"
+        return f"{scope}{not_distinguishable} {limits}; {needs(self)}."
 
 
 def summarise(label: str, runs: Sequence[Run], metric: Metric) -> Summary:
@@ -121,19 +143,11 @@ def compare_pairs(chosen: Mapping[str, Sequence[Run]], metric: Metric) -> list[P
         compare_pair(first, chosen[first], second, chosen[second], metric, num_tests=len(names))
         for first, second in names
     ]
-    pairs = _adjusted(pairs, [pair.p for pair in pairs], "adjusted_p")
-    mcnemar_p = [pair.mcnemar.p if pair.mcnemar else None for pair in pairs]
-    return _adjusted(pairs, mcnemar_p, "adjusted_mcnemar")
-
-
-def _adjusted(
-    pairs: list[PairwiseComparison], p_values: list[float | None], field: str
-) -> list[PairwiseComparison]:
-    """Set `field` to the p-values after Holm's correction, where there is one."""
-    adjusted = iter(holm([p for p in p_values if p is not None]))
+    adjusted = holm([pair.p for pair in pairs])
+    mcnemar_adjusted = holm([pair.mcnemar.p if pair.mcnemar else None for pair in pairs])
     return [
-        pair if p is None else replace(pair, **{field: next(adjusted)})
-        for pair, p in zip(pairs, p_values, strict=True)
+        replace(pair, adjusted_p=p, adjusted_mcnemar=mcnemar_p)
+        for pair, p, mcnemar_p in zip(pairs, adjusted, mcnemar_adjusted, strict=True)
     ]
 
 
@@ -174,7 +188,7 @@ def compare_pair(
         first=first,
         second=second,
         difference=difference,
-        interval=_interval(values, items, paired),
+        interval=interval_of_difference(values, items, paired=paired),
         adjusted_p=None,
         seeds=(tuple(run.seed for run in ours), tuple(run.seed for run in theirs)),
         num_items=len(items[1]) if items else None,
@@ -186,19 +200,6 @@ def compare_pair(
         both_needed=both,
         num_tests=num_tests,
     )
-
-
-def _interval(
-    values: list[np.ndarray], items: tuple[list[np.ndarray], np.ndarray] | None, paired: bool
-) -> Interval | None:
-    """Return the interval of first minus second; None if nothing shows the spread."""
-    matrices, weights = items or ([ends[:, None] for ends in values], np.ones(1))
-    first, second = matrices
-    if min(len(first), len(second)) < MIN_SEEDS:
-        return bootstrap_items(first.mean(0) - second.mean(0), weights) if items else None
-    if paired:
-        return seeds_and_items(first - second, weights)
-    return unpaired_seeds_and_items(first, second, weights)
 
 
 def _matched_runs(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
@@ -225,34 +226,6 @@ def _mcnemar(first: Run, second: Run, metric: Metric) -> McNemar | None:
         return None
     return mcnemar(
         np.array([ours[name] for name in names]), np.array([theirs[name] for name in names])
-    )
-
-
-def _sentence(pair: PairwiseComparison) -> str:
-    metric = pair.metric
-    scope = "" if pair.in_general else "In these runs, "
-    size = f"{metric.show(abs(pair.difference))} {metric.unit}"
-    where = f"in {metric.role} on {metric.subject}"
-    if pair.interval is None:
-        return (
-            f"{pair.first} and {pair.second} are not distinguishable {where}: difference"
-            f" {metric.show(pair.difference, signed=True)} {metric.unit}, with neither items nor"
-            f" {MIN_SEEDS} seeds to show its spread."
-        )
-    low, high = pair.interval.low, pair.interval.high
-    if pair.is_distinguishable:
-        more, less = (pair.first, pair.second) if pair.difference > 0 else (pair.second, pair.first)
-        if pair.difference < 0:
-            low, high = -high, -low
-        verb = "learns" if metric.role == "learning" else "forgets"
-        limits = f"[{metric.show(low)}, {metric.show(high)}]"
-        return f"{scope}{more} {verb} more than {less} on {metric.subject}: {size} {limits}."
-    limits = f"[{metric.show(low, signed=True)}, {metric.show(high, signed=True)}]"
-    if not pair.interval.includes_zero:  # the p-value is the reason
-        limits += f", p = {pair.adjusted_p:.2f} after Holm's correction"
-    return (
-        f"{scope}{pair.first} and {pair.second} are not distinguishable {where}: difference"
-        f" {metric.show(pair.difference, signed=True)} {metric.unit} {limits}; {needs(pair)}."
     )
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return self.record["run_name"]
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
         return self.record["seed"]
 
     @property
@@ -186,7 +184,7 @@ def labelled(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]] | None =
     """
     settings = settings or [{}] * len(runs)
     all_traits = [_traits(run, values) for run, values in zip(runs, settings, strict=True)]
-    labels = []
+    result = []
     for run, traits in zip(runs, all_traits, strict=True):
         method = run.record["method"]
         same_method = [
@@ -196,14 +194,12 @@ def labelled(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]] | None =
         ]
         differing = [
             trait
-            for index, trait in enumerate(traits)
-            if trait and any(others[index] != trait for others in same_method)
+            for trait, column in zip(traits, zip(*same_method, strict=True), strict=True)
+            if trait and len(set(column)) > 1
         ]
-        labels.append(" ".join([_NAMES.get(method) or str(method), *differing]))
-    return [
-        Run(run.record, run.items, run.analysis, label)
-        for run, label in zip(runs, labels, strict=True)
-    ]
+        label = " ".join([_NAMES.get(method) or str(method), *differing])
+        result.append(replace(run, label=label))
+    return result
 
 
 def _traits(run: Run, settings: Mapping[str, Any]) -> list[str]:

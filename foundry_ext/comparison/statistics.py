@@ -39,13 +39,14 @@ items it covers 93.5 (3,000 trials). McNemar under the null with 300 items has 3
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
 
 LEVEL = 0.95
+ALPHA = 0.05
 RESAMPLES = 4000
 MIN_SEEDS = 3
 _CHUNK = 1 << 22  # resampled items held at once
@@ -73,14 +74,15 @@ def bootstrap_ratios(
 ) -> np.ndarray:
     """Return [resamples] ratios over items drawn with replacement."""
     values, weights = _checked(values, weights)
-    rng = np.random.default_rng(seed)
-    num_items = len(values)
+    draws = _draws(len(values), resamples, np.random.default_rng(seed))
+    return np.concatenate([values[drawn].sum(1) / weights[drawn].sum(1) for drawn in draws])
+
+
+def _draws(num_items: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield [n, I] items drawn with replacement, in chunks that fit into memory."""
     rows = max(1, _CHUNK // num_items)
-    ratios = []
     for start in range(0, resamples, rows):
-        drawn = rng.integers(num_items, size=(min(rows, resamples - start), num_items))
-        ratios.append(values[drawn].sum(1) / weights[drawn].sum(1))
-    return np.concatenate(ratios)
+        yield rng.integers(num_items, size=(min(rows, resamples - start), num_items))
 
 
 def bootstrap_items(
@@ -193,7 +195,7 @@ def _combined(estimate: float, parts: list[tuple[float, int]], num_items: int) -
     if _is_rounding(error, estimate):
         p = float(_is_rounding(estimate, 1.0))
     elif len(varying := [part for part in parts if part[0] > 0]) == 1:
-        p = _t_two_sided(estimate / error, varying[0][1])
+        p = _p_value(estimate, error, varying[0][1])
     else:  # twice the one-sided tail at which the interval just touches 0
         touching = optimize.root_scalar(
             lambda tail: _half_width(tail, varying) - abs(estimate),
@@ -210,6 +212,28 @@ def _half_width(tail: float, parts: list[tuple[float, int]]) -> float:
     return math.sqrt(variances @ stats.t.isf(tail, df) ** 2)
 
 
+def interval_of_difference(
+    values: Sequence[np.ndarray],
+    items: tuple[Sequence[np.ndarray], np.ndarray] | None,
+    *,
+    paired: bool,
+) -> Interval | None:
+    """Return the interval of first minus second; None if nothing shows the spread.
+
+    Args:
+        values: the seeds' values of both, [S1] and [S2].
+        items: the values of the items, [S1, I] and [S2, I], and their weights [I]; None without
+            items.
+        paired: whether both have the same seeds, in the same order.
+    """
+    (first, second), weights = items or ([ends[:, None] for ends in values], np.ones(1))
+    if min(len(first), len(second)) < MIN_SEEDS:
+        return bootstrap_items(first.mean(0) - second.mean(0), weights) if items else None
+    if paired:
+        return seeds_and_items(first - second, weights)
+    return unpaired_seeds_and_items(first, second, weights)
+
+
 def two_level_bootstrap(
     values: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
@@ -217,13 +241,10 @@ def two_level_bootstrap(
     values, weights = _checked(values, weights)
     num_seeds, num_items = values.shape
     rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // num_items)
     ratios = []
-    for start in range(0, resamples, rows):
-        count = min(rows, resamples - start)
-        drawn = rng.integers(num_items, size=(count, num_items))
-        seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)
-        sums = np.stack([row[drawn].sum(1) for row in values], 1)  # [count, S]
+    for drawn in _draws(num_items, resamples, rng):
+        seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(drawn))
+        sums = np.stack([row[drawn].sum(1) for row in values], 1)  # [n, S]
         ratios.append((seeds * sums).sum(1) / num_seeds / weights[drawn].sum(1))
     low, high = np.quantile(np.concatenate(ratios), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
@@ -254,14 +275,22 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
     return McNemar(only_first, only_second, len(first), p)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979), in the order given."""
-    adjusted = [0.0] * len(p_values)
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values adjusted for their number (Holm 1979), in the order given; None stays."""
+    adjusted: list[float | None] = [None] * len(p_values)
+    tests = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    for rank, (p, index) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * p))
         adjusted[index] = largest
     return adjusted
+
+
+def is_distinguishable(interval: Interval | None, adjusted_p: float | None) -> bool:
+    """Return whether both the interval and the adjusted p-value exclude a difference of 0."""
+    if interval is None or adjusted_p is None:
+        return False
+    return not interval.includes_zero and adjusted_p < ALPHA
 
 
 def influences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -272,13 +301,10 @@ def influences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _p_value(estimate: float, error: float, df: float) -> float:
+    """Return the two-sided p-value of a t test."""
     if _is_rounding(error, estimate):
         return float(_is_rounding(estimate, 1.0))
-    return _t_two_sided(estimate / error, df)
-
-
-def _t_two_sided(t: float, df: float) -> float:
-    return 2 * float(stats.t.sf(abs(t), df))
+    return 2 * float(stats.t.sf(abs(estimate / error), df))
 
 
 def _is_rounding(small: float, large: float) -> bool:

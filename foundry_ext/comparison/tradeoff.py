@@ -3,35 +3,64 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import fmean
 
 import numpy as np
 
 from foundry_ext.comparison.metrics import Metric, curve, final_value
-from foundry_ext.comparison.power import ALPHA
 from foundry_ext.comparison.runs import Run
 from foundry_ext.comparison.statistics import (
     MIN_SEEDS,
     Interval,
     holm,
+    interval_of_difference,
+    is_distinguishable,
     over_seeds,
-    unpaired_seeds_and_items,
 )
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of (learning, forgetting) points that no other point dominates.
+@dataclass(frozen=True)
+class Point:
+    """A method at one learning rate: the mean over its runs at the end of training."""
 
-    They are sorted by rising learning. Equal points are all on the front.
+    label: str
+    learning_rate: float
+    learning: float
+    forgetting: float
+    seeds: tuple[int, ...]
+
+    @property
+    def position(self) -> tuple[float, float]:
+        return self.learning, self.forgetting
+
+
+def points(groups: Mapping[str, Sequence[Run]], x: Metric, y: Metric) -> list[Point]:
+    """Return one point for every method at every learning rate."""
+    result = []
+    for label, group in groups.items():
+        for rate in sorted({run.learning_rate for run in group}):
+            runs = [run for run in group if run.learning_rate == rate]
+            learned, forgot = (fmean(final_value(run, axis) for run in runs) for axis in (x, y))
+            result.append(Point(label, rate, learned, forgot, tuple(run.seed for run in runs)))
+    return result
+
+
+def pareto_front(candidates: Sequence[Point]) -> list[Point]:
+    """Return the points that no other point dominates, by rising learning.
+
+    Equal points are all on the front.
     """
     front = [
-        index
-        for index, (learned, forgot) in enumerate(points)
+        point
+        for point in candidates
         if not any(
-            other[0] >= learned and other[1] <= forgot and other != (learned, forgot)
-            for other in points
+            other.learning >= point.learning
+            and other.forgetting <= point.forgetting
+            and other.position != point.position
+            for other in candidates
         )
     ]
-    return sorted(front, key=lambda index: points[index])
+    return sorted(front, key=lambda point: point.position)
 
 
 def first_crossing(path: np.ndarray, level: float) -> float | None:
@@ -97,13 +126,14 @@ def matched(
     by_seed = {}
     is_early = False
     for run in chosen:
-        path = _path(run, learning, forgetting)
+        path = np.stack([curve(run, learning)[:, 1], curve(run, forgetting)[:, 1]], 1)
         crossing = first_crossing(path, level)
         if crossing is not None:
             by_seed[run.seed] = crossing
             is_early |= bool(path[1, 0] > level)
     complete = len(by_seed) == len(chosen)
-    rates = rate_path(all_runs, learning, forgetting)
+    # [learning rates, 2], by rising learning rate
+    rates = np.array([point.position for point in points({"": all_runs}, learning, forgetting)])
     over_rates = first_crossing(rates, level) if len(rates) > 1 else None
     is_below = over_rates is None and bool((rates[:, 0] >= level).all())
     values = list(by_seed.values())
@@ -133,9 +163,7 @@ class MatchedPair:
     @property
     def is_distinguishable(self) -> bool:
         """Whether both the interval and the adjusted p-value exclude a difference of 0."""
-        if self.interval is None or self.adjusted_p is None:
-            return False
-        return not self.interval.includes_zero and self.adjusted_p < ALPHA
+        return is_distinguishable(self.interval, self.adjusted_p)
 
 
 def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
@@ -145,29 +173,12 @@ def matched_pairs(methods: Mapping[str, Matched]) -> list[MatchedPair]:
         ours, theirs = methods[first], methods[second]
         if ours.mean is None or theirs.mean is None:
             continue
-        interval = None
-        if min(ours.num_seeds, theirs.num_seeds) >= MIN_SEEDS:
-            if set(ours.by_seed) == set(theirs.by_seed):
-                interval = over_seeds([ours.by_seed[s] - theirs.by_seed[s] for s in ours.by_seed])
-            else:
-                a, b = (np.array(list(side.by_seed.values())) for side in (ours, theirs))
-                interval = unpaired_seeds_and_items(a[:, None], b[:, None], np.ones(1))
+        values = [np.array([x for _, x in sorted(side.by_seed.items())]) for side in (ours, theirs)]
+        paired = ours.by_seed.keys() == theirs.by_seed.keys()
+        interval = interval_of_difference(values, None, paired=paired)
         pairs.append(MatchedPair(first, second, ours.mean - theirs.mean, interval, None))
-    tested = [pair for pair in pairs if pair.interval is not None]
-    adjusted = iter(holm([pair.interval.p for pair in tested if pair.interval is not None]))
-    return [
-        pair if pair.interval is None else replace(pair, adjusted_p=next(adjusted))
-        for pair in pairs
-    ]
-
-
-def rate_path(runs: Sequence[Run], learning: Metric, forgetting: Metric) -> np.ndarray:
-    """Return [learning rates, 2]: mean final learning and forgetting, by rising learning rate."""
-    points: dict[float, list[tuple[float, float]]] = {}
-    for run in runs:
-        point = (final_value(run, learning), final_value(run, forgetting))
-        points.setdefault(run.learning_rate, []).append(point)
-    return np.array([np.mean(points[rate], axis=0) for rate in sorted(points)])
+    adjusted = holm([pair.interval.p if pair.interval else None for pair in pairs])
+    return [replace(pair, adjusted_p=p) for pair, p in zip(pairs, adjusted, strict=True)]
 
 
 def matching_levels(chosen: Mapping[str, Sequence[Run]], learning: Metric) -> list[float]:
@@ -183,7 +194,3 @@ def matching_levels(chosen: Mapping[str, Sequence[Run]], learning: Metric) -> li
     if reached <= 0:
         return []
     return [reached / 2, reached] + ([0.95 * float(most)] if 0.95 * most > reached else [])
-
-
-def _path(run: Run, learning: Metric, forgetting: Metric) -> np.ndarray:
-    return np.stack([curve(run, learning)[:, 1], curve(run, forgetting)[:, 1]], 1)

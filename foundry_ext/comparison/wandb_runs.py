@@ -8,13 +8,16 @@ from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 from foundry_ext.utils.errors import UserError
 
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+_ADDRESS = re.compile(rf"{_PART}/{_PART}/{_PART}")
+_NO_RECORD = (
+    f"this W&B run has no {RECORD_NAME}; runs with the callback run_record and the logger"
+    " wandb_metrics have one once they have ended"
+)
 
 
 def is_online(reference: str) -> bool:
     """Return whether a reference names a run on the server, entity/project/run_id, not a path."""
-    return bool(re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference)) and not (
-        Path(reference).exists()
-    )
+    return bool(_ADDRESS.fullmatch(reference)) and not Path(reference).exists()
 
 
 def is_local(folder: Path) -> bool:
@@ -30,10 +33,7 @@ def local_record(folder: Path) -> Path:
     """
     path = folder / "files" / RECORD_NAME
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: this W&B run has no {RECORD_NAME}; runs with the callback run_record and"
-            " the logger wandb_metrics have one once they have ended"
-        )
+        raise FileNotFoundError(f"{folder}: {_NO_RECORD}")
     return path
 
 
@@ -51,7 +51,7 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
     Raises:
         UserError: there is no such run, no access, or no record in it.
     """
-    if not re.fullmatch(rf"{_PART}/{_PART}/{_PART}", reference):
+    if not _ADDRESS.fullmatch(reference):
         raise UserError(f"{reference}: not a W&B run; give entity/project/run_id")
     import wandb
     from wandb.errors import Error
@@ -61,10 +61,7 @@ def fetch_record(reference: str, folder: Path, *, api: Any = None) -> Path:
         target = folder / reference.replace("/", "+")
         path = _download(run, RECORD_NAME, target)
         if path is None:
-            raise UserError(
-                f"{reference}: this W&B run has no {RECORD_NAME}; runs with the callback run_record"
-                " and the logger wandb_metrics have one once they have ended"
-            )
+            raise UserError(f"{reference}: {_NO_RECORD}")
         record = read_record(path)  # checks that its items are inside the folder
         if items_path(path, record) is not None:
             _download(run, record["items"], target)

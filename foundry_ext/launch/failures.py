@@ -1,13 +1,13 @@
 """One-line explanations of known training failures: out of memory, full disk, wrong GPU."""
 
 import errno
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from foundry_ext.utils.errors import one_line
 from foundry_ext.utils.nested import get
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,7 +21,7 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
         config: the run's resolved configuration.
     """
     for one in _causes(error):
-        text = " ".join(str(one).split())
+        text = one_line(one)
         said = shorten(text, 160, placeholder=" ...")
         if type(one).__name__ == "OutOfMemoryError":
             return f"{_memory(config)} ({said})"
@@ -99,25 +99,22 @@ def unwritable(config: dict[str, Any]) -> str | None:
 
     A temporary file is created in the nearest folder that exists; nothing remains.
     """
-    places = {
-        "save_folder": config.get("save_folder"),
-        "callbacks.run_record.path": get(config, "callbacks.run_record.path"),
-        "callbacks.hf_export.folder": get(config, "callbacks.hf_export.folder"),
-        "callbacks.forgetting.items": get(config, "callbacks.forgetting.items"),
-        "loggers.metrics_file.path": get(config, "loggers.metrics_file.path"),
-    }
-    for key, place in places.items():
+    for key in (
+        *("save_folder", "callbacks.run_record.path", "callbacks.hf_export.folder"),
+        *("callbacks.forgetting.items", "loggers.metrics_file.path"),
+    ):
+        place = get(config, key)
         if not isinstance(place, str) or "://" in place:
             continue
-        named = place.replace("{run_name}", str(config.get("run_name")))
-        folder = next(one for one in (Path(named).absolute().parents) if one.exists())
+        path = Path(place.replace("{run_name}", str(config.get("run_name"))))
+        folder = next(one for one in path.absolute().parents if one.exists())
         try:
-            if Path(named).exists() and key.endswith("folder"):
-                folder = Path(named)
+            if path.exists() and key.endswith("folder"):
+                folder = path
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else error
+            reason = error.strerror or error
             return (
                 f"{key}, {place!r}, cannot be written: {folder}: {reason}; name a folder that can"
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from foundry_ext.utils.processes import RANK_VARIABLES
+from foundry_ext.utils.processes import environment_without_rank, handling_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +50,9 @@ class ChildRunner:
         """The first signal received."""
         self._child: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "ChildRunner":
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self._previous = {number: signal.signal(number, self._receive) for number in signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
     def run(self, command: Sequence[str]) -> int:
         """Run the command and return its exit code, negative for a signal."""
-        environment = dict(os.environ)
-        if self.is_launcher:
-            for name in RANK_VARIABLES:
-                environment.pop(name, None)
+        environment = environment_without_rank() if self.is_launcher else None
         self._child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -74,7 +62,7 @@ class ChildRunner:
         self._child = None
         return code
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
+    def receive(self, number: int, _: FrameType | None) -> None:
         is_first = self.caught is None
         self.caught = self.caught or number
         if is_first or not self.is_launcher:
@@ -95,7 +83,8 @@ def train_in_turn(script: str, files: Sequence[Path], overrides: Sequence[str]) 
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     results: list[SequenceResult] = []
-    with ChildRunner(is_launcher=local_ranks > 1) as runner:
+    runner = ChildRunner(is_launcher=local_ranks > 1)
+    with handling_signals(runner.receive):
         for number, path in enumerate(files, start=1):
             if runner.caught is not None:
                 results.append(SequenceResult(path=path, exit_code=None, seconds=0))

@@ -33,11 +33,8 @@ USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-r
 DRY_RUN, TRACEBACK = "--dry-run", "--traceback"
 # The variables of a launcher for a process that runs alone.
 ALONE = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "NODE_RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_WORLD_SIZE": "1",
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK"), "0"),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1"),
 }
 USAGE_EXIT, FAILURE_EXIT = 2, 1
 TRACEBACK_HINT = f"({TRACEBACK} shows the traceback)"

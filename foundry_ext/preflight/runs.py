@@ -5,7 +5,7 @@ Nothing slow is imported before the file has been checked.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -82,8 +82,8 @@ def verify_run(
 
 def _checked(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the resolved configuration; its components' names and keys are known to be right."""
-    config = OmegaConf.to_container(load_config(Path(path), list(overrides)), resolve=True)
+    config: Any = OmegaConf.to_container(load_config(path, overrides), resolve=True)
     from foundry_ext.preflight.components import check_components
 
-    check_components(cast(dict[str, Any], config))
-    return cast(dict[str, Any], config)
+    check_components(config)
+    return config

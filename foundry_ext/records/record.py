@@ -13,7 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from foundry_ext.records.schema import Record, Throughput
+from foundry_ext.utils.atomic import write_text
 from foundry_ext.utils.errors import UserError, explain_invalid
+from foundry_ext.utils.json_lines import read_lines
 from foundry_ext.utils.redaction import redact
 
 RECORD_NAME = "record.json"  # in a run's folder and among its W&B files
@@ -99,16 +101,9 @@ def write_record(path: Path | str, record: dict[str, Any]) -> None:
     Raises:
         UserError: the record does not fit the schema; nothing is written.
     """
-    path, record = Path(path), redact(record)
+    record = redact(record)
     validate(record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(Path(path), json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
@@ -161,17 +156,12 @@ def read_items(path: Path | str) -> list[dict[str, Any]]:
         ValueError: a line is corrupted; names the file and the line's number.
     """
     items: dict[tuple[Any, Any, Any], dict[str, Any]] = {}
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    for number, item in read_lines(path, growing=True):
         try:
-            item = json.loads(line.decode())
             for key in ITEM_NUMBERS & item.keys():
                 if not isinstance(item[key], int | float):
                     raise UserError(f"{key}: {item[key]!r} must be a number")
             items[item["step"], item["set"], item["item"]] = item
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if number < len(lines):  # a finished line ends in \n, so something follows it
-                raise UserError(f"{path}, line {number}: not an item ({error})") from error
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: not an item ({error})") from error
     return list(items.values())

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from foundry_ext.utils.absent import run_settings
+from foundry_ext.utils.nested import get, leaves
 from foundry_ext.utils.redaction import is_secret_name, redact
 
 # Sections of a YAML.
@@ -21,13 +22,6 @@ _ROUNDING_ONLY = {
 }
 
 
-def value_at(config: Any, key: str) -> Any:
-    """Return the value at a dotted key, or None."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
-
-
 def result_settings(config: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return dotted key -> value of every setting that the result depends on.
 
@@ -36,20 +30,17 @@ def result_settings(config: Mapping[str, Any], without: tuple[str, ...] = ()) ->
         without: sections of RESULT_SETTINGS to leave out.
     """
     config = run_settings(config)
-    settings: dict[str, Any] = {}
-    for key in RESULT_SETTINGS:
-        if key not in without:
-            _flatten(value_at(config, key), key, settings)
-    return settings
 
+    def is_left_out(name: str) -> bool:
+        return name in _ROUNDING_ONLY or is_secret_name(name)
 
-def _flatten(value: Any, key: str, settings: dict[str, Any]) -> None:
-    if isinstance(value, Mapping):
-        for name, child in value.items():
-            if name not in _ROUNDING_ONLY and not is_secret_name(str(name)):
-                _flatten(child, f"{key}.{name}", settings)
-    elif value is not None:
-        settings[key] = list(value) if isinstance(value, list | tuple) else value
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for section in RESULT_SETTINGS
+        if section not in without
+        for key, value in leaves(get(config, section), section, skip=is_left_out)
+        if value is not None
+    }
 
 
 def digest_settings(settings: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -28,26 +28,13 @@ from foundry_ext.sweeps.parameters import Parameter, parameter
 from foundry_ext.utils.errors import UserError
 
 KEYS = {
-    "command",
-    "description",
-    "entity",
-    "method",
-    "metric",
-    "name",
-    "parameters",
-    "program",
-    "project",
-    "run_cap",
+    *("command", "description", "entity", "method", "metric", "name", "parameters", "program"),
+    *("project", "run_cap"),
 }
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 MACROS = (
-    "env",
-    "interpreter",
-    "program",
-    "args",
-    "args_no_hyphens",
-    "args_no_boolean_flags",
-    "args_json",
+    *("${env}", "${interpreter}", "${program}"),
+    *("${args}", "${args_no_hyphens}", "${args_no_boolean_flags}", "${args_json}"),
 )
 NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # of a parameter, from W&B
 DEFAULT_SEED = 17
@@ -140,9 +127,10 @@ def _command(given: Any) -> tuple[str, ...]:
         raise UserError(f"command, {given!r}, is not a list; write one argument an item")
     command = tuple(map(str, given))
     for chunk in command:
-        if "${" in chunk and chunk not in (f"${{{macro}}}" for macro in MACROS):
-            known = ", ".join(f"${{{macro}}}" for macro in MACROS)
-            raise UserError(f"command: {chunk!r} is no macro known here; known: {known}")
+        if "${" in chunk and chunk not in MACROS:
+            raise UserError(
+                f"command: {chunk!r} is no macro known here; known: {', '.join(MACROS)}"
+            )
     if "${program}" not in command:
         raise UserError("command does not hold ${program}; add it")
     return command
@@ -225,20 +213,16 @@ def command_line(sweep: Sweep, run: Mapping[str, Any], *, interpreter: str = "py
     """
     plain = [f"{name}={value}" for name, value in run.items()]
     macros = {
-        "env": ["/usr/bin/env"],
-        "interpreter": [interpreter],
-        "program": [sweep.program],
-        "args": [f"--{text}" for text in plain],
-        "args_no_hyphens": plain,
-        "args_no_boolean_flags": [
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": [interpreter],
+        "${program}": [sweep.program],
+        "${args}": [f"--{text}" for text in plain],
+        "${args_no_hyphens}": plain,
+        "${args_no_boolean_flags}": [
             f"--{name}" if value is True else f"--{name}={value}"
             for name, value in run.items()
             if value is not False
         ],
-        "args_json": [json.dumps(run)],
+        "${args_json}": [json.dumps(run)],
     }
-    arguments: list[str] = []
-    for chunk in sweep.command:
-        is_macro = chunk.startswith("${") and chunk.endswith("}")
-        arguments += macros[chunk[2:-1]] if is_macro else [chunk]
-    return arguments
+    return [argument for chunk in sweep.command for argument in macros.get(chunk, [chunk])]

@@ -1,8 +1,4 @@
-"""A launcher that forks runs from a process that has already imported the trainer.
-
-That process is multiprocessing's fork server. Python 3.11 has no public way to stop it, hence the
-use of `forkserver._forkserver`.
-"""
+"""A launcher that forks runs from multiprocessing's fork server, which has imported the trainer."""
 
 import atexit
 import contextlib
@@ -21,9 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.sweeps.launchers import Job, Launcher, Process, hold_lock, threads_each
-from foundry_ext.utils.processes import RANK_VARIABLES
+from foundry_ext.utils.processes import environment_without_rank
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+# Python 3.11 has no public names for what a sweep promises:
+# - _forkserver_pid: Ctrl-C does not wait for the server's imports, and the end of the server is an
+#   error with its exit code. multiprocessing would start a new server, again and again.
+# - _stop: the next sweep in this process gets a server with its own log and number of threads.
+# - _forkserver_alive_fd: the server ends with a killed sweep, even while runs go on.
+# - atexit._run_exitfuncs: loggers flush at the end of a run, as in a process of its own.
 _SERVER: Any = forkserver._forkserver
 
 
@@ -54,13 +56,10 @@ class ForkLauncher(Launcher):
         return self._server_output is not None
 
     def _start_server(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+        environment = {**environment_without_rank(), **self._threads}
         _CONTEXT.set_forkserver_preload([self.PRELOAD])
         self._server_output, stdout = os.pipe()
-        with (
-            self._log.open("ab") as log,
-            _inheritance({**environment, **self._threads}, stdout, log.fileno()),
-        ):
+        with self._log.open("ab") as log, _inheritance(environment, stdout, log.fileno()):
             forkserver.ensure_running()
         os.close(stdout)
 

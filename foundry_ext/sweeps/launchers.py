@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foundry_ext.sweeps.state import claim, is_free
-from foundry_ext.utils.processes import RANK_VARIABLES
+from foundry_ext.utils.processes import environment_without_rank
 
 THREADS = "OMP_NUM_THREADS"
 
@@ -81,11 +81,8 @@ def threads_each(parallel: int) -> dict[str, str]:
 
 def can_fork(command: tuple[str, ...], program: str) -> bool:
     """Return whether the command is a single process that runs the program directly."""
-    return command[: command.index(program)] in (
-        ("composer",),
-        ("python",),
-        ("/usr/bin/env", "python"),
-    )
+    single = (("composer",), ("python",), ("/usr/bin/env", "python"))
+    return command[: command.index(program)] in single
 
 
 def hold_lock(job: Job) -> int:
@@ -101,11 +98,10 @@ class SubprocessLauncher(Launcher):
 
     def start(self, job: Job) -> Process:
         lock = hold_lock(job)
-        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         with job.log.open("ab") as log:
             child = subprocess.Popen(
                 resolve(job.command),
-                env={**environment, **job.environment},
+                env={**environment_without_rank(), **job.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

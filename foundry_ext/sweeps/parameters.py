@@ -4,6 +4,7 @@ The distributions have the names, defaults and meaning that W&B gives them
 (https://docs.wandb.ai/guides/sweeps/sweep-config-keys). The numbers drawn are not those of W&B.
 """
 
+import inspect
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -12,28 +13,44 @@ from typing import Any
 
 from foundry_ext.utils.errors import UserError
 
-# distribution -> (required keys, optional keys with their defaults)
-DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "constant": (("value",), {}),
-    "categorical": (("values",), {}),
-    "categorical_w_probabilities": (("values", "probabilities"), {}),
-    "int_uniform": (("min", "max"), {}),
-    "uniform": (("min", "max"), {}),
-    "q_uniform": (("min", "max"), {"q": 1}),
-    "log_uniform": (("min", "max"), {}),
-    "log_uniform_values": (("min", "max"), {}),
-    "q_log_uniform_values": (("min", "max"), {"q": 1}),
-    "normal": ((), {"mu": 0.0, "sigma": 1.0}),
-    "q_normal": ((), {"mu": 0.0, "sigma": 1.0, "q": 1}),
-    "log_normal": ((), {"mu": 0.0, "sigma": 1.0}),
-    "beta": ((), {"a": 1.0, "b": 1.0}),
+
+def _quantised(number: float, q: float) -> float:
+    """Return the multiple of q nearest to number; it is an int if q is one."""
+    return round(number / q) * q
+
+
+def _log_between(rng: random.Random, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+# distribution -> its draw. The arguments after rng are the keys that it takes in a sweep file.
+DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
+    "constant": lambda rng, value: value,
+    "categorical": lambda rng, values: rng.choice(values),
+    "categorical_w_probabilities": lambda rng, values, probabilities: rng.choices(
+        values, probabilities
+    )[0],
+    "int_uniform": lambda rng, min, max: rng.randint(min, max),
+    "uniform": lambda rng, min, max: rng.uniform(min, max),
+    "q_uniform": lambda rng, min, max, q=1: _quantised(rng.uniform(min, max), q),
+    "log_uniform": lambda rng, min, max: math.exp(rng.uniform(min, max)),
+    "log_uniform_values": lambda rng, min, max: _log_between(rng, min, max),
+    "q_log_uniform_values": lambda rng, min, max, q=1: _quantised(_log_between(rng, min, max), q),
+    "normal": lambda rng, mu=0.0, sigma=1.0: rng.gauss(mu, sigma),
+    "q_normal": lambda rng, mu=0.0, sigma=1.0, q=1: _quantised(rng.gauss(mu, sigma), q),
+    "log_normal": lambda rng, mu=0.0, sigma=1.0: rng.lognormvariate(mu, sigma),
+    "beta": lambda rng, a=1.0, b=1.0: rng.betavariate(a, b),
 }
 REFUSED = ("q_log_uniform", "inv_log_uniform", "inv_log_uniform_values", "q_log_normal", "q_beta")
-KEYS = {
-    "distribution",
-    "parameters",
-    *(key for required, optional in DISTRIBUTIONS.values() for key in (*required, *optional)),
-}
+
+
+def keys_of(distribution: str) -> dict[str, Any]:
+    """Return key -> default of the keys that a distribution takes; `...` if it must be given."""
+    _, *parameters = inspect.signature(DISTRIBUTIONS[distribution]).parameters.values()
+    return {p.name: ... if p.default is p.empty else p.default for p in parameters}
+
+
+KEYS = {"distribution", "parameters", *(key for name in DISTRIBUTIONS for key in keys_of(name))}
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class Parameter:
         )
 
     def draw(self, rng: random.Random) -> Any:
-        return _DRAW[self.distribution](self.settings, rng)
+        return DISTRIBUTIONS[self.distribution](rng, **self.settings)
 
 
 def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
@@ -79,14 +96,13 @@ def parameter(path: tuple[str, ...], entry: Mapping[str, Any]) -> Parameter:
             f"parameter {name}: unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}"
         )
     distribution = _distribution(name, entry)
-    required, optional = DISTRIBUTIONS[distribution]
-    given = set(entry) - {"distribution"}
-    for key in required:
-        if key not in given:
+    defaults = keys_of(distribution)
+    settings = {**defaults, **{key: entry[key] for key in entry if key != "distribution"}}
+    for key, value in settings.items():
+        if value is ...:
             raise UserError(f"parameter {name}: {distribution} needs {key}; add it")
-    for key in sorted(given - set(required) - set(optional)):
+    for key in sorted(settings.keys() - defaults.keys()):
         raise UserError(f"parameter {name}: {distribution} does not take {key}; remove it")
-    settings = {**optional, **{key: entry[key] for key in given}}
     _check_settings(name, distribution, settings)
     return Parameter(path, distribution, settings)
 
@@ -162,32 +178,3 @@ def _holds_none(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     return value is None or (isinstance(value, list) and any(map(_holds_none, value)))
-
-
-def _quantised(number: float, q: float) -> float:
-    """Return the multiple of q nearest to number; it is an int if q is one."""
-    return round(number / q) * q
-
-
-def _log_between(low: float, high: float, rng: random.Random) -> float:
-    return math.exp(rng.uniform(math.log(low), math.log(high)))
-
-
-_Draw = Callable[[Mapping[str, Any], random.Random], Any]
-_DRAW: dict[str, _Draw] = {
-    "constant": lambda s, rng: s["value"],
-    "categorical": lambda s, rng: rng.choice(s["values"]),
-    "categorical_w_probabilities": lambda s, rng: rng.choices(s["values"], s["probabilities"])[0],
-    "int_uniform": lambda s, rng: rng.randint(s["min"], s["max"]),
-    "uniform": lambda s, rng: rng.uniform(s["min"], s["max"]),
-    "q_uniform": lambda s, rng: _quantised(rng.uniform(s["min"], s["max"]), s["q"]),
-    "log_uniform": lambda s, rng: math.exp(rng.uniform(s["min"], s["max"])),
-    "log_uniform_values": lambda s, rng: _log_between(s["min"], s["max"], rng),
-    "q_log_uniform_values": lambda s, rng: _quantised(
-        _log_between(s["min"], s["max"], rng), s["q"]
-    ),
-    "normal": lambda s, rng: rng.gauss(s["mu"], s["sigma"]),
-    "q_normal": lambda s, rng: _quantised(rng.gauss(s["mu"], s["sigma"]), s["q"]),
-    "log_normal": lambda s, rng: rng.lognormvariate(s["mu"], s["sigma"]),
-    "beta": lambda s, rng: rng.betavariate(s["a"], s["b"]),
-}

@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from foundry_ext.adapters.methods import method_of_config
 from foundry_ext.config.loading import load_config, record_path, split_arguments
-from foundry_ext.records.result_settings import RESULT_SETTINGS, value_at
+from foundry_ext.records.record import RECORD_NAME
+from foundry_ext.records.result_settings import RESULT_SETTINGS
 from foundry_ext.sweeps.file import Sweep, command_line, inside
-from foundry_ext.sweeps.state import read_run_record
+from foundry_ext.sweeps.state import read_run_record, wall_seconds
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.nested import get
 from foundry_ext.utils.redaction import redact
 
 DURATION = re.compile(r"(?P<number>[0-9][0-9_.e+]*?) *(?P<unit>ep|ba|sp|tok|iter|sec)?")
@@ -34,8 +37,8 @@ class PlannedRun:
     config: dict[str, Any]
     """The configuration with all interpolations resolved."""
     record: Path
-    settings: Mapping[str, Any]
-    """Overrides that the sweep sets, as {dotted key: value}."""
+    keys: tuple[str, ...]
+    """Dotted keys that the sweep sets."""
 
     @property
     def folder(self) -> Path:
@@ -83,25 +86,22 @@ def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     """Read the YAML and check the overrides of each run, in the order given."""
     if not Path(sweep.program).is_file():
         raise UserError(f"{sweep.path}: program, {sweep.program}: no such file here")
-    planned: dict[str, PlannedRun] = {}
     with naming_runs(sweep.name):
-        for values in runs:
-            run = _plan_run(sweep, values)
-            if run.name in planned:
-                raise UserError(
-                    f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, and give "
-                    "each YAML its own"
-                )
-            planned[run.name] = run
+        planned = [_plan_run(sweep, values) for values in runs]
     owners: dict[Path, str] = {}
-    for run in planned.values():
+    for run in planned:
+        if run.name in owners.values():
+            raise UserError(
+                f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, and give "
+                "each YAML its own"
+            )
         if run.record in owners:
             raise UserError(
                 f"{sweep.path}: runs {owners[run.record]} and {run.name} share {run.folder}; "
                 "put ${run_name} into the YAML's folder"
             )
         owners[run.record] = run.name
-    return list(planned.values())
+    return planned
 
 
 def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
@@ -132,7 +132,6 @@ def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
             f"{files[0]}: run_name, {name!r}, is no file's name, as logs and locks need; leave out"
             " slashes"
         )
-    keys = [override.partition("=")[0] for override in overrides]
     return PlannedRun(
         name=name,
         command=tuple(command),
@@ -140,14 +139,8 @@ def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
         arguments=tuple(arguments),
         config=resolved,
         record=record,
-        settings={key: _at(resolved, key) for key in keys},
+        keys=tuple(override.partition("=")[0] for override in overrides),
     )
-
-
-def _at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
@@ -161,8 +154,8 @@ def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
     if not isinstance(config, dict):
         return ""
     planned = redact(run.config)
-    for key in (*run.settings, *RESULT_SETTINGS):
-        difference = _difference(value_at(config, key), value_at(planned, key), key)
+    for key in (*run.keys, *RESULT_SETTINGS):
+        difference = _difference(get(config, key), get(planned, key), key)
         if difference:
             return difference
     return ""
@@ -197,9 +190,9 @@ def estimate_costs(
         rates = [real / secs for keys, secs, real in measured if keys[1] == rate_key and secs]
         seconds = None
         if tokens_per_second is None and times:
-            seconds = sum(times) / len(times)
+            seconds = fmean(times)
         elif tokens is not None and (tokens_per_second or rates):
-            seconds = tokens / (tokens_per_second or sum(rates) / len(rates))
+            seconds = tokens / (tokens_per_second or fmean(rates))
         estimates.append(CostEstimate(tokens=tokens, is_bound=is_bound, seconds=seconds))
     return estimates
 
@@ -214,23 +207,21 @@ def tokens_of(config: Mapping[str, Any]) -> tuple[float | None, bool]:
         return number, False
     if unit != "ba":
         return None, False
-    dataset = config["train_loader"].get("dataset") or {}
-    pack = dataset.get("pack_tokens") or config["max_seq_len"]
+    pack = get(config, "train_loader.dataset.pack_tokens") or config["max_seq_len"]
     return number * config["global_train_batch_size"] * pack, True
 
 
 def finished_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Return the records of finished runs in subfolders of `folders`."""
-    paths = [path for folder in folders for path in sorted(folder.glob("*/record.json"))]
+    paths = [path for folder in folders for path in sorted(folder.glob(f"*/{RECORD_NAME}"))]
     records = map(read_run_record, paths)
     return [record for record in records if record.get("status") == "finished"]
 
 
 def _measured_cost(record: Mapping[str, Any]) -> tuple[tuple[Any, Any], float, float]:
     config = record.get("config") or {}
-    seconds = float((record.get("time") or {}).get("wall_seconds") or 0)
-    real = float((record.get("tokens") or {}).get("real") or 0)
-    return (cost_key(config, whole=True), cost_key(config, whole=False)), seconds, real
+    keys = cost_key(config, whole=True), cost_key(config, whole=False)
+    return keys, wall_seconds(record), float(get(record, "tokens.real") or 0)
 
 
 def cost_key(config: Mapping[str, Any], *, whole: bool) -> Any:
@@ -238,16 +229,9 @@ def cost_key(config: Mapping[str, Any], *, whole: bool) -> Any:
 
     It holds settings of the configuration alone, not of the machine.
     """
-    model = config.get("model") or {}
-    peft_config = model.get("peft_config")
-    key = [
-        model.get("pretrained_model_name_or_path"),
-        model.get("config_overrides"),
-        method_of_config(peft_config).name,
-    ]
+    names = ["model.pretrained_model_name_or_path", "model.config_overrides"]
     if whole:
-        dataset = (config.get("train_loader") or {}).get("dataset") or {}
-        names = ("max_duration", "global_train_batch_size", "eval_interval")
-        key += [config.get(name) for name in names]
-        key += [dataset.get(name) for name in ("hf_name", "datasets", "pack_tokens")]
-    return key
+        names += ["max_duration", "global_train_batch_size", "eval_interval"]
+        names += [f"train_loader.dataset.{key}" for key in ("hf_name", "datasets", "pack_tokens")]
+    method = method_of_config(get(config, "model.peft_config")).name
+    return [method, *(get(config, name) for name in names)]

@@ -21,9 +21,8 @@ IMPORTS = (
 
 os.setsid()  # a terminal's Ctrl-C is for the sweep alone
 try:
-    with contextlib.redirect_stdout(
-        sys.stderr
-    ):  # anything on stdout means that the server is ready
+    # Anything on stdout means that the server is ready.
+    with contextlib.redirect_stdout(sys.stderr):
         for name in IMPORTS:
             importlib.import_module(name)
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

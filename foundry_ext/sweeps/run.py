@@ -56,17 +56,23 @@ def run_sweep(
     """
     sweep = read_sweep(Path(path))
     runs = plan(sweep, expand(sweep, num_runs=num_runs, seed=seed))
-    slots, launcher = _slots(gpus, parallel), _choose_launcher(launcher, runs, gpus)
-    if launcher == "subprocess" and not gpus:
-        slots = [threads_each(len(slots))] * len(slots)
+    launcher = _choose_launcher(launcher, runs, gpus)
+    slots = _slots(gpus, parallel, launcher)
     runner = SweepRunner(sweep.name, runs, slots=slots, retry_failed=retry_failed, echo=echo)
     with runner.locked() as lock:
         waiting = runner.refresh_states()
         cost_estimates = estimate_costs(waiting, tokens_per_second=tokens_per_second)
-        _announce(runner, cost_estimates, launcher)
+        lines = format_sweep(
+            sweep.name,
+            runner.statuses,
+            cost_estimates,
+            parallel=len(slots),
+            launcher=launcher,
+            retry_failed=retry_failed,
+        )
+        for line in (*lines, *(shlex.join(run.command) for run in waiting if dry_run)):
+            echo(line)
         if dry_run:
-            for run in waiting:
-                echo(shlex.join(run.command))
             return runner.results()
         if waiting and not yes:
             _confirm(cost_estimates, len(slots), limit_hours)
@@ -80,23 +86,13 @@ def run_sweep(
     return results
 
 
-def _announce(runner: SweepRunner, cost_estimates: Sequence[CostEstimate], launcher: str) -> None:
-    for line in format_sweep(
-        runner.name,
-        [runner.states[run.name].status for run in runner.runs],
-        cost_estimates,
-        parallel=len(runner.slots),
-        launcher=launcher,
-        retry_failed=runner.retry_failed,
-    ):
-        runner.echo(line)
-
-
-def _slots(gpus: Sequence[str], parallel: int | None) -> list[dict[str, str]]:
+def _slots(gpus: Sequence[str], parallel: int | None, launcher: str) -> list[dict[str, str]]:
+    """Return the environment variables of each of the runs that may run at once."""
     if parallel is not None and parallel < 1:
         raise UserError(f"parallel, {parallel}, is not above 0")
     if not gpus:
-        return [{} for _ in range(parallel or 1)]
+        parallel = parallel or 1
+        return [threads_each(parallel) if launcher == "subprocess" else {}] * parallel
     single = [device for group in gpus for device in group.split(",")]
     if len(set(single)) < len(single) or not all(device.strip() for device in single):
         raise UserError(f"gpus, {' '.join(gpus)}: a device is named twice or has no number")

@@ -11,23 +11,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from foundry_ext.records.record import now
 from foundry_ext.sweeps.launchers import Job, Launcher, Orphan, Process
 from foundry_ext.sweeps.plan import PlannedRun, SweepRunResult, finished_otherwise
 from foundry_ext.sweeps.state import (
     RunState,
     claim,
     is_started_again,
-    now,
     read_run_record,
     read_state,
     status_at_end,
     status_now,
+    wall_seconds,
     write_state,
 )
-from foundry_ext.sweeps.text import duration, target_loss, wall_seconds
+from foundry_ext.sweeps.text import duration, target_loss
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.processes import handling_signals
 
 FOLDER = Path("outputs/sweeps")
 POLL_SECONDS = 0.2
@@ -84,8 +87,7 @@ class SweepRunner:
         """Hold the sweep's lock; raise UserError if another process runs this sweep."""
         path = self.folder / "lock"
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS
-        lock = claim(path)
-        while lock is None:
+        while (lock := claim(path)) is None:
             holder = path.read_text().strip()
             if _is_alive(holder) or time.monotonic() > deadline:
                 raise UserError(
@@ -93,7 +95,6 @@ class SweepRunner:
                     f"wait for it or stop it (its lock is {path})"
                 )
             time.sleep(POLL_SECONDS)  # a child of a killed sweep closes its copy soon
-            lock = claim(path)
         try:
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(os.getpid()).encode(), 0)
@@ -103,12 +104,11 @@ class SweepRunner:
 
     def refresh_states(self) -> list[PlannedRun]:
         """Update the states of all runs from disk and return the runs to start."""
-        known = read_state(self.folder / "state.json")
         # Runs of an earlier version of the sweep file stay in the state.
-        self.states = {**known, **{run.name: known.get(run.name, RunState()) for run in self.runs}}
+        self.states = read_state(self.folder / "state.json")
         waiting = []
         for run in self.runs:
-            state = self.states[run.name]
+            state = self.states.setdefault(run.name, RunState())
             record = read_run_record(run.record)
             if record.get("status") == "finished":
                 difference = finished_otherwise(run, record)
@@ -147,7 +147,7 @@ class SweepRunner:
         self._save()
         for active in self._active:
             self.echo(f"{active.run.name}: still running since an earlier sweep; waiting for it")
-        with self._signals():
+        with handling_signals(self._receive):
             try:
                 while self._active or (queue and self.caught is None):
                     while queue and self.caught is None and (slot := self._free_slot()) is not None:
@@ -163,21 +163,22 @@ class SweepRunner:
                 self._save()
         return self.results()
 
+    @property
+    def statuses(self) -> list[str]:
+        return [self.states[run.name].status for run in self.runs]
+
     def results(self) -> list[SweepRunResult]:
-        results = []
-        for run in self.runs:
-            state = self.states[run.name]
-            results.append(
-                SweepRunResult(
-                    name=run.name,
-                    status=state.status,
-                    exit_code=state.exit_code,
-                    seconds=state.seconds,
-                    record=run.record,
-                    log=self.job(run).log,
-                )
+        return [
+            SweepRunResult(
+                name=run.name,
+                status=self.states[run.name].status,
+                exit_code=self.states[run.name].exit_code,
+                seconds=self.states[run.name].seconds,
+                record=run.record,
+                log=self.job(run).log,
             )
-        return results
+            for run in self.runs
+        ]
 
     def _free_slot(self) -> int | None:
         taken = [active.slot for active in self._active]
@@ -230,10 +231,9 @@ class SweepRunner:
 
     def _end_line(self, run: PlannedRun, record: Mapping[str, Any], num_waiting: int) -> str:
         state = self.states[run.name]
-        statuses = [self.states[planned.name].status for planned in self.runs]
-        num_failed = statuses.count("failed")
+        num_failed = self.statuses.count("failed")
         num_left = num_waiting + len(self._active)
-        text = f"[{statuses.count('finished')}/{len(statuses)}] {run.name}: {state.status}"
+        text = f"[{self.statuses.count('finished')}/{len(self.runs)}] {run.name}: {state.status}"
         text += f" in {duration(state.seconds)}"
         loss = target_loss(record)
         if state.status == "finished" and loss is not None:
@@ -249,7 +249,7 @@ class SweepRunner:
     def _time_left(self, num_left: int) -> str:
         if not self._finished_seconds:
             return ""
-        mean = sum(self._finished_seconds) / len(self._finished_seconds)
+        mean = fmean(self._finished_seconds)
         begins = [active.begin for active in self._active if active.slot is not None]
         under_way = sum(min(mean, time.monotonic() - begin) for begin in begins)
         parallel = min(len(self.slots), num_left)
@@ -258,18 +258,8 @@ class SweepRunner:
     def _save(self) -> None:
         write_state(self.folder / "state.json", self.name, self.states)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into an orderly end of the runs; a second signal kills them."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _receive(self, number: int, _: object) -> None:
+        """Note a signal: the first one ends the runs in an orderly way, a second one kills them."""
         self.caught = self.caught or number
         self._num_signals += 1
 

@@ -9,13 +9,15 @@ whichever other process was killed and whatever has the run's pid now.
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.records.record import now
 from foundry_ext.utils.atomic import write_text
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.nested import get
 
 STATE_VERSION = 1
 # stopped: by Ctrl-C or SIGTERM to the sweep. killed: by a signal, or gone without a trace.
@@ -35,10 +37,6 @@ class RunState:
     seconds: float = 0.0
     """Duration of the last attempt."""
     error: str | None = None
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_state(path: Path, sweep: str, runs: dict[str, RunState]) -> None:
@@ -101,6 +99,11 @@ def read_run_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def wall_seconds(record: Mapping[str, Any]) -> float:
+    """Return the run's duration so far from its record; 0 if the record lacks it."""
+    return float(get(record, "time.wall_seconds") or 0.0)
 
 
 def status_now(state: RunState, record_status: str | None) -> str:

@@ -2,12 +2,14 @@
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foundry_ext.sweeps.plan import CostEstimate, SweepRunResult
 from foundry_ext.sweeps.state import read_run_record
+from foundry_ext.utils.nested import get
 
 
 def format_sweep(
@@ -21,20 +23,14 @@ def format_sweep(
 ) -> list[str]:
     """Return lines about the size and the cost of a sweep that is about to start.
 
-    Args:
-        name: Name of the sweep.
-        statuses: Statuses of all runs.
-        cost_estimates: Estimates for the runs to start.
-        parallel: Number of runs at once.
-        launcher: Name of the launcher.
-        retry_failed: Whether failed runs are started again.
+    `statuses` are those of all runs, `cost_estimates` those of the runs to start.
     """
-    parts = [f"{len(cost_estimates)} to start", f"{statuses.count('finished')} finished already"]
-    if statuses.count("running"):
-        parts.append(f"{statuses.count('running')} still running")
-    if statuses.count("failed") and not retry_failed:
-        num_failed = statuses.count("failed")
-        parts.append(f"{num_failed} failed before (--retry-failed starts them again)")
+    count = Counter(statuses)
+    parts = [f"{len(cost_estimates)} to start", f"{count['finished']} finished already"]
+    if count["running"]:
+        parts.append(f"{count['running']} still running")
+    if count["failed"] and not retry_failed:
+        parts.append(f"{count['failed']} failed before (--retry-failed starts them again)")
     how = f"{parallel} at once, launcher {launcher}"
     lines = [f"sweep {name}: {len(statuses)} runs, {', '.join(parts)}; {how}"]
     if cost_estimates:
@@ -62,11 +58,11 @@ def estimate_hours(cost_estimates: Sequence[CostEstimate], parallel: int) -> flo
 
 def _format_time(cost_estimates: Sequence[CostEstimate], parallel: int) -> str:
     hours = estimate_hours(cost_estimates, parallel)
-    if hours is None and any(cost.tokens is None for cost in cost_estimates):
+    if hours is not None:
+        return f"about {duration(hours * 3600)}"
+    if any(cost.tokens is None for cost in cost_estimates):
         return "unknown until the first runs have finished"
-    if hours is None:
-        return "unknown, no finished run of each model and method to go by (--tokens-per-second)"
-    return f"about {duration(hours * 3600)}"
+    return "unknown, no finished run of each model and method to go by (--tokens-per-second)"
 
 
 def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]:
@@ -90,17 +86,11 @@ def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]
     return lines
 
 
-def wall_seconds(record: Mapping[str, Any]) -> float:
-    """Return the run's duration so far from its record; 0 if the record lacks it."""
-    return float((record.get("time") or {}).get("wall_seconds") or 0.0)
-
-
 def target_loss(record: Mapping[str, Any]) -> float | None:
     """Return the last loss on the first learning set, or None if it was not measured."""
     evaluations = record.get("evaluations") or []
-    config = record.get("config") or {}
-    forgetting = (config.get("callbacks") or {}).get("forgetting") or {}
-    for name, entry in (forgetting.get("sets") or {}).items():
+    sets = get(record, "config.callbacks.forgetting.sets") or {}
+    for name, entry in sets.items():
         if entry.get("role") == "learning" and evaluations:
             loss = evaluations[-1]["metrics"].get(f"{name}/loss")
             if loss is not None:

@@ -48,19 +48,17 @@ def _reads(given: Any) -> bool:
     if not isinstance(given, Mapping):
         return given is not None
     dataset = _dataset(given.get("loader"))
-    has_path = "path" not in given or given["path"] is not None
-    has_name = "hf_name" not in dataset or dataset["hf_name"] is not None
-    return has_path and (has_name or dataset.get("datasets") is not None)
+    has_name = dataset.get("hf_name", "") is not None
+    return given.get("path", "") is not None and (has_name or dataset.get("datasets") is not None)
 
 
 def _set(given: Any) -> Any:
-    if not isinstance(given, Mapping) or not _dataset(given.get("loader")):
-        return given
-    return {**given, "loader": _loader(given["loader"])}
+    has_loader = isinstance(given, Mapping) and "loader" in given
+    return {**given, "loader": _loader(given["loader"])} if has_loader else given
 
 
 def _dataset(loader: Any) -> Mapping[str, Any]:
-    dataset = loader.get("dataset") if isinstance(loader, Mapping) else None
+    dataset = get(loader, "dataset")
     return dataset if isinstance(dataset, Mapping) else {}
 
 

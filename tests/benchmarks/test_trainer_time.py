@@ -102,7 +102,7 @@ def test_our_callbacks_read_nothing_back(measured):
     result, _ = measured
     places = result["host_waits"]
     assert any("composer/trainer/trainer.py" in place for place in places)
-    assert not [one for one in places if "foundry_ext/callbacks" in one or "gather" in one]
+    assert not [one for one in places if "foundry_ext/training/callbacks" in one or "gather" in one]
 
 
 def test_the_table_is_printed(measured):

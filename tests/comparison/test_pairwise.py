@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foundry_ext.comparison.comparison import Comparison, compare_runs, dominated_points, points
+from foundry_ext.comparison.comparison import Comparison, compare_runs, dominated_points
 from foundry_ext.comparison.metrics import Metric, final_value, item_changes, shared_metrics
 from foundry_ext.comparison.runs import Loaded, labelled, load_runs
 from foundry_ext.comparison.tradeoff import (
+    Point,
     first_crossing,
     matched,
     matched_pairs,
     pareto_front,
+    points,
 )
 from tests.comparison import records
 
@@ -171,8 +173,11 @@ def test_mean_accuracy_counts_every_set_the_same():
 
 
 def test_pareto_front_by_hand():
-    points = [(1.0, 1.0), (2.0, 1.0), (3.0, 2.0), (2.5, 2.5), (0.5, 0.2), (3.0, 2.0)]
-    assert pareto_front(points) == [4, 1, 2, 5]
+    positions = [(1.0, 1.0), (2.0, 1.0), (3.0, 2.0), (2.5, 2.5), (0.5, 0.2), (3.0, 2.0)]
+    candidates = [
+        Point(str(index), 1e-3, *position, (17,)) for index, position in enumerate(positions)
+    ]
+    assert [point.label for point in pareto_front(candidates)] == ["4", "1", "2", "5"]
 
 
 def test_crossing_interpolates_and_never_extrapolates():

@@ -371,8 +371,8 @@ def test_a_launcher_below_gets_an_environment_of_its_own(
 ):
     monkeypatch.setenv("MASTER_PORT", "1234")
     check = "import os, sys; sys.exit('MASTER_PORT' in os.environ)"
-    with ChildRunner(is_launcher=is_launcher) as runner:
-        assert runner.run([sys.executable, "-c", check]) == (0 if is_launcher else 1)
+    runner = ChildRunner(is_launcher=is_launcher)
+    assert runner.run([sys.executable, "-c", check]) == (0 if is_launcher else 1)
 
 
 SIGNALLED = """

@@ -13,7 +13,7 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from foundry_ext.sweeps.file import DEFAULT_COMMAND, command_line, expand, read_sweep
-from foundry_ext.sweeps.parameters import DISTRIBUTIONS, REFUSED, parameter
+from foundry_ext.sweeps.parameters import DISTRIBUTIONS, REFUSED, keys_of, parameter
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -197,7 +197,7 @@ def test_draws_have_the_distribution_they_are_named_after():
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_every_distribution_draws_something_json_can_hold(name: str):
-    needed, optional = DISTRIBUTIONS[name]
     example = {"min": 1, "max": 5, "value": 3, "values": [1, 2], "probabilities": [0.5, 0.5]}
-    entry = {key: example[key] for key in needed}
-    json.dumps(drawn({"distribution": name, **entry, **optional}, 10))
+    keys = keys_of(name)
+    entry = {key: example[key] if default is ... else default for key, default in keys.items()}
+    json.dumps(drawn({"distribution": name, **entry}, 10))

@@ -5,23 +5,22 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "model",
         type=Path,
         metavar="MODEL",
         help="a model or adapter folder, or a Composer .pt file",
     )
-    parser.add_argument(
-        "--base", help="the base model, if neither the adapter nor the run's record names it"
-    )
-    parser.add_argument(
+    add("--base", help="the base model, if neither the adapter nor the run's record names it")
+    add(
         "--sets",
         type=Path,
         metavar="FILE",
         help="measure along the line from base to tuned weights: a YAML with `sets`, or a run's"
         " own YAML",
     )
-    parser.add_argument(
+    add(
         "--out",
         type=Path,
         metavar="FILE",

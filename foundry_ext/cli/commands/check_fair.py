@@ -2,16 +2,12 @@
 
 import argparse
 
+from foundry_ext.cli.yaml_arguments import add_yaml_arguments
 from foundry_ext.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="FILE.yaml | key=value",
-        help="YAML files of the runs; overrides apply to every file",
-    )
+    add_yaml_arguments(parser, "YAML files of the runs; overrides apply to every file")
     parser.add_argument(
         "--allow",
         action="append",

@@ -5,17 +5,16 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "runs",
         nargs="+",
         metavar="RUNS",
         help="run folders, record.json files, folders of runs, W&B's offline run folders, or"
         " entity/project/run_id of runs on W&B's server",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to write the report to"
-    )
-    parser.add_argument(
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to write the report to")
+    add(
         "--allow",
         nargs="+",
         action="extend",
@@ -24,15 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a dotted key that may differ, and all keys below it, e.g. optimizer.weight_decay,"
         " data.train, steps; the report lists the differences",
     )
-    parser.add_argument(
+    add(
         "--learning",
         metavar="KEY",
         help="metric to choose learning rates by and to plot, e.g. gsm8k_strict_match (default: the"
         " first held-out loss)",
     )
-    parser.add_argument(
-        "--forgetting", metavar="KEY", help="metric to plot against it, e.g. mean_accuracy"
-    )
+    add("--forgetting", metavar="KEY", help="metric to plot against it, e.g. mean_accuracy")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,10 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     loaded = load_runs(arguments.runs)
     comparison = compare_runs(
-        loaded,
-        allow=arguments.allow,
-        learning=arguments.learning,
-        forgetting=arguments.forgetting,
+        loaded, allow=arguments.allow, learning=arguments.learning, forgetting=arguments.forgetting
     )
     write_report(comparison, arguments.out)
     for name, reason in comparison.left_out.items():

@@ -5,14 +5,15 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "model",
         type=Path,
         metavar="MODEL",
         help="a Hugging Face folder, an adapter folder or a Composer .pt file; with --lm-eval, a"
         " record.json",
     )
-    parser.add_argument(
+    add(
         "--base",
         help="the model it was tuned from: a folder or a hub name (an adapter names its own)",
     )
@@ -26,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RESULTS",
         help="enter these results of lm_eval --output_path into the record instead",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write evaluation.json and items.jsonl here"
-    )
+    add("--out", type=Path, metavar="DIR", help="write evaluation.json and items.jsonl here")
 
 
 def run(arguments: argparse.Namespace) -> int:

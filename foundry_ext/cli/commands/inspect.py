@@ -3,19 +3,15 @@
 import argparse
 from pathlib import Path
 
-from foundry_ext.utils.errors import UserError
+from foundry_ext.cli.yaml_arguments import add_yaml_arguments, split_one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="FILE.yaml | key=value",
-        help="a run's YAML file, and overrides",
-    )
-    parser.add_argument("--loader", choices=("train", "eval"), default="train")
-    parser.add_argument("--packs", type=int, default=4, metavar="N", help="packs shown (default 4)")
-    parser.add_argument(
+    add = parser.add_argument
+    add_yaml_arguments(parser, "a run's YAML file, and overrides")
+    add("--loader", choices=("train", "eval"), default="train")
+    add("--packs", type=int, default=4, metavar="N", help="packs shown (default 4)")
+    add(
         "--out",
         type=Path,
         default=Path("inspect.html"),
@@ -25,15 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from foundry_ext.config.loading import split_arguments
     from foundry_ext.preflight.runs import inspect_run
 
-    files, overrides = split_arguments(arguments.arguments)
-    if len(files) > 1:
-        raise UserError(f"{files[1]}: a second file; inspect looks at one")
-    inspection = inspect_run(
-        files[0], overrides, loader=arguments.loader, num_packs=arguments.packs
-    )
+    path, overrides = split_one(arguments)
+    inspection = inspect_run(path, overrides, loader=arguments.loader, num_packs=arguments.packs)
     from foundry_ext.preflight.inspect.page import format_inspection  # slow, so after the check
 
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

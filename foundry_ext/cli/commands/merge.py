@@ -5,18 +5,17 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapter", type=Path, metavar="ADAPTER", help="a peft folder or a Composer .pt file"
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    parser.add_argument("--base", help="the base model, if not the one that the adapter names")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
+    add = parser.add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="a peft folder or a Composer .pt file")
+    add("out", type=Path, metavar="OUT", help="the folder to write")
+    add("--base", help="the base model, if not the one that the adapter names")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add(
         "--tolerance",
         type=float,
         help="largest difference of a logit before and after (default: 1e-3; bfloat16: 0.5)",
     )
-    parser.add_argument(
+    add(
         "--text",
         type=Path,
         metavar="FILE",

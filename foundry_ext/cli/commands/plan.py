@@ -3,13 +3,12 @@
 import argparse
 import re
 
+from foundry_ext.cli.yaml_arguments import add_yaml_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="FILE.yaml | key=value",
-        help="YAML files of runs, each planned separately; overrides apply to every file",
+    add_yaml_arguments(
+        parser, "YAML files of runs, each planned separately; overrides apply to every file"
     )
     parser.add_argument(
         "--memory",

@@ -14,11 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fork", "subprocess"),
         help="fork: on a CPU, imports once (default there); subprocess: the sweep's own command",
     )
-    add(
-        "--gpus",
-        metavar="0,1",
-        help="devices, one run on each; 0+1,2+3 gives each run two",
-    )
+    add("--gpus", metavar="0,1", help="devices, one run on each; 0+1,2+3 gives each run two")
     add("--parallel", type=int, metavar="N", help="runs at once on a CPU (default: 1)")
     add("--runs", type=int, metavar="N", help="number of runs of a random sweep; cuts a grid short")
     add("--seed", type=int, default=17, help="seed of a random sweep (default: %(default)s)")

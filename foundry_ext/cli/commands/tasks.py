@@ -7,18 +7,17 @@ from foundry_ext.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name", metavar="NAME", help="hellaswag, arc_challenge, winogrande or gsm8k"
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the JSONL file to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("name", metavar="NAME", help="hellaswag, arc_challenge, winogrande or gsm8k")
+    add("out", type=Path, metavar="OUT", help="the JSONL file to write")
+    add(
         "--source",
         type=Path,
         metavar="FILE",
         help="a JSONL file with the hub's columns, instead of the hub",
     )
-    parser.add_argument("--split", help="split to read (default: the one with public labels)")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
+    add("--split", help="split to read (default: the one with public labels)")
+    add("--revision", help="branch, tag or commit on the hub (default: main)")
 
 
 def run(arguments: argparse.Namespace) -> int:

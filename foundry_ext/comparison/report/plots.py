@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from foundry_ext.comparison.comparison import Comparison, points
+from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.metrics import Metric, curve, final_value
 from foundry_ext.comparison.report.figures import FAINT, log_ticks, new_figure, styles, thousands
 from foundry_ext.comparison.runs import Run
+from foundry_ext.comparison.tradeoff import points
 
 
 def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
@@ -17,11 +18,8 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
     x, y = comparison.learning, comparison.forgetting
     style = styles(list(comparison.groups))
     with new_figure(folder, "tradeoff", (6.6, 4.6)) as axes:
-        front = [
-            (point.learning * x.scale, point.forgetting * y.scale) for point in comparison.front
-        ]
         axes.step(
-            *zip(*front, strict=True),
+            *_scaled(comparison, [point.position for point in comparison.front]).T,
             where="pre",  # up, then right: between two points, the second is the best reached
             color=FAINT,
             linestyle=(0, (4, 3)),
@@ -31,17 +29,11 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         )
         _mark_base_model(axes, comparison)
         for label, runs in comparison.groups.items():
-            values = [
-                (final_value(run, x) * x.scale, final_value(run, y) * y.scale) for run in runs
-            ]
-            axes.scatter(*zip(*values, strict=True), s=20, alpha=0.4, linewidths=0, **style[label])
-            path = [
-                (point.learning * x.scale, point.forgetting * y.scale)
-                for point in points({label: runs}, x, y)  # by learning rate
-            ]
-            axes.plot(
-                *zip(*path, strict=True), color=style[label]["color"], lw=0.8, alpha=0.5, zorder=2
-            )
+            ends = _scaled(comparison, [(final_value(run, x), final_value(run, y)) for run in runs])
+            axes.scatter(*ends.T, s=20, alpha=0.4, linewidths=0, **style[label])
+            by_rate = [point.position for point in points({label: runs}, x, y)]
+            path = _scaled(comparison, by_rate)
+            axes.plot(*path.T, color=style[label]["color"], lw=0.8, alpha=0.5, zorder=2)
             _plot_mean(axes, comparison, label, style[label])
         _label_axes(axes, x, y)
         axes.set_title(
@@ -52,14 +44,15 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         _label_rates(axes, comparison)
 
 
+def _scaled(comparison: Comparison, positions: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Return (learning, forgetting) in the units that are shown: [n, 2]."""
+    return np.array(positions) * (comparison.learning.scale, comparison.forgetting.scale)
+
+
 def _mark_base_model(axes: Any, comparison: Comparison) -> None:
     """Draw a star at the origin, unless that would squeeze the runs into a corner of the plot."""
     x, y = comparison.learning, comparison.forgetting
-    ends = [
-        (final_value(run, x), final_value(run, y))
-        for runs in comparison.groups.values()
-        for run in runs
-    ]
+    ends = [(final_value(run, x), final_value(run, y)) for run in comparison.runs]
     low, high = np.min(ends, axis=0), np.max(ends, axis=0)
     spread, with_base = high - low, np.maximum(high, 0) - np.minimum(low, 0)
     if (spread > 0.4 * with_base).all():
@@ -83,10 +76,10 @@ def _label_rates(axes: Any, comparison: Comparison) -> None:
     x, y = comparison.learning, comparison.forgetting
     axes.figure.canvas.draw()  # settles the layout, which maps data to pixels
     all_points = points(comparison.groups, x, y)
-    data = [(point.learning * x.scale, point.forgetting * y.scale) for point in all_points]
+    data = _scaled(comparison, [point.position for point in all_points])
     positions = axes.transData.transform(data) * 72 / axes.figure.dpi
     taken = list(positions)
-    for point, position in zip(all_points, positions, strict=True):
+    for point, end, position in zip(all_points, data, positions, strict=True):
         if point.learning_rate == comparison.best[point.label].learning_rate:
             continue
         text = f"{point.learning_rate:g}"
@@ -96,7 +89,7 @@ def _label_rates(axes: Any, comparison: Comparison) -> None:
         taken.append(position + np.array(side))
         axes.annotate(
             text,
-            (point.learning * x.scale, point.forgetting * y.scale),
+            end,
             side,
             textcoords="offset points",
             ha="center",
@@ -275,17 +268,10 @@ def plot_lines(
         lines: (method's label, seed, points) per run.
         folder: where interpolation.png and .svg are written.
     """
-    x, y = comparison.learning, comparison.forgetting
     style = styles(list(comparison.groups))
     with new_figure(folder, "interpolation", (6.0, 4.0)) as axes:
         for label, seed, line in lines:
-            learned, forgot = np.array(line).T
-            axes.plot(
-                learned * x.scale,
-                forgot * y.scale,
-                markersize=5,
-                label=f"{label}, seed {seed}",
-                **style[label],
-            )
-        _label_axes(axes, x, y)
+            name = f"{label}, seed {seed}"
+            axes.plot(*_scaled(comparison, line).T, markersize=5, label=name, **style[label])
+        _label_axes(axes, comparison.learning, comparison.forgetting)
         axes.legend(loc="best", fontsize=8)

@@ -57,8 +57,7 @@ def write_report(comparison: Comparison, folder: Path | str) -> None:
 
 
 def _opening(comparison: Comparison) -> list[Block]:
-    runs = [run for group in comparison.groups.values() for run in group]
-    records = [run.record for run in runs]
+    records = [run.record for run in comparison.runs]
     experiments = sorted({record["experiment"] for record in records})
     data = sorted({str(record["data"]["train"]["name"] or "one data set") for record in records})
     steps = [record["steps"] for record in records]
@@ -67,7 +66,7 @@ def _opening(comparison: Comparison) -> list[Block]:
     methods = f"{len(comparison.groups)} methods" if len(comparison.groups) > 1 else "one method"
     base = "one base model" if len(bases) == 1 else join_names(sorted(bases))
     text = (
-        f"{len(runs)} runs of {methods} on {join_names(data)} ({', '.join(experiments)}),"
+        f"{len(records)} runs of {methods} on {join_names(data)} ({', '.join(experiments)}),"
         f" {format_range(steps)} steps, {format_range(tokens)} real tokens each, from {base}. All"
         " values are changes from a run's own step 0, the base model. Positive learning means that"
         " more was learned, positive forgetting that more was forgotten."
@@ -156,20 +155,19 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
         diverged = [
             f"{run.learning_rate:g} (seed {run.seed})" for run in comparison.diverged[label]
         ]
-        end = f" Diverged: {', '.join(diverged)}." if diverged else ""
         if len(best.means) == 1:
             text = f"{label}: only {grid} was run, so its learning rate is not tuned."
-            sentences.append(text + end)
-            continue
-        text = f"{label}: {best.learning_rate:g} learns most of {grid} ({seeds})."
+        else:
+            text = f"{label}: {best.learning_rate:g} learns most of {grid} ({seeds})."
         if best.edge:
             text += (
                 f" It is the {best.edge} of the grid, so a better one may lie beyond: extend the"
                 f" grid {'upwards' if best.edge == 'highest' else 'downwards'} before judging"
                 f" {label}."
             )
-        sentences.append(text + end)
-    chosen = [best for best in comparison.best.values() if len(best.means) > 1]
+        if diverged:
+            text += f" Diverged: {', '.join(diverged)}."
+        sentences.append(text)
     blocks: list[Block] = [
         Heading("Learning rates"),
         Figure(
@@ -180,7 +178,7 @@ def _learning_rates(comparison: Comparison) -> list[Block]:
         ),
         Bullets(sentences),
     ]
-    if chosen:
+    if any(len(best.means) > 1 for best in comparison.best.values()):
         blocks.append(
             Paragraph(
                 "Each method's learning rate was chosen on the same held-out items that are"

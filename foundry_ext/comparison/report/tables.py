@@ -1,5 +1,6 @@
 """Tables of the report: every metric, pairs of methods, cost, runs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,6 @@ from foundry_ext.comparison.report.document import (
 )
 from foundry_ext.comparison.report.wording import (
     NO_VALUE,
-    format_interval,
     format_mean,
     format_mean_and_interval,
     format_mean_and_range,
@@ -74,7 +74,9 @@ def _pair_table(metric: Metric, pairs: Sequence[PairwiseComparison]) -> Table:
         cells = [
             f"{pair.first} − {pair.second}",
             metric.show(pair.difference, signed=True),
-            format_interval(metric, pair.interval, signed=True) if pair.interval else NO_VALUE,
+            metric.show_limits(pair.interval.low, pair.interval.high, signed=True)
+            if pair.interval
+            else NO_VALUE,
             format_p_value(pair.adjusted_p),
             "distinguishable" if pair.is_distinguishable else "not distinguishable",
         ]
@@ -133,9 +135,7 @@ def cost_blocks(comparison: Comparison) -> list[Block]:
     ]
     columns = ["method", "training, s", "real tokens/s", "MFU", "peak memory, GiB"]
     columns += ["trainable parameters", "rank / α", "effective scale"]
-    environments = [
-        run.record["environment"] for runs in comparison.chosen.values() for run in runs
-    ]
+    environments = [run.record["environment"] for run in comparison.chosen_runs]
     devices = {f"{env['world_size']} × {env['device']}" for env in environments}
     where = f"On {'; '.join(sorted(devices))}."
     if len(devices) > 1:
@@ -177,11 +177,10 @@ def _overlap(comparison: Comparison) -> str:
     """Return a warning if runs overlapped in time, because they may have shared a device."""
     spans = {
         id(run.record): (run.record["started"], run.record["ended"] or run.record["updated"])
-        for runs in comparison.groups.values()
-        for run in runs
+        for run in comparison.runs
     }
-    chosen = [id(run.record) for runs in comparison.chosen.values() for run in runs]
     times = {key: tuple(map(datetime.fromisoformat, span)) for key, span in spans.items()}
+    chosen = [id(run.record) for run in comparison.chosen_runs]
     num_overlapping = sum(
         any(
             other != run and times[run][0] < end and start < times[run][1]
@@ -214,25 +213,22 @@ def run_blocks(comparison: Comparison) -> list[Block]:
             rows,
             "Every run compared. The findings use the chosen ones.",
         ),
+        Paragraph(_code_versions(comparison)),
     ]
-    blocks.append(Paragraph(_code_versions(comparison)))
     if comparison.left_out:
-        blocks.append(Paragraph("Left out:"))
         reasons = [f"{name}: {reason}" for name, reason in comparison.left_out.items()]
-        blocks.append(Bullets(reasons))
+        blocks += [Paragraph("Left out:"), Bullets(reasons)]
     return blocks
 
 
 def _code_versions(comparison: Comparison) -> str:
     """Return the commits of the runs' code, and packages whose versions differ between runs."""
-    environments = [
-        run.record["environment"] for runs in comparison.groups.values() for run in runs
-    ]
-    commits: dict[str, int] = {}
+    environments = [run.record["environment"] for run in comparison.runs]
+    commits: Counter[str] = Counter()
     for environment in environments:
         name = f"commit {environment['commit'][:7]}" if environment["commit"] else "no commit"
         name += " with uncommitted changes" if environment["dirty"] else ""
-        commits[name] = commits.get(name, 0) + 1
+        commits[name] += 1
     text = f"Runs by code: {'; '.join(f'{name} ({count})' for name, count in commits.items())}."
     packages = [environment["packages"] for environment in environments]
     differing = []

@@ -4,7 +4,6 @@ from foundry_ext.comparison.comparison import Comparison, dominated_points
 from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.report.document import Block, Bullets, Figure, Heading, Paragraph, Table
 from foundry_ext.comparison.report.wording import (
-    format_interval,
     format_mean_and_interval,
     format_p_value,
     format_seeds,
@@ -116,10 +115,10 @@ def _matched_sentences(comparison: Comparison) -> list[str]:
             text += f" interval, because that takes {MIN_SEEDS} seeds."
         elif pair.is_distinguishable:
             low, high = sorted(abs(end) for end in (pair.interval.low, pair.interval.high))
-            text = f"{more} forgets more than {less}: {size} [{y.show(low)}, {y.show(high)}]."
+            text = f"{more} forgets more than {less}: {size} {y.show_limits(low, high)}."
         else:
             difference = y.show(pair.difference, signed=True)
-            interval = format_interval(y, pair.interval, signed=True)
+            interval = y.show_limits(pair.interval.low, pair.interval.high, signed=True)
             text = f"{pair.first} and {pair.second} are not distinguishable in forgetting:"
             text += f" difference {difference} {y.unit} {interval},"
             text += f" p = {format_p_value(pair.adjusted_p)} after Holm's correction."

@@ -14,13 +14,7 @@ NO_VALUE = "–"
 def format_mean_and_interval(metric: Metric, mean: float, interval: Interval | None) -> str:
     """Return e.g. "3.871 [3.823, 3.919]", or the mean alone."""
     shown = metric.show(mean)
-    return f"{shown} {format_interval(metric, interval)}" if interval else shown
-
-
-def format_interval(metric: Metric, interval: Interval, *, signed: bool = False) -> str:
-    """Return e.g. "[3.823, 3.919]", with plus signs if `signed`."""
-    low, high = (metric.show(end, signed=signed) for end in (interval.low, interval.high))
-    return f"[{low}, {high}]"
+    return f"{shown} {metric.show_limits(interval.low, interval.high)}" if interval else shown
 
 
 def format_seeds_and_items(comparison: Comparison) -> str:

@@ -21,7 +21,6 @@ from foundry_ext.packing.batch import Pack
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
 
-LOADERS = ("train", "eval")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -202,6 +201,7 @@ def _document_views(
         pack[key][0].tolist() for key in ("input_ids", "position_ids", "labels")
     )
     bounds = pairwise(pack["cu_seqlens"].tolist())
+    sources = getattr(dataset.documents, "source", None)  # None if there is only one
     views = []
     # cu_seqlens may continue after the last document, over tokens that fill a fixed shape.
     for index, (start, end) in zip(map(int, indices), bounds, strict=False):
@@ -217,18 +217,13 @@ def _document_views(
         views.append(
             DocumentView(
                 index=index,
-                source=_source_of(dataset, index),
+                source=dataset.description[0 if sources is None else int(sources[index])]["name"],
                 outcome=RowOutcome(int(dataset.documents.outcomes[index])).name.lower(),
                 num_truncated_tokens=int(dataset.documents.num_truncated_tokens[index]),
                 tokens=tokens,
             )
         )
     return views
-
-
-def _source_of(dataset: PackedDataset, index: int) -> str:
-    source = getattr(dataset.documents, "source", None)
-    return dataset.description[0 if source is None else int(source[index])]["name"]
 
 
 def token_text(token: int, tokenizer: Any) -> str:

@@ -21,6 +21,7 @@ from foundry_ext.checkpoints.export import adaptable_modules
 from foundry_ext.models.flops import adapter_parameters, forward_flops, training_flops
 from foundry_ext.models.memory import Parameters, autocast, optimizer_states
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.training.meter import StepCounts
 from foundry_ext.training.model_building import read_config
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
@@ -101,21 +102,22 @@ class PlannedModel:
     def parameters(self) -> Parameters:
         return Parameters.of(self.without_weights())
 
-    def training_flops(self, tokens: int, loss_tokens: int, sum_squared_lengths: int) -> float:
+    def training_flops(self, counts: StepCounts) -> float:
         return training_flops(
             self.config,
-            num_tokens=tokens,
-            num_loss_tokens=loss_tokens,
-            sum_squared_lengths=sum_squared_lengths,
+            num_tokens=counts.real_tokens,
+            num_loss_tokens=counts.loss_tokens,
+            sum_squared_lengths=counts.sum_squared_lengths,
             frozen_base=self.peft_config is not None,
             adapter_parameters=adapter_parameters(self.without_weights()),
         )
 
-    def forward_flops(self, tokens: int, loss_tokens: int, sum_squared_lengths: int) -> float:
+    def evaluation_flops(self, tokens: int, sum_squared_lengths: int) -> float:
+        """Return the FLOPs of a forward pass with loss at every token."""
         parts = forward_flops(
             self.config,
             num_tokens=tokens,
-            num_loss_tokens=loss_tokens,
+            num_loss_tokens=tokens,
             sum_squared_lengths=sum_squared_lengths,
         )
         return sum(parts.values())

@@ -12,7 +12,6 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters.methods import Method, method_of_config
-from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.measure import build_sets
@@ -50,6 +49,10 @@ class Evaluations:
     flops: float
     """FLOPs of one evaluation."""
 
+    @property
+    def total_flops(self) -> float:
+        return len(self.steps) * self.flops
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -83,6 +86,11 @@ class Plan:
     def checkpointing(self) -> bool:
         return bool(self.config["model"].get("activation_checkpointing"))
 
+    @property
+    def own_memory(self) -> Memory:
+        """Estimated memory of the run as it is configured."""
+        return self.memory(self.pack_tokens, checkpointing=self.checkpointing)
+
     def memory(self, pack_tokens: int, *, checkpointing: bool) -> Memory:
         """Estimate the memory of the run if its packs had this many tokens."""
         tokens = pack_tokens * self.micro_packs
@@ -98,7 +106,7 @@ class Plan:
             precision=str(self.config["precision"]),
             optimizer=str(self.config["optimizer"]["name"]),
             activation_checkpointing=checkpointing,
-            frozen_copy=_measures_kl(self.config),
+            frozen_copy=any(settings.get("kl") for settings in _sets(self.config).values()),
             accumulates=batch_tokens > tokens,
             num_ranks=self.num_ranks,
         )
@@ -119,7 +127,6 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
     _, train = open_loader(config, "train", tokenizer)
     schedule = simulate_schedule(train, config)
     process_bytes = peak_memory("cpu")  # before anything is timed
-    totals = schedule.totals
     return Plan(
         name=name,
         config=config,
@@ -131,17 +138,11 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
         parameters=model.parameters,
         method=method_of_config(model.peft_config),
         layer=count_layer(model.build, precision=precision),
-        training_flops=model.training_flops(
-            totals.tokens, totals.loss_tokens, totals.sum_squared_lengths
-        ),
+        training_flops=model.training_flops(schedule.totals),
         throughput=estimate_throughput(config, model, train, schedule),
         num_ranks=num_ranks,
         process_bytes=process_bytes,
     )
-
-
-def _measures_kl(config: Mapping[str, Any]) -> bool:
-    return any(settings.get("kl") for settings in _sets(config).values())
 
 
 def _sets(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -156,45 +157,29 @@ def _evaluations(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluations:
     tokens: dict[str, int] = {}
-    generated, flops = 0, 0.0
-    for label, dataset in _eval_datasets(config, tokenizer):
+    flops = 0.0
+    section = config.get("eval_loader") or []
+    for entry in section if isinstance(section, list) else [section]:
+        label = entry.get("label", "eval")
+        _, dataset = open_loader({**config, "eval_loader": [entry]}, "eval", tokenizer)
         lengths = np.asarray(dataset.documents.lengths, dtype=np.int64)
         tokens[label] = int(lengths.sum())
-        flops += model.forward_flops(tokens[label], tokens[label], int((lengths**2).sum()))
+        flops += model.evaluation_flops(tokens[label], int((lengths**2).sum()))
     samples = nested.get(config, "callbacks.text_samples") or {}
-    generated += len(samples.get("prompts") or []) * int(samples.get("max_new_tokens", 48))
+    generated = len(samples.get("prompts") or []) * int(samples.get("max_new_tokens", 48))
     given = _sets(config)
-    sets = (
-        build_sets(parse_sets(given), tokenizer, model.config.max_position_embeddings)
-        if given
-        else []
-    )
-    for eval_set in sets:
+    parsed = parse_sets(given) if given else []
+    for eval_set in build_sets(parsed, tokenizer, model.config.max_position_embeddings):
         passes = 1 + (isinstance(eval_set.config, DocumentsSetConfig) and eval_set.config.kl)
         num_tokens = int(eval_set.description["tokens"]) * passes
         tokens[eval_set.config.name] = num_tokens
         if isinstance(eval_set, GenerationSet):
             generated += int(eval_set.description["documents"]) * eval_set.config.max_new_tokens
         # Squared lengths cost a few per cent here, and are not known for all kinds of sets.
-        flops += model.forward_flops(num_tokens, num_tokens, 0)
+        flops += model.evaluation_flops(num_tokens, 0)
     starts = bool(config.get("eval_first")) or bool(given)
     steps = ([0] if starts and tokens else []) + (schedule.evaluated_at if tokens else [])
     return Evaluations(steps=steps, tokens=tokens, generated=generated, flops=flops)
-
-
-def _eval_datasets(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[str, PackedDataset]]:
-    """Return the datasets that Composer evaluates, by label."""
-    section = config.get("eval_loader")
-    entries = section if isinstance(section, list) else [section] if section else []
-    return [
-        (
-            entry.get("label", "eval"),
-            open_loader({**config, "eval_loader": [entry]}, "eval", tokenizer)[1],
-        )
-        for entry in entries
-    ]
 
 
 def card_seconds(plan: Plan, card: str) -> float | None:
@@ -203,5 +188,5 @@ def card_seconds(plan: Plan, card: str) -> float | None:
     if peak is None or str(plan.config["precision"]) == "fp32":
         return None
     again = 4 / 3 if plan.checkpointing else 1.0
-    evaluated = len(plan.evaluations.steps) * plan.evaluations.flops
-    return (plan.training_flops * again + evaluated) / (peak * ASSUMED_MFU * plan.num_ranks)
+    flops = plan.training_flops * again + plan.evaluations.total_flops
+    return flops / (peak * ASSUMED_MFU * plan.num_ranks)

@@ -15,46 +15,26 @@ from composer.utils import create_interval_scheduler
 from numpy.typing import NDArray
 
 from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.training.meter import StepCounts
 from foundry_ext.utils.errors import UserError
 
 _UNITS = {TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE}
-
-
-@dataclass
-class Totals:
-    """Sums over packs or batches."""
-
-    documents: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    num_computed_tokens: int = 0
-    """Tokens computed, padding included."""
-    packs: int = 0
-    sum_squared_lengths: int = 0
-
-    def add(self, other: "Totals") -> None:
-        for key, value in vars(other).items():
-            setattr(self, key, getattr(self, key) + value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Steps, tokens, evaluations and checkpoints of a run."""
 
-    totals: Totals
+    totals: StepCounts
+    """Counts of all steps, without times."""
     steps: int
     batches_per_epoch: int
     epochs: float
-    capacity: int
     warmup_steps: int | None
     """Steps until t_warmup is over; None without a warm-up."""
     evaluated_at: list[int] = field(default_factory=list)
     """Steps after which Composer evaluates, without step 0 of eval_first."""
     saves: int = 0
-
-    @property
-    def packing_efficiency(self) -> float:
-        return self.totals.tokens / (self.totals.packs * self.capacity)
 
 
 def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedule:
@@ -81,12 +61,12 @@ def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedul
     )
     saves = create_interval_scheduler(config.get("save_interval") or 0)
     is_warm = _warm(config.get("scheduler") or {}, duration, length)
-    totals, warmup, num_saves = Totals(), None, 0
+    totals, warmup, num_saves = StepCounts(), None, 0
     evaluated: list[int] = []
     for event, batch in _events(dataset, clock):
         step = clock.timestamp.batch.value
         if batch is not None:
-            totals.add(batch)
+            totals += batch
             if warmup is None and is_warm is not None and is_warm(clock.timestamp):
                 warmup = step
         if evaluates(clock, event) and evaluated[-1:] != [step]:
@@ -97,7 +77,6 @@ def simulate_schedule(dataset: PackedDataset, config: dict[str, Any]) -> Schedul
         steps=clock.timestamp.batch.value,
         batches_per_epoch=length,
         epochs=clock.timestamp.batch.value / length,
-        capacity=dataset.sampler.capacity,
         warmup_steps=warmup,
         evaluated_at=evaluated,
         saves=num_saves if config.get("save_folder") else 0,
@@ -119,7 +98,7 @@ def _warm(
     return lambda timestamp: timestamp.get(warmup.unit) >= warmup
 
 
-def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, Totals | None]]:
+def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, StepCounts | None]]:
     """Yield the events at which Composer asks its intervals, with the clock set to match.
 
     The first event of a step also yields the step's batch.
@@ -130,7 +109,7 @@ def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, Totals 
         for position, batch in enumerate(batches, 1):
             clock.previous_timestamp = clock.timestamp
             clock.timestamp = clock.timestamp.to_next_batch(
-                samples=batch.documents, tokens=batch.tokens
+                samples=batch.documents, tokens=batch.real_tokens
             )
             yield Event.BATCH_END, batch
             yield Event.BATCH_CHECKPOINT, None
@@ -158,28 +137,27 @@ class PackCounts:
             dtype=np.int64,
         )
 
-    def batches(self, epoch: int) -> list[Totals]:
+    def batches(self, epoch: int) -> list[StepCounts]:
         """Return the global batches of an epoch."""
         packs = self.sampler.plan(epoch)
         order, starts = packs.documents, packs.offsets[:-1]
         size = self.sampler.batch_packs * self.sampler.num_replicas
+        batch_starts = np.arange(0, len(packs), size)
 
-        def sums(values: NDArray[np.int64]) -> list[int]:
-            per_pack = np.add.reduceat(values[order], starts)
-            return np.add.reduceat(per_pack, np.arange(0, len(per_pack), size)).tolist()
+        def sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.add.reduceat(np.add.reduceat(values[order], starts), batch_starts)
 
-        columns = zip(
-            sums(np.ones_like(self.lengths)),
-            sums(self.lengths),
-            sums(self.labelled),
-            sums(self.lengths**2),
-            strict=True,
-        )
-        batches = []
-        for index, (documents, tokens, labelled, squares) in enumerate(columns):
-            num_packs = min(size, len(packs) - index * size)
-            num_computed = (
-                size * self.sampler.capacity if self.fixed_shape else tokens + size - num_packs
-            )
-            batches.append(Totals(documents, tokens, labelled, num_computed, num_packs, squares))
+        real_tokens, num_packs = sums(self.lengths), np.minimum(size, len(packs) - batch_starts)
+        padded = np.full_like(real_tokens, size * self.sampler.capacity)
+        columns = {
+            "real_tokens": real_tokens,
+            "loss_tokens": sums(self.labelled),
+            "documents": sums(np.ones_like(self.lengths)),
+            "packs": num_packs,
+            # An empty pack has one token.
+            "slots": padded if self.fixed_shape else real_tokens + size - num_packs,
+            "sum_squared_lengths": sums(self.lengths**2),
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        batches = [StepCounts(**dict(zip(columns, row, strict=True))) for row in rows]
         return batches[: len(self.sampler)]  # drop_last

@@ -78,17 +78,15 @@ def _run(plan: Plan) -> list[str]:
         f"{plan.config['max_duration']}: {schedule.steps:,} optimizer steps, {schedule.epochs:.2f}"
         f" epochs of {schedule.batches_per_epoch:,}; {totals.documents:,} documents in"
         f" {totals.packs:,} packs",
-        f"{totals.tokens:,} real tokens, {totals.loss_tokens:,} of them carry loss;"
-        f" {totals.num_computed_tokens:,} computed, padding included",
+        f"{totals.real_tokens:,} real tokens, {totals.loss_tokens:,} of them carry loss;"
+        f" {totals.slots:,} computed, padding included",
     ]
     scheduler = plan.config.get("scheduler") or {}
     if schedule.warmup_steps is not None:
         lines.append(
             f"warm-up: t_warmup {scheduler['t_warmup']}, over after step {schedule.warmup_steps:,}"
         )
-    if not evaluations.steps:
-        lines.append("evaluation: none")
-    else:
+    if evaluations.steps:
         sets = ", ".join(f"{name} {count:,}" for name, count in evaluations.tokens.items())
         lines.append(
             f"evaluation: {len(evaluations.steps)} times, after steps {_some(evaluations.steps)};"
@@ -96,6 +94,8 @@ def _run(plan: Plan) -> list[str]:
         )
         if evaluations.generated:
             lines.append(f"and up to {evaluations.generated:,} generated, one after another")
+    else:
+        lines.append("evaluation: none")
     if schedule.saves:
         lines.append(f"checkpoints: {schedule.saves}")
     return lines
@@ -116,7 +116,7 @@ def _model(plan: Plan) -> list[str]:
             f", rank {method.rank}, alpha {method.alpha:g}, effective scale"
             f" {method.effective_scale:g}, on {where}"
         )
-    evaluated = len(plan.evaluations.steps) * plan.evaluations.flops
+    evaluated = plan.evaluations.total_flops
     total = plan.training_flops + evaluated
     return [
         f"{plan.model.name}: {text}",
@@ -128,15 +128,14 @@ def _model(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    chosen = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing)
     other = plan.memory(plan.pack_tokens, checkpointing=not plan.checkpointing)
-    state = "with" if plan.checkpointing else "without"
+    state, opposite = ("with", "without") if plan.checkpointing else ("without", "with")
     layers, per_token = plan.model.config.num_hidden_layers, plan.layer.per_token
     return [
-        f"{gib(chosen.peak)} for packs of {plan.pack_tokens:,} tokens, {plan.config['precision']},"
-        f" {plan.config['optimizer']['name']}, {state} activation checkpointing;"
-        f" {gib(other.peak)} {'without' if plan.checkpointing else 'with'} it",
-        *_by_part(chosen),
+        f"{gib(plan.own_memory.peak)} for packs of {plan.pack_tokens:,} tokens,"
+        f" {plan.config['precision']}, {plan.config['optimizer']['name']}, {state} activation"
+        f" checkpointing; {gib(other.peak)} {opposite} it",
+        *_by_part(plan.own_memory),
         f"activations are {per_token:,.0f} bytes per token and layer, {layers} layers: counted on"
         " one layer of this model",
         "estimated; within 5 % of the allocator's peak on a CPU, not measured on a GPU;"
@@ -161,11 +160,10 @@ def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
         f"{'':<{width}}  {'this run':>9}  largest pack_tokens  {'checkpointed':>12}  time at"
         f" {100 * ASSUMED_MFU:.0f} % MFU"
     ]
-    needed = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing).peak
     for name, size in devices.items():
         packs = [_largest(plan, size, checkpointing=on) for on in (False, True)]
         plain, checkpointed = (f"{size:,}" if size else "none" for size in packs)
-        fits = "fits" if needed <= usable(size) else "too large"
+        fits = "fits" if plan.own_memory.peak <= usable(size) else "too large"
         seconds = card_seconds(plan, name)
         taken = "-" if seconds is None else duration(seconds)
         lines.append(f"{name:<{width}}  {fits:>9}  {plain:>19}  {checkpointed:>12}  {taken}")
@@ -175,9 +173,8 @@ def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
     )
     batch = plan.epoch.batch_packs * plan.pack_tokens
     for name in ("RTX 3090 24 GB", "H100 80 GB"):
-        lines += _advice(
-            name, batch, _largest(plan, devices[name], checkpointing=plan.checkpointing), plan
-        )
+        largest = _largest(plan, devices[name], checkpointing=plan.checkpointing)
+        lines += _advice(name, batch, largest, plan)
     return lines
 
 
@@ -211,7 +208,7 @@ def _time(plan: Plan) -> list[str]:
             f"{plan.config['precision']} trains on a GPU only; set precision=fp32 to train here"
         ]
     seconds /= plan.num_ranks
-    tokens = plan.schedule.totals.tokens
+    tokens = plan.schedule.totals.real_tokens
     lines = [
         f"{duration(seconds)} of training steps on {throughput.device}"
         + (f", {plan.num_ranks} processes" if plan.num_ranks > 1 else "")
@@ -221,14 +218,14 @@ def _time(plan: Plan) -> list[str]:
         total = throughput.evaluation_seconds * len(evaluations.steps)
         lines.append(f"{duration(total)} of evaluation and checkpoints, by the same records")
     elif evaluations.steps:
-        share = evaluations.flops * len(evaluations.steps) / plan.training_flops
+        share = evaluations.total_flops / plan.training_flops
         lines.append(
             f"about {duration(seconds * share)} of evaluation by its FLOPs, without generation"
         )
     if throughput.kind == "cpu":
-        need = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing).peak
+        total = plan.own_memory.peak + plan.process_bytes
         lines.append(
-            f"{gib(need + plan.process_bytes)} of memory here, {gib(plan.process_bytes)} of it"
+            f"{gib(total)} of memory here, {gib(plan.process_bytes)} of it"
             " for Python, its imports and the data"
         )
     return lines

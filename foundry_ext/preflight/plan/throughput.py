@@ -51,9 +51,9 @@ class ThroughputEstimate:
             return None
         if self.measured is None:
             assert self.tokens_per_second is not None
-            return schedule.totals.tokens / self.tokens_per_second
+            return schedule.totals.real_tokens / self.tokens_per_second
         per_step = self.measured.seconds_per_step * schedule.steps
-        return self.measured.seconds_per_token * schedule.totals.num_computed_tokens + per_step
+        return self.measured.seconds_per_token * schedule.totals.slots + per_step
 
 
 def estimate_throughput(
@@ -62,9 +62,11 @@ def estimate_throughput(
     """Use finished runs under outputs/ and beside this one, or else measure."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = device_name(device)
-    records = [
-        record for record in finished_records(_folders(config)) if _is_similar(record, config, name)
-    ]
+    folders = {Path("outputs")}
+    if path := nested.get(config, "callbacks.run_record.path"):
+        folders.add(Path(str(path)).parent.parent)
+    records = finished_records(sorted(folders))
+    records = [record for record in records if _is_similar(record, config, name)]
     seconds = sum(float(record["time"]["train_seconds"]) for record in records)
     if seconds:
         waits = [
@@ -88,17 +90,11 @@ def estimate_throughput(
         first_pack.tolist(),
         precision=str(config["precision"]),
         optimizer=str(config["optimizer"]["name"]),
-        loss_share=schedule.totals.loss_tokens / schedule.totals.tokens,
+        loss_share=schedule.totals.loss_tokens / schedule.totals.real_tokens,
         recomputes=bool(config["model"].get("activation_checkpointing")),
         device=device,
     )
     return ThroughputEstimate(device=name, kind=device, measured=measured)
-
-
-def _folders(config: Mapping[str, Any]) -> list[Path]:
-    path = nested.get(config, "callbacks.run_record.path")
-    beside = [Path(str(path)).parent.parent] if path else []
-    return sorted({Path("outputs"), *beside})
 
 
 def _is_similar(record: Mapping[str, Any], config: Mapping[str, Any], device: str) -> bool:

@@ -5,14 +5,16 @@ weights of the model that the YAML builds. It reads one document at a time, from
 so it shares no collator, offsets or kernels with the packed model.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composer.utils import get_device
 from llmfoundry.utils.builders import build_composer_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from foundry_ext.models.attention import BACKENDS, resolve_backend
 from foundry_ext.packing.batch import Pack, split_batch
 from foundry_ext.packing.collator import Document
 from foundry_ext.preflight.inspect.packs import open_loader, open_tokenizer
-from foundry_ext.preflight.verify.checks import Check
+from foundry_ext.preflight.verify.checks import Check, largest, relative_distance
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
@@ -56,9 +58,8 @@ def check_packing(
     tokenizer = open_tokenizer(config)
     settings = {key: value for key, value in config["model"].items() if key != "name"}
     torch.manual_seed(int(config.get("seed", 17)))
-    ours: Any = build_composer_model("smollm2_packed", settings, tokenizer)
-    if torch.cuda.is_available():
-        ours = ours.cuda()
+    device = get_device()
+    ours: Any = device.module_to_device(build_composer_model("smollm2_packed", settings, tokenizer))
     _, dataset = open_loader(config, "train", tokenizer)
     chosen, was_cut = _first_documents(dataset, num_packs, most_tokens)
     if was_cut:
@@ -67,24 +68,22 @@ def check_packing(
             " and long documents to a part"
         )
     collate = replace(dataset.collator, pack_tokens=max(most_tokens, 1), max_documents=None)
-    packs = [_to_device(collate(documents)) for documents in chosen]
+    packs = [device.batch_to_device(collate(documents)) for documents in chosen]
     if _without_dropout(ours):
         notes.append("dropout is off in the comparison of packed and unpacked")
     if _randomise_lora_b(ours):
         notes.append("lora_B, which starts at zero, gets random values in that comparison")
-    theirs = _build_reference_model(ours)
-    reference = _reference_outputs(theirs, chosen)
-    del theirs
-    documents = sum(map(len, chosen))
-    tokens = sum(len(document.input_ids) for pack in chosen for document in pack)
-    what = f"{len(packs)} packs, {documents} documents, {tokens} tokens"
+    reference = _reference_outputs(_build_reference_model(ours), chosen)
+    lengths = [len(document.input_ids) for pack in chosen for document in pack]
+    what = f"{len(packs)} packs, {len(lengths)} documents, {sum(lengths)} tokens"
     size = int(config.get("device_train_microbatch_size") or 1)
     checks = [_check_content(packs, chosen, what)]
     checks += _check_training(ours, packs, size, reference, what)
+    model = ours.model.eval()
     for backend in _backends(ours):
         ours.inner_model.attention_backend = backend
-        checks.append(_check_logits(ours.model.eval(), packs, reference, backend))
-        checks.append(_check_leaks(ours.model.eval(), packs, backend))
+        checks.append(_check_logits(model, packs, reference, backend))
+        checks.append(_check_leaks(model, packs, backend))
     return checks
 
 
@@ -96,7 +95,6 @@ def _first_documents(
     In a pack that is cut, a long document is reduced to the window where its labels start, so that
     at least three documents fit.
     """
-    dataset.sampler.set_epoch(0)
     packs = dataset.sampler.plan(0)
     chosen, was_cut = [], False
     for index in range(min(num_packs, len(packs))):
@@ -115,8 +113,7 @@ def _first_documents(
 
 
 def _window(document: Document, most: int) -> Document:
-    labelled = np.flatnonzero(document.loss_mask)
-    start = max(int(labelled[0]) - most // 2, 0) if len(labelled) else 0
+    start = int(np.argmax(document.loss_mask)) - most // 2  # argmax finds the first label
     start = max(min(start, len(document.input_ids) - most), 0)
     return Document(
         input_ids=document.input_ids[start : start + most],
@@ -124,20 +121,14 @@ def _window(document: Document, most: int) -> Document:
     )
 
 
-def _to_device(pack: Pack) -> Pack:
-    if not torch.cuda.is_available():
-        return pack
-    return {key: x.cuda() if isinstance(x, Tensor) else x for key, x in pack.items()}  # pyright: ignore
-
-
 def _without_dropout(ours: Any) -> bool:
     """Turn dropout off; return whether there was any."""
     drops = [module for module in ours.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     for module in drops:
         module.p = 0.0
-    inner = ours.inner_model
-    had = bool(drops) or inner.config.attention_dropout > 0
-    inner.config.attention_dropout = 0.0
+    inner = ours.inner_model.config
+    had = bool(drops) or inner.attention_dropout > 0
+    inner.attention_dropout = 0.0
     return had
 
 
@@ -173,12 +164,8 @@ def _reference_outputs(theirs: Any, chosen: Sequence[Sequence[Document]]) -> Ref
         for document in pack:
             ids = torch.from_numpy(np.asarray(document.input_ids, dtype=np.int64)).to(device)
             logits = theirs(input_ids=ids[None], use_cache=False).logits[0]
-            part = F.cross_entropy(
-                logits[:-1],
-                _labels(document).to(device),
-                ignore_index=IGNORE_INDEX,
-                reduction="sum",
-            )
+            labels = _labels(document).to(device)  # cross_entropy's default ignores IGNORE_INDEX
+            part = F.cross_entropy(logits[:-1], labels, reduction="sum")
             (part / total).backward()
             loss += float(part.detach()) / total
             of_pack.append(logits.detach())
@@ -228,41 +215,31 @@ def _check_training(
         part.backward()
         loss += float(part.detach())
     off = abs(loss - reference.loss) / max(abs(reference.loss), 1e-9)
-    checks = [
-        Check(
-            "packed loss equals the loss of each document alone in transformers' Llama",
-            off <= LOSS,
-            f"{loss:.6f} and {reference.loss:.6f}, difference {off:.1e}, allowed {LOSS:.0e}"
-            f" ({what})",
-        )
-    ]
+    name = "packed loss equals the loss of each document alone in transformers' Llama"
+    detail = f"{loss:.6f} and {reference.loss:.6f}, difference {off:.1e}, allowed {LOSS:.0e}"
+    checks = [Check(name, off <= LOSS, f"{detail} ({what})")]
     computed = _gradients(ours.model)
     name = "packed gradients equal those of each document alone"
     if computed.keys() != reference.gradients.keys():
         odd = sorted(computed.keys() ^ reference.gradients.keys())[:3]
         return [*checks, Check(name, False, f"only one of the two has a gradient of {odd}")]
-    worst, where = 0.0, ""
-    for key, gradient in reference.gradients.items():
-        error = float((computed[key] - gradient).norm() / gradient.norm().clamp(min=1e-9))
-        if not error <= worst:
-            worst, where = error, key
-    detail = (
-        f"{len(computed)} parameters, largest difference {worst:.1e} at {where},"
-        f" allowed {GRADIENT:.0e}"
+    where, worst = largest(
+        {
+            key: relative_distance(gradient, computed[key])
+            for key, gradient in reference.gradients.items()
+        }
     )
+    detail = f"{len(computed)} parameters, largest difference {worst:.1e} at {where}"
     ours.zero_grad()
-    return [*checks, Check(name, worst <= GRADIENT, detail)]
+    return [*checks, Check(name, worst <= GRADIENT, f"{detail}, allowed {GRADIENT:.0e}")]
 
 
 def _backends(ours: Any) -> list[str]:
     weight = next(ours.parameters())
     names = []
     for name in BACKENDS[1:]:
-        try:
-            resolve_backend(name, device=weight.device.type, dtype=weight.dtype)
-        except UserError:  # not available for this device or type
-            continue
-        names.append(name)
+        with contextlib.suppress(UserError):  # not available for this device or type
+            names.append(resolve_backend(name, device=weight.device.type, dtype=weight.dtype))
     return names
 
 
@@ -279,17 +256,16 @@ def _spans(pack: Pack) -> list[tuple[int, int]]:
 
 
 def _check_logits(model: Any, packs: Sequence[Pack], reference: Reference, backend: str) -> Check:
-    worst, where = 0.0, "nowhere"
+    errors: dict[str, float] = {}
     for number, (pack, expected) in enumerate(zip(packs, reference.logits, strict=True)):
         ours = _logits(model, pack)
         for index, (alone, (start, end)) in enumerate(zip(expected, _spans(pack), strict=False)):
-            error = float((ours[start:end] - alone).abs().max() / alone.std())
-            if not error <= worst:
-                worst, where = error, f"pack {number}, document {index} of {len(expected)}"
+            where = f"pack {number}, document {index} of {len(expected)}"
+            errors[where] = float((ours[start:end] - alone).abs().max() / alone.std())
+    where, worst = largest(errors)
     detail = f"largest difference {worst:.1e} standard deviations, {where}, allowed {LOGITS:.0e}"
-    return Check(
-        f"logits with {backend} equal those of each document alone", worst <= LOGITS, detail
-    )
+    name = f"logits with {backend} equal those of each document alone"
+    return Check(name, worst <= LOGITS, detail)
 
 
 def _rounds(number: int) -> Iterator[list[bool]]:
@@ -305,23 +281,20 @@ def _rounds(number: int) -> Iterator[list[bool]]:
 def _check_leaks(model: Any, packs: Sequence[Pack], backend: str) -> Check:
     name = f"no document sees another with {backend}"
     rounds = 0
-    vocabulary = int(model.config.vocab_size)
     for number, pack in enumerate(packs):
         spans, before = _spans(pack), _logits(model, pack)
         for changed in _rounds(len(spans)):
             rounds += 1
             ids = pack["input_ids"].clone()
-            for (start, end), change in zip(spans, changed, strict=True):
-                if change:
-                    ids[0, start:end] = (ids[0, start:end] + 1) % vocabulary
+            for start, end in compress(spans, changed):
+                ids[0, start:end] = (ids[0, start:end] + 1) % model.config.vocab_size
             moved = (_logits(model, pack, ids) - before).abs().amax(-1)
             for index, ((start, end), change) in enumerate(zip(spans, changed, strict=True)):
                 most = float(moved[start:end].max())
                 if (most > 0) != change:
-                    others = [at for at, was_changed in enumerate(changed) if was_changed][:8]
                     detail = (
                         f"pack {number}, document {index}: its logits moved by {most:.1e} when the"
-                        f" tokens of documents {others} changed"
+                        f" tokens of documents {np.flatnonzero(changed)[:8].tolist()} changed"
                     )
                     return Check(name, False, detail)
     return Check(name, True, f"bitwise, {rounds} rounds of changed documents")

@@ -5,11 +5,11 @@ that checkpoint by autoresume. Documents, weights, optimizer state and random nu
 every step, so that the first difference can be named.
 """
 
-import contextlib
 import copy
+import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from composer.utils import reproducibility
 from llmfoundry.command_utils import train
 from omegaconf import OmegaConf
 
-from foundry_ext.preflight.verify.checks import Check
+from foundry_ext.preflight.verify.checks import Check, largest, relative_distance
 
 # Tolerances on a GPU, which sums in an order of its own. On a CPU equality is bitwise.
 LOSS = 1e-3  # relative
@@ -106,21 +106,18 @@ def check_resume(
     llmfoundry.registry.callbacks.register(_WATCH, func=StateHasher)
     half = steps // 2
     config = shortened(config, notes, steps=steps, every=half, most_tokens=most_tokens)
-    with tempfile.TemporaryDirectory(prefix="foundry-ext-verify-") as folder, _quiet():
+    with (
+        tempfile.TemporaryDirectory(prefix="foundry-ext-verify-") as folder,
+        warnings.catch_warnings(),
+    ):
+        # A warm-up of a tenth of the run rounds to zero steps in one this short.
+        warnings.filterwarnings("ignore", message=r"\s*The warmup duration is 0")
         complete = _run(config, Path(folder, "complete"))
         assert complete is not None
         _run(config, Path(folder, "stopped"), stop_before=half)
         resumed = _run(config, Path(folder, "stopped"))
     assert resumed is not None
     return compare(complete, resumed, half, steps)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence a warning: a warm-up of a tenth of the run rounds to zero steps in one this short."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\s*The warmup duration is 0")
-        yield
 
 
 def shortened(
@@ -207,7 +204,7 @@ def compare(complete: RunResult, resumed: RunResult, half: int, steps: int) -> l
     checks = [Check(name, not parted, detail)]
     losses = list(zip(range(half, steps), complete.losses[half:], resumed.losses, strict=True))
     tolerance = 0 if exact else LOSS
-    wrong = [(step, a, b) for step, a, b in losses if not _near(a, b, tolerance)]
+    wrong = [(step, a, b) for step, a, b in losses if not math.isclose(a, b, rel_tol=tolerance)]
     detail = f"{len(losses)} steps, {', '.join(f'{b:.6f}' for _, _, b in losses)}"
     if wrong:
         step, a, b = wrong[0]
@@ -215,15 +212,14 @@ def compare(complete: RunResult, resumed: RunResult, half: int, steps: int) -> l
     how = "bitwise equal" if exact else f"within {LOSS:.0e}"
     checks.append(Check(f"losses after resuming, {how}", not wrong, detail))
     distances = {
-        key: _relative_distance(value, resumed.weights[key])
+        key: relative_distance(value, resumed.weights[key])
         for key, value in complete.weights.items()
     }
-    worst = max(distances, key=lambda key: distances[key])
+    where, worst = largest(distances)
     how = "bitwise equal" if exact else f"within {WEIGHTS:.0e}"
-    detail = f"{len(distances)} trained tensors, largest difference {distances[worst]:.1e}" + (
-        f", at {worst}" if distances[worst] else ""
-    )
-    passed = distances[worst] <= (0 if exact else WEIGHTS)
+    detail = f"{len(distances)} trained tensors, largest difference {worst:.1e}"
+    detail += f", at {where}" if worst else ""
+    passed = worst <= (0 if exact else WEIGHTS)
     return [*checks, Check(f"final weights, {how}", passed, detail)]
 
 
@@ -231,11 +227,3 @@ def _draws(run: RunResult, step: int) -> bool:
     """Return whether a training step draws random numbers, as dropout does."""
     later = run.digests.get(step + 1, {})
     return later.get("random numbers") != run.digests[step]["random numbers"]
-
-
-def _near(a: float, b: float, tolerance: float) -> bool:
-    return a == b or abs(a - b) <= tolerance * abs(a)
-
-
-def _relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return 0.0 if torch.equal(a, b) else float((a - b).norm() / a.norm().clamp(min=1e-9))

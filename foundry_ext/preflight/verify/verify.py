@@ -14,10 +14,6 @@ import torch
 from foundry_ext.preflight.verify.checks import Check
 from foundry_ext.utils.errors import UserError
 
-DEFAULT_STEPS = 4
-DEFAULT_PACKS = 2
-DEFAULT_TOKENS = 512
-
 
 @dataclass
 class Verification:
@@ -34,12 +30,7 @@ class Verification:
 
 
 def verify_config(
-    config: Mapping[str, Any],
-    *,
-    name: str,
-    steps: int = DEFAULT_STEPS,
-    packs: int = DEFAULT_PACKS,
-    tokens: int = DEFAULT_TOKENS,
+    config: Mapping[str, Any], *, name: str, steps: int, packs: int, tokens: int
 ) -> Verification:
     """Check a resolved configuration; see `preflight.runs.verify_run` for the arguments.
 

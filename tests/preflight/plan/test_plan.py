@@ -81,11 +81,11 @@ def test_the_course_is_the_runs(world, tmp_path, duration: str, interval: str, f
     run = kit.run(config)
     clock = run.trainer.state.timestamp
     assert schedule.steps == clock.batch.value
-    assert schedule.totals.tokens == clock.token.value
+    assert schedule.totals.real_tokens == clock.token.value
     assert schedule.totals.documents == clock.sample.value
     packs = [pack for batch in run.spy.batches for pack in batch]
     assert schedule.totals.loss_tokens == sum(pack["num_loss_tokens"] for pack in packs)
-    assert schedule.totals.num_computed_tokens == sum(pack["input_ids"].shape[1] for pack in packs)
+    assert schedule.totals.slots == sum(pack["input_ids"].shape[1] for pack in packs)
     assert schedule.totals.packs == sum(pack["num_tokens"] > 0 for pack in packs)
     squares = sum(pack["sum_squared_lengths"] for pack in packs)
     assert schedule.totals.sum_squared_lengths == squares
@@ -168,7 +168,7 @@ def test_time_is_that_of_finished_runs(world, tmp_path):
     finished_run(config, tmp_path)
     plan = plan_of(config)
     assert plan.throughput.measured is None and plan.throughput.num_records == 1
-    assert plan.throughput.training_seconds(plan.schedule) == plan.schedule.totals.tokens / 50
+    assert plan.throughput.training_seconds(plan.schedule) == plan.schedule.totals.real_tokens / 50
     assert plan.throughput.evaluation_seconds == 3.0
     assert "by 1 finished run like this one" in format_plan(plan)
 
@@ -282,10 +282,11 @@ def test_the_plan_of_a_run_is_its_record(world, tmp_path):
     assert record["steps"] == plan.schedule.steps
     assert record["documents"] == totals.documents
     assert record["tokens"] == {
-        "slots": totals.num_computed_tokens,
-        "real": totals.tokens,
+        "slots": totals.slots,
+        "real": totals.real_tokens,
         "loss": totals.loss_tokens,
     }
-    assert record["throughput"]["fill"] == pytest.approx(plan.schedule.packing_efficiency, rel=0.2)
+    fill = totals.packing_efficiency(plan.pack_tokens)
+    assert record["throughput"]["fill"] == pytest.approx(fill, rel=0.2)
     after = plan_of(config)
     assert after.throughput.num_records == 1, "the next plan goes by this run"
