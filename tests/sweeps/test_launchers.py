@@ -242,18 +242,33 @@ def test_what_a_killed_sweep_left_running_is_waited_for(folder: Path, launcher: 
 
 
 KILLED_WITHIN_A_REQUEST = """
-import os
+import os, signal
 from multiprocessing import forkserver
 request = forkserver.connect_to_new_process
-forkserver.connect_to_new_process = lambda fds: request(fds) and os.kill(os.getpid(), 9)
+
+def die(fds):
+    server = forkserver._forkserver._forkserver_pid
+    print(server, flush=True)
+    os.kill(server, signal.SIGSTOP)
+    try:
+        request(fds)
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+forkserver.connect_to_new_process = die
 """
 
 
-def test_a_sweep_killed_within_a_request_to_fork_leaves_nothing(folder: Path):
+def test_locks_are_held_while_a_server_may_fork_for_a_killed_sweep(folder: Path):
     path = write_sweep(folder, {})
     sweep = start(folder, more=KILLED_WITHIN_A_REQUEST)
-    sweep.communicate(timeout=30)
-    assert sweep.returncode == -signal.SIGKILL
+    out, _ = sweep.communicate(timeout=30)
+    assert sweep.returncode == -signal.SIGKILL, out
+    locks = folder / "outputs/sweeps/stand-in"
+    try:
+        assert not is_free(locks / "lock") and not is_free(locks / "locks/a")
+    finally:
+        os.kill(int(out.split()[-1]), signal.SIGCONT)
     statuses, said = run(path)
     assert statuses == {"a": "finished", "b": "finished"}
     assert "2 to start" in said[0]
