@@ -1,7 +1,8 @@
 """A launcher that forks runs from a process that has already imported the trainer.
 
-That process is multiprocessing's fork server. Python 3.11 has no public way to stop it, hence the
-use of `forkserver._forkserver`.
+That process is a fork server of multiprocessing: one of our own, because the program that starts a
+sweep may use the one that multiprocessing shares. Python 3.11 has no public way to have or to stop
+one, hence the use of `ForkServer` and its private names.
 """
 
 import atexit
@@ -24,7 +25,6 @@ from foundry_ext.sweeps.launchers import Job, Launcher, Process, hold_lock, thre
 from foundry_ext.utils.processes import RANK_VARIABLES
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_SERVER: Any = forkserver._forkserver
 
 
 class ForkLauncher(Launcher):
@@ -41,6 +41,8 @@ class ForkLauncher(Launcher):
         self._threads = threads_each(parallel)
         self._log = log
         self._sweep_lock = sweep_lock
+        self._server: Any = forkserver.ForkServer()
+        self._server.set_forkserver_preload([self.PRELOAD])
         self._server_output: int | None = None
         self._has_forked = False
 
@@ -55,13 +57,12 @@ class ForkLauncher(Launcher):
 
     def _start_server(self) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-        _CONTEXT.set_forkserver_preload([self.PRELOAD])
         self._server_output, stdout = os.pipe()
         with (
             self._log.open("ab") as log,
             _inheritance({**environment, **self._threads}, stdout, log.fileno()),
         ):
-            forkserver.ensure_running()
+            self._server.ensure_running()
         os.close(stdout)
 
     def is_ready(self) -> bool:
@@ -71,7 +72,7 @@ class ForkLauncher(Launcher):
             ChildProcessError: The server has ended.
         """
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT  # _stop() waits for it again
-        end = os.waitid(os.P_PID, _SERVER._forkserver_pid, options)
+        end = os.waitid(os.P_PID, self._server._forkserver_pid, options)
         if end is not None:
             code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
             raise ChildProcessError(
@@ -85,24 +86,25 @@ class ForkLauncher(Launcher):
         # Connections, because multiprocessing passes on the descriptors of those.
         locks = Connection(hold_lock(job)), Connection(os.dup(self._sweep_lock))
         child = _CONTEXT.Process(target=_run, args=(job, *locks), name="MainProcess")
-        main = sys.modules["__main__"]
+        main, shared = sys.modules["__main__"], forkserver.connect_to_new_process
         sys.modules["__main__"] = types.ModuleType("__main__")  # else the child imports this one
+        forkserver.connect_to_new_process = self._server.connect_to_new_process
         try:
             child.start()
         finally:
-            sys.modules["__main__"] = main
+            sys.modules["__main__"], forkserver.connect_to_new_process = main, shared
             for lock in locks:
                 lock.close()  # the child's copies keep them
         return child
 
     def cancel(self) -> None:
         if self.has_server and not self._has_forked:
-            os.kill(_SERVER._forkserver_pid, signal.SIGKILL)  # imports take half a minute
+            os.kill(self._server._forkserver_pid, signal.SIGKILL)  # imports take half a minute
             self.close()
 
     def close(self) -> None:
         if self._server_output is not None:
-            _SERVER._stop()
+            self._server._stop()
             os.close(self._server_output)
             self._server_output = None
 
@@ -147,7 +149,8 @@ def _run(job: Job, lock: Connection, sweep_lock: Connection) -> None:
     """Run the program in the child as `python program arguments` would; the child holds `lock`."""
     os.setsid()  # a terminal's Ctrl-C is for the sweep, which passes it on
     sweep_lock.close()
-    os.close(_SERVER._forkserver_alive_fd)  # else the server would outlive the sweep
+    shared: Any = forkserver._forkserver  # which multiprocessing gives to every child
+    os.close(shared._forkserver_alive_fd)  # else the server would outlive the sweep
     multiprocessing.set_start_method(None, force=True)  # else workers of the run use the server
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
