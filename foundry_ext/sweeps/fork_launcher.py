@@ -1,4 +1,15 @@
-"""A launcher that forks runs from multiprocessing's fork server, which has imported the trainer."""
+"""A launcher that forks runs from a process that has already imported the trainer.
+
+That process is a fork server of multiprocessing: one of our own, because the program that starts a
+sweep may use the one that multiprocessing shares. Python 3.11 has no public names for what a sweep
+promises:
+
+- _forkserver_pid: Ctrl-C does not wait for the server's imports, and the end of the server is an
+  error with its exit code.
+- _stop: the next sweep in this process gets a server with its own log and number of threads.
+- _forkserver_alive_fd: the server ends with a killed sweep, even while runs continue.
+- atexit._run_exitfuncs: loggers flush at the end of a run, as in a process of its own.
+"""
 
 import atexit
 import contextlib
@@ -20,13 +31,6 @@ from foundry_ext.sweeps.launchers import Job, Launcher, Process, hold_lock, thre
 from foundry_ext.utils.processes import environment_without_rank
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Python 3.11 has no public names for what a sweep promises:
-# - _forkserver_pid: Ctrl-C does not wait for the server's imports, and the end of the server is an
-#   error with its exit code. multiprocessing would start a new server, again and again.
-# - _stop: the next sweep in this process gets a server with its own log and number of threads.
-# - _forkserver_alive_fd: the server ends with a killed sweep, even while runs go on.
-# - atexit._run_exitfuncs: loggers flush at the end of a run, as in a process of its own.
-_SERVER: Any = forkserver._forkserver
 
 
 class ForkLauncher(Launcher):
@@ -43,6 +47,8 @@ class ForkLauncher(Launcher):
         self._threads = threads_each(parallel)
         self._log = log
         self._sweep_lock = sweep_lock
+        self._server: Any = forkserver.ForkServer()
+        self._server.set_forkserver_preload([self.PRELOAD])
         self._server_output: int | None = None
         self._has_forked = False
 
@@ -57,11 +63,12 @@ class ForkLauncher(Launcher):
 
     def _start_server(self) -> None:
         environment = {**environment_without_rank(), **self._threads}
-        _CONTEXT.set_forkserver_preload([self.PRELOAD])
         self._server_output, stdout = os.pipe()
         with self._log.open("ab") as log, _inheritance(environment, stdout, log.fileno()):
-            forkserver.ensure_running()
+            self._server.ensure_running()
         os.close(stdout)
+        # Else a request to a server that has died would start another one without all this.
+        self._server.ensure_running = lambda: None
 
     def is_ready(self) -> bool:
         """Return whether the server has imported everything.
@@ -70,7 +77,7 @@ class ForkLauncher(Launcher):
             ChildProcessError: The server has ended.
         """
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT  # _stop() waits for it again
-        end = os.waitid(os.P_PID, _SERVER._forkserver_pid, options)
+        end = os.waitid(os.P_PID, self._server._forkserver_pid, options)
         if end is not None:
             code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
             raise ChildProcessError(
@@ -84,24 +91,29 @@ class ForkLauncher(Launcher):
         # Connections, because multiprocessing passes on the descriptors of those.
         locks = Connection(hold_lock(job)), Connection(os.dup(self._sweep_lock))
         child = _CONTEXT.Process(target=_run, args=(job, *locks), name="MainProcess")
-        main = sys.modules["__main__"]
+        main, shared = sys.modules["__main__"], forkserver.connect_to_new_process
         sys.modules["__main__"] = types.ModuleType("__main__")  # else the child imports this one
+        forkserver.connect_to_new_process = self._server.connect_to_new_process
         try:
             child.start()
+        except (EOFError, OSError) as error:
+            raise ChildProcessError(
+                f"the process that forks the runs ended; see {self._log}"
+            ) from error
         finally:
-            sys.modules["__main__"] = main
+            sys.modules["__main__"], forkserver.connect_to_new_process = main, shared
             for lock in locks:
                 lock.close()  # the child's copies keep them
         return child
 
     def cancel(self) -> None:
         if self.has_server and not self._has_forked:
-            os.kill(_SERVER._forkserver_pid, signal.SIGKILL)  # imports take half a minute
+            os.kill(self._server._forkserver_pid, signal.SIGKILL)  # imports take half a minute
             self.close()
 
     def close(self) -> None:
         if self._server_output is not None:
-            _SERVER._stop()
+            self._server._stop()
             os.close(self._server_output)
             self._server_output = None
 
@@ -145,8 +157,10 @@ def _inheritance(environment: Mapping[str, str], stdout: int, stderr: int) -> It
 def _run(job: Job, lock: Connection, sweep_lock: Connection) -> None:
     """Run the program in the child as `python program arguments` would; the child holds `lock`."""
     os.setsid()  # a terminal's Ctrl-C is for the sweep, which passes it on
+    os.set_inheritable(lock.fileno(), False)  # a process that outlives the run must not hold it
     sweep_lock.close()
-    os.close(_SERVER._forkserver_alive_fd)  # else the server would outlive the sweep
+    shared: Any = forkserver._forkserver  # which multiprocessing gives to every child
+    os.close(shared._forkserver_alive_fd)  # else the server would outlive the sweep
     multiprocessing.set_start_method(None, force=True)  # else workers of the run use the server
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -160,5 +174,12 @@ def _run(job: Job, lock: Connection, sweep_lock: Connection) -> None:
     sys.path[0] = str(Path(job.program).resolve().parent)
     try:
         runpy.run_path(job.program, run_name="__main__")
+    except (Exception, KeyboardInterrupt) as error:
+        sys.excepthook(*sys.exc_info())  # W&B notes the failure there
+        if isinstance(error, KeyboardInterrupt):  # Python ends by the signal, after its exit code
+            atexit._run_exitfuncs()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # which children of multiprocessing skip

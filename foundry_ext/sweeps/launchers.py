@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from foundry_ext.sweeps.state import claim, is_free
 from foundry_ext.utils.processes import environment_without_rank
 
 THREADS = "OMP_NUM_THREADS"
+_LONGEST_SOCKET = 104  # bytes of a socket's path, on macOS; 108 on Linux
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,13 @@ def threads_each(parallel: int) -> dict[str, str]:
 
 
 def can_fork(command: tuple[str, ...], program: str) -> bool:
-    """Return whether the command is a single process that runs the program directly."""
+    """Return whether the command is a single process that runs the program directly.
+
+    The fork server also needs a socket in the temporary folder, whose path must be short.
+    """
     single = (("composer",), ("python",), ("/usr/bin/env", "python"))
-    return command[: command.index(program)] in single
+    socket = Path(tempfile.gettempdir(), "pymp-xxxxxxxx", "listener-xxxxxxxx")
+    return command[: command.index(program)] in single and len(bytes(socket)) < _LONGEST_SOCKET
 
 
 def hold_lock(job: Job) -> int:

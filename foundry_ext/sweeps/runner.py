@@ -159,8 +159,10 @@ class SweepRunner:
                     if self._active:
                         time.sleep(POLL_SECONDS)
             finally:
-                launcher.close()
-                self._save()
+                try:
+                    self._save()
+                finally:
+                    launcher.close()
         return self.results()
 
     @property

@@ -90,6 +90,15 @@ if behaviour != "silent":
     record("finished", time={"wall_seconds": 2.0}, tokens={"real": 1000}, evaluations=[
         {"metrics": {"target/loss": 1.25}}])
 """
+LIGHT = "import os; os.write(1, b'ready')"  # a fork server's preloaded.py
+CODE = """
+import sys
+from foundry_ext.cli.main import main
+from foundry_ext.sweeps.fork_launcher import ForkLauncher
+ForkLauncher.PRELOAD = "preloaded"
+{more}
+sys.exit(main("sweep sweep.yaml --launcher {launcher} --parallel 2 --yes".split()))
+"""
 
 
 def write_sweep(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
@@ -131,6 +140,26 @@ def start_sweep(folder: Path, *options: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_light(folder: Path, launcher: str = "fork", more: str = "") -> subprocess.Popen[str]:
+    """`foundry-ext sweep sweep.yaml --launcher fork --parallel 2 --yes`, with the light server."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE.format(launcher=launcher, more=more)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def server_of(sweep: int) -> int:
+    children = Path(f"/proc/{sweep}/task/{sweep}/children").read_text().split()
+    (server,) = [
+        int(pid) for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return server
 
 
 def lines(folder: Path, run: str, name: str) -> list[str]:
