@@ -46,7 +46,7 @@ class Metric:
     @property
     def unit(self) -> str:
         """Unit of shown values."""
-        return "nats a token" if self.kind in ("loss", "kl") else "points"
+        return "nats per token" if self.kind in ("loss", "kl") else "points"
 
     @property
     def scale(self) -> float:

@@ -30,7 +30,7 @@ from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
-from foundry_ext.utils.nested import leaves
+from foundry_ext.utils.nested import get, leaves
 
 FILE_KEY = "config="
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -174,7 +174,7 @@ def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     if not text.strip():
         raise UserError(f"override {override}: no value after '=', write {key}=null to unset")
     try:
-        new = OmegaConf.to_container(OmegaConf.from_cli([f"x={text}"]), resolve=False)["x"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        new = get(OmegaConf.to_container(OmegaConf.from_cli([f"x={text}"]), resolve=False), "x")
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(
             f"override {override}: value is not YAML, {one_line(error).split(' in ')[0]}; quote it"

@@ -175,7 +175,7 @@ def _run(job: Job, lock: Connection, sweep_lock: Connection) -> None:
     try:
         runpy.run_path(job.program, run_name="__main__")
     except (Exception, KeyboardInterrupt) as error:
-        sys.excepthook(*sys.exc_info())  # W&B notes the failure there
+        sys.excepthook(type(error), error, error.__traceback__)  # W&B notes the failure there
         if isinstance(error, KeyboardInterrupt):  # Python ends by the signal, after its exit code
             atexit._run_exitfuncs()
             signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -12,8 +12,7 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters.methods import Method, method_of_config
-from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
-from foundry_ext.evaluation.generation import GenerationSet
+from foundry_ext.evaluation.config import DocumentsSetConfig, GenerationSetConfig, parse_sets
 from foundry_ext.evaluation.measure import build_sets
 from foundry_ext.models.flops import peak_flops
 from foundry_ext.models.memory import (
@@ -173,7 +172,7 @@ def _evaluations(
         passes = 1 + (isinstance(eval_set.config, DocumentsSetConfig) and eval_set.config.kl)
         num_tokens = int(eval_set.description["tokens"]) * passes
         tokens[eval_set.config.name] = num_tokens
-        if isinstance(eval_set, GenerationSet):
+        if isinstance(eval_set.config, GenerationSetConfig):
             generated += int(eval_set.description["documents"]) * eval_set.config.max_new_tokens
         # Squared lengths cost a few per cent here, and are not known for all kinds of sets.
         flops += model.evaluation_flops(num_tokens, 0)
