@@ -1,6 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORLD ?= pinned
 FAST ?=
+JOBS ?= auto
 HASHES ?=
 SEEDS ?= 17 18 19 20 21
 
@@ -18,11 +19,11 @@ STAMP := $(VENV)/.installed
 FAMILY := ^(torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+)=
 
 export TOKENIZERS_PARALLELISM = false
-# One process per core, each on one thread: tests/conftest.py sets OMP_NUM_THREADS.
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# One process per core, or JOBS, each on one thread: tests/conftest.py sets OMP_NUM_THREADS.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-slow coverage browser check bench lock hashes audit clean
+.PHONY: help install quickstart test test-all test-slow test-gpu coverage browser check bench lock hashes audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,7 +45,7 @@ endif
 quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed
 	$(BIN)/python -m experiments.quickstart --seeds $(SEEDS) $(if $(FAST),--fast)
 
-test: install browser ## the tests to run before a commit: no GPU, no network, under ten minutes on two cores
+test: install browser ## the tests to run before a commit: no GPU, no network, under ten minutes on two cores; JOBS=2: on two processes, not one per core
 	$(PYTEST)
 
 test-all: install browser ## also complete processes, all methods, every bad input: before a merge
@@ -52,6 +53,9 @@ test-all: install browser ## also complete processes, all methods, every bad inp
 
 test-slow: install ## soaks, fuzzing, dozens of kills, large models: an hour or more
 	$(PYTEST) --dist loadgroup -m "slow and not gpu"
+
+test-gpu: install ## what only a CUDA device can show, one test after another
+	$(BIN)/python -m pytest -m gpu
 
 coverage: install browser ## the lines that `make test-all` runs, without those of subprocesses
 	$(PYTEST) -m "not gpu and not slow" --cov=foundry_ext --cov-report=term:skip-covered

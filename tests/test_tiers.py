@@ -1,5 +1,6 @@
 """Tiers of tests: together they run every test, and small ones start fast."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -32,12 +33,15 @@ def test_every_test_is_in_a_tier():
     """For each combination of marks, one of pytest's and make's expressions selects the test."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     makefile = (ROOT / "Makefile").read_text()
-    tiers = re.findall(r'^test-\w+:.*\n\t\$\(PYTEST\).* -m "(.*)"$', makefile, re.MULTILINE)
-    assert len(tiers) == 2
-    expressions = [options["addopts"][options["addopts"].index("-m") + 1], *tiers, "gpu"]
-    for marks in ((), ("more",), ("slow",), ("more", "slow"), ("gpu",), ("gpu", "slow")):
-        names = {name: name in marks for name in ("gpu", "slow", "more")}
-        assert any(eval(expression, {}, names) for expression in expressions), marks
+    pattern = r'^(test-\w+):.*\n\t.*(?:PYTEST\)|pytest).* -m "?(.*?)"?$'
+    tiers = dict(re.findall(pattern, makefile, re.MULTILINE))
+    assert tiers.keys() == {"test-all", "test-slow", "test-gpu"}
+    expressions = [options["addopts"][options["addopts"].index("-m") + 1], *tiers.values()]
+    names = [mark.partition(":")[0] for mark in options["markers"]]
+    assert set(names) == {"gpu", "more", "slow"}
+    for values in itertools.product([False, True], repeat=len(names)):
+        marks = dict(zip(names, values, strict=True))
+        assert any(eval(expression, {}, marks) for expression in expressions), marks
 
 
 @pytest.mark.more

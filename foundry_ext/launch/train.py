@@ -7,10 +7,11 @@ another known failure (failures.py), ends in such a line and exit code 1. Every 
 its traceback; --traceback shows the others' too.
 """
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,12 +114,11 @@ def train_here(path: Path, config: DictConfig) -> int:
     from foundry_ext.checkpoints.load_path import check_load_path
     from foundry_ext.preflight.components import check_components
 
-    _log_without_secrets()
     try:
         check_components(resolved)
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
-        with errors_name_their_section():
+        with _log_without_secrets(), errors_name_their_section():
             trainer = train_recorded(train, config)
     except Exception as error:
         known = explain(error, resolved)
@@ -130,7 +130,8 @@ def train_here(path: Path, config: DictConfig) -> int:
     return 0
 
 
-def _log_without_secrets() -> None:
+@contextlib.contextmanager
+def _log_without_secrets() -> Iterator[None]:
     """Redact the YAML that llm-foundry prints and gives to every logger."""
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     whole = module.log_config
@@ -139,6 +140,10 @@ def _log_without_secrets() -> None:
         whole(logger, redact(config))
 
     module.log_config = log_config
+    try:
+        yield
+    finally:
+        module.log_config = whole
 
 
 def complain(path: Path, text: str) -> None:

@@ -93,6 +93,7 @@ class ForkLauncher(Launcher):
         child = _CONTEXT.Process(target=_run, args=(job, *locks), name="MainProcess")
         main, shared = sys.modules["__main__"], forkserver.connect_to_new_process
         sys.modules["__main__"] = types.ModuleType("__main__")  # else the child imports this one
+        # Else the child is asked of the shared server.
         forkserver.connect_to_new_process = self._server.connect_to_new_process
         try:
             child.start()

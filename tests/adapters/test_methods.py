@@ -126,6 +126,7 @@ def test_peft_adapts_the_modules_that_are_said_to_match(case, names):
 
 # --- refused -------------------------------------------------------------------------------------
 
+HEAD = "target_modules: lm_head .* tied .*; leave it out"
 REFUSED = {
     "unknown key": ({"lora_apha": 8}, "unknown key 'lora_apha', did you mean 'lora_alpha'"),
     "far from any key": ({"banana": 8}, "unknown key 'banana'$"),
@@ -158,8 +159,8 @@ REFUSED = {
         r"'q_proj\|v_proj' matches no full module name, such as model\.embed_tokens",
     ),
     "broken expression": ({"target_modules": "(q_proj"}, r"'\(q_proj' .* regular expression"),
-    "head": ({"target_modules": ["q_proj", "lm_head"]}, "target_modules: lm_head"),
-    "head by expression": ({"target_modules": ".*(q_proj|head)"}, "target_modules: lm_head"),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, HEAD),
+    "head by expression": ({"target_modules": ".*(q_proj|head)"}, HEAD),
     "excluded in vain": ({"exclude_modules": ["o_porj"]}, "exclude_modules: 'o_porj'.*o_proj"),
     "nothing left": (
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},

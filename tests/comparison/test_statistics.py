@@ -102,7 +102,10 @@ def test_p_value_and_interval_agree():
 
 @pytest.mark.parametrize(
     ("b", "c", "p"),
-    [(0, 0, 1), (0, 5, 2 / 2**5), (6, 0, 2 / 2**6), (10, 10, 1), (3, 12, 2 * 576 / 2**15)],
+    [
+        *((0, 0, 1), (0, 5, 2 / 2**5), (6, 0, 2 / 2**6), (10, 10, 1), (3, 12, 2 * 576 / 2**15)),
+        (40, 65, 2 * sum(math.comb(105, heads) for heads in range(41)) / 2**105),
+    ],
 )
 def test_mcnemar_by_hand(b: int, c: int, p: float):
     """p is twice a fair coin's tail: of 15 tosses, 1 + 15 + 105 + 455 ways give at most 3."""

@@ -1,6 +1,7 @@
 """Handling of train.py's arguments, its files and failed runs."""
 
 import dataclasses
+import importlib
 import os
 import re
 import resource
@@ -408,6 +409,57 @@ def test_a_signal_reaches_the_child_and_ends_the_sequence(tmp_path: Path):
     assert summary[0] == "train.py: 0 of 2 runs succeeded"
     assert "exit code 5" in summary[1]
     assert "not started" in summary[2]
+
+
+TRAIN = "llmfoundry.command_utils.train"
+PLAN = "foundry_ext.preflight.plan.plan.plan_config"
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, folder: Path, target: str, error: Exception) -> int:
+    """The exit code of a run, or of its plan, in which `target` raises `error`."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(target, fail)
+    text = VALID.replace("size: 135m", "pretrained_model_name_or_path: smollm2-135m")
+    text = text.replace("eval_loader: [{label: a}]\n", "")
+    text = text.replace("name: constant", "name: constant_with_warmup, t_warmup: 0ba")
+    path = write(folder / "run.yaml", text)
+    return main("train.py", [str(path), *["--dry-run"] * (target == PLAN)])
+
+
+@pytest.mark.parametrize("target", [TRAIN, PLAN])
+@pytest.mark.parametrize("error", [UserError("x"), OSError("x")])
+def test_a_mistake_of_the_user_or_of_the_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, target: str, error: Exception
+):
+    code = fails(monkeypatch, tmp_path, target, error)
+    assert code == (1 if target == TRAIN and isinstance(error, OSError) else 2)
+    expected = f"train.py: error: {tmp_path}/run.yaml: x (--traceback shows the traceback)"
+    said = capsys.readouterr().err  # llm-foundry's import may warn
+    assert [line for line in said.splitlines() if line.startswith("train.py")] == [expected]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("target", [TRAIN, PLAN])
+def test_a_bug_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, target: str
+):
+    bug = ValueError("a bug")
+    with pytest.raises(ValueError) as raised:
+        fails(monkeypatch, tmp_path, target, bug)
+    assert raised.value is bug
+    assert raised.traceback[-1].name == "fail"
+    assert "train.py: error" not in capsys.readouterr().err
+
+
+def test_llm_foundry_is_itself_again_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = importlib.import_module(TRAIN)
+    before = dict(vars(module))
+    assert fails(monkeypatch, tmp_path, TRAIN, OSError("x")) == 1
+    changed = {name for name, value in vars(module).items() if value is not before.get(name)}
+    assert changed == set()
 
 
 def test_top_level_keys_are_those_of_llm_foundry():

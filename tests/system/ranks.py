@@ -22,17 +22,17 @@ TIMEOUT = 400  # seconds
 ADDS_UP = version("torch").startswith("2.7.")
 
 
-def launch(world, folder, num_ranks, runs, *, nodes=1, **variables):
+def launch(world, folder, num_ranks, runs, *, nodes=1, by_launcher=False, **variables):
     """Return the results of `runs`, each a call of kit.run_config, on that many ranks.
 
     A key `world` of a run replaces paths of the world; for `spoil` see rank_worker.py. Ranks are
-    forked, with the variables that Composer's launcher would set. With several `nodes` there is one
-    launcher per node; they are connected only by address and port.
+    forked, with the variables that Composer's launcher would set, or started `by_launcher`. With
+    several `nodes` there is one launcher per node; they are connected only by address and port.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str(path) for name, path in asdict(world).items()}
     (folder / "job.json").write_text(json.dumps({"world": paths, "runs": runs}))
-    if nodes == 1:
+    if nodes == 1 and not by_launcher:
         fork_ranks(folder, num_ranks, **variables)
     else:
         worker = str(Path(__file__).with_name("rank_worker.py"))

@@ -7,6 +7,7 @@ import pytest
 from foundry_ext.utils.absent import dataset_settings, present_sets, run_settings, without_nulls
 
 DATASET = {"hf_name": "a/b", "hf_kwargs": {"name": None}, "holdout": {"part": "eval", "by": None}}
+URL = {"part": "train", "by": "url", "fraction": 0.1}
 SETS = {
     "target": {"type": "documents", "loader": {"name": "packed_text", "dataset": DATASET}},
     "streams": {"type": "documents", "loader": {"dataset": {"streams": {"a": {}}}}},
@@ -28,20 +29,21 @@ def test_nulls_are_left_out_and_empty_mappings_that_were_given_stay():
 @pytest.mark.parametrize(
     ("holdout", "kept"),
     [
-        ({"part": "train", "by": None, "fraction": None}, None),
-        ({"part": "train", "by": "url", "fraction": 0.1}, {"by": "url", "fraction": 0.1}),
-        ({"part": "train", "by": None, "fraction": 0.1}, {"fraction": 0.1}),  # a mistake
-        ({"part": "train"}, {}),  # a mistake, which the loader names
-        ({}, None),
-        (None, None),
+        ({"part": "train", "by": None, "fraction": None}, {}),
+        (URL, {"holdout": URL}),
+        # Two mistakes, which the loader names.
+        (
+            {"part": "train", "by": None, "fraction": 0.1},
+            {"holdout": {"part": "train", "fraction": 0.1}},
+        ),
+        ({"part": "train"}, {"holdout": {"part": "train"}}),
+        ({}, {"holdout": {}}),
+        (None, {}),
     ],
 )
 def test_a_holdout_by_no_column_is_none(holdout, kept):
     found = dataset_settings({"hf_name": "a/b", "holdout": holdout})
-    if kept is None:
-        assert found.get("holdout") in (None, {})
-    else:
-        assert found["holdout"] == {"part": "train", **kept}
+    assert found == {"hf_name": "a/b", **kept}
 
 
 def test_a_set_with_nothing_to_read_is_left_out():

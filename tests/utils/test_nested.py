@@ -9,7 +9,8 @@ NODE = {"a": {"b": 1, "c": [2, {"d": 3}]}, "e": None, 5: {}}
 
 
 def test_examples():
-    assert doctest.testmod(nested).failed == 0
+    found = doctest.testmod(nested)
+    assert found.failed == 0 and found.attempted > 0
 
 
 def test_get():

@@ -43,7 +43,7 @@ def test_it_is_the_run_of_one_device():
     assert sharded == one
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_step_on_two_ranks(tokenizer_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(metamathqa_row(i)) + "\n" for i in range(160)))

@@ -34,7 +34,8 @@ from tests.yamls.combinations import (
 )
 
 # Those of one run each, with nothing to choose; yamls/eval/ trains nothing.
-SINGLE = sorted([*(ROOT / "yamls/quickstart").glob("*.yaml"), *(ROOT / "yamls/fsdp").glob("*")])
+SINGLE = sorted({*(ROOT / "yamls").rglob("*.yaml")} - {*FILES, *(ROOT / "yamls/eval").rglob("*")})
+QUICKSTART = [path for path in SINGLE if path.parent == ROOT / "yamls/quickstart"]
 TINY = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -302,7 +303,8 @@ def by_stock(path: Path, overrides: list[str]) -> DictConfig:
     return config
 
 
-# All methods once, all data sets once; half of them as `llmfoundry train` loads them.
+# All methods once, all data sets once; half of them as `llmfoundry train` loads them. All others
+# are slow.
 STEPS = {
     **{
         f"{kind}_{data}_lora": (by_stock, Combination(kind, data, "135m", "lora"))
@@ -320,17 +322,26 @@ STEPS = {
     "finetune_own_full": (load_config, Combination("finetune", "own", "135m", "full")),
 }
 MORE = {
-    *("finetune_metamathqa_dora", "finetune_metamathqa_rslora"),
-    *("finetune_gsm8k_dora", "finetune_own_full"),
+    f"finetune_{run}" for run in ("metamathqa_dora", "metamathqa_rslora", "gsm8k_dora", "own_full")
+}
+TRIED = {(run.kind, run.data, run.method) for _, run in STEPS.values()}
+SLOW = {
+    "_".join(run): (load_config, run)
+    for run in COMBINATIONS
+    if run.size == "135m" and (run.kind, run.data, run.method) not in TRIED
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "step", [pytest.param(name, marks=[pytest.mark.more] * (name in MORE)) for name in STEPS]
+    "step",
+    [
+        *(pytest.param(name, marks=[pytest.mark.more] * (name in MORE)) for name in STEPS),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    ],
 )
 def test_a_step(step: str, tokenizer_folder: Path, monkeypatch, tmp_path: Path):
-    load, run = STEPS[step]
+    load, run = (STEPS | SLOW)[step]
     overrides = [
         one.replace("rows/", f"outputs/own_{run.kind}_") + ".jsonl" if one in OWN else one
         for one in run.overrides
@@ -356,7 +367,7 @@ def test_a_step(step: str, tokenizer_folder: Path, monkeypatch, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("path", [one for one in SINGLE if "quick" in str(one)], ids=name_of)
+@pytest.mark.parametrize("path", QUICKSTART, ids=name_of)
 def test_a_step_of_the_quickstart(path: Path, tokenizer_folder: Path, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)

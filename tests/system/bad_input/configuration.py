@@ -7,6 +7,11 @@ from tests.training import kit
 
 _TIME = "must be a time: a whole number and a unit, such as 3ep or 100ba"
 _SECTION = "must be a mapping; write its settings below it"
+_COUNT = "must be a whole number from 1 to 1048576"
+_WORKERS = "must be a whole number from 0 to 1024"
+_LENGTH = "must be a whole number from 2 to 16777216"
+_RATE = "must be a number from 0 on, such as 1.0e-4"
+_SEED = "must be a whole number from 0 to 4294967295"
 
 
 def _twice(bench: Bench):
@@ -53,30 +58,35 @@ VALUES = [
          ("tokenizer.kwargs.api_key would be written into every checkpoint", "HF_TOKEN")),
     Case("no dataset", change(train_loader__dataset=None),
          ("train_loader.dataset is missing; name its rows",)),
-    Case("batch of 0", change(global_train_batch_size=0), ("size, 0, must be a whole number",)),
-    Case("batch of -3", change(global_train_batch_size=-3), ("batch_size, -3, must be a",)),
-    Case("batch of 2.5", change(global_train_batch_size=2.5), ("batch_size, 2.5, must be a",)),
-    Case("batch as text", change(global_train_batch_size="x"), ("batch_size, 'x', must be a",)),
-    Case("batch huge", change(global_train_batch_size=10**12), ("from 1 to 1048576",)),
-    Case("microbatch of 0", change(device_train_microbatch_size=0), ("microbatch_size, 0",)),
-    Case("microbatch of -1", change(device_train_microbatch_size=-1), ("size, -1, must be a",)),
+    Case("batch of 0", change(global_train_batch_size=0), ("train_batch_size, 0, " + _COUNT,)),
+    Case("batch of -3", change(global_train_batch_size=-3), ("train_batch_size, -3, " + _COUNT,)),
+    Case("batch of 2.5", change(global_train_batch_size=2.5),
+         ("train_batch_size, 2.5, " + _COUNT,)),
+    Case("batch as text", change(global_train_batch_size="x"),
+         ("train_batch_size, 'x', " + _COUNT,)),
+    Case("batch huge", change(global_train_batch_size=10**12),
+         ("_batch_size, 1000000000000, " + _COUNT,)),
+    Case("microbatch of 0", change(device_train_microbatch_size=0),
+         ("microbatch_size, 0, " + _COUNT,)),
+    Case("microbatch of -1", change(device_train_microbatch_size=-1),
+         ("microbatch_size, -1, " + _COUNT,)),
     Case("microbatch auto", change(device_train_microbatch_size="auto"),
          ("device_train_microbatch_size, 'auto', does not go with", "set it to 1")),
-    Case("workers -1", change(train_loader__num_workers=-1), ("num_workers, -1, must be a",)),
+    Case("workers -1", change(train_loader__num_workers=-1), ("num_workers, -1, " + _WORKERS,)),
     Case("workers huge", change(train_loader__num_workers=10**9),
-         ("num_workers, 1000000000, must be a whole",)),
+         ("num_workers, 1000000000, " + _WORKERS,)),
     Case("microbatch huge", change(device_train_microbatch_size=10**12),
-         ("microbatch_size, 1000000000000, must be a whole number from 1 to 1048576",)),
+         ("microbatch_size, 1000000000000, " + _COUNT,)),
     Case("evaluation batch of 0", change(device_eval_batch_size=0),
-         ("device_eval_batch_size, 0, must be a whole number",)),
-    Case("documents of -1", change(max_seq_len=-1), ("max_seq_len, -1, must be a whole",)),
+         ("device_eval_batch_size, 0, " + _COUNT,)),
+    Case("documents of -1", change(max_seq_len=-1), ("max_seq_len, -1, " + _LENGTH,)),
     Case("rank huge", change(model__peft_config={**kit.LORA, "r": 10**9}),
          ("peft_config.r: 1000000000", "1 to 8192")),
-    Case("seed huge", change(seed=2**32), ("seed, 4294967296, must be a whole", "4294967295")),
-    Case("seed -1", change(seed=-1), ("seed, -1, must be a whole number from 0",)),
-    Case("seed as text", change(seed="x"), ("seed, 'x', must be a whole number from 0",)),
-    Case("rate as text", change(optimizer__lr="fast"), ("optimizer.lr, 'fast', must be a number",)),
-    Case("rate negative", change(optimizer__lr=-1.0), ("lr, -1.0, must be a number from 0",)),
+    Case("seed huge", change(seed=2**32), ("seed, 4294967296, " + _SEED,)),
+    Case("seed -1", change(seed=-1), ("seed, -1, " + _SEED,)),
+    Case("seed as text", change(seed="x"), ("seed, 'x', " + _SEED,)),
+    Case("rate as text", change(optimizer__lr="fast"), ("lr, 'fast', " + _RATE,)),
+    Case("rate negative", change(optimizer__lr=-1.0), ("lr, -1.0, " + _RATE,)),
     Case("duration as text", change(max_duration="long"), ("max_duration, 'long', must", _TIME)),
     Case("duration of 0", change(max_duration="0ba"), ("max_duration, '0ba', trains nothing",)),
     Case("interval", change(save_interval="1xx"), ("save_interval, '1xx', must be a time", _TIME)),
