@@ -54,9 +54,7 @@ class HFExport(Callback):
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # once gathered from shards, it is a second copy
         if dist.get_global_rank() == 0:
-            partial = folder.with_name(
-                f".{folder.name}.partial"
-            )  # hidden, so no user's folder has the name
+            partial = folder.with_name(f".{folder.name}.partial")  # a name that no user chooses
             with replaced_folder(folder, partial=partial):
                 write_folder(model.model, model.tokenizer, partial, weights)
                 (partial / _MARK).touch()
