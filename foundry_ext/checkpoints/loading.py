@@ -47,12 +47,6 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    with naming(str(path)):
-        return json.loads(path.read_text())
-
-
 def base_name(folder: Path, given: str | None) -> str:
     """Return the base model's name, as given or as the adapter names it.
 
@@ -61,7 +55,9 @@ def base_name(folder: Path, given: str | None) -> str:
     """
     name = given
     if name is None and is_adapter(folder):
-        name = read_adapter_config(folder).get("base_model_name_or_path")
+        path = folder / "adapter_config.json"
+        with naming(str(path)):
+            name = json.loads(path.read_text()).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder} does not name its base model; pass --base")
     if name in HUB_NAMES:

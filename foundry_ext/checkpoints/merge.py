@@ -123,17 +123,14 @@ def merge_adapter(
     certificate["head_tied"] = merged.lm_head.weight is merged.model.embed_tokens.weight
     if merged.config.tie_word_embeddings and not certificate["head_tied"]:
         raise UserError(f"{adapter}: merging untied the head from the embedding")
-    difference = compare_logits(_logits(merged, windows), unmerged)
-    _check(
-        difference, allowed if dtype == "float32" else TOLERANCE["float32"], "merging in float32"
-    )
-    certificate["merged_in_float32"] = asdict(difference)
+    in_float32 = allowed if dtype == "float32" else TOLERANCE["float32"]
+    ours = _logits(merged, windows)
+    certificate["merged_in_float32"] = _certify(ours, unmerged, in_float32, "merging in float32")
     with replaced_folder(out, must_be_new=True) as scratch:
         merged.to(DTYPES[dtype]).save_pretrained(str(scratch))
         tokenizer.save_pretrained(scratch)
-        difference = compare_logits(_logits(load_model(str(scratch)), windows), unmerged)
-        _check(difference, allowed, f"writing {dtype}")
-        certificate["written"] = asdict(difference)
+        ours = _logits(load_model(str(scratch)), windows)
+        certificate["written"] = _certify(ours, unmerged, allowed, f"writing {dtype}")
         certificate["versions"] = {package: version(package) for package in _PACKAGES}
         (scratch / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
@@ -209,13 +206,17 @@ def compare_logits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitDif
     )
 
 
-def _check(difference: LogitDifference, tolerance: float, what: str) -> None:
+def _certify(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float, what: str
+) -> dict[str, float]:
+    difference = compare_logits(ours, theirs)
     if not difference.largest <= tolerance:  # NaN exceeds every tolerance
         raise UserError(
             f"{what} moves a logit by {difference.largest:.3g}, tolerance {tolerance:g}: nothing"
             " was written. Is the base model the one the adapter was trained on? A larger"
             " --tolerance accepts the difference"
         )
+    return asdict(difference)
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Tensor]:

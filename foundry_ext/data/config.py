@@ -86,19 +86,12 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
             f"{where}.{prompt_keys[0]} does not go with {where}.text_key, plain text of which all"
             " is learned: leave one out"
         )
-    settings = {
-        "max_seq_len": max_seq_len,
-        "overlong": section.get("overlong") or ("split" if text_key else "truncate"),
-        "text_key": text_key,
-    }
-    targets = ("target_prompts", "target_responses")
-    settings |= {key: section[key] for key in targets if section.get(key) is not None}
     keys = ("hf_kwargs", "safe_load", "holdout")
     return Source(
         hf_name=section["hf_name"],
         split=section.get("split"),
         options={key: section[key] for key in keys if section.get(key) is not None},
-        settings=TokenizeSettings(**settings),
+        settings=tokenize_settings(section, max_seq_len, text_key),
         preprocess=None if text_key else _preprocessing_fn(section),
         share=section.get("share"),
     )
@@ -124,9 +117,13 @@ def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
         ) from error
 
 
-def stream_settings(dataset: dict[str, Any]) -> TokenizeSettings:
-    keys = ("max_seq_len", "overlong", "target_prompts", "target_responses")
-    return TokenizeSettings(**{key: dataset[key] for key in keys if dataset.get(key) is not None})
+def tokenize_settings(
+    section: dict[str, Any], max_seq_len: int, text_key: str | None = None
+) -> TokenizeSettings:
+    settings: dict[str, Any] = {"overlong": "split"} if text_key else {}
+    keys = ("overlong", "target_prompts", "target_responses")
+    settings |= {key: section[key] for key in keys if section.get(key) is not None}
+    return TokenizeSettings(max_seq_len=max_seq_len, text_key=text_key, **settings)
 
 
 def stream_key(dataset: dict[str, Any]) -> str | None:
@@ -192,12 +189,12 @@ def check_keys(dataset: dict[str, Any], name: str) -> None:
     for key in ("shuffle", "fixed_shape"):
         if not isinstance(dataset.get(key, False), bool):
             raise UserError(f"{name}: dataset.{key}: {dataset[key]!r} is neither true nor false")
-    eval_packs = dataset.get("eval_packs", 1)
-    if eval_packs is not None and (type(eval_packs) is not int or eval_packs < 1):
-        raise UserError(f"{name}: dataset.eval_packs: {eval_packs!r} is no whole number above 0")
-    seed = dataset.get("shuffle_seed", 0)
-    if type(seed) is not int or seed < 0:
-        raise UserError(f"{name}: dataset.shuffle_seed: {seed!r} is no whole number from 0 on")
+    for key, least in (("eval_packs", 1), ("shuffle_seed", 0)):
+        value = dataset.get(key, least)
+        if type(value) is not int or value < least:
+            raise UserError(
+                f"{name}: dataset.{key}: {value!r} must be a whole number from {least} on"
+            )
 
 
 def _check_known(section: dict[str, Any], known: frozenset[str] | set[str], label: str) -> None:

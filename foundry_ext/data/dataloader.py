@@ -20,7 +20,7 @@ from foundry_ext.data.config import (
     get_pack_tokens,
     get_sources,
     stream_key,
-    stream_settings,
+    tokenize_settings,
 )
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
@@ -217,7 +217,7 @@ def _naming(name: str) -> Iterator[None]:
 def _read_streams(
     dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, list[dict[str, Any]]]:
-    settings = stream_settings(dataset)
+    settings = tokenize_settings(dataset, dataset["max_seq_len"])
     stream = load_streams(dataset, tokenizer, settings.max_seq_len)
     documents = tokenize_stream(stream, tokenizer, settings)
     _log_counts("streams", documents, settings.max_seq_len)

@@ -166,14 +166,14 @@ def generate(
     return [output_text(text) for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
 
-class GenerationSet(TaskSet):
+class GenerationSet(TaskSet[GenerationSetConfig]):
     """A file of problems whose prompts are encoded once."""
 
     def __init__(
         self, config: GenerationSetConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
     ):
         super().__init__(config, parse_problem)
-        self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens
+        self.tokenizer = tokenizer
         room = max_length - config.max_new_tokens
         if room < 1:
             raise UserError(
@@ -201,7 +201,7 @@ class GenerationSet(TaskSet):
         items = []
         for batch in (batches[index] for index in shard.of(len(batches))):
             prompts = [self.prompts[index] for index in batch]
-            outputs = generate(model, self.tokenizer, prompts, self.max_new_tokens)
+            outputs = generate(model, self.tokenizer, prompts, self.config.max_new_tokens)
             items += [
                 self._item(int(index), output) for index, output in zip(batch, outputs, strict=True)
             ]

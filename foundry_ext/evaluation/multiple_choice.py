@@ -122,7 +122,7 @@ def encode(
     return documents, num_truncated
 
 
-class MultipleChoiceSet(TaskSet):
+class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
     """A file of questions whose choices are encoded once."""
 
     def __init__(

@@ -11,6 +11,8 @@ from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.algorithm import pack
 from foundry_ext.packing.batch import Pack
 
+_TENSORS = ("input_ids", "position_ids", "labels", "cu_seqlens")
+
 
 class Shard(NamedTuple):
     """This process's part of a measurement; ranks take packs, or batches, in turn."""
@@ -57,15 +59,8 @@ def score_documents(
     for pack_index in shard.of(len(plan)):
         documents = [int(index) for index in indices[plan[pack_index]]]
         batch = make_pack(documents)
-        scores = score_pack(
-            model,
-            input_ids=batch["input_ids"].to(device),
-            position_ids=batch["position_ids"].to(device),
-            labels=batch["labels"].to(device),
-            cu_seqlens=batch["cu_seqlens"].to(device),
-            max_seqlen=batch["max_seqlen"],
-            base=base,
-        )
+        tensors = {key: batch[key].to(device) for key in _TENSORS}
+        scores = score_pack(model, base=base, max_seqlen=batch["max_seqlen"], **tensors)
         for row, index in enumerate(documents):
             yield DocumentScore(
                 index,

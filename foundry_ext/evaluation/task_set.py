@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -13,7 +13,10 @@ from foundry_ext.evaluation.scoring import evenly_spaced
 log = logging.getLogger(__name__)
 
 
-class TaskSet:
+Config = TypeVar("Config", bound=TaskSetConfig)
+
+
+class TaskSet(Generic[Config]):
     """Rows of a task's file that are measured.
 
     Args:
@@ -28,7 +31,7 @@ class TaskSet:
         lengths: tokens of each encoded text, set by `count`.
     """
 
-    def __init__(self, config: TaskSetConfig, parse: Callable[[dict[str, Any], str], Any]):
+    def __init__(self, config: Config, parse: Callable[[dict[str, Any], str], Any]):
         rows = read_rows(config.path)
         parsed = [parse(row, f"{config.path}, row {index}") for index, row in enumerate(rows)]
         examples = [question.solved for question in parsed]

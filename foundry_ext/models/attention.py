@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from textwrap import shorten
 
 import torch
@@ -187,7 +187,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 @functools.lru_cache(maxsize=2)
-def _document_mask(cu_seqlens: Tensor, _version: int, num_tokens: int):
+@torch.inference_mode(False)  # autograd refuses inference tensors, if a training step is next
+def _document_mask(cu_seqlens: Tensor, _version: Hashable, num_tokens: int):
     """Return FlexAttention's block mask, cached so that it is made once per microbatch.
 
     Tensors hash by identity; `_version` tells apart the contents of a buffer that is written again.
@@ -214,7 +215,8 @@ def _flex(
     else:
         from torch.nn.attention.flex_attention import flex_attention
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    # Inference tensors have no version.
+    version = tuple(cu_seqlens.tolist()) if cu_seqlens.is_inference() else cu_seqlens._version
     mask = _document_mask(cu_seqlens, version, q.shape[2])
     # Its other kernel, used below 128 tokens, needs H/K to be a power of two.
     options = {"FORCE_USE_FLEX_ATTENTION": True}

@@ -68,7 +68,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+        for rows in chunks(hidden.shape[0], weight.shape[0]):
             hidden_in, labels = hidden[rows].to(dtype), target[rows, None]
             # torch.compile treats a size of 1 as static, so one row would compile separately.
             fused = compiled and len(labels) > 1
@@ -119,7 +119,8 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Te
     return torch.compile(fused, dynamic=True)  # pyright: ignore[reportReturnType]
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
+def chunks(num_rows: int, vocabulary: int) -> list[slice]:
+    """Return the rows of logits [num_rows, V] that exist at a time."""
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
@@ -173,7 +174,7 @@ def evaluate_linear_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Loss
     """
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    for rows in _chunks(hidden.shape[0], weight.shape[0]):
+    for rows in chunks(hidden.shape[0], weight.shape[0]):
         logits = torch.nn.functional.linear(hidden[rows].to(weight.dtype), weight).float()
         loss += torch.nn.functional.cross_entropy(logits, target[rows], reduction="sum")
         num_correct += (logits.argmax(-1) == target[rows]).sum()

@@ -7,13 +7,13 @@ score, which evaluation needs and training does not.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foundry_ext.models.loss import CHUNK_ELEMENTS
+from foundry_ext.models.loss import chunks
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 # Opens a context in which the base model of a run can be used.
@@ -70,9 +70,7 @@ def score_positions(
     log_prob = torch.empty(num_rows, dtype=torch.float32, device=states.device)
     is_correct = torch.empty(num_rows, dtype=torch.bool, device=states.device)
     kl = None if base_states is None else torch.empty_like(log_prob)
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    for start in range(0, num_rows, size):
-        rows = slice(start, start + size)
+    for rows in chunks(num_rows, weight.shape[0]):
         log_probs = _log_softmax(states[rows], weight)
         log_prob[rows] = log_probs.gather(1, targets[rows, None])[:, 0]
         is_correct[rows] = log_probs.argmax(-1) == targets[rows]
@@ -89,33 +87,15 @@ def _log_softmax(states: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_pack(
-    model: SmolLM2ForCausalLM,
-    *,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    base: BaseModel | None = None,
+    model: SmolLM2ForCausalLM, *, base: BaseModel | None = None, **pack: Any
 ) -> DocumentScores:
     """Score the labels of a pack with the model, and sum by document.
 
     Args:
         model: the tuned model, in evaluation mode; the pack's tensors are on its device.
-        input_ids: [1, T].
-        position_ids: [1, T].
-        labels: [1, T].
-        cu_seqlens: [N+1] int32.
-        max_seqlen: most tokens of a document.
         base: the model before training, or None to skip KL.
+        pack: arguments of `states_at_labels`; `cu_seqlens` is [N+1].
     """
-    pack = {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "labels": labels,
-    }
     base_states, base_weight = None, None
     if base is not None:
         with base() as base_model:
@@ -130,7 +110,7 @@ def score_pack(
         base_weight=base_weight,
     )
     # Summed on the CPU, in the same order for every device, and in float64 for any length.
-    ends = cu_seqlens[1:].cpu().long()
+    ends = pack["cu_seqlens"][1:].cpu().long()
     document = torch.searchsorted(ends, positions.cpu(), right=True)
 
     def by_document(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -48,11 +48,6 @@ class StepCounts:
         return self.real_tokens / (self.packs * capacity)
 
 
-def total(counts: Iterable[StepCounts]) -> StepCounts:
-    """Return the sum of the counts."""
-    return sum(counts, StepCounts())
-
-
 def over_ranks(counts: StepCounts) -> StepCounts:
     """Return the sum over all ranks. A collective, cheap enough for every batch.
 
@@ -69,7 +64,7 @@ def over_ranks(counts: StepCounts) -> StepCounts:
         StepCounts(*(type(field)(value) for field, value in zip(fields, rank, strict=True)))
         for rank in torch.stack(list(dist.all_gather(mine))).tolist()
     ]
-    together = total(ranks)
+    together = sum(ranks, StepCounts())
     # Ranks wait for one another, so the slowest rank's time is everybody's.
     together.seconds = max(rank.seconds for rank in ranks)
     together.waiting = max(rank.waiting for rank in ranks)

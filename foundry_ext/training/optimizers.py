@@ -34,7 +34,8 @@ class ForeachLionW(DecoupledLionW):
         loss = _evaluate(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            decay = _decay_factor(group) * group["weight_decay"]
+            rate, initial_rate = group["lr"], group["initial_lr"]
+            decay = group["weight_decay"] * (rate / initial_rate if initial_rate else 1.0)
             for params in _chunks(_with_gradient(group)):
                 for p in params:
                     if not self.state[p]:
@@ -45,7 +46,7 @@ class ForeachLionW(DecoupledLionW):
                     torch._foreach_mul_(weights, 1 - decay)
                 updates = torch._foreach_lerp(moments, grads, 1 - beta1)
                 torch._foreach_sign_(updates)
-                torch._foreach_add_(weights, updates, alpha=-group["lr"])
+                torch._foreach_add_(weights, updates, alpha=-rate)
                 torch._foreach_lerp_(moments, grads, 1 - beta2)
         return loss
 
@@ -136,7 +137,3 @@ def _local(tensors: Iterable[Any]) -> list[Tensor]:
     That is enough because every operation here is elementwise, and DTensor lacks some of them.
     """
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
-
-
-def _decay_factor(group: dict[str, Any]) -> float:
-    return group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0

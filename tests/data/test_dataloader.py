@@ -303,7 +303,10 @@ ERRORS = {
         {"overlong": "cut"},
         "overlong: 'cut'; choose one of truncate, split, drop, error",
     ),
-    "no evaluation packs": ({"eval_packs": 0}, "dataset.eval_packs: 0 is no whole number above 0"),
+    "no evaluation packs": (
+        {"eval_packs": 0},
+        "dataset.eval_packs: 0 must be a whole number from 1",
+    ),
 }
 
 

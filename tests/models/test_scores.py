@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foundry_ext.models import scores
+from foundry_ext.models import loss
 from foundry_ext.models.scores import score_pack, score_positions
 
 POSITIONS, HIDDEN, VOCABULARY = 23, 8, 61
@@ -27,7 +27,7 @@ def targets():
 @pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 2**24])
 def test_positions_are_those_of_the_logits(monkeypatch, targets, chunk):
     """Chunks that do not divide the rows evenly, of one row, and of all rows."""
-    monkeypatch.setattr(scores, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk)
     states, weight = make_head(0)
     base_states, base_weight = make_head(1)
     targets[4] = (states @ weight.T)[4].argmax()
@@ -75,7 +75,7 @@ def test_softmax_is_fp32_under_autocast(targets):
 
 
 def test_logits_of_all_positions_never_exist(monkeypatch, largest_tensor):
-    monkeypatch.setattr(scores, "CHUNK_ELEMENTS", 30 * VOCABULARY)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 30 * VOCABULARY)
     states, weight = (torch.randn(200, HIDDEN), torch.randn(VOCABULARY, HIDDEN))
     with largest_tensor:
         score_positions(

@@ -13,7 +13,6 @@ from foundry_ext.training.meter import (
     StepTimer,
     over_ranks,
     packed_dataset,
-    total,
 )
 from foundry_ext.utils.errors import UserError
 
@@ -74,7 +73,7 @@ class PackedThroughput(StepTimer):
             self._print(state, self.console)
 
     def _measure(self) -> dict[str, float]:
-        counts = over_ranks(total(self.history))
+        counts = over_ranks(sum(self.history, StepCounts()))
         mfu = self.mfu_meter.of(counts)
         real_tokens_per_sec = counts.real_tokens / counts.seconds
         return {
