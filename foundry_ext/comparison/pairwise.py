@@ -7,21 +7,19 @@ from itertools import combinations
 import numpy as np
 
 from foundry_ext.comparison.metrics import Metric, final_value, item_matrix, outcomes
-from foundry_ext.comparison.power import mcnemar_items_needed, seeds_and_items_needed
+from foundry_ext.comparison.power import ALPHA, mcnemar_items_needed, seeds_and_items_needed
 from foundry_ext.comparison.runs import Run
 from foundry_ext.comparison.statistics import (
-    ALPHA,
     MIN_SEEDS,
     Interval,
     McNemar,
     bootstrap_items,
     holm,
-    interval_of_difference,
-    is_distinguishable,
     mcnemar,
     over_seeds,
     seeds_and_items,
     two_level_bootstrap,
+    unpaired_seeds_and_items,
 )
 
 
@@ -38,6 +36,13 @@ class Summary:
     num_items: int | None
     two_level: tuple[float, float] | None
     """Limits of the two-level bootstrap, for reference only; see statistics.py."""
+
+
+def is_distinguishable(interval: Interval | None, adjusted_p: float | None) -> bool:
+    """Return whether both the interval and the adjusted p-value exclude a difference of 0."""
+    if interval is None or adjusted_p is None:
+        return False
+    return not interval.includes_zero and adjusted_p < ALPHA
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,28 @@ def compare_pair(
         both_needed=both,
         num_tests=num_tests,
     )
+
+
+def interval_of_difference(
+    values: Sequence[np.ndarray],
+    items: tuple[Sequence[np.ndarray], np.ndarray] | None,
+    *,
+    paired: bool,
+) -> Interval | None:
+    """Return the interval of first minus second; None if nothing shows the spread.
+
+    Args:
+        values: the seeds' values of both, [S1] and [S2].
+        items: the values of the items, [S1, I] and [S2, I], and their weights [I]; None without
+            items.
+        paired: whether both have the same seeds, in the same order.
+    """
+    (first, second), weights = items or ([ends[:, None] for ends in values], np.ones(1))
+    if min(len(first), len(second)) < MIN_SEEDS:
+        return bootstrap_items(first.mean(0) - second.mean(0), weights) if items else None
+    if paired:
+        return seeds_and_items(first - second, weights)
+    return unpaired_seeds_and_items(first, second, weights)
 
 
 def _matched_runs(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:

@@ -12,9 +12,10 @@ import math
 import numpy as np
 from scipy import stats
 
-from foundry_ext.comparison.statistics import ALPHA, MIN_SEEDS, influences
+from foundry_ext.comparison.statistics import MIN_SEEDS, influences
 
 POWER = 0.8
+ALPHA = 0.05
 MOST = 10_000_000
 
 

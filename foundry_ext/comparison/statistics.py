@@ -46,7 +46,6 @@ import numpy as np
 from scipy import optimize, stats
 
 LEVEL = 0.95
-ALPHA = 0.05
 RESAMPLES = 4000
 MIN_SEEDS = 3
 _CHUNK = 1 << 22  # resampled items held at once
@@ -212,28 +211,6 @@ def _half_width(tail: float, parts: list[tuple[float, int]]) -> float:
     return math.sqrt(variances @ stats.t.isf(tail, df) ** 2)
 
 
-def interval_of_difference(
-    values: Sequence[np.ndarray],
-    items: tuple[Sequence[np.ndarray], np.ndarray] | None,
-    *,
-    paired: bool,
-) -> Interval | None:
-    """Return the interval of first minus second; None if nothing shows the spread.
-
-    Args:
-        values: the seeds' values of both, [S1] and [S2].
-        items: the values of the items, [S1, I] and [S2, I], and their weights [I]; None without
-            items.
-        paired: whether both have the same seeds, in the same order.
-    """
-    (first, second), weights = items or ([ends[:, None] for ends in values], np.ones(1))
-    if min(len(first), len(second)) < MIN_SEEDS:
-        return bootstrap_items(first.mean(0) - second.mean(0), weights) if items else None
-    if paired:
-        return seeds_and_items(first - second, weights)
-    return unpaired_seeds_and_items(first, second, weights)
-
-
 def two_level_bootstrap(
     values: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
@@ -284,13 +261,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(tests) - rank) * p))
         adjusted[index] = largest
     return adjusted
-
-
-def is_distinguishable(interval: Interval | None, adjusted_p: float | None) -> bool:
-    """Return whether both the interval and the adjusted p-value exclude a difference of 0."""
-    if interval is None or adjusted_p is None:
-        return False
-    return not interval.includes_zero and adjusted_p < ALPHA
 
 
 def influences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -8,15 +8,9 @@ from statistics import fmean
 import numpy as np
 
 from foundry_ext.comparison.metrics import Metric, curve, final_value
+from foundry_ext.comparison.pairwise import interval_of_difference, is_distinguishable
 from foundry_ext.comparison.runs import Run
-from foundry_ext.comparison.statistics import (
-    MIN_SEEDS,
-    Interval,
-    holm,
-    interval_of_difference,
-    is_distinguishable,
-    over_seeds,
-)
+from foundry_ext.comparison.statistics import MIN_SEEDS, Interval, holm, over_seeds
 
 
 @dataclass(frozen=True)

@@ -61,21 +61,16 @@ def run_sweep(
     runner = SweepRunner(sweep.name, runs, slots=slots, retry_failed=retry_failed, echo=echo)
     with runner.locked() as lock:
         waiting = runner.refresh_states()
-        cost_estimates = estimate_costs(waiting, tokens_per_second=tokens_per_second)
+        costs = estimate_costs(waiting, tokens_per_second=tokens_per_second)
         lines = format_sweep(
-            sweep.name,
-            runner.statuses,
-            cost_estimates,
-            parallel=len(slots),
-            launcher=launcher,
-            retry_failed=retry_failed,
+            sweep.name, runner.statuses, costs, len(slots), launcher, retry_failed=retry_failed
         )
         for line in (*lines, *(shlex.join(run.command) for run in waiting if dry_run)):
             echo(line)
         if dry_run:
             return runner.results()
         if waiting and not yes:
-            _confirm(cost_estimates, len(slots), limit_hours)
+            _confirm(costs, len(slots), limit_hours)
         log = runner.folder / "fork_server.log"
         fork = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
         results = runner.run(waiting, fork if launcher == "fork" else SubprocessLauncher())

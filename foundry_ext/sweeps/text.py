@@ -16,9 +16,9 @@ def format_sweep(
     name: str,
     statuses: Sequence[str],
     cost_estimates: Sequence[CostEstimate],
-    *,
     parallel: int,
     launcher: str,
+    *,
     retry_failed: bool,
 ) -> list[str]:
     """Return lines about the size and the cost of a sweep that is about to start.

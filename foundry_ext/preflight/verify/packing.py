@@ -8,7 +8,7 @@ so it shares no collator, offsets or kernels with the packed model.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, pairwise
+from itertools import compress, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -95,10 +95,9 @@ def _first_documents(
     In a pack that is cut, a long document is reduced to the window where its labels start, so that
     at least three documents fit.
     """
-    packs = dataset.sampler.plan(0)
     chosen, was_cut = [], False
-    for index in range(min(num_packs, len(packs))):
-        documents = dataset.documents.read(dataset.sampler.used[packs[index]])
+    for pack in islice(dataset.sampler.plan(0), num_packs):
+        documents = dataset.documents.read(dataset.sampler.used[pack])
         if sum(len(document.input_ids) for document in documents) <= most_tokens:
             chosen.append(documents)
             continue

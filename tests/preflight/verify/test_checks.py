@@ -5,8 +5,8 @@ import math
 from foundry_ext.preflight.verify.checks import largest
 
 
-def test_a_number_that_is_none_is_the_largest_error():
-    """Wherever it comes: a comparison with NaN is false, so max would pass over it."""
+def test_nan_is_the_largest_error():
+    """In any order: comparisons with NaN are false, so `max` alone would pass over it."""
     for order in (("a", "b", "c"), ("b", "a", "c"), ("c", "b", "a")):
         errors = {"a": math.nan, "b": 2.0, "c": 1.0}
         where, worst = largest({name: errors[name] for name in order})
