@@ -21,6 +21,12 @@ _CHOICE = re.compile(r"\$\{variables\.(\w+)((?:\[\$\{variables\.\w+\}\])+)")
 _VARIABLE = re.compile(r"\$\{variables\.(\w+)\}")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _FILES = (".csv", ".json", ".jsonl", ".parquet")
+# Choices of a YAML that read files of the user's own: the variables that name them, and the
+# dataset that each of them ends up in.
+_OWN_FILES = {
+    "data": {"train_path": "train_loader.dataset", "eval_path": "eval_loader.dataset"},
+    "measure": {"forgetting_path": "callbacks.forgetting.sets.source.loader.dataset"},
+}
 
 
 def find_unknown_choice(config: DictConfig) -> str | None:
@@ -47,23 +53,32 @@ def find_unknown_choice(config: DictConfig) -> str | None:
 
 
 def find_missing_rows(config: DictConfig) -> str | None:
-    """Return what is wrong with the files that `variables.data=own` needs, or None."""
-    if get(OmegaConf.to_container(config, resolve=False), "variables.data") != "own":
-        return None
-    for loader, name in (("train_loader", "train_path"), ("eval_loader", "eval_path")):
+    """Return what is wrong with the user's own files that `data: own` or `measure: own` reads."""
+    for choice, needed in _OWN_FILES.items():
         try:
-            path = OmegaConf.select(config, f"{loader}.dataset.hf_name")
-            mixture = OmegaConf.select(config, f"{loader}.dataset.datasets")
+            if OmegaConf.select(config, f"variables.{choice}") != "own":
+                continue
+            wrong = [_wrong_file(config, choice, needed, name) for name in needed]
         except OmegaConfBaseException:
             continue  # another mistake, which the check of references names
-        if path is None and mixture is None:
-            return (
-                "variables.data=own needs variables.train_path=FILE and variables.eval_path=FILE,"
-                f" and variables.{name} is null; a file's rows have a prompt and a response"
-            )
-        file = Path(str(path))
-        if file.suffix in _FILES and "://" not in str(path) and not file.is_file():
-            return f"variables.{name}, {path!r}, does not exist (in {Path.cwd()}); correct the path"
+        if any(wrong):
+            return next(filter(None, wrong))
+    return None
+
+
+def _wrong_file(
+    config: DictConfig, choice: str, needed: Mapping[str, str], name: str
+) -> str | None:
+    dataset = OmegaConf.select(config, needed[name])
+    path = get(dataset, "hf_name")
+    if path is None and get(dataset, "datasets") is None:
+        return (
+            f"variables.{choice}=own needs {' and '.join(f'variables.{key}=FILE' for key in needed)},"
+            f" and variables.{name} is null; the comment beside it says what its rows hold"
+        )
+    file = Path(str(path))
+    if file.suffix in _FILES and "://" not in str(path) and not file.is_file():
+        return f"variables.{name}, {path!r}, does not exist (in {Path.cwd()}); correct the path"
     return None
 
 

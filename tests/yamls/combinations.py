@@ -15,7 +15,7 @@ CARDS = ("24gb", "80gb")
 METHODS = ("full", "lora", "dora", "rslora")
 DATA = {
     "finetune": ("metamathqa", "magicoder", "gsm8k", "metamathqa-replay", "own"),
-    "pretrain": ("python-edu", "openwebmath", "finemath"),
+    "pretrain": ("python-edu", "openwebmath", "finemath", "own"),
 }
 # Paths without a suffix: of a file's name it is checked that the file is there.
 OWN = ("variables.train_path=rows/train", "variables.eval_path=rows/eval")

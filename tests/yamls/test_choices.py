@@ -253,7 +253,7 @@ MISTAKES = {
     ("variables.size=1b", "variables.data=gsm8k"): "variables.size, '1b'.*known: 135m, 360m, 1.7b",
     ("variables.data=gsm8",): "variables.data, 'gsm8'.*metamathqa-replay, own, did you .*'gsm8k'",
     ("variables.card=40gb",): "variables.card, '40gb'.*known: 24gb, 80gb",
-    ("variables.measure=everything",): "variables.measure, 'everything'.*target, source, tasks",
+    ("variables.measure=everything",): "variables.measure, 'everything'.*target, own, source",
     ("variables.tokens_per_step=1m",): "variables.tokens_per_step, '1m'.*known: 64k, 16k",
     ("variables.rank=r8",): "variables.rank, 'r8'.*known: r16, r64, r256",
     ("variables.learning_rate=2e-4",): "variables.learning_rate, '0.0002'.*known: lowest, low",
@@ -261,6 +261,8 @@ MISTAKES = {
     ("variables.data=own",): "variables.data=own needs variables.train_path=FILE.*is null",
     ("variables.data=own", OWN[0]): "variables.eval_path is null",
     ("variables.data=own", "variables.train_path=gone.jsonl", OWN[1]): NO_FILE,
+    ("variables.measure=own",): "measure=own needs variables.forgetting_path=FILE.*is null",
+    ("variables.measure=own", "variables.forgetting_path=gone.jsonl"): "gone.jsonl', does not",
     ("variables.data=own", OWN[0], "variables.eval_path=rows/train"): "is what train_loader trains",
 }
 
@@ -308,6 +310,19 @@ def test_own_rows_are_measured_without_tasks_and_if_asked_without_the_hub(tmp_pa
     assert "HuggingFaceTB" not in str(
         {**ours(LORA, [*own, "variables.model=here", "variables.measure=target"]), "variables": 0}
     )
+    pages = [*own, "variables.measure=own", f"variables.forgetting_path={rows['eval']}"]
+    for path, override in itertools.product((LORA, PRETRAIN), ([], pages)):
+        run = {**ours(path, [*own, *override, "variables.model=here"]), "variables": None}
+        sets = run["callbacks"]["forgetting"]["sets"]
+        assert list(sets) == ["target", "source"]
+        assert ("fineweb" in str(run)) != bool(override), "with pages, nothing of the hub"
+        assert run["train_loader"]["dataset"]["hf_name"] == str(rows["train"])
+        assert sets["target"]["loader"]["dataset"]["hf_name"] == str(rows["eval"])
+        assert not {"holdout", "hf_kwargs"} & run["eval_loader"]["dataset"].keys()
+        if override:
+            source = sets["source"]["loader"]["dataset"]
+            assert (source["hf_name"], source["split"]) == (str(rows["eval"]), "train[:200]")
+            assert "hf_kwargs" not in source
 
 
 def test_a_callback_can_be_switched_off():

@@ -231,7 +231,8 @@ ROWS = {
     "karpathy/fineweb-edu-100b-shuffle": text_row,
     "outputs/quickstart/data/library": library_row,
     "outputs/quickstart/data/problems": problem_row,
-    "outputs/own": problem_row,
+    "outputs/own_finetune": problem_row,
+    "outputs/own_pretrain": text_row,
 }
 TASKS = {
     "multiple_choice": {"query": "One and two are", "choices": ["three", "a stone"], "gold": 0},
@@ -306,18 +307,23 @@ def by_stock(path: Path, overrides: list[str]) -> DictConfig:
 # are slow.
 STEPS = {
     **{
-        f"{data}_lora": (by_stock, Combination(kind, data, "135m", "lora"))
+        f"{kind}_{data}_lora": (by_stock, Combination(kind, data, "135m", "lora"))
         for kind, names in DATA.items()
         for data in names
     },
     **{
-        f"metamathqa_{method}": (load_config, Combination("finetune", "metamathqa", "135m", method))
+        f"finetune_metamathqa_{method}": (
+            load_config,
+            Combination("finetune", "metamathqa", "135m", method),
+        )
         for method in METHODS
     },
-    "gsm8k_dora": (load_config, Combination("finetune", "gsm8k", "1.7b", "dora")),
-    "own_full": (load_config, Combination("finetune", "own", "135m", "full")),
+    "finetune_gsm8k_dora": (load_config, Combination("finetune", "gsm8k", "1.7b", "dora")),
+    "finetune_own_full": (load_config, Combination("finetune", "own", "135m", "full")),
 }
-MORE = {"metamathqa_dora", "metamathqa_rslora", "gsm8k_dora", "own_full"}
+MORE = {
+    f"finetune_{run}" for run in ("metamathqa_dora", "metamathqa_rslora", "gsm8k_dora", "own_full")
+}
 TRIED = {(run.kind, run.data, run.method) for _, run in STEPS.values()}
 SLOW = {
     "_".join(run): (load_config, run)
@@ -337,7 +343,7 @@ SLOW = {
 def test_a_step(step: str, tokenizer_folder: Path, monkeypatch, tmp_path: Path):
     load, run = (STEPS | SLOW)[step]
     overrides = [
-        one.replace("rows/", "outputs/own_") + ".jsonl" if one in OWN else one
+        one.replace("rows/", f"outputs/own_{run.kind}_") + ".jsonl" if one in OWN else one
         for one in run.overrides
     ]
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
