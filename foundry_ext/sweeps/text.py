@@ -91,7 +91,7 @@ def target_loss(record: Mapping[str, Any]) -> float | None:
     evaluations = record.get("evaluations") or []
     sets = get(record, "config.callbacks.forgetting.sets") or {}
     for name, entry in sets.items():
-        if entry.get("role") == "learning" and evaluations:
+        if get(entry, "role") == "learning" and evaluations:
             loss = evaluations[-1]["metrics"].get(f"{name}/loss")
             if loss is not None:
                 return float(loss)
