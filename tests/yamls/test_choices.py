@@ -467,7 +467,7 @@ def test_the_printed_file_is_the_run(path: Path, overrides: list[str], tmp_path:
 
 def test_config_prints_one_run(capsys):
     assert cli(["config", str(LORA), str(PRETRAIN)]) == 2
-    assert "config prints one run" in capsys.readouterr().err
+    assert "pretrain/smollm2_lora.yaml: a second file" in capsys.readouterr().err
 
 
 def test_config_needs_no_slow_import():
