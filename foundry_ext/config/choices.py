@@ -32,7 +32,8 @@ _OWN_FILES = {
 def find_unknown_choice(config: DictConfig) -> str | None:
     """Return `variables.size, '1b': known: ...` for a variable that names no entry of its table."""
     content = OmegaConf.to_container(config, resolve=False)
-    for table, names in _chosen(content):
+    # The table that is chosen by one variable alone names it best.
+    for table, names in sorted(_chosen(content), key=lambda choice: choice[1].count("$")):
         try:
             node: Any = OmegaConf.select(config, f"variables.{table}")
             for name in _VARIABLE.findall(names):
@@ -41,9 +42,13 @@ def find_unknown_choice(config: DictConfig) -> str | None:
                     break
                 if str(value) not in node:
                     known = [str(key) for key in node]
+                    own = ""
+                    if not any(isinstance(entry, Mapping) for entry in node.values()):
+                        entry = f"variables.{table}.{known[len(known) // 2]}"
+                        own = f"; for a value of your own set {entry}={value}"
                     return (
                         f"variables.{name}, {str(value)!r}, is not in variables.{table}; known:"
-                        f" {', '.join(known)}{suggest(value, known)}"
+                        f" {', '.join(known)}{suggest(value, known)}{own}"
                     )
                 node = node[str(value)]
         except OmegaConfBaseException:

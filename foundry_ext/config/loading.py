@@ -56,8 +56,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
             overrides.append(argument)
         else:
             raise UserError(
-                f"{argument}: neither a .yaml file nor key=value; "
-                "usage: train.py a.yaml [b.yaml ...] [key=value ...]"
+                f"{argument}: neither a .yaml file nor key=value; name the run's YAML, such as"
+                " yamls/smollm2_lora.yaml, and then overrides, such as seed=1"
             )
     if not files:
         raise UserError("no .yaml file given; usage: train.py a.yaml [b.yaml ...] [key=value ...]")

@@ -76,6 +76,14 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
     duration = get(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"
+    if get(config, "scheduler.name") == "inv_sqrt_with_warmup":
+        for key in ("scheduler.t_warmup", "scheduler.t_scale", "scheduler.t_cooldown"):
+            value = get(config, key)
+            if None not in (value, duration) and _unit(value) != _unit(duration):
+                yield (
+                    f"{key}, {value!r}, must have the unit of max_duration, {duration!r}; give both"
+                    " in tokens, such as 2_000_000tok, or set t_warmup, t_scale and t_cooldown too"
+                )
     kwargs = get(config, "tokenizer.kwargs")
     for key, value in kwargs.items() if isinstance(kwargs, dict) else ():
         # Keys of the hub are not saved; most tokens of a tokenizer are text, not secrets.
@@ -86,6 +94,24 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
                 " it out, and give the hub's token by the variable HF_TOKEN"
             )
     yield from _rows(config)
+
+
+def find_warning(config: dict[str, Any]) -> str | None:
+    """Return what is unlikely to be meant, though it can be trained, or None."""
+    warmup, duration = get(config, "scheduler.t_warmup"), get(config, "max_duration")
+    if None in (warmup, duration) or _unit(warmup) != _unit(duration):
+        return None
+    if _number(warmup) < _number(duration):
+        return None
+    return (
+        f"scheduler.t_warmup, {warmup!r}, does not end before max_duration, {duration!r}, so the"
+        " learning rate never reaches optimizer.lr; lower it"
+    )
+
+
+def _unit(time: Any) -> str:
+    found = _TIME.fullmatch(time) if isinstance(time, str) else None
+    return found[2].lower() if found else "ep"  # Composer's for a number
 
 
 def _is_time(value: Any) -> bool:

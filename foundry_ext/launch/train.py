@@ -18,6 +18,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
+from foundry_ext.config.values import find_warning
 from foundry_ext.launch.building import errors_name_their_section
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
@@ -108,6 +109,9 @@ def train_here(path: Path, config: DictConfig) -> int:
     if fault:
         complain(path, fault)
         return USAGE_EXIT
+    warning = find_warning(resolved)
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(f"train.py: warning: {path}: {warning}", file=sys.stderr)
     from composer.utils import format_name_with_dist
     from llmfoundry.command_utils import train
 

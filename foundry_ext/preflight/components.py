@@ -142,7 +142,8 @@ def registered(place: str, name: str, section: Section) -> Callable[..., Any]:
     known = sorted({known for registry in registries for known in registry.get_all()})
     where = place if place.endswith(f".{name}") else f"{place} ({name})"
     raise UserError(
-        f"{where}: unknown name, {name!r}{suggest(name, known) or ';'} known: {', '.join(known)}"
+        f"{where}: unknown name, {name!r}{suggest(name, known) or ';'} known: {', '.join(known)};"
+        " `code_paths: [file.py]` names a file that registers one of your own"
     )
 
 

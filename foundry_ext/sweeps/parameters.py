@@ -137,7 +137,10 @@ def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -
     if "values" in settings:
         values = settings["values"]
         if not isinstance(values, list) or not values:
-            raise UserError(f"parameter {name}: values, {values!r}, has no value; list some")
+            raise UserError(
+                f"parameter {name}: values, {values!r}, must be a list of values, such as [1, 2];"
+                " for one value write value: ..."
+            )
         _check_probabilities(name, values, settings.get("probabilities"))
     for value in settings.get("values", [settings.get("value", 0)]):
         if _holds_none(value):

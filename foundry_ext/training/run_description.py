@@ -24,17 +24,26 @@ def check_data(state: State, dataset: PackedDataset) -> None:
         UserError: documents may be longer than the model has positions, or a run is evaluated on
             the documents that it is trained on.
     """
-    longest = dataset.collator.max_seq_len
     config = getattr(getattr(unwrapped(state), "model", None), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    check_positions(dataset, getattr(config, "max_position_embeddings", None))
+    for label, evaluated in _evaluated(state):
+        refuse_training_documents(f"eval_loader {label}", evaluated, dataset)
+
+
+def check_positions(dataset: PackedDataset, positions: int | None) -> None:
+    """Refuse training data whose documents may be longer than the model has positions.
+
+    Raises:
+        UserError: they may; names both numbers and the way out.
+    """
+    longest = dataset.collator.max_seq_len
     if positions is not None and longest > positions:
         raise UserError(
             f"train_loader.dataset.max_seq_len: {longest} is more than the model's {positions}"
-            " positions; lower it, or raise model.config_overrides.max_position_embeddings and let"
-            " training teach the model the new positions"
+            f" positions; lower it (variables.max_seq_len={positions} where the YAML has that), or"
+            " raise model.config_overrides.max_position_embeddings and let training teach the model"
+            " the new positions"
         )
-    for label, evaluated in _evaluated(state):
-        refuse_training_documents(f"eval_loader {label}", evaluated, dataset)
 
 
 def refuse_training_documents(key: str, evaluated: PackedDataset, trained: PackedDataset) -> None:

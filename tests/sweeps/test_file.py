@@ -97,8 +97,11 @@ def test_the_default_command_is_that_of_wandb_agent(tmp_path: Path):
         ({"parameters": {"a": {"parameters": {}}}}, "parameter a: parameters is empty"),
         ({"parameters": {"a": 3}}, "parameter a: no value"),
         ({"parameters": {"a": {}}}, "parameter a: no value"),
-        ({"parameters": {"a": {"values": []}}}, "parameter a: values, [], has no value"),
-        ({"parameters": {"a": {"values": 3}}}, "parameter a: values, 3, has no value"),
+        (
+            {"parameters": {"a": {"values": []}}},
+            "parameter a: values, [], must be a list of values",
+        ),
+        ({"parameters": {"a": {"values": 3}}}, "parameter a: values, 3, must be a list of values"),
         ({"parameters": {"a": {"valeus": [1]}}}, "parameter a: unknown key, 'valeus'"),
         ({"parameters": {"a": {"value": None}}}, "null reaches a run as the text None"),
         ({"parameters": {"a": {"values": [{"b": None}]}}}, "null reaches a run as the text None"),

@@ -31,6 +31,7 @@ from foundry_ext.preflight.plan.throughput import (
     ThroughputEstimate,
     estimate_throughput,
 )
+from foundry_ext.training.run_description import check_positions
 from foundry_ext.utils import nested
 from foundry_ext.utils.environment import peak_memory
 from foundry_ext.utils.errors import UserError
@@ -124,6 +125,7 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
     model = PlannedModel.of(config["model"])
     tokenizer = open_tokenizer(config)
     _, train = open_loader(config, "train", tokenizer)
+    check_positions(train, model.config.max_position_embeddings)
     schedule = simulate_schedule(train, config)
     process_bytes = peak_memory("cpu")  # before anything is timed
     return Plan(

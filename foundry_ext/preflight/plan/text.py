@@ -82,10 +82,13 @@ def _run(plan: Plan) -> list[str]:
         f" {totals.slots:,} computed, padding included",
     ]
     scheduler = plan.config.get("scheduler") or {}
-    if schedule.warmup_steps is not None:
-        lines.append(
-            f"warm-up: t_warmup {scheduler['t_warmup']}, over after step {schedule.warmup_steps:,}"
+    if scheduler.get("t_warmup") is not None:
+        end = (
+            f"over after step {schedule.warmup_steps:,}"
+            if schedule.warmup_steps is not None
+            else "not over when the run ends, so the learning rate never reaches optimizer.lr"
         )
+        lines.append(f"warm-up: t_warmup {scheduler['t_warmup']}, {end}")
     if evaluations.steps:
         sets = ", ".join(f"{name} {count:,}" for name, count in evaluations.tokens.items())
         lines.append(

@@ -78,10 +78,10 @@ class RunRecord(StepTimer):
     def before_load(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
         self.max_duration: Time = state.max_duration  # exact_resume may raise it later
+        check_data(state, packed_dataset(state, "run_record"))  # before the first evaluation
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
-        check_data(state, dataset)
         config = self.logged.config
         if config is None:
             raise UserError(
