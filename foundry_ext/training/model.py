@@ -64,7 +64,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         pretrained: bool = True,
         pretrained_lora_id_or_path: str | None = None,
         trust_remote_code: bool = False,
-        use_auth_token: bool = False,
+        use_auth_token: bool | str = False,  # as in llm-foundry, but any text counts as true
         load_in_8bit: bool = False,
         init_device: str = "cpu",
         config_overrides: dict[str, Any] | None = None,
@@ -103,7 +103,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             pretrained=pretrained,
             pretrained_lora_id_or_path=pretrained_lora_id_or_path,
             trust_remote_code=trust_remote_code,
-            use_auth_token=use_auth_token,
+            use_auth_token=bool(use_auth_token),
             init_device=init_device,
             config_overrides=config_overrides,
             shift_labels=True,  # labels come unshifted, and the loss shifts them

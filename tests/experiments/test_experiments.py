@@ -15,6 +15,7 @@ from foundry_ext.comparison.fairness import differences
 from foundry_ext.config.run_name import SWEEP_VARIABLES
 from foundry_ext.sweeps.file import expand, read_sweep
 from foundry_ext.sweeps.plan import PlannedRun, plan
+from foundry_ext.utils.nested import get
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted(path.relative_to(ROOT) for path in (ROOT / "experiments").glob("*/*.yaml"))
@@ -68,7 +69,7 @@ def check_fair(runs: list[PlannedRun]) -> None:
     def what(run: PlannedRun) -> str:
         experiment = run.config["callbacks"]["run_record"]["experiment"]
         rate = {"variables.learning_rate"}
-        settings = sorted((k, str(v)) for k, v in run.settings.items() if k not in rate)
+        settings = sorted((k, str(get(run.config, k))) for k in run.keys if k not in rate)
         return str((experiment, settings))
 
     for _, group in itertools.groupby(sorted(runs, key=what), key=what):

@@ -165,7 +165,9 @@ KEYS = [
     Case("overlong", data(overlong="cut"), ("overlong: 'cut'", "truncate, split, drop, error")),
     Case("shuffle", data(shuffle="x"), ("dataset.shuffle: 'x'", "neither true nor false")),
     Case("shuffle_seed", data(shuffle_seed="x"), ("dataset.shuffle_seed: 'x'", "whole number")),
-    Case("eval_packs", data(eval_packs=0), ("dataset.eval_packs: 0", "whole number above 0")),
+    Case(
+        "eval_packs", data(eval_packs=0), ("dataset.eval_packs: 0", "must be a whole number from 1")
+    ),
     Case("unknown key", data(pack_token=4), ("dataset.pack_token, did you mean 'pack_tokens'",)),
     Case("target_prompts", data(target_prompts="some"), ('"all", "none"', "'some'")),
     Case("no module", data(preprocessing_fn="no.such:f"), ("'no.such:f'", "write module:function")),

@@ -129,7 +129,7 @@ FOLDERS = [
 ]  # fmt: skip
 
 COMMANDS = [
-    Case("sweep: no values", nothing, ("sweep.yaml: parameter seed: values, []", "list some"),
+    Case("sweep: no values", nothing, ("sweep.yaml: parameter seed: values, []", "must be a list"),
          _sweep(" {seed: {values: []}}")),
     Case("sweep: no parameters", nothing, ("sweep.yaml: parameters is empty", "write name:"),
          _sweep(" {}")),
