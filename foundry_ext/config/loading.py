@@ -26,19 +26,15 @@ from foundry_ext.config.choices import (
     unset,
 )
 from foundry_ext.config.missing_files import SUFFIXES, way_out
+from foundry_ext.config.overrides import first_line, merge_override
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
-from foundry_ext.utils.nested import get, leaves
+from foundry_ext.utils.nested import leaves
 
 FILE_KEY = "config="
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
-
-
-def first_line(error: OmegaConfBaseException) -> str:
-    """Return OmegaConf's message without the lines that repeat key and type."""
-    return (error.msg or str(error)).strip().partition("\n")[0]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -81,7 +77,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     config = _read_yaml(path)
     given: dict[str, Any] = {}
     for override in sorted(overrides, key=lambda one: goes_through_reference(config, one)):
-        key, value = _merge_override(config, override)
+        key, value = merge_override(config, override)
         given[key] = value
     unset(config, [key for key, value in given.items() if value is None])
     _check_keys(path, config)
@@ -158,84 +154,6 @@ def _read_yaml(path: Path) -> DictConfig:
 def _parse(text: str) -> Any:
     """Parse a YAML once: it takes longer than all checks, and a sweep has many runs of a file."""
     return OmegaConf.load(StringIO(text))
-
-
-def _merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
-    """Set `optimizer.lr=1e-4` in the configuration; return its dotted key and value.
-
-    Raises:
-        UserError: the path or the kind of the value does not fit.
-    """
-    key, _, text = override.partition("=")
-    node: Any = OmegaConf.to_container(config, resolve=False)
-    parts = _split_key(node, key)
-    if not all(parts):
-        raise UserError(f"override {override}: no key before '=', write key=value")
-    if not text.strip():
-        raise UserError(f"override {override}: no value after '=', write {key}=null to unset")
-    try:
-        new = get(OmegaConf.to_container(OmegaConf.from_cli([f"x={text}"]), resolve=False), "x")
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(
-            f"override {override}: value is not YAML, {one_line(error).split(' in ')[0]}; quote it"
-        ) from error
-
-    for depth, part in enumerate(parts):
-        is_reference = isinstance(node, str) and "${" in node
-        if not (node is None or isinstance(node, dict) or is_reference):
-            kind = "list" if isinstance(node, list) else "single value"
-            raise UserError(
-                f"override {override}: {'.'.join(parts[:depth])} is a {kind}, not a mapping; "
-                "override it as a whole, or edit the file"
-            )
-        node = node.get(part) if isinstance(node, dict) else None
-    for kind, example in ((dict, f"{key}.name=..."), (list, f"{key}=[...]")):
-        if isinstance(node, kind) and new is not None and not isinstance(new, kind):
-            name = "mapping" if kind is dict else "list"
-            raise UserError(
-                f"override {override}: {key} is a {name}, which {text!r} would replace; "
-                f"write {example}, or {key}=null to unset"
-            )
-    _check_variable(config, override, parts)
-    update = new
-    for part in reversed(parts):
-        update = {part: update}
-    try:
-        config.merge_with(update)  # in place: OmegaConf.merge copies all of it
-    except OmegaConfBaseException as error:  # the path goes through a reference to a list
-        raise UserError(
-            f"override {override}: {first_line(error)}; override the list as a whole, or edit the"
-            " file"
-        ) from error
-    return ".".join(parts), new
-
-
-def _split_key(node: Any, key: str) -> list[str]:
-    """Split a dotted or bracketed key, but not a name of the file that has a dot.
-
-    variables.sizes.1.7b.model, variables.sizes[1.7b].model -> [variables, sizes, 1.7b, model]
-    """
-    words, parts = key.replace("[", ".").replace("]", "").split("."), []
-    while words:
-        names = [".".join(words[:count]) for count in range(len(words), 0, -1)]
-        name = next((name for name in names if isinstance(node, dict) and name in node), words[0])
-        parts.append(name)
-        words = words[name.count(".") + 1 :]
-        node = node.get(name) if isinstance(node, dict) else None
-    return parts
-
-
-def _check_variable(config: DictConfig, override: str, parts: Sequence[str]) -> None:
-    """Refuse a variable that nothing reads, because the run would silently ignore it."""
-    if parts[0] != "variables" or len(parts) < 2:
-        return
-    known = list(map(str, config.get("variables") or {}))
-    whole = str(OmegaConf.to_container(config, resolve=False))
-    if parts[1] not in known and not re.search(rf"variables\.{re.escape(parts[1])}\b", whole):
-        raise UserError(
-            f"override {override}: no variable {parts[1]!r}{suggest(parts[1], known) or ';'}"
-            f" the file has {', '.join(known) or 'none'}"
-        )
 
 
 def _check_keys(path: Path, config: DictConfig) -> None:
