@@ -39,8 +39,13 @@ class Combination(NamedTuple):
         return [f"variables.size={self.size}", f"variables.data={self.data}", *own]
 
     @property
+    def experiment(self) -> str:
+        """The data set's name in those of runs; rows and pages of one's own have two."""
+        return "own-text" if (self.kind, self.data) == ("pretrain", "own") else self.data
+
+    @property
     def run_name(self) -> str:
-        return f"smollm2-{self.size}_{self.data}_{self.method}"
+        return f"smollm2-{self.size}_{self.experiment}_{self.method}"
 
 
 COMBINATIONS = [

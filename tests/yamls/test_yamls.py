@@ -113,7 +113,7 @@ def test_names_folders_and_rates(run: Combination):
     folder = f"outputs/{run.run_name}"
     assert config["variables"]["folder"] == folder
     assert config["callbacks"]["run_record"]["path"] == f"{folder}/record.json"
-    assert config["loggers"]["wandb_metrics"]["group"] == run.data
+    assert config["loggers"]["wandb_metrics"]["group"] == run.experiment
     rates = config["variables"]["learning_rates"]
     assert list(rates) == ["lowest", "low", "middle", "high", "highest"]
     assert all(isinstance(rate, float) for rate in rates.values()), "1e-5 without a dot is a text"
@@ -354,7 +354,7 @@ def test_a_step(step: str, tokenizer_folder: Path, monkeypatch, tmp_path: Path):
         touch(path)
     config = load(run.path, overrides)
     record = take_step(config, tokenizer_folder)
-    assert (record["experiment"], record["method"]) == (run.data, run.method)
+    assert (record["experiment"], record["method"]) == (run.experiment, run.method)
     fingerprints = {name: one["fingerprint"] for name, one in record["data"]["eval"].items()}
     assert {"target", "source"} <= fingerprints.keys()
     assert record["data"]["train"]["fingerprint"] not in fingerprints.values()
