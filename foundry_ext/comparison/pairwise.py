@@ -74,7 +74,7 @@ class PairwiseComparison:
 
     @property
     def in_general(self) -> bool:
-        """Whether seeds vary in the interval, so that it holds for the methods, not only runs."""
+        """True if seeds vary in the interval, so that it holds for methods, not only for runs."""
         return self.interval is not None and self.interval.kind.startswith("seeds")
 
     @property
@@ -87,7 +87,7 @@ class PairwiseComparison:
 
     @property
     def is_distinguishable(self) -> bool:
-        """Whether both the interval and the adjusted p-value exclude a difference of 0."""
+        """True if both the interval and the adjusted p-value exclude a difference of 0."""
         return is_distinguishable(self.interval, self.adjusted_p)
 
     @property

@@ -91,7 +91,7 @@ class Matched:
     interval: Interval | None
     """Interval over seeds; None with fewer than three."""
     is_early: bool
-    """Whether a run reached the level before its first evaluation after step 0. Its value then lies
+    """True if a run reached the level before its first evaluation after step 0. Its value then lies
     on the straight line from the base model, not between two measured points."""
     over_rates: float | None
     """Forgetting between the ends of runs with rising learning rates; None if the level lies
@@ -156,7 +156,7 @@ class MatchedPair:
 
     @property
     def is_distinguishable(self) -> bool:
-        """Whether both the interval and the adjusted p-value exclude a difference of 0."""
+        """True if both the interval and the adjusted p-value exclude a difference of 0."""
         return is_distinguishable(self.interval, self.adjusted_p)
 
 

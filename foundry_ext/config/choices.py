@@ -146,20 +146,6 @@ def _keep(node: Any, before: Any, after: Any) -> None:
                 _keep(node[index], value, after[index])
 
 
-def goes_through_reference(config: DictConfig, override: str) -> bool:
-    """Return whether an override sets a key inside a mapping that refers to another one.
-
-    `sets.target.loader.dataset.split=x` with `loader: ${eval_loader}` takes a copy of eval_loader
-    as it is then, so it must come after the overrides of eval_loader itself.
-    """
-    node: Any = OmegaConf.to_container(config, resolve=False)
-    for part in override.partition("=")[0].split("."):
-        if isinstance(node, str) and "${" in node:
-            return True
-        node = node.get(part) if isinstance(node, dict) else None
-    return False
-
-
 def choices_in_run_name(config: DictConfig) -> set[str]:
     """Return the keys of choices that `run_name: ${variables.size}_lora` refers to."""
     content = OmegaConf.to_container(config, resolve=False)

@@ -22,11 +22,10 @@ from foundry_ext.config.choices import (
     drop_absent,
     find_missing_rows,
     find_unknown_choice,
-    goes_through_reference,
     unset,
 )
 from foundry_ext.config.missing_files import SUFFIXES, way_out
-from foundry_ext.config.overrides import first_line, merge_override
+from foundry_ext.config.overrides import first_line, goes_through_reference, merge_override
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault

@@ -67,6 +67,20 @@ def merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     return ".".join(parts), new
 
 
+def goes_through_reference(config: DictConfig, override: str) -> bool:
+    """Return whether an override sets a key inside a mapping that refers to another one.
+
+    `sets.target.loader.dataset.split=x` with `loader: ${eval_loader}` takes a copy of eval_loader
+    as it is then, so it must come after the overrides of eval_loader itself.
+    """
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for part in _split_key(node, override.partition("=")[0]):
+        if isinstance(node, str) and "${" in node:
+            return True
+        node = node.get(part) if isinstance(node, dict) else None
+    return False
+
+
 def _split_key(node: Any, key: str) -> list[str]:
     """Split a dotted or bracketed key, but not a name of the file that has a dot.
 

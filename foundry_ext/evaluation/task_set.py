@@ -52,7 +52,7 @@ class TaskSet(Generic[Config]):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Which data this is, for the run's record."""
+        """Identity of the data, for the run's record."""
         intact = len(self.lengths) - self.num_truncated
         return {
             "name": self.config.path,

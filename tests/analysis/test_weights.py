@@ -50,7 +50,7 @@ def weight():
 
 @pytest.mark.parametrize("k", [1, 3, 5, 9])
 def test_a_planted_rank_is_found(k):
-    """Of k equal singular values, k - 1 (at most 8 of 9) hold less than 90 %."""
+    """With k equal singular values, k - 1 of them (at most 8 of 9) hold less than 90 %."""
     change = 0.7 * orthonormal(OUT, k, 2) @ orthonormal(IN, k, 3).T
     assert rank_for_energy(torch.linalg.svdvals(change)) == k
 

@@ -297,6 +297,13 @@ def test_a_key_may_be_written_with_dots_though_a_name_has_one():
             assert set(config["variables"]["sizes"]) == {"135m", "360m", "1.7b"}
 
 
+def test_brackets_in_a_reference_are_ordered_like_dots():
+    for key in ("sets.target.loader.dataset.split", "sets.target.loader[dataset][split]"):
+        given = [f"callbacks.forgetting.{key}=train[:9]", "eval_loader.dataset.hf_name=other.jsonl"]
+        loader = ours(LORA, given)["callbacks"]["forgetting"]["sets"]["target"]["loader"]["dataset"]
+        assert (loader["split"], loader["hf_name"]) == ("train[:9]", "other.jsonl"), key
+
+
 def test_a_list_of_the_table_is_overridden_as_a_whole():
     replay = "variables.data=metamathqa-replay"
     with pytest.raises(UserError, match=r"share=0.2: .*override the list as a whole"):

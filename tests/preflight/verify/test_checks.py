@@ -1,4 +1,4 @@
-"""What a verification measures."""
+"""Measures of a verification."""
 
 import math
 
