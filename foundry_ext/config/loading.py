@@ -27,6 +27,7 @@ from foundry_ext.config.choices import (
 from foundry_ext.config.missing_files import SUFFIXES, way_out
 from foundry_ext.config.overrides import first_line, goes_through_reference, merge_override
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
+from foundry_ext.config.spelling import as_in_the_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
@@ -56,7 +57,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
             )
     if not files:
         raise UserError("no .yaml file given; usage: train.py a.yaml [b.yaml ...] [key=value ...]")
-    return files, overrides
+    return files, as_in_the_sweep(overrides)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -17,6 +17,18 @@ def first_line(error: OmegaConfBaseException) -> str:
     return (error.msg or str(error)).strip().partition("\n")[0]
 
 
+def parse_value(text: str) -> Any:
+    """Return the value of an override from its text after '='; references stay as they are.
+
+    Raises:
+        UserError: the text is not YAML.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.from_cli([f"x={text}"]), resolve=False)["x"]  # pyright: ignore
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(one_line(error).split(" in ")[0]) from error
+
+
 def merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     """Set `optimizer.lr=1e-4` in the configuration; return its dotted key and value.
 
@@ -31,11 +43,9 @@ def merge_override(config: DictConfig, override: str) -> tuple[str, Any]:
     if not text.strip():
         raise UserError(f"override {override}: no value after '=', write {key}=null to unset")
     try:
-        new = get(OmegaConf.to_container(OmegaConf.from_cli([f"x={text}"]), resolve=False), "x")
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(
-            f"override {override}: value is not YAML, {one_line(error).split(' in ')[0]}; quote it"
-        ) from error
+        new = parse_value(text)
+    except ValueError as error:
+        raise UserError(f"override {override}: value is not YAML, {error}; quote it") from error
 
     for depth, part in enumerate(parts):
         is_reference = isinstance(node, str) and "${" in node

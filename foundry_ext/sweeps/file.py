@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from foundry_ext.config.loading import FILE_KEY
+from foundry_ext.config.spelling import EXPONENT, spell
 from foundry_ext.sweeps.parameters import Parameter, parameter
 from foundry_ext.utils.errors import UserError
 
@@ -39,6 +41,14 @@ MACROS = (
 NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # of a parameter, from W&B
 DEFAULT_SEED = 17
 _TRIES_PER_RUN = 200
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader, which `wandb sweep` uses, but with numbers and dates as in a run's YAML."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
 
 
 @dataclass(frozen=True)
@@ -60,16 +70,36 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
-        content = yaml.safe_load(path.read_text())  # as `wandb sweep` reads it
+        text = path.read_text()
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        doubled = next(_doubled(yaml.compose(text, Loader=_Loader)), None)
     # An impossible date or undecodable bytes are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: not a mapping; write method:, program: and parameters:")
+    if doubled:
+        raise UserError(f"{path}: {doubled} are the same value; remove one of them")
     try:
         return _sweep(path, content)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _doubled(node: yaml.Node | None, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield `parameter lr: values 0.001 and 1e-3` for numbers that a list has in two spellings."""
+    for key, child in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value == "values" and isinstance(child, yaml.SequenceNode):
+            seen: dict[float, str] = {}
+            for entry in child.value:
+                value = yaml.load(yaml.serialize(entry), Loader=_Loader)  # noqa: S506
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    spelling = seen.setdefault(value, entry.value)
+                    if spelling != entry.value:
+                        name = ".".join(above)
+                        yield f"parameter {name}: values {spelling} and {entry.value}"
+        else:
+            yield from _doubled(child, above if key.value == "parameters" else (*above, key.value))
 
 
 def _sweep(path: Path, content: Mapping[str, Any]) -> Sweep:
@@ -209,15 +239,20 @@ def _nested(parameters: Sequence[Parameter], values: Sequence[Any]) -> dict[str,
 def command_line(sweep: Sweep, run: Mapping[str, Any], *, interpreter: str = "python") -> list[str]:
     """Return the command of a run as a list of arguments, to be started without a shell.
 
-    Values are formatted with str, as W&B's agent does: `seed=17`, `optimizer={'lr': 0.1}`.
+    Values are formatted with str, as W&B's agent does: `seed=17`, `optimizer={'lr': 0.1}`. Texts
+    that YAML would read as something else are quoted without hyphens, where they are overrides.
     """
     plain = [f"{name}={value}" for name, value in run.items()]
+    overrides = [
+        f"{name}={value if f'{name}=' == FILE_KEY else spell(value)}"
+        for name, value in run.items()
+    ]
     macros = {
         "${env}": ["/usr/bin/env"],
         "${interpreter}": [interpreter],
         "${program}": [sweep.program],
         "${args}": [f"--{text}" for text in plain],
-        "${args_no_hyphens}": plain,
+        "${args_no_hyphens}": overrides,
         "${args_no_boolean_flags}": [
             f"--{name}" if value is True else f"--{name}={value}"
             for name, value in run.items()

@@ -72,7 +72,7 @@ class Parameter:
         if self.distribution == "constant":
             return [settings["value"]]
         if self.distribution == "categorical":
-            return list({str(value): value for value in settings["values"]}.values())
+            return list({repr(value): value for value in settings["values"]}.values())
         if self.distribution == "int_uniform":
             return list(range(settings["min"], settings["max"] + 1))
         if self.distribution == "q_uniform":  # like numpy.arange: excludes the end
@@ -147,6 +147,12 @@ def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -
             raise UserError(
                 f"parameter {name}: null reaches a run as the text None; leave the parameter out"
             )
+        other = _other_kind(value)
+        if other is not None:
+            raise UserError(
+                f"parameter {name}: {other!r} is neither a text, a number, true, false, a list nor"
+                " a mapping of these; write it as a text"
+            )
     for key in ("min", "max", "q", "mu", "sigma", "a", "b"):
         number = settings.get(key, 1)
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -181,3 +187,13 @@ def _holds_none(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     return value is None or (isinstance(value, list) and any(map(_holds_none, value)))
+
+
+def _other_kind(value: Any) -> Any:
+    """Return a part of the value that no override can give, such as bytes; None if there is none."""
+    if isinstance(value, dict):
+        keys = [key for key in value if not isinstance(key, str | int | float)]
+        value = [*keys, *value.values()]
+    if isinstance(value, list):
+        return next((part for part in map(_other_kind, value) if part is not None), None)
+    return None if isinstance(value, str | int | float) else value

@@ -92,8 +92,9 @@ def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     for run in planned:
         if run.name in owners.values():
             raise UserError(
-                f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, and give "
-                "each YAML its own"
+                f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, give each"
+                " YAML its own, and give values that differ in more than quotes (the second run is"
+                f" {' '.join(run.arguments)})"
             )
         if run.record in owners:
             raise UserError(
