@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from foundry_ext.utils.errors import UserError, one_line, suggest
-from foundry_ext.utils.nested import get
 
 
 def first_line(error: OmegaConfBaseException) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from foundry_ext.records.schema import Record, Throughput
+from foundry_ext.records.schema import LARGEST_COUNT, Record, Throughput
 from foundry_ext.utils.atomic import write_text
-from foundry_ext.utils.errors import UserError, explain_invalid
+from foundry_ext.utils.errors import UserError, explain_invalid, shortened
 from foundry_ext.utils.json_lines import read_lines
 from foundry_ext.utils.redaction import redact
 
@@ -159,9 +159,16 @@ def read_items(path: Path | str) -> list[dict[str, Any]]:
     for number, item in read_lines(path, growing=True):
         try:
             for key in ITEM_NUMBERS & item.keys():
-                if not isinstance(item[key], int | float):
-                    raise UserError(f"{key}: {item[key]!r} must be a number")
+                if not isinstance(item[key], int | float) or _is_too_large(item[key]):
+                    raise UserError(f"{key}: {shortened(item[key])} must be a number")
+            if type(item["step"]) is not int or _is_too_large(item["step"]):
+                raise UserError(f"step: {shortened(item['step'])} must be a whole number")
             items[item["step"], item["set"], item["item"]] = item
         except (UserError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: not an item ({error})") from error
     return list(items.values())
+
+
+def _is_too_large(number: float) -> bool:
+    """Return whether no table of numbers can hold an integer; a float may be infinite."""
+    return isinstance(number, int) and abs(number) > LARGEST_COUNT

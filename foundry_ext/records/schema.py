@@ -1,22 +1,48 @@
 """Schema 1 of `record.json`: every key, its type, its meaning and its unit.
 
-Numbers may be NaN, because a run that diverged has a record too. JSON as Python writes it says NaN.
+Measured values may be NaN, because a run that diverged has a record too. JSON as Python writes it
+says NaN. Counts, durations and the learning rate are from 0 on and finite.
 """
 
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, shortened
+from foundry_ext.utils.nested import leaves
 
 _LONGEST_PATH = 200  # characters; file systems end at 255
+LARGEST_COUNT = 2**100  # far below the largest float, so that quotients of counts are floats
 
 
 def _inside_the_folder(path: str) -> str:
     if PurePosixPath(path).is_absolute() or ".." in path.split("/"):
         raise UserError("must not leave the record's folder; give a path inside it")
     return path
+
+
+def _with_a_zone(time: str) -> str:
+    try:
+        has_zone = datetime.fromisoformat(time).tzinfo is not None
+    except ValueError:
+        has_zone = False
+    if not has_zone:
+        raise UserError("must be a time in ISO 8601 with its zone, as 2026-11-26T12:00:00+00:00")
+    return time
+
+
+def _in_reach(config: dict) -> dict:
+    for key, value in leaves(config, into_lists=True):
+        if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+            raise UserError(f"has {key}, {shortened(value)}; must be within {LARGEST_COUNT}")
+    return config
+
+
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Moment = Annotated[str, AfterValidator(_with_a_zone)]
 
 
 class _Section(BaseModel):
@@ -35,7 +61,7 @@ class Environment(_Section):
     dirty: bool | None = Field(description="whether the code differs from that commit")
     device: str = Field(description="name of the GPU or processor")
     device_kind: str = Field(description="cpu or cuda")
-    world_size: int = Field(description="number of ranks")
+    world_size: Count = Field(description="number of ranks")
 
 
 class Loader(_Section):
@@ -46,9 +72,9 @@ class Loader(_Section):
     fingerprint: str | None = Field(
         description="digest of tokens and labels, independent of their order and of the seed"
     )
-    documents: int | None = Field(description="documents in one epoch")
-    tokens: int | None = Field(description="tokens in one epoch")
-    counts: dict[str, int] = Field(
+    documents: Count | None = Field(description="documents in one epoch")
+    tokens: Count | None = Field(description="tokens in one epoch")
+    counts: dict[str, Count] = Field(
         description="documents by outcome (kept, truncated, ...), and `tokens_cut`"
     )
 
@@ -66,33 +92,33 @@ class Model(_Section):
     """Model and fine-tuning method; the adapter's keys are null in full fine-tuning."""
 
     name: str = Field(description="model that training started from")
-    parameters: int = Field(description="number of parameters, the adapter's included")
-    trainable_parameters: int = Field(description="number of parameters that are trained")
-    rank: int | None = Field(description="rank of the adapter")
+    parameters: Count = Field(description="number of parameters, the adapter's included")
+    trainable_parameters: Count = Field(description="number of parameters that are trained")
+    rank: Count | None = Field(description="rank of the adapter")
     alpha: float | None = Field(description="lora_alpha of the adapter")
     effective_scale: float | None = Field(
         description="factor of the adapter's product BA: alpha / rank, or alpha / sqrt(rank) for"
         " rsLoRA"
     )
-    target_modules: list | None = Field(description="modules that the adapter changes")
+    target_modules: list[str] | None = Field(description="modules that the adapter changes")
     init: str | None = Field(description="initialisation, e.g. default, random or pissa")
 
 
 class Tokens(_Section):
     """Tokens of the training steps so far, over all ranks."""
 
-    slots: int = Field(description="tokens computed, padding included")
-    real: int = Field(description="tokens of documents")
-    loss: int = Field(description="tokens with a label")
+    slots: Count = Field(description="tokens computed, padding included")
+    real: Count = Field(description="tokens of documents")
+    loss: Count = Field(description="tokens with a label")
 
 
 class Time(_Section):
     """Wall seconds, without the time between an interruption and its resumption."""
 
-    wall_seconds: float = Field(
+    wall_seconds: Finite = Field(
         description="from the start of training to `updated`, evaluations included"
     )
-    train_seconds: float = Field(description="training steps alone")
+    train_seconds: Finite = Field(description="training steps alone")
 
 
 class Throughput(_Section):
@@ -119,8 +145,8 @@ class Throughput(_Section):
 class Evaluation(_Section):
     """Results of one evaluation during training."""
 
-    step: int = Field(description="optimizer steps before it")
-    real_tokens: int = Field(description="real tokens trained on before it")
+    step: Count = Field(description="optimizer steps before it")
+    real_tokens: Count = Field(description="real tokens trained on before it")
     metrics: dict[str, float] = Field(
         description="raw values by <set>/<metric>; Composer's own evaluators are under"
         " eval/<label>/<metric>"
@@ -145,23 +171,25 @@ class Record(_Section):
         " `pid` and an old `updated`; readers treat it as unfinished"
     )
     error: str | None = Field(description="why the run failed or stopped, as `Type: message`")
-    started: str = Field(description="start of training, ISO 8601 in UTC")
-    updated: str = Field(description="time of this record, ISO 8601 in UTC")
-    ended: str | None = Field(description="end of training, ISO 8601 in UTC")
-    pid: int = Field(description="process id of rank 0")
+    started: Moment = Field(description="start of training, ISO 8601 in UTC")
+    updated: Moment = Field(description="time of this record, ISO 8601 in UTC")
+    ended: Moment | None = Field(description="end of training, ISO 8601 in UTC")
+    pid: Count = Field(description="process id of rank 0")
     experiment: str = Field(description="the question this run is a part of")
     method: str = Field(description="fine-tuning method: full, lora, dora or rslora")
-    seed: int = Field(description="seed of the run")
-    learning_rate: float = Field(description="peak learning rate")
-    config: dict = Field(description="the resolved YAML, secrets redacted")
+    seed: Count = Field(description="seed of the run")
+    learning_rate: Finite = Field(description="peak learning rate")
+    config: Annotated[dict, AfterValidator(_in_reach)] = Field(
+        description="the resolved YAML, secrets redacted"
+    )
     environment: Environment
     data: Data
     model: Model
-    steps: int = Field(description="optimizer steps so far")
-    documents: int = Field(description="documents trained on so far, repeats included")
+    steps: Count = Field(description="optimizer steps so far")
+    documents: Count = Field(description="documents trained on so far, repeats included")
     tokens: Tokens
     time: Time
-    peak_memory_bytes: int | None = Field(
+    peak_memory_bytes: Count | None = Field(
         description="largest memory of any rank, in bytes: allocated on the GPU, or resident"
     )
     throughput: Throughput

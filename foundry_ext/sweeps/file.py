@@ -71,7 +71,7 @@ def read_sweep(path: Path) -> Sweep:
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
         text = path.read_text()
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(text, Loader=_Loader)
         doubled = next(_doubled(yaml.compose(text, Loader=_Loader)), None)
     # An impossible date or undecodable bytes are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -92,7 +92,7 @@ def _doubled(node: yaml.Node | None, above: tuple[str, ...] = ()) -> Iterator[st
         if key.value == "values" and isinstance(child, yaml.SequenceNode):
             seen: dict[float, str] = {}
             for entry in child.value:
-                value = yaml.load(yaml.serialize(entry), Loader=_Loader)  # noqa: S506
+                value = yaml.load(yaml.serialize(entry), Loader=_Loader)
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     spelling = seen.setdefault(value, entry.value)
                     if spelling != entry.value:
@@ -244,8 +244,7 @@ def command_line(sweep: Sweep, run: Mapping[str, Any], *, interpreter: str = "py
     """
     plain = [f"{name}={value}" for name, value in run.items()]
     overrides = [
-        f"{name}={value if f'{name}=' == FILE_KEY else spell(value)}"
-        for name, value in run.items()
+        f"{name}={value if f'{name}=' == FILE_KEY else spell(value)}" for name, value in run.items()
     ]
     macros = {
         "${env}": ["/usr/bin/env"],

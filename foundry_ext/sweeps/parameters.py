@@ -190,7 +190,7 @@ def _holds_none(value: Any) -> bool:
 
 
 def _other_kind(value: Any) -> Any:
-    """Return a part of the value that no override can give, such as bytes; None if there is none."""
+    """Return a part of the value that no override can give, such as bytes, or None."""
     if isinstance(value, dict):
         keys = [key for key in value if not isinstance(key, str | int | float)]
         value = [*keys, *value.values()]

@@ -16,7 +16,7 @@ from foundry_ext.config.loading import load_config, record_path, split_arguments
 from foundry_ext.records.record import RECORD_NAME
 from foundry_ext.records.result_settings import RESULT_SETTINGS
 from foundry_ext.sweeps.file import Sweep, command_line, inside
-from foundry_ext.sweeps.state import read_run_record, wall_seconds
+from foundry_ext.sweeps.state import amount, read_run_record, wall_seconds
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.nested import get
 from foundry_ext.utils.redaction import redact
@@ -182,7 +182,7 @@ def estimate_costs(
     the mean rate of finished runs with the same model and method.
     """
     folders = sorted({run.folder.parent for run in runs})
-    measured = [_measured_cost(record) for record in finished_records(folders)]
+    measured = [cost for cost in map(_measured_cost, finished_records(folders)) if cost]
     estimates = []
     for run in runs:
         tokens, is_bound = tokens_of(run.config)
@@ -219,10 +219,14 @@ def finished_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [record for record in records if record.get("status") == "finished"]
 
 
-def _measured_cost(record: Mapping[str, Any]) -> tuple[tuple[Any, Any], float, float]:
-    config = record.get("config") or {}
-    keys = cost_key(config, whole=True), cost_key(config, whole=False)
-    return keys, wall_seconds(record), float(get(record, "tokens.real") or 0)
+def _measured_cost(record: Mapping[str, Any]) -> tuple[tuple[Any, Any], float, float] | None:
+    """Return keys, seconds and tokens; None if the record's configuration is not a run's."""
+    config = record.get("config")
+    try:
+        keys = cost_key(config or {}, whole=True), cost_key(config or {}, whole=False)
+    except (AttributeError, ArithmeticError, TypeError, ValueError):  # edited by hand
+        return None
+    return keys, wall_seconds(record), amount(record, "tokens.real")
 
 
 def cost_key(config: Mapping[str, Any], *, whole: bool) -> Any:

@@ -223,7 +223,7 @@ class SweepRunner:
         state.pid = None
         state.seconds = time.monotonic() - active.begin if is_ours else wall_seconds(record)
         if state.status == "failed":
-            state.error = record.get("error") or (
+            state.error = str(record.get("error") or "") or (
                 f"exit code {code}" if code else "exit code 0, but its record is not finished"
             )
         elif state.status == "finished":

@@ -12,11 +12,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foundry_ext.records.record import now
+from foundry_ext.records.schema import LARGEST_COUNT, Count, Finite, Moment
 from foundry_ext.utils.atomic import write_text
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, explain_invalid, one_line
 from foundry_ext.utils.nested import get
 
 STATE_VERSION = 1
@@ -28,15 +31,28 @@ STATUSES = ("waiting", "running", "finished", "failed", "stopped", "killed")
 class RunState:
     """The last known state of one run."""
 
-    status: str = "waiting"
-    attempts: int = 0
-    pid: int | None = None
-    exit_code: int | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    status: Annotated[str, Field(pattern=f"^({'|'.join(STATUSES)})$")] = "waiting"
+    attempts: Count = 0
+    pid: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Negative if a signal ended it."""
-    started: str | None = None
-    seconds: float = 0.0
+    started: Moment | None = None
+    seconds: Finite = 0.0
     """Duration of the last attempt."""
     error: str | None = None
+
+
+class _State(BaseModel):
+    """The state file."""
+
+    model_config = ConfigDict(strict=True)
+
+    schema_version: Literal[1]
+    sweep: str
+    updated: Moment
+    runs: dict[str, RunState]
 
 
 def write_state(path: Path, sweep: str, runs: dict[str, RunState]) -> None:
@@ -54,18 +70,16 @@ def read_state(path: Path) -> dict[str, RunState]:
     """Return the runs of the state file; none if there is no file yet."""
     if not path.exists():
         return {}
-    way_out = "move it away to start from the runs' records"
     try:
         content = json.loads(path.read_text())
-        if content["schema_version"] != STATE_VERSION:
-            raise UserError(f"schema_version {content['schema_version']}, not {STATE_VERSION}")
-        runs = {str(name): RunState(**run) for name, run in content["runs"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not the state of a sweep, {error!r}; {way_out}") from error
-    for name, run in runs.items():
-        if run.status not in STATUSES:
-            raise UserError(f"{path}: run {name} has status {run.status!r}; {way_out}")
-    return runs
+        return _State.model_validate_json(json.dumps(content)).runs  # strict, as JSON is
+    except ValidationError as error:
+        reason = explain_invalid(error, _State.model_fields)
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
+        reason = one_line(error)
+    raise UserError(
+        f"{path}: not the state of a sweep, {reason}; move it away to start from the runs' records"
+    )
 
 
 def claim(path: Path) -> int | None:
@@ -96,14 +110,21 @@ def read_run_record(path: Path) -> dict[str, Any]:
     """Return the run's record at `path`, or {} if it is missing or unreadable."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def wall_seconds(record: Mapping[str, Any]) -> float:
     """Return the run's duration so far from its record; 0 if the record lacks it."""
-    return float(get(record, "time.wall_seconds") or 0.0)
+    return amount(record, "time.wall_seconds")
+
+
+def amount(record: Mapping[str, Any], key: str) -> float:
+    """Return the number from 0 on at a dotted key of a record; 0 if it is missing or none."""
+    value = get(record, key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= LARGEST_COUNT else 0.0
 
 
 def status_now(state: RunState, record_status: str | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.records.schema import LARGEST_COUNT
 from foundry_ext.sweeps.plan import CostEstimate, SweepRunResult
 from foundry_ext.sweeps.state import read_run_record
 from foundry_ext.utils.nested import get
@@ -88,12 +89,14 @@ def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]
 
 def target_loss(record: Mapping[str, Any]) -> float | None:
     """Return the last loss on the first learning set, or None if it was not measured."""
-    evaluations = record.get("evaluations") or []
-    sets = get(record, "config.callbacks.forgetting.sets") or {}
-    for name, entry in sets.items():
-        if get(entry, "role") == "learning" and evaluations:
-            loss = evaluations[-1]["metrics"].get(f"{name}/loss")
-            if loss is not None:
+    evaluations = record.get("evaluations")
+    last = evaluations[-1] if isinstance(evaluations, list) and evaluations else None
+    metrics = last.get("metrics") if isinstance(last, dict) else None
+    sets = get(record, "config.callbacks.forgetting.sets")
+    for name, entry in sets.items() if isinstance(sets, dict) else ():
+        if get(entry, "role") == "learning" and isinstance(metrics, dict):
+            loss = metrics.get(f"{name}/loss")
+            if isinstance(loss, float) or (type(loss) is int and abs(loss) <= LARGEST_COUNT):
                 return float(loss)
     return None
 

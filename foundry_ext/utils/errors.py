@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 TRACEBACK_VARIABLE = "FOUNDRY_EXT_TRACEBACK"
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200  # characters of a value that an error shows
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = (
+    200  # characters of a value that an error shows
+)
 
 
 class UserError(ValueError):
@@ -38,6 +40,11 @@ def naming(place: str, kinds: tuple[type[Exception], ...] = (ValueError,)) -> It
         raise
     except kinds as error:
         raise UserError(f"{place}: {one_line(error)} [{type(error).__name__}]") from error
+
+
+def shortened(value: object) -> str:
+    """Return a value as an error shows it; of long texts, numbers and lists only a part."""
+    return _SHORT.repr(value)
 
 
 def wants_traceback() -> bool:

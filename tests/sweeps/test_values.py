@@ -33,8 +33,36 @@ VALUES = st.recursive(
 )
 AWKWARD = [
     *("#b", "a: b", "a\nb", "", " ", "null", "~", "True", "no", "17", "1.5", "1_0", "0x1f", "1e5x"),
-    *("'", '"', "\\", "\\n", "a, b", "[a", "{a", "- a", "? a", "! a", "& a", "* a", "a #b", "=", "="),
-    *("2024-01-01", "12:30:45", "\u2028", "\x7f", "\0", "\U0001f600", "\t", "%", "`a`", "@a", ".inf"),
+    *(
+        "'",
+        '"',
+        "\\",
+        "\\n",
+        "a, b",
+        "[a",
+        "{a",
+        "- a",
+        "? a",
+        "! a",
+        "& a",
+        "* a",
+        "a #b",
+        "=",
+        "=",
+    ),
+    *(
+        "2024-01-01",
+        "12:30:45",
+        "\u2028",
+        "\x7f",
+        "\0",
+        "\U0001f600",
+        "\t",
+        "%",
+        "`a`",
+        "@a",
+        ".inf",
+    ),
 ]
 CASES = [*AWKWARD, ["x y"], ["a\nb", "#"], {"a b": "#c", "x": [1, {"y": "no"}]}, ["1"], {}, []]
 
@@ -98,7 +126,7 @@ def test_a_reference_stays_one(tmp_path: Path):
 @pytest.mark.parametrize("written", ["1e-3", "0.001"])
 def test_a_number_is_one_as_in_a_run_s_yaml(written: str, tmp_path: Path, monkeypatch):
     with world() as folder:
-        sweep, run = run_of(folder, {"value": 0})
+        sweep, _run = run_of(folder, {"value": 0})
         path = folder / "sweep.yaml"
         path.write_text(path.read_text().replace("value: 0", f"value: {written}"))
         sweep = read_sweep(path)
@@ -134,8 +162,6 @@ def test_a_number_and_its_text_are_two_values(tmp_path: Path):
 @pytest.mark.parametrize("value", ["!!binary aGk=", "!!set {a, b}", "[!!binary aGk=]"])
 def test_other_kinds_are_refused(tmp_path: Path, value: str):
     path = tmp_path / "sweep.yaml"
-    path.write_text(
-        f"program: train.py\nmethod: grid\nparameters:\n  seed:\n    value: {value}\n"
-    )
+    path.write_text(f"program: train.py\nmethod: grid\nparameters:\n  seed:\n    value: {value}\n")
     with pytest.raises(ValueError, match=r"sweep\.yaml: parameter seed: .*neither a text"):
         read_sweep(path)
