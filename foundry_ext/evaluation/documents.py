@@ -70,6 +70,7 @@ class DocumentsSet:
             self.indices,
             dataset.documents.lengths[self.indices].astype(np.int64),
             lambda indices: dataset[np.asarray(indices)],
+            name=self.config.name,
             capacity=dataset.sampler.capacity,
             base=base if measures_kl else None,
             shard=shard,

@@ -199,7 +199,8 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         order = np.argsort(self.lengths, kind="stable")
         batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
         items = []
-        for batch in (batches[index] for index in shard.of(len(batches))):
+        for number in shard.progress(len(batches), self.config.name, unit="batches"):
+            batch = batches[number]
             prompts = [self.prompts[index] for index in batch]
             outputs = generate(model, self.tokenizer, prompts, self.config.max_new_tokens)
             items += [

@@ -155,6 +155,7 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
             np.arange(len(self.documents)),
             np.asarray(self.lengths),
             lambda indices: self.collator([self.documents[index] for index in indices]),
+            name=self.config.name,
             capacity=self.capacity,
             base=None,
             shard=shard,

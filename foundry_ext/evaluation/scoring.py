@@ -10,6 +10,7 @@ from foundry_ext.models.scores import BaseModel, score_pack
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.algorithm import pack
 from foundry_ext.packing.batch import Pack
+from foundry_ext.utils.progress import progress
 
 _TENSORS = ("input_ids", "position_ids", "labels", "cu_seqlens")
 
@@ -23,6 +24,11 @@ class Shard(NamedTuple):
     def of(self, count: int) -> range:
         """Return this process's part of the indices 0 to count - 1."""
         return range(self.rank, count, self.world_size)
+
+    def progress(self, count: int, name: str, *, unit: str) -> Iterator[int]:
+        """Yield this process's part; the first rank shows the progress of its own."""
+        part = self.of(count)
+        return progress(part, f"measuring {name}", total=len(part), unit=unit, shown=self.rank == 0)
 
 
 class DocumentScore(NamedTuple):
@@ -44,6 +50,7 @@ def score_documents(
     lengths: NDArray[np.int64],
     make_pack: Callable[[Sequence[int]], Pack],
     *,
+    name: str,
     capacity: int,
     base: BaseModel | None,
     shard: Shard,
@@ -52,11 +59,12 @@ def score_documents(
 
     `indices` [n] are the documents and `lengths` [n] their tokens, each at most `capacity`. Packs
     depend on these only, not on the number of ranks, so a document is always computed together with
-    the same others and rounds alike. `make_pack` lays documents end to end.
+    the same others and rounds alike. `make_pack` lays documents end to end. Progress is shown under
+    `name`.
     """
     device = model.device
     plan = pack(lengths, capacity, seed=0, epoch=0)
-    for pack_index in shard.of(len(plan)):
+    for pack_index in shard.progress(len(plan), name, unit="packs"):
         documents = [int(index) for index in indices[plan[pack_index]]]
         batch = make_pack(documents)
         tensors = {key: batch[key].to(device) for key in _TENSORS}

@@ -18,6 +18,7 @@ from foundry_ext.evaluation.generation import (
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils import progress
 
 ROWS = [
     {"question": "one bird and two", "answer": "count one\n#### 1,234"},
@@ -193,11 +194,14 @@ def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):
     assert ours.prompts[1] == theirs.prompts[1]
 
 
-def test_batches_and_ranks_change_nothing(model, tokenizer, path, monkeypatch):
+def test_batches_and_ranks_change_nothing(model, tokenizer, path, monkeypatch, capsys):
     (built,) = build(path, tokenizer, num_fewshot=0, max_new_tokens=6)
     whole = built.complete(built.measure(model, None, Shard()))
     monkeypatch.setattr(generation, "BATCH_SIZE", 1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     parts = [built.measure(model, None, Shard(rank, 2)) for rank in range(2)]
+    lines = capsys.readouterr().err.splitlines()  # of the first rank
+    assert lines and all(f"{built.config.name}: " in line and "/2" in line for line in lines)
     assert [len(part) for part in parts] == [2, 1]
     assert built.complete(parts[0] + parts[1]) == whole
 

@@ -16,6 +16,7 @@ from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import changes
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from foundry_ext.utils import progress
 from tests.conftest import WORDS
 
 SHARED = Path(__file__).parents[3] / "shared/data/eval"
@@ -172,6 +173,17 @@ def test_ranks_share_the_choices(models, tokenizer, write, monkeypatch):
     assert all(parts) and sum(map(len, parts)) == len(whole)
     together = [str(item) for part in parts for item in part]
     assert sorted(together) == sorted(map(str, whole))
+
+
+def test_the_first_rank_shows_progress(models, tokenizer, write, monkeypatch, capsys):
+    monkeypatch.setattr(multiple_choice, "PACK_TOKENS", 64)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    path = write(generated(9))
+    evaluate(models[0], path, tokenizer, shard=Shard(1, 2))
+    assert capsys.readouterr().err == ""
+    evaluate(models[0], path, tokenizer)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and all("task" in line and "packs" in line for line in lines)
 
 
 def test_few_shot_prompts(tokenizer, write):

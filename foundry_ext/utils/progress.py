@@ -1,0 +1,62 @@
+"""Progress of long work, with the time left: a bar on a terminal, a line a minute in a log."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+LOG_SECONDS = 60.0
+"""Time between two lines in a log; work that is done sooner writes none."""
+_BAR_SECONDS = 1.0  # before a bar appears
+
+Element = TypeVar("Element")
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread that watches the bars
+
+
+class _Lines:
+    """A stream for tqdm that writes whole lines where tqdm would write over the last one."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(
+    elements: Iterable[Element], name: str, *, total: int, unit: str, shown: bool = True
+) -> Iterator[Element]:
+    """Yield the elements, and show on stderr how many are done and how long the rest will take.
+
+    Args:
+        elements: what is worked on, one after another.
+        name: of the work.
+        total: number of elements.
+        unit: what an element is.
+        shown: show nothing if False, as on all ranks but one.
+    """
+    is_terminal = sys.stderr.isatty()
+    bar = _Bar(
+        elements,
+        name,
+        total=total,
+        unit=f" {unit}",
+        file=sys.stderr if is_terminal else _Lines(sys.stderr),  # pyright: ignore
+        leave=False,
+        miniters=1,
+        mininterval=0.2 if is_terminal else LOG_SECONDS,
+        delay=_BAR_SECONDS if is_terminal else LOG_SECONDS,
+        disable=not shown,
+    )
+    try:
+        yield from bar
+    finally:
+        bar.close()
