@@ -1,22 +1,20 @@
 """`wandb_metrics`: Weights & Biases for metrics and records, but not for checkpoints."""
 
-import atexit
-import logging
+import copy
 import os
 import shutil
+from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from composer.core import State
-from composer.loggers import Logger, WandBLogger
+from composer.loggers import Logger
 
 from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 from foundry_ext.training.callbacks.run_record import RunRecord
+from foundry_ext.training.loggers.wandb_background import BackgroundWandB
 from foundry_ext.training.run_description import find_callback, method_of
 from foundry_ext.utils.redaction import redact
-
-log = logging.getLogger(__name__)
 
 TOKENS = "time/token"  # real tokens, Composer's name for them
 # Charts of these have real tokens as x axis; W&B's own steps can still be selected.
@@ -37,7 +35,7 @@ PROMISED_KEYS = (
 PROMISED_CONFIG = ("experiment", "method", "seed")
 
 
-class WandBMetrics(WandBLogger):
+class WandBMetrics(BackgroundWandB):
     """Composer's WandBLogger for runs that are compared. The arguments are those of `wandb`.
 
     Runs are grouped by the experiment of `run_record`, then by method (W&B's job type) and seed (in
@@ -45,6 +43,8 @@ class WandBMetrics(WandBLogger):
     with the real tokens so far. The run's files include its record and items. Secrets are redacted
     from the configuration, and the run's output is not captured unless
     `init_kwargs.settings.console` is set.
+
+    W&B never ends a run, and no step waits for it; see wandb_background.py.
 
     It refuses to look for checkpoints: `autoresume` looks for the newest one on disk and then asks
     every logger. Composer's WandBLogger would ask the W&B server, which offline ends the run with
@@ -55,6 +55,7 @@ class WandBMetrics(WandBLogger):
 
     def init(self, state: State, logger: Logger) -> None:
         self.state = state
+        self._config: dict[str, Any] = {}
         record, method = find_callback(state, RunRecord), method_of(state).name
         config = {"method": method, "seed": state.rank_zero_seed}
         if record is not None:
@@ -69,47 +70,48 @@ class WandBMetrics(WandBLogger):
             "console": "off",
         }
         self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
-        self._start(state, logger)
-        if self._enabled:
-            import wandb
+        self.open(state, logger)
 
-            wandb.define_metric(TOKENS)
-            for names in AGAINST_TOKENS:
-                wandb.define_metric(names, step_metric=TOKENS)
-            # If a run fails, W&B's exit hook closes it before Composer's calls `close`. This hook
-            # comes before both, because exit hooks run last to first.
-            atexit.register(self._save_record)
-
-    def _start(self, state: State, logger: Logger) -> None:
-        """Start W&B; without a key or network continue offline rather than end the run."""
+    def describe(self) -> None:
         import wandb
 
-        try:
-            super().init(state, logger)
-        except wandb.Error as error:  # no key, or no answer from the server
-            log.warning(
-                "W&B cannot be reached (%s): this run continues offline, and `wandb sync %s`"
-                " uploads it later; `wandb login` stores a key, WANDB_MODE=offline avoids the wait",
-                *(shorten(str(error), 200, placeholder=" ..."), "wandb/offline-run-*"),
-            )
-            self._init_kwargs["mode"] = "offline"
-            super().init(state, logger)
+        wandb.define_metric(TOKENS)
+        for names in AGAINST_TOKENS:
+            wandb.define_metric(names, step_metric=TOKENS)
+        if self._config:
+            super().log_hyperparameters(self._config)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.state is not None:
             metrics = {TOKENS: self.state.timestamp.token.value, **metrics}
-        super().log_metrics(metrics, step)
+        values = copy.deepcopy(metrics)
+        self.send(f"metrics of step {step}", partial(super().log_metrics, values, step))
+
+    def log_table(
+        self,
+        columns: list[str],
+        rows: list[list[Any]],
+        name: str = "Table",
+        step: int | None = None,
+    ) -> None:
+        call = partial(super().log_table, list(columns), copy.deepcopy(rows), name, step)
+        self.send(f"{name} of step {step}", call, asks_server=True)
+
+    def log_images(self, images: Any, name: str = "Images", *args: Any, **kwargs: Any) -> None:
+        call = partial(super().log_images, copy.deepcopy(images), name, *args, **kwargs)
+        self.send(f"images {name}", call, asks_server=True)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        super().log_hyperparameters(redact(hyperparameters))
+        values = redact(hyperparameters)
+        if self.state is not None:
+            self._config |= values
+        self.send("the configuration", partial(super().log_hyperparameters, values))
 
-    def post_close(self) -> None:
-        if self._enabled:
-            self._save_record()
-            atexit.unregister(self._save_record)
-        super().post_close()
+    def upload_file(self, state: State, remote_file_name: str, *args: Any, **kwargs: Any) -> None:
+        call = partial(super().upload_file, state, remote_file_name, *args, **kwargs)
+        self.send(f"file {remote_file_name}", call, asks_server=True)
 
-    def _save_record(self) -> None:
+    def save_files(self) -> None:
         """Copy the record and its items to the run's files; links would point out of its folder."""
         import wandb
 

@@ -1,0 +1,54 @@
+"""W&B's service: the process of its own to which the package wandb sends everything."""
+
+import subprocess
+from typing import Any
+
+
+def service_process() -> "subprocess.Popen[bytes] | None":
+    """Return the service, or None if there is none or another process has started it.
+
+    The package has no public name for it.
+    """
+    from wandb.sdk.wandb_setup import _WandbSetup
+
+    session: Any = _WandbSetup._instance
+    connection = getattr(session, "_connection", None)
+    return getattr(getattr(connection, "_proc", None), "_internal_proc", None)
+
+
+def has_ended(service: "subprocess.Popen[bytes] | None") -> bool:
+    """Return whether a service has ended; one that was killed gets a moment for it."""
+    if service is None:
+        return False
+    try:
+        service.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def leave(exit_code: int) -> bool:
+    """Finish W&B's run, if there is one, and end its service; return whether W&B did so."""
+    import wandb
+
+    try:
+        wandb.finish(exit_code)
+        finished = True
+    except Exception:
+        finished = False
+    return end_service(exit_code) and finished
+
+
+def end_service(exit_code: int) -> bool:
+    """End W&B's service and remove its exit hook; return whether W&B did so.
+
+    A service of another process is left alone.
+    """
+    import wandb
+
+    try:
+        wandb.teardown(exit_code)
+    # With a service that has died. W&B calls sys.exit with the service's own exit code.
+    except (Exception, SystemExit) as error:
+        return type(error).__name__ == "WandbServiceNotOwnedError"
+    return True

@@ -1,0 +1,133 @@
+"""W&B's service that dies and a server that stops answering: the run goes on and says so."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from composer.core import Callback
+
+from foundry_ext.training.loggers import wandb_background
+from foundry_ext.training.loggers.metrics_file import read_metrics
+from foundry_ext.training.loggers.wandb_metrics import WandBMetrics
+from tests.training import kit
+from tests.training.loggers.test_wandb_metrics import offline_in, read_back, read_records, values
+from tests.training.loggers.wandb_server import serving
+
+
+class Trouble(Callback):
+    """Callback `trouble`: calls `make` after batch 4, with W&B's logger."""
+
+    make: Callable[[WandBMetrics], None]
+
+    def batch_end(self, state, logger):
+        if state.timestamp.batch == 4:
+            found = [one for one in logger.destinations if isinstance(one, WandBMetrics)]
+            Trouble.make(found[0])
+
+
+kit.llmfoundry.registry.callbacks.register("trouble", func=Trouble)
+
+
+def train(world, folder: Path, trouble: Callable[[WandBMetrics], None], **init_kwargs):
+    """Train, evaluate after the trouble, and return step -> loss of the file of metrics."""
+    Trouble.make = staticmethod(trouble)
+    samples = {"prompts": ["one bird"], "max_new_tokens": 2}
+    kit.run(
+        kit.run_config(
+            world,
+            folder,
+            "lora",
+            callbacks={"spy": {}, "text_samples": samples, "trouble": {}},
+            loggers={
+                "inmemory": {},
+                "metrics_file": {"path": f"{folder}/metrics.jsonl"},
+                "wandb_metrics": {"project": "p", "init_kwargs": init_kwargs},
+            },
+            eval_loader=kit.loader_config(world.eval_rows, eval_packs=1),
+            eval_interval="6ba",
+            save_folder=None,
+        )
+    )
+    return read_metrics(folder / "metrics.jsonl")["loss/train/total"]
+
+
+def losses(folder: Path, *, finished: bool = True) -> dict[int, float]:
+    """Return step -> loss of a run's file."""
+    (file,) = folder.glob("run-*.wandb")
+    rows = [
+        values(record.history.item)
+        for record in (read_back(folder) if finished else read_records(file))
+        if record.HasField("history")
+    ]
+    return {row["_step"]: row["loss/train/total"] for row in rows if "loss/train/total" in row}
+
+
+def warnings_in(caplog) -> list[str]:
+    return [
+        record.getMessage() for record in caplog.records if record.name.endswith("wandb_background")
+    ]
+
+
+def kill(logger: WandBMetrics) -> None:
+    assert logger._background is not None and logger._background.drain(60.0)
+    assert logger._service is not None
+    os.kill(logger._service.pid, signal.SIGKILL)
+
+
+def test_a_run_outlives_w_and_b_s_service(world, tmp_path, caplog):
+    expected = train(world, tmp_path, kill, **offline_in(tmp_path))
+    assert len(expected) == 8
+    first, second = sorted((tmp_path / "wandb").glob("offline-run-*"), key=os.path.getmtime)
+    logged = losses(second)
+    assert logged == pytest.approx({step: expected[step] for step in logged})
+    assert {5, 6, 7} <= logged.keys()
+    assert losses(first, finished=False).keys() <= {0, 1, 2, 3}
+    (said,) = warnings_in(caplog)
+    assert str(second) in said and f"{tmp_path}/metrics.jsonl" in said
+    assert "service" in said and "\n" not in said
+
+
+def test_without_another_service_a_run_goes_on(world, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(wandb_background, "RESTARTS", 0)
+    assert len(train(world, tmp_path, kill, **offline_in(tmp_path))) == 8
+    first, last = warnings_in(caplog)
+    assert "metrics of step" in first and f"{tmp_path}/metrics.jsonl" in first
+    assert "wandb sync" in last
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(wandb_background, "CALL_SECONDS", 2.0)
+    monkeypatch.setattr(wandb_background, "CLOSE_SECONDS", 6.0)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        yield server
+
+
+def check(folder: Path, expected: dict[int, float], said: list[str]) -> None:
+    """Check that the run's folder, which is named, holds the losses of all steps."""
+    (folder,) = (folder / "wandb").glob("run-*")
+    assert len(expected) == 8 and any(f"wandb sync {folder}" in line for line in said), said
+    logged = losses(folder, finished=False)
+    assert logged == pytest.approx({step: expected[step] for step in logged})
+    assert set(range(7)) <= logged.keys()  # W&B writes a step when the next one begins
+
+
+def test_no_step_waits_for_a_server_that_stops_answering(world, tmp_path, caplog, server):
+    def stop(_):
+        server.silent.set()
+
+    expected = train(world, tmp_path, stop, mode="online", dir=str(tmp_path))
+    said = warnings_in(caplog)
+    assert "text_samples of step 6" in said[0] and f"{tmp_path}/metrics.jsonl" in said[0]
+    check(tmp_path, expected, said)
+
+
+def test_a_table_that_the_server_loses_ends_no_run(world, tmp_path, caplog, server):
+    expected = train(world, tmp_path, lambda _: None, mode="online", dir=str(tmp_path))
+    said = warnings_in(caplog)
+    assert "text_samples of step 6" in said[0] and "ValueError" in said[0]
+    check(tmp_path, expected, said)
