@@ -210,3 +210,16 @@ def test_a_forking_sweep_killed_at_random_moments_ends_with_every_run_once(folde
     for name in names(folder):
         assert len(lines(folder, name, "starts")) == len(lines(folder, name, "ends")) == 1, name
         assert lines(folder, name, "overlaps") == []
+
+
+@pytest.mark.parametrize("launcher", ["fork", "subprocess"])
+def test_texts_arrive_as_they_are(folder: Path, launcher: str):
+    texts = ["#b", "a: b\nc", ["x y", "17"], "yes"]
+    path = write_sweep(folder, {"config": {"value": "a.yaml"}, "scheduler.note": {"values": texts}})
+    outcomes = run_sweep(path, launcher=launcher, parallel=2)
+    assert [one.status for one in outcomes] == ["finished"] * 4
+    notes = [json.loads(one.record.read_text())["config"]["scheduler"]["note"] for one in outcomes]
+    assert notes == texts
+    again = run_sweep(path, launcher=launcher)
+    assert [one.status for one in again] == ["finished"] * 4
+    assert all(len(lines(folder, one.name, "starts")) == 1 for one in again)
