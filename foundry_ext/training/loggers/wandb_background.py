@@ -27,6 +27,7 @@ from foundry_ext.training.loggers.wandb_service import (
     has_ended,
     leave,
     service_process,
+    write_out,
 )
 from foundry_ext.utils.errors import one_line
 
@@ -226,6 +227,7 @@ class BackgroundWandB(WandBLogger):
             *(CLOSE_SECONDS, self._folder),
         )
         if self._service is not None:
+            write_out()
             self._service.kill()
 
 
@@ -237,7 +239,7 @@ def _other_places(state: State, logger: Logger) -> str:
             places.append("the console")
         elif isinstance(destination, MetricsFile):
             places.append(destination.path.format(run_name=state.run_name))
-    return " and ".join(places) or "no other place, which metrics_file would be"
+    return " and ".join(places) or "no other logger; metrics_file would keep them"
 
 
 def _short(text: object) -> str:

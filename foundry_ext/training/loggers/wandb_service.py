@@ -1,6 +1,7 @@
 """W&B's service: the process of its own to which the package wandb sends everything."""
 
 import subprocess
+import time
 from typing import Any
 
 
@@ -27,15 +28,33 @@ def has_ended(service: "subprocess.Popen[bytes] | None") -> bool:
     return True
 
 
+def write_out() -> None:
+    """Make the service write what it holds of the run's file.
+
+    It writes blocks of 32 KB, so what it holds is lost with it. Blanks in the run's output fill the
+    last block.
+    """
+    import wandb
+
+    try:
+        backend: Any = wandb.run and wandb.run._backend
+        backend.interface.publish_output_raw("stdout", " " * 2**16)
+    except Exception:
+        return
+    time.sleep(1)
+
+
 def leave(exit_code: int) -> bool:
     """Finish W&B's run, if there is one, and end its service; return whether W&B did so."""
     import wandb
+    from wandb.sdk.lib import module
 
     try:
         wandb.finish(exit_code)
         finished = True
     except Exception:
         finished = False
+        module.unset_globals()  # else the next wandb.init would return this run
     return end_service(exit_code) and finished
 
 

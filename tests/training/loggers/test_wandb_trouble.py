@@ -74,6 +74,7 @@ def kill(logger: WandBMetrics) -> None:
     assert logger._background is not None and logger._background.drain(60.0)
     assert logger._service is not None
     os.kill(logger._service.pid, signal.SIGKILL)
+    logger._service.wait(60.0)  # so that every later call fails, and not only the second one
 
 
 def test_a_run_outlives_w_and_b_s_service(world, tmp_path, caplog):
