@@ -47,7 +47,7 @@ def edited(data: st.DataObject, node: Any) -> Any:
         at = at[key]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_value_at_any_key(runs: Path, data: st.DataObject):
     (path,) = runs.glob("lora*/record.json")

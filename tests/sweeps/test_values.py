@@ -91,7 +91,7 @@ def arrives(arguments: list[str]) -> Any:
     return config["variables"]["value"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(VALUES)
 def test_a_value_arrives_as_it_is(value: Any):
     with world() as folder:

@@ -12,7 +12,7 @@ MOST_CALLS = 1000  # that wait; a step that finds so many waits for room
 
 class _Call(NamedTuple):
     name: str
-    make: Callable[[], None]
+    make: Callable[[], object]
     limit: float
     """Seconds that it may take."""
 
@@ -49,7 +49,7 @@ class Background:
         """Whether this thread makes the calls: it does not after its call was given up."""
         return threading.current_thread() is self._thread
 
-    def submit(self, name: str, make: Callable[[], None], *, limit: float | None = None) -> None:
+    def submit(self, name: str, make: Callable[[], object], *, limit: float | None = None) -> None:
         """Make the call, which must not raise, soon. With too many calls waiting, wait for room."""
         with self._changed:
             self._check()

@@ -150,12 +150,13 @@ class BackgroundWandB(WandBLogger):
     def _restart(self, reason: str) -> bool:
         """If W&B's service has died, start another one, with another run of W&B's."""
         import wandb
+        from wandb.util import generate_id
 
         if not has_ended(self._service) or self._restarts == RESTARTS:
             return False
         self._restarts += 1
         leave(1)
-        kwargs: dict[str, Any] = {**self._init_kwargs, "id": wandb.util.generate_id()}
+        kwargs: dict[str, Any] = {**self._init_kwargs, "id": generate_id()}
         kwargs["settings"] = {**kwargs["settings"], "init_timeout": CALL_SECONDS / 2}
         try:
             try:
