@@ -34,7 +34,7 @@ def read_csv(
         path: the file, compressed or not.
         sep: separates cells; a comma by default, a tab in a .tsv.
         names: names of the columns. The file then has no line of names, unless `header` is 0.
-        header: 0 or "infer" for a first line of names, None for a file without one.
+        header: 0 for a first line of names, which is there by default if `names` is not.
         skiprows: lines before the first.
         encoding: UTF-8 by default, with or without a byte order mark.
         dialect: keys of `DIALECT`, as in Python's csv.
@@ -45,8 +45,8 @@ def read_csv(
     """
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
     sep = sep or ("\t" if ".tsv" in (one.lower() for one in path.suffixes) else ",")
-    has_names = header == 0 or (header == "infer" and names is None)
-    if header not in ("infer", None, 0) or not (has_names or names):
+    has_names = header == 0 or names is None
+    if header not in ("infer", 0):
         raise UserError(
             f"{path}: hf_kwargs.header: {header!r}; give 0 for a first line of names, or the names"
             " themselves as hf_kwargs.column_names"

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from composer.utils import dist
+
 from foundry_ext.data.opening import COMPRESSED
 from foundry_ext.utils.errors import UserError
 
@@ -88,7 +90,7 @@ def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[P
     for name in shards or names:
         splits.setdefault(shards.get(name) or _split_of(folder, name), []).append(folder / name)
     ignored = [name for name in found if name not in (shards or names)]
-    if ignored and splits:
+    if ignored and splits and dist.get_global_rank() == 0:
         log.warning("%s: not read as rows: %s", folder, _names(ignored))
     return splits
 
@@ -145,7 +147,7 @@ def select_split(splits: Mapping[str, Sequence[Path]], split: str, source: str) 
     kinds = {_suffixes(path.name)[0]: path for path in reversed(files)}
     if len(kinds) > 1:
         raise UserError(
-            f"{source}: files of several kinds for split {split}, {_names(kinds.values())}; keep"
+            f"{source}: files of several kinds for split {split}, {_names(sorted(kinds.values()))}; keep"
             " one kind, or name the files in hf_kwargs.data_files"
         )
     _refuse_copies(files, source)

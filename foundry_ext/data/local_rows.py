@@ -38,7 +38,7 @@ _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 # Of load_dataset, about downloads and its cache, of which there are none here.
 _WITHOUT_EFFECT = {
     *("cache_dir", "download_config", "download_mode", "keep_in_memory", "num_proc", "revision"),
-    *("save_infos", "storage_options", "token", "trust_remote_code", "verification_mode"),
+    *("name", "save_infos", "storage_options", "token", "trust_remote_code", "verification_mode"),
     *("chunksize", "batch_size", "keep_default_na", "na_filter"),
 }
 _OPTIONS = {
@@ -80,6 +80,8 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
             f"dataset {hf_name}: streaming is not possible: packing needs every document's length"
         )
     kind, splits = found
+    if split == "all" and splits is not None:
+        split = "+".join(splits)
     instruction = datasets.ReadInstruction.from_spec(split.strip())
     names = [part.split("[")[0].strip() for part in split.split("+")]
     if splits is None and len(set(names)) > 1:
@@ -107,7 +109,7 @@ def _find(
         options.pop("data_files", None)
         return None, None
     is_builder = hf_name in _BUILDERS
-    if not is_builder and (not path.is_dir() or _is_for_datasets(path, options)):
+    if not is_builder and (not path.is_dir() or _is_for_datasets(path)):
         return None
     if "://" in str(patterns) or (is_builder and not (patterns or folder)):
         return None
@@ -128,9 +130,9 @@ def _check_file(path: Path) -> None:
         raise UserError(f"dataset file {path} is empty; write rows to it, or name another")
 
 
-def _is_for_datasets(folder: Path, options: Mapping[str, Any]) -> bool:
+def _is_for_datasets(folder: Path) -> bool:
     """Return whether a folder has a loading script, or configurations, which `datasets` knows."""
-    if options.get("name") is not None or (folder / f"{folder.name}.py").is_file():
+    if (folder / f"{folder.name}.py").is_file():
         return True
     card = folder / "README.md"
     return card.is_file() and b"\nconfigs:" in card.read_bytes().partition(b"\n---\n")[0]
@@ -185,17 +187,28 @@ def _reader(
 def _read_by_datasets(
     files: Sequence[Path], kind: str, options: dict[str, Any], key: str
 ) -> datasets.Dataset:
-    """Read with a builder of `datasets`, in a cache folder that is the content's own."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", f"datasets-{key}")
+    """Read with a builder of `datasets`."""
     rows = datasets.load_dataset(
         kind,
         data_files={"train": [str(path) for path in files]},
         split="train",
-        cache_dir=str(cache),
+        cache_dir=_cache_of(key),
         **options,
     )
     assert isinstance(rows, datasets.Dataset)
     return rows
+
+
+def _cache_of(key: str) -> str:
+    """Return a cache folder for `datasets` that is the content's own."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", f"datasets-{key}"))
+
+
+def cache_of_folder(folder: Path) -> str:
+    """Return a cache folder for what `datasets` makes of a folder, named by its files' content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return _cache_of(Hasher.hash([names, content_digest(files)]))
 
 
 def _write_parquet(path: Path, files: Sequence[Path], columns: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ other column is kept as JSON, and read back as it was.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.features.features import register_feature
+from llmfoundry.utils.exceptions import (
+    ALLOWED_MESSAGES_KEYS,
+    ALLOWED_PROMPT_KEYS,
+    ALLOWED_RESPONSE_KEYS,
+)
 
 from foundry_ext.utils.errors import UserError
 
@@ -47,8 +54,11 @@ class JsonValue:
         return json.loads(value)
 
 
-register_feature(JsonValue, "FoundryExtJsonValue")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is experimental
+    register_feature(JsonValue, "FoundryExtJsonValue")
 
+_ROLES = {*ALLOWED_MESSAGES_KEYS, *ALLOWED_PROMPT_KEYS, *ALLOWED_RESPONSE_KEYS}
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**24
 _NAMES = {"string": "text", "bool": "true or false", "int64": "a number", "float64": "a number"}
 
@@ -174,3 +184,20 @@ def _arrow_type(kind: Any) -> pa.DataType:
     if kind is None:
         return pa.null()
     return pa.string() if kind == "json" else pa.type_for_alias(kind)
+
+
+def without_empty_columns(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows without columns that hold nothing in any row, such as a spreadsheet's last.
+
+    Those of a prompt, a response or messages stay, because rows without them are faults.
+    """
+    extra = [name for name in rows.column_names if name not in _ROLES]
+    return rows.remove_columns([name for name in extra if _is_empty(rows, name)])
+
+
+def _is_empty(rows: datasets.Dataset, name: str) -> bool:
+    dtype = getattr(rows.features[name], "dtype", None)
+    if dtype not in ("null", "string", "large_string") or len(rows) == 0:
+        return dtype == "null"
+    tables = rows.select_columns([name]).with_format("arrow").iter(_BATCH_ROWS)
+    return all(not pc.max(pc.binary_length(table.column(name))).as_py() for table in tables)

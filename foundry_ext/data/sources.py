@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.config import STREAM_KEYS
 from foundry_ext.data.files import KINDS
-from foundry_ext.data.local_rows import load_files
+from foundry_ext.data.local_rows import cache_of_folder, load_files
 from foundry_ext.utils.errors import UserError
 
 
@@ -122,6 +122,8 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             "dataset pandas reads pickles, which could run code; write the rows as .parquet or"
             " .jsonl"
         )
+    if Path(hf_name).is_dir():
+        kwargs.setdefault("cache_dir", cache_of_folder(Path(hf_name)))
     # Without it, datasets would ask at the terminal, and obey an environment variable.
     kwargs.setdefault("trust_remote_code", False)
     try:
@@ -198,6 +200,17 @@ def _share(value: str) -> float:
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
 
 
+def _check_local(stream: dict[str, Any]) -> None:
+    if stream.get("local") is None or stream.get("remote") is not None:
+        return
+    folder = Path(stream["local"], stream.get("split") or "")
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(
+            f"local: {folder} holds no MDS shards, no index.json; set remote to the place they are"
+            " copied from, or give hf_name other files of rows"
+        )
+
+
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 
@@ -220,6 +233,8 @@ def load_streams(
                 f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
                 " packed_finetuning; every document is used once per epoch"
             )
+    for stream in (dataset, *(streams or {}).values()):
+        _check_local(stream)
     arguments = {key: dataset[key] for key in STREAM_KEYS & dataset.keys()}
     if streams is not None:
         arguments["streams"] = build_streams(streams)
