@@ -146,9 +146,10 @@ def select_split(splits: Mapping[str, Sequence[Path]], split: str, source: str) 
         raise UserError(f"split {split!r} has no files in {source}; there are {found}")
     kinds = {_suffixes(path.name)[0]: path for path in reversed(files)}
     if len(kinds) > 1:
+        names = _names(sorted(kinds.values()))
         raise UserError(
-            f"{source}: files of several kinds for split {split}, {_names(sorted(kinds.values()))}; keep"
-            " one kind, or name the files in hf_kwargs.data_files"
+            f"{source}: files of several kinds for split {split}, {names}; keep one kind, or name"
+            " the files in hf_kwargs.data_files"
         )
     _refuse_copies(files, source)
     others = [path for name, some in splits.items() if name != wanted for path in some]

@@ -197,7 +197,7 @@ def without_empty_columns(rows: datasets.Dataset) -> datasets.Dataset:
 
 def _is_empty(rows: datasets.Dataset, name: str) -> bool:
     dtype = getattr(rows.features[name], "dtype", None)
-    if dtype not in ("null", "string", "large_string") or len(rows) == 0:
+    if dtype not in ("string", "large_string"):
         return dtype == "null"
     tables = rows.select_columns([name]).with_format("arrow").iter(_BATCH_ROWS)
     return all(not pc.max(pc.binary_length(table.column(name))).as_py() for table in tables)
