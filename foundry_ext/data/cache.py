@@ -8,7 +8,6 @@ that looks like a table; the next writer removes its leftovers.
 """
 
 import importlib.metadata
-import inspect
 import json
 import logging
 import shutil
@@ -24,6 +23,7 @@ import xxhash
 from datasets.fingerprint import Hasher
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.preprocessing import module_sources
 from foundry_ext.utils.atomic import replaced_folder
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,10 @@ def table_key(
     settings: dict[str, Any],
     preprocess: Callable[..., Any] | None,
 ) -> str:
-    """Return a hash of rows, tokenizer, settings, preprocessing's source file and versions."""
+    """Return a hash of rows, tokenizer, settings, preprocessing's source and versions."""
     versions = [_FORMAT_VERSION, *map(importlib.metadata.version, _DECIDING_PACKAGES)]
-    formatting = [preprocess, _source_code(preprocess)]
+    # Pickling keeps only a function's name.
+    formatting = [preprocess, sorted(module_sources(preprocess).items())]
     return Hasher.hash(
         [_hash_rows(rows), _hash_tokenizer(tokenizer), settings, formatting, versions]
     )
@@ -118,12 +119,3 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     templates = [tokenizer.chat_template, tokenizer.special_tokens_map]
     decisive = [kind.__module__, kind.__qualname__, state, *templates]
     return xxhash.xxh3_128(json.dumps(decisive, default=str).encode()).hexdigest()
-
-
-def _source_code(function: Callable[..., Any] | None) -> bytes | None:
-    """Return the source of a function's module, because pickling keeps only the function's name.
-
-    So a change to a helper in the same file invalidates the cache too.
-    """
-    path = getattr(inspect.getmodule(function), "__file__", None)
-    return None if path is None else Path(path).read_bytes()

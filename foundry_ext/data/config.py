@@ -78,7 +78,10 @@ def get_sources(dataset: dict[str, Any], name: str) -> list[Source]:
 
 def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) -> Source:
     if section.get("hf_name") is None:
-        raise UserError(f"set {where}.hf_name: a hub dataset, a local file, or a folder")
+        raise UserError(
+            f"set {where}.hf_name: a hub dataset, a local file, or a folder; for MDS shards set"
+            " dataset.local, dataset.remote or dataset.streams"
+        )
     text_key = section.get("text_key") or ("text" if name == "packed_text" else None)
     prompt_keys = [key for key in sorted(_PROMPT_KEYS) if section.get(key)]
     if text_key and prompt_keys:
@@ -132,7 +135,8 @@ def stream_key(dataset: dict[str, Any]) -> str | None:
     Raises:
         UserError: a key that streams would ignore, such as holdout.
     """
-    key = next((key for key in ("streams", "remote") if dataset.get(key) is not None), None)
+    keys = ("streams", "remote", "local")
+    key = next((key for key in keys if dataset.get(key) is not None), None)
     ignored = [name for name in (*_NOT_FOR_STREAMS, "datasets") if dataset.get(name)]
     if key and ignored:
         raise UserError(f"dataset.{ignored[0]} does not go with dataset.{key}: leave one out")

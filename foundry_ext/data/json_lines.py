@@ -1,85 +1,147 @@
-"""Faults of a file of JSON rows, by line number.
+"""Rows of JSON files, exactly as the file writes them; faults are named by line.
 
-pyarrow, which reads the rows, counts them from the start of a block, and reads some files as rows
-without values, or dies of them.
+A .jsonl is read line by line, and so is a .json that has one object per line. Any other .json, an
+array or objects over several lines, is read whole.
 """
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from foundry_ext.data.opening import decoding_fault, open_binary
+from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
 _EXAMPLE = '{"prompt": "...", "response": "..."}'
-_KINDS = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
+_BOM = b"\xef\xbb\xbf"
+_SPACE = " \t\r\n"  # JSON's
 
 
-def check_lines(path: Path) -> None:
-    """Check that the rows are objects.
+def read_json(
+    path: Path, *, field: str | None = None, encoding: str | None = None
+) -> Iterator[Row]:
+    """Yield the rows of a file.
 
-    pyarrow 19 reads most others as rows without values, and ends the process without a message
-    (SIGSEGV) if one of its blocks begins with `null`.
+    Args:
+        path: .jsonl, .ndjson or .json, compressed or not.
+        field: key of the object that holds the array of rows, as in `datasets`.
+        encoding: UTF-8 by default, with or without a byte order mark.
 
     Raises:
-        UserError: a line is not UTF-8 or begins no object, or there are no rows.
+        UserError: a line is not an object, is not in the encoding, or repeats a key; or there are
+            no rows.
     """
-    only_null = path.suffix != ".jsonl"  # an object of a .json may span many lines
-    has_rows = False
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            _decode(path, line, number)
-            start = line.lstrip()[:4]
-            if start[:1] in (b"", b"{") or (only_null and start != b"null"):
-                if start[:1] == b"[":  # one array of all rows
-                    return
-                has_rows = has_rows or start != b""
-                continue
-            raise UserError(
-                f"{path}, line {number}: {line[:40]!r} does not begin a JSON object; write one row"
-                f" per line, in UTF-8, such as {_EXAMPLE}"
-            )
-    if not has_rows:
+    with open_binary(path) as file:
+        if field is None and (_is_of_lines(path) or _begins_with_a_row(file, encoding)):
+            rows = _read_lines(path, file, encoding)
+        else:
+            rows = _read_whole(path, file, field, encoding)
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+    if empty:
         raise UserError(f"{path} is empty; write one row per line, such as {_EXAMPLE}")
 
 
-def _decode(path: Path, line: bytes, number: int) -> None:
+def _is_of_lines(path: Path) -> bool:
+    return any(suffix.lower() in (".jsonl", ".ndjson") for suffix in path.suffixes[-2:])
+
+
+def _begins_with_a_row(file: BinaryIO, encoding: str | None) -> bool:
+    """Return whether the first line is an object by itself."""
+    line = next((line for line in file if line.removeprefix(_BOM).strip()), b"")
+    file.seek(0)
     try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        position, byte = error.start + 1, line[error.start]
-        raise UserError(
-            f"{path}, line {number}: byte {position}, {byte:#04x}, is not UTF-8; write the file"
-            " in that encoding, or remove the line"
-        ) from error
+        return isinstance(json.loads(line.removeprefix(_BOM).decode(encoding or "utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def find_fault(path: Path) -> str | None:
-    """Return the first line that is not a row like those before it, and why, or None."""
-    kinds: dict[str, tuple[str, int]] = {}
-    with path.open("rb") as lines:
+def _read_lines(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row]:
+    lines: Iterable[Any] = file
+    if encoding is not None:
+        lines = io.TextIOWrapper(file, encoding, newline="\n")
+    number = 0
+    try:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if number == 1:
+                line = line.removeprefix(_BOM if isinstance(line, bytes) else "\ufeff")
+            text = (line if isinstance(line, str) else line.decode()).rstrip(_SPACE)
+            if not text:
                 continue
-            try:
-                fault = _compare(_parse(line.rstrip()), kinds, number)
-            except json.JSONDecodeError as error:
-                problem = f"{error.msg.removesuffix(' at')} at character {error.colno}"
-                fault = f"not JSON, {problem} of {_cut(line.decode().rstrip())}"
-            except RecursionError:
-                fault = "nested too deeply"
-            except ValueError as error:
-                fault = str(error)
-            if fault:
-                return f"{path}, line {number}: {fault}; correct or remove the line"
-    return None
+            if text.lstrip(_SPACE)[0] != "{":
+                raise UserError(
+                    f"{path}, line {number}: {line[:40]!r} does not begin a JSON object; write one"
+                    f" row per line, in UTF-8, such as {_EXAMPLE}"
+                )
+            yield Row(f"{path}, line {number}", _parse_line(path, number, text), len(text))
+    except UnicodeDecodeError as error:
+        raise decoding_fault(path, encoding, error) from error
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    row = json.loads(line.decode(), object_pairs_hook=_reject_duplicates)
-    if not isinstance(row, dict):
-        raise UserError(f"{_cut(str(row))} is not an object such as {_EXAMPLE}")
-    return row
+def _parse_line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text, object_pairs_hook=_reject_duplicates)
+        # A surrogate can stand alone only if it is written as an escape.
+        if "\\u" in text:
+            _check_surrogates(row)
+        return row
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg.removesuffix(' at')} at character {error.colno}"
+        fault = f"not JSON, {problem} of {cut(text)}"
+    except RecursionError:
+        fault = "nested too deeply"
+    except ValueError as error:
+        fault = str(error)
+    raise UserError(f"{path}, line {number}: {fault}; correct or remove the line")
+
+
+def _read_whole(
+    path: Path, file: BinaryIO, field: str | None, encoding: str | None
+) -> Iterator[Row]:
+    try:
+        text = file.read().decode(encoding or "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise decoding_fault(path, encoding, error) from error
+    try:
+        values = list(_values(text))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not JSON, {error.msg}; correct it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: {fault}; correct it") from error
+    if field is not None:
+        if len(values) != 1 or not isinstance(values[0], dict) or field not in values[0]:
+            raise UserError(f"{path}: hf_kwargs.field: no object with the key {field!r} in it")
+        values = [values[0][field]]
+    if len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    size = len(text) // max(len(values), 1)
+    for number, row in enumerate(values):
+        # As in `datasets`: an array of texts has the one column `text`.
+        row = {"text": row} if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}, row {number}: {cut(str(row))} is not an object such as {_EXAMPLE}"
+            )
+        yield Row(f"{path}, row {number}", row, size)
+
+
+def _values(text: str) -> Iterator[Any]:
+    """Yield the JSON values of a text that has nothing but white space between them."""
+    decoder = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
+    at, end = 0, len(text.rstrip(_SPACE))
+    while at < end:
+        at = next(i for i in range(at, end) if text[i] not in _SPACE)
+        value, at = decoder.raw_decode(text, at)
+        if "\\u" in text:
+            _check_surrogates(value)
+        yield value
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,17 +153,18 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _compare(row: Mapping[str, Any], kinds: dict[str, tuple[str, int]], number: int) -> str | None:
-    """Note the kind of each value in `kinds`; return how one differs from earlier lines."""
-    for name, value in row.items():
-        if value is None:
-            continue
-        kind = _KINDS.get(type(value), "a number")
-        before, first = kinds.setdefault(name, (kind, number))
-        if kind != before:
-            return f"{name!r} is {kind}, {_cut(str(value))}, but {before} in line {first}"
-    return None
+def _check_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        text = error.object
+        part = cut(text[max(error.start - 20, 0) : error.end + 20])
+        raise UserError(
+            f"\\u{ord(text[error.start]):04x} is half of a character, a lone surrogate, in {part};"
+            " write both halves, or another character"
+        ) from error
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Return the text in quotes, shortened to 60 characters."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -6,7 +6,6 @@ tokenised into llm-foundry's turns.
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -25,10 +24,9 @@ from llmfoundry.data.text_data import build_streams
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.config import STREAM_KEYS
-from foundry_ext.data.json_lines import check_lines, find_fault
+from foundry_ext.data.files import KINDS
+from foundry_ext.data.local_rows import cache_of_folder, load_files
 from foundry_ext.utils.errors import UserError
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
@@ -83,7 +81,8 @@ def load_rows(
         hf_name: hub name ("meta-math/MetaMathQA"), local file or folder, or builder ("json", with
             `data_files` in `hf_kwargs`).
         split: as in `datasets.load_dataset`, slices included ("train[:1%]").
-        hf_kwargs: passed to `load_dataset`; `revision` pins a hub dataset.
+        hf_kwargs: of a hub dataset, passed to `load_dataset`; `revision` pins it. Of files, see
+            `load_files`.
         safe_load: download only data files, no code.
         holdout: {by: column, fraction: f, part: train or eval}, see `hold_out`.
 
@@ -92,20 +91,8 @@ def load_rows(
         FileNotFoundError: no such file, folder or dataset.
     """
     kwargs = dict(hf_kwargs or {})
-    path = Path(hf_name)
-    if path.suffix in _BUILDERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset file {hf_name} does not exist (in {Path.cwd()})")
-        if path.stat().st_size == 0:
-            raise UserError(f"dataset file {hf_name} is empty; write rows to it, or name another")
-        if _BUILDERS[path.suffix] == "json":
-            check_lines(path)
-        hf_name = _BUILDERS[path.suffix]
-        # A single file is one split, whatever it is called.
-        kwargs["data_files"] = {split.split("[")[0]: str(path)}
-        with _by_line(path):
-            rows = datasets.load_dataset(hf_name, split=split, **kwargs)
-    else:
+    rows = load_files(hf_name, split, kwargs)
+    if rows is None:
         with _naming_the_hub(hf_name):
             rows = _load_named(hf_name, split, safe_load=safe_load, **kwargs)
     if not isinstance(rows, datasets.Dataset):
@@ -135,6 +122,8 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             "dataset pandas reads pickles, which could run code; write the rows as .parquet or"
             " .jsonl"
         )
+    if Path(hf_name).is_dir():
+        kwargs.setdefault("cache_dir", cache_of_folder(Path(hf_name)))
     # Without it, datasets would ask at the terminal, and obey an environment variable.
     kwargs.setdefault("trust_remote_code", False)
     try:
@@ -146,23 +135,6 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             f"dataset {hf_name} is loaded by a script of its own, which could run any code; if you"
             " trust it, set hf_kwargs: {trust_remote_code: true}"
         ) from error
-
-
-@contextlib.contextmanager
-def _by_line(path: Path) -> Iterator[None]:
-    """Name the line on which a JSON file cannot be read, once."""
-    logger = logging.getLogger("datasets.packaged_modules.json.json")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it logs the exception that it raises, and no line number
-    try:
-        yield
-    except Exception as error:
-        fault = find_fault(path) if path.suffix == ".jsonl" else None
-        if fault is None:
-            raise
-        raise UserError(fault) from error
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -179,7 +151,7 @@ def _naming_the_hub(hf_name: str) -> Iterator[None]:
         else:
             problem = f"dataset {hf_name} is neither here (in {Path.cwd()}) nor on the hub"
         raise FileNotFoundError(
-            f"{problem}; give hf_name a local {', '.join(_BUILDERS)} file, a folder of them, or a"
+            f"{problem}; give hf_name a local {', '.join(KINDS)} file, a folder of them, or a"
             f" name on the hub ({type(error).__name__}: {cause})"
         ) from error
 
@@ -228,6 +200,17 @@ def _share(value: str) -> float:
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
 
 
+def _check_local(stream: dict[str, Any]) -> None:
+    if stream.get("local") is None or stream.get("remote") is not None:
+        return
+    folder = Path(stream["local"], stream.get("split") or "")
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(
+            f"local: {folder} holds no MDS shards, no index.json; set remote to the place they are"
+            " copied from, or give hf_name other files of rows"
+        )
+
+
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 
@@ -250,6 +233,8 @@ def load_streams(
                 f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
                 " packed_finetuning; every document is used once per epoch"
             )
+    for stream in (dataset, *(streams or {}).values()):
+        _check_local(stream)
     arguments = {key: dataset[key] for key in STREAM_KEYS & dataset.keys()}
     if streams is not None:
         arguments["streams"] = build_streams(streams)

@@ -8,6 +8,7 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,13 @@ from llmfoundry.data.finetuning.tasks import (
     _slice_chat_formatted_example,
     tokenize_formatted_example,
 )
-from llmfoundry.utils.exceptions import BaseContextualError
+from llmfoundry.utils.exceptions import BaseContextualError, UnknownExampleTypeError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.cache import cached, table_key
 from foundry_ext.data.documents import Documents
+from foundry_ext.data.preprocessing import format_row
+from foundry_ext.data.rows import without_empty_columns
 from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, one_line
@@ -88,6 +91,8 @@ def tokenize_rows(
     """
     if len(rows) == 0:
         raise UserError("the dataset has no rows; check its split and holdout")
+    if preprocess is None and settings.text_key is None:
+        rows = without_empty_columns(rows)
     reader = _Reader(tokenizer, settings)
 
     def write(folder: Path) -> None:
@@ -146,7 +151,8 @@ def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[...,
         names = list(batch)
         rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         if preprocess is not None and reader.settings.text_key is None:
-            rows = [_named(i, preprocess, row) for i, row in zip(indices, rows, strict=True)]
+            formatted = partial(format_row, preprocess)
+            rows = [_named(i, formatted, row) for i, row in zip(indices, rows, strict=True)]
         tokens = reader.read_batch(rows)
         if tokens is None:
             tokens = [_named(i, reader.read, row) for i, row in zip(indices, rows, strict=True)]
@@ -167,9 +173,13 @@ def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
         way_out = _ROWS if isinstance(error, BaseContextualError | KeyError) else ""
         items = row.items() if way_out and isinstance(row, dict) else ()
         lacks = [repr(key) for key, value in items if value is None]
-        if lacks:  # Arrow has one column for each key of any row
+        if lacks and isinstance(error, UnknownExampleTypeError):
+            # Arrow has one column for each key of any row.
             way_out = f"; it has no {' or '.join(lacks)}, which others have{way_out}"
-        raise UserError(f"row {index}: {type(error).__name__}: {error}{way_out}") from error
+        elif lacks:
+            way_out = f"; its {' and '.join(lacks)} is null, or missing{way_out}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"row {index}: {kind}{error}{way_out}") from error
 
 
 class _Reader:

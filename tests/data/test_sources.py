@@ -11,6 +11,7 @@ from streaming import MDSWriter
 
 from foundry_ext.data.sources import fetch, hold_out, load_rows, load_streams
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_stream
+from tests.data.kit import build
 
 
 def write(path, rows):
@@ -249,3 +250,19 @@ def test_weighted_streams_are_refused(tmp_path, tokenizer, weight: str):
     message = rf"streams.a.{weight}: weighted streams are not supported .* once per epoch"
     with pytest.raises(ValueError, match=message):
         load_streams({"streams": streams}, tokenizer, 64)
+
+
+def test_local_shards_need_no_remote(tmp_path, tokenizer, make_rows):
+    rows = make_rows(5)
+    dataset = {"local": write_mds(tmp_path / "mds", rows), "max_seq_len": 64}
+    documents = build(tokenizer, dataset).dataloader.dataset.documents
+    expected = tokenize_rows(datasets.Dataset.from_list(rows), tokenizer, SETTINGS)
+    assert documents.fingerprint == expected.fingerprint
+
+
+def test_local_without_shards_says_what_to_set(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match=rf"local: {tmp_path} holds no .* set remote to"):
+        build(tokenizer, {"local": str(tmp_path), "max_seq_len": 64})
+    message = r"dataset.hf_name does not go with dataset.local: leave one out"
+    with pytest.raises(ValueError, match=message):
+        build(tokenizer, {"local": str(tmp_path), "hf_name": "a.jsonl", "max_seq_len": 64})

@@ -1,0 +1,197 @@
+"""Files that a source names: one file, a folder, or patterns; what they are, and which are read.
+
+Of a folder, all files of one kind and of the split asked for are read, in sorted order. The split
+is a part of the file's name, or of a folder's above it, by the conventions of `datasets`:
+`train-1.jsonl`, `my_val.csv`, `test/a.parquet`. A file that names none is of the split train.
+"""
+
+import glob
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from composer.utils import dist
+
+from foundry_ext.data.opening import COMPRESSED
+from foundry_ext.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Kinds of rows by suffix, of those that messages name."""
+_KINDS = {**KINDS, ".ndjson": "json", ".tsv": "csv", ".arrow": "arrow", ".txt": "text"}
+_PACKED = (".zst", ".zip", ".lz4", ".7z", ".rar", ".tar", ".tgz", ".br", ".z")
+_KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLITS = {keyword: split for split, keywords in _KEYWORDS.items() for keyword in keywords}
+_SEPARATORS = re.compile(r"[-._ 0-9]+")
+# As `datasets` writes its own: the name before the numbers is the split, whatever it is.
+_SHARD = re.compile(r"(?:.*/)?data/(.+)-\d{5}-of-\d{5}[^/]*")
+_NOT_ROWS = {
+    *("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "state.json"),
+    *("dataset_dict.json", "dummy_data.zip"),
+}
+_BACKUPS = (".bak", ".tmp", ".orig", ".old", ".swp", ".partial", ".part", "~")
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name ends as a file of rows does, compressed or not."""
+    return _suffixes(name)[0] in KINDS or _suffixes(name)[0] in (".ndjson", ".tsv")
+
+
+def kind_of(path: Path) -> str:
+    """Return the reader of a file by its suffix: json, csv, parquet, arrow or text.
+
+    Raises:
+        UserError: it is packed in a way that is not read.
+    """
+    suffix, packing = _suffixes(path.name)
+    if packing in _PACKED or (packing and _KINDS[suffix] in ("parquet", "arrow")):
+        raise UserError(
+            f"{path}: {packing} is not read; unpack it, or compress it as"
+            f" {path.name.removesuffix(path.suffix)}.gz"
+        )
+    return _KINDS[suffix]
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """Return (".jsonl", ".gz") for rows.jsonl.gz, ("", "") for no rows."""
+    path = PurePosixPath(name.lower())
+    if path.suffix in _KINDS:
+        return path.suffix, ""
+    inner = PurePosixPath(path.stem).suffix
+    if path.suffix in (*COMPRESSED, *_PACKED) and inner in _KINDS:
+        return inner, path.suffix
+    return "", ""
+
+
+def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[Path]]:
+    """Return the files of each split of a folder and of those below it, sorted.
+
+    `any_name` takes files whose suffix tells no kind, too. What is left out is logged.
+
+    Raises:
+        UserError: it is a folder of MDS shards, or a file's name stands for two splits.
+    """
+    _refuse_mds(folder)
+    found = sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # without hidden ones
+    found = [name for name in found if (folder / name).is_file() and _may_be_rows(name)]
+    names = [name for name in found if not _is_backup(name) and (any_name or _suffixes(name)[0])]
+    if not any_name:  # notes and licences beside rows
+        names = [name for name in names if not name.endswith(".txt")] or names
+    shards = {name: match[1] for name in names if (match := _SHARD.fullmatch(name))}
+    splits: dict[str, list[Path]] = {}
+    for name in shards or names:
+        splits.setdefault(shards.get(name) or _split_of(folder, name), []).append(folder / name)
+    ignored = [name for name in found if name not in (shards or names)]
+    if ignored and splits and dist.get_global_rank() == 0:
+        log.warning("%s: not read as rows: %s", folder, _names(ignored))
+    return splits
+
+
+def _may_be_rows(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.name not in _NOT_ROWS and "__pycache__" not in path.parts
+
+
+def _is_backup(name: str) -> bool:
+    return name.lower().endswith((*_BACKUPS, ".source.json"))
+
+
+def _split_of(folder: Path, name: str) -> str:
+    path = PurePosixPath(name.lower())
+    for part in (path.name, *(parent.name for parent in path.parents)):
+        found = {_SPLITS[word] for word in _SEPARATORS.split(part) if word in _SPLITS}
+        if len(found) > 1:
+            raise UserError(
+                f"{folder / name}: its name stands for {' and '.join(sorted(found))}; rename it, or"
+                " name the files of each split in hf_kwargs.data_files"
+            )
+        if found:
+            return found.pop()
+    return "train"
+
+
+def _refuse_mds(folder: Path) -> None:
+    for index in sorted({*folder.glob("index.json"), *folder.glob("*/index.json")}):
+        try:
+            is_mds = "shards" in json.loads(index.read_bytes())
+        except (ValueError, TypeError, OSError):
+            continue
+        if is_mds:
+            local = f"local: {folder}"
+            if index.parent != folder:
+                local += f", split: {index.parent.name}"
+            raise UserError(
+                f"hf_name: {folder} is a folder of MDS shards; leave hf_name out and set {local}"
+            )
+
+
+def select_split(splits: Mapping[str, Sequence[Path]], split: str, source: str) -> list[Path]:
+    """Return the files of a split, and log which they are.
+
+    Raises:
+        UserError: the split has no files, or files of several kinds.
+    """
+    wanted = split if split in splits else _SPLITS.get(split.lower(), split)
+    files = list(splits.get(wanted, ()))
+    if not files:
+        found = "; ".join(f"{name}: {_names(some)}" for name, some in sorted(splits.items()))
+        raise UserError(f"split {split!r} has no files in {source}; there are {found}")
+    kinds = {_suffixes(path.name)[0]: path for path in reversed(files)}
+    if len(kinds) > 1:
+        names = _names(sorted(kinds.values()))
+        raise UserError(
+            f"{source}: files of several kinds for split {split}, {names}; keep one kind, or name"
+            " the files in hf_kwargs.data_files"
+        )
+    _refuse_copies(files, source)
+    others = [path for name, some in splits.items() if name != wanted for path in some]
+    rest = f"; other splits: {_names(others)}" if others else ""
+    log.info("%s, split %s: reads %s%s", source, split, _names(files), rest)
+    return files
+
+
+def _refuse_copies(files: Sequence[Path], source: str) -> None:
+    plain = {path.with_suffix("") if _suffixes(path.name)[1] else path: path for path in files}
+    if len(plain) < len(files):
+        twice = next(path for path in files if path not in plain.values())
+        raise UserError(f"{source}: {twice.name} is there compressed and plain; remove one of both")
+
+
+def files_of_patterns(patterns: Any, base: Path) -> dict[str, list[Path]]:
+    """Return the files of each split that `hf_kwargs.data_files` names.
+
+    `patterns` is a name or pattern of the split train, a list of them, or {split: names}.
+
+    Raises:
+        FileNotFoundError: a name or pattern has no files.
+    """
+    if not isinstance(patterns, Mapping):
+        patterns = {"train": patterns}
+    splits: dict[str, list[Path]] = {}
+    for split, names in patterns.items():
+        for name in [names] if isinstance(names, str) else names:
+            pattern = base / name
+            exact = pattern.is_file()
+            found = [pattern] if exact else sorted(map(Path, _glob(str(pattern))))
+            if not found:
+                raise FileNotFoundError(f"data_files: {name} has no files (in {base.absolute()})")
+            splits.setdefault(str(split), []).extend(found)
+    return splits
+
+
+def _glob(pattern: str) -> Iterable[str]:
+    found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+    return [path for path in found if not _is_backup(path)]
+
+
+def _names(paths: Iterable[Path | str]) -> str:
+    names = [path.name if isinstance(path, Path) else path for path in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,250 @@
+"""Rows of local files, cached as Arrow by the files' content.
+
+<cache folder of `datasets`>/foundry_ext/<rows-key>/rows.arrow
+
+`datasets` has a cache of its own, keyed by a file's path and mtime, so it would return old rows of
+a changed file whose time was put back.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.fingerprint import Hasher
+from datasets.table import table_cast
+
+from foundry_ext.data.cache import cached
+from foundry_ext.data.content import content_digest
+from foundry_ext.data.csv_rows import DIALECT, read_csv
+from foundry_ext.data.files import (
+    files_of_folder,
+    files_of_patterns,
+    is_file_name,
+    kind_of,
+    select_split,
+)
+from foundry_ext.data.json_lines import read_json
+from foundry_ext.data.rows import Row, write_rows
+from foundry_ext.utils.errors import UserError, naming
+
+_PARQUET_ERRORS = (pa.ArrowException, OSError, NotImplementedError)
+_FORMAT_VERSION = 1  # of the readers
+_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+# Of load_dataset, about downloads and its cache, of which there are none here.
+_WITHOUT_EFFECT = {
+    *("cache_dir", "download_config", "download_mode", "keep_in_memory", "num_proc", "revision"),
+    *("name", "save_infos", "storage_options", "token", "trust_remote_code", "verification_mode"),
+    *("chunksize", "batch_size", "keep_default_na", "na_filter"),
+}
+_OPTIONS = {
+    "json": {"field", "encoding"},
+    "csv": {
+        "sep",
+        "delimiter",
+        "names",
+        "column_names",
+        "header",
+        "skiprows",
+        "encoding",
+        *DIALECT,
+    },
+    "parquet": {"columns"},
+    "text": {"encoding", "keep_linebreaks", "sample_by"},
+    "arrow": set(),
+}
+
+
+def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datasets.Dataset | None:
+    """Return the rows of local files, or None if `hf_name` is for `datasets`: a hub name or such.
+
+    Args:
+        hf_name: file, folder, or builder ("json", with `data_files` in `hf_kwargs`).
+        split: as in `datasets.load_dataset`, slices included ("train[:1%]").
+        hf_kwargs: `data_files`, `data_dir`, and what the kind's reader takes, see `_OPTIONS`.
+
+    Raises:
+        UserError: unknown keys, no such split, or a file that cannot be read as rows.
+        FileNotFoundError: no such file.
+    """
+    options = dict(hf_kwargs)
+    found = _find(hf_name, options)
+    if found is None:
+        return None
+    if options.pop("streaming", False):
+        raise UserError(
+            f"dataset {hf_name}: streaming is not possible: packing needs every document's length"
+        )
+    kind, splits = found
+    if split == "all" and splits is not None:
+        split = "+".join(splits)
+    instruction = datasets.ReadInstruction.from_spec(split.strip())
+    names = [part.split("[")[0].strip() for part in split.split("+")]
+    if splits is None and len(set(names)) > 1:
+        raise UserError(f"split {split!r}: {hf_name} is one file, and so one split")
+    tables = {}
+    for name in dict.fromkeys(names):
+        files = [Path(hf_name)] if splits is None else select_split(splits, name, hf_name)
+        tables[name] = _read(files, kind or kind_of(files[0]), options)
+    parts = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
+    rows = [_slice(tables[part.splitname], part.from_, part.to) for part in parts]
+    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+
+
+def _find(
+    hf_name: str, options: dict[str, Any]
+) -> tuple[str | None, dict[str, list[Path]] | None] | None:
+    """Return (kind, files of each split), taking their keys out of `options`.
+
+    The kind is None if the files' suffixes tell it, and the splits are None for a single file.
+    """
+    path = Path(hf_name)
+    patterns, folder = options.get("data_files"), options.get("data_dir")
+    if is_file_name(hf_name) and "://" not in hf_name and not path.is_dir():
+        _check_file(path)
+        options.pop("data_files", None)
+        return None, None
+    is_builder = hf_name in _BUILDERS
+    if not is_builder and (not path.is_dir() or _is_for_datasets(path)):
+        return None
+    if "://" in str(patterns) or (is_builder and not (patterns or folder)):
+        return None
+    options.pop("data_files", None), options.pop("data_dir", None)
+    base = Path(*([] if is_builder else [path]), *([folder] if folder else []))
+    splits = (
+        files_of_patterns(patterns, base)
+        if patterns
+        else files_of_folder(base, any_name=is_builder)
+    )
+    return ((hf_name if is_builder else None), splits) if splits else None
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset file {path} does not exist (in {Path.cwd()})")
+    if path.stat().st_size == 0:
+        raise UserError(f"dataset file {path} is empty; write rows to it, or name another")
+
+
+def _is_for_datasets(folder: Path) -> bool:
+    """Return whether a folder has a loading script, or configurations, which `datasets` knows."""
+    if (folder / f"{folder.name}.py").is_file():
+        return True
+    card = folder / "README.md"
+    return card.is_file() and b"\nconfigs:" in card.read_bytes().partition(b"\n---\n")[0]
+
+
+def _slice(rows: datasets.Dataset, start: int, end: int) -> datasets.Dataset:
+    return rows if (start, end) == (0, len(rows)) else rows.select(range(start, end))
+
+
+def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets.Dataset:
+    options = {key: value for key, value in options.items() if key not in _WITHOUT_EFFECT}
+    unknown = sorted(options.keys() - _OPTIONS[kind])
+    if unknown:
+        raise UserError(
+            f"hf_kwargs.{unknown[0]} is not read for {files[0]}; the keys for {kind} files are"
+            f" data_files, data_dir, {', '.join(sorted(_OPTIONS[kind]))}"
+        )
+    digest = content_digest(files)
+    suffixes = ["".join(path.suffixes[-2:]).lower() for path in files]
+    key = Hasher.hash([_FORMAT_VERSION, kind, sorted(options.items()), suffixes, digest])
+
+    def check_unchanged() -> None:
+        if content_digest(files) != digest:
+            names = ", ".join(map(str, files[:3]))
+            raise UserError(f"{names} changed while it was read; start again")
+
+    if kind in ("text", "arrow"):
+        rows = _read_by_datasets(files, kind, options, key)
+        check_unchanged()
+        return rows
+
+    def write(folder: Path) -> None:
+        if kind == "parquet":
+            _write_parquet(folder / "rows.arrow", files, **options)
+        else:
+            write_rows(folder / "rows.arrow", _reader(files, kind, options))
+        check_unchanged()
+
+    return datasets.Dataset.from_file(str(cached(f"rows-{key}", write) / "rows.arrow"))
+
+
+def _reader(
+    files: Sequence[Path], kind: str, options: Mapping[str, Any]
+) -> Callable[[], Iterator[Row]]:
+    """Return a function that reads the files' rows, one file after the other."""
+    same = {"delimiter": "sep", "column_names": "names"}  # `datasets` has two names for some
+    arguments = {same.get(key, key): value for key, value in options.items() if value is not None}
+    read: Callable[..., Iterator[Row]] = read_json if kind == "json" else read_csv
+    return lambda: itertools.chain.from_iterable(read(path, **arguments) for path in files)
+
+
+def _read_by_datasets(
+    files: Sequence[Path], kind: str, options: dict[str, Any], key: str
+) -> datasets.Dataset:
+    """Read with a builder of `datasets`."""
+    rows = datasets.load_dataset(
+        kind,
+        data_files={"train": [str(path) for path in files]},
+        split="train",
+        cache_dir=_cache_of(key),
+        **options,
+    )
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def _cache_of(key: str) -> str:
+    """Return a cache folder for `datasets` that is the content's own."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", f"datasets-{key}"))
+
+
+def cache_of_folder(folder: Path) -> str:
+    """Return a cache folder for what `datasets` makes of a folder, named by its files' content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return _cache_of(Hasher.hash([names, content_digest(files)]))
+
+
+def _write_parquet(path: Path, files: Sequence[Path], columns: Sequence[str] | None = None) -> None:
+    schema = _parquet_features(files, columns).arrow_schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for file in files:
+            with naming(str(file), _PARQUET_ERRORS):
+                for batch in pq.ParquetFile(file).iter_batches(1000, columns=schema.names):
+                    writer.write_table(table_cast(pa.Table.from_batches([batch]), schema))
+
+
+def _parquet_features(files: Sequence[Path], columns: Sequence[str] | None) -> datasets.Features:
+    """Return the columns of all files.
+
+    Raises:
+        UserError: a column is text in one file and something else in another.
+    """
+    features: dict[str, tuple[Path, Any]] = {}
+    for file in files:
+        with naming(str(file), _PARQUET_ERRORS):
+            found = datasets.Features.from_arrow_schema(pq.read_schema(file))
+        for name, feature in found.items():
+            first, before = features.setdefault(name, (file, feature))
+            if _type_name(before) == "null":
+                features[name] = (file, feature)
+            elif _type_name(feature) not in ("null", _type_name(before)):
+                raise UserError(
+                    f"{file}: column {name!r} is {_type_name(feature)}, but {_type_name(before)} in"
+                    f" {first}; write it as one type in all files"
+                )
+    wanted = [name for name in features if columns is None or name in columns]
+    return datasets.Features({name: features[name][1] for name in wanted})
+
+
+def _type_name(feature: Any) -> str:
+    dtype = str(getattr(feature, "dtype", feature))
+    if dtype in ("string", "large_string"):
+        return "text"
+    return "integer" if dtype.lstrip("u").startswith("int") else dtype

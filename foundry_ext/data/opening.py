@@ -1,0 +1,47 @@
+"""Opening of data files, which may be compressed, and the place of a byte that cannot be read."""
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from foundry_ext.utils.errors import UserError, one_line
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@contextlib.contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes, decompressed if its name ends in .gz, .bz2 or .xz.
+
+    Raises:
+        UserError: the compressed data is cut or damaged.
+    """
+    opener: Any = COMPRESSED.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path} cannot be decompressed ({one_line(error)}); it may be cut: compress it again"
+        ) from error
+
+
+def decoding_fault(path: Path, encoding: str | None, error: UnicodeDecodeError) -> UserError:
+    """Return an error that names the line and the byte which are not in the encoding."""
+    name = encoding or "utf-8"
+    way_out = (
+        "name its encoding, such as hf_kwargs: {encoding: latin-1}, or write the file in UTF-8"
+    )
+    with open_binary(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode(name)
+            except UnicodeDecodeError as found:
+                place = f"line {number}: byte {found.start + 1}, {line[found.start]:#04x}"
+                return UserError(f"{path}, {place}, is not {name.upper()}; {way_out}")
+    return UserError(f"{path} is not {name.upper()} ({error.reason}); {way_out}")

@@ -1,0 +1,203 @@
+"""Rows of files as an Arrow file, each value as the file writes it.
+
+`datasets` guesses types: 007 becomes 7, "2021-05-03" a time, and whole numbers beside fractions
+fractions. Here a column has an Arrow type only if all its values have that type in the file. Any
+other column is kept as JSON, and read back as it was.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.features.features import register_feature
+from llmfoundry.utils.exceptions import (
+    ALLOWED_MESSAGES_KEYS,
+    ALLOWED_PROMPT_KEYS,
+    ALLOWED_RESPONSE_KEYS,
+)
+
+from foundry_ext.utils.errors import UserError
+
+
+class Row(NamedTuple):
+    """A row of a file."""
+
+    place: str
+    """File and line, for errors."""
+    values: dict[str, Any]
+    size: int
+    """Characters, about."""
+
+
+@dataclass
+class JsonValue:
+    """Feature of `datasets` for values of several types: JSON text, decoded when it is read."""
+
+    pa_type: ClassVar[Any] = pa.string()
+    decode: ClassVar[bool] = True
+    dtype: ClassVar[str] = "string"
+    _type: str = field(default="FoundryExtJsonValue", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str:
+        return json.dumps(value)
+
+    def decode_example(self, value: str, token_per_repo_id: Any = None) -> Any:
+        return json.loads(value)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is experimental
+    register_feature(JsonValue, "FoundryExtJsonValue")
+
+_ROLES = {*ALLOWED_MESSAGES_KEYS, *ALLOWED_PROMPT_KEYS, *ALLOWED_RESPONSE_KEYS}
+_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**24
+_NAMES = {"string": "text", "bool": "true or false", "int64": "a number", "float64": "a number"}
+
+
+def write_rows(path: Path, read: Callable[[], Iterable[Row]]) -> None:
+    """Write rows as an Arrow stream; `read` is called twice, first to learn the columns' types.
+
+    Memory holds one batch of rows, however many there are.
+
+    Raises:
+        UserError: a value differs in kind from those before it, such as a number from text.
+    """
+    kinds = _column_kinds(read())
+    features = _features(kinds)
+    schema = features.arrow_schema
+    json_columns = {name for name, kind in kinds.items() if kind == "json"}
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for rows in _batches(read()):
+            columns = [
+                pa.array([_encode(row.get(name), name in json_columns) for row in rows], type)
+                for name, type in zip(schema.names, schema.types, strict=True)
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _encode(value: Any, as_json: bool) -> Any:
+    return json.dumps(value) if as_json and value is not None else value
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[dict[str, Any]]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row.values)
+        size += row.size
+        if len(batch) == _BATCH_ROWS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# A kind is None (null so far), the name of an Arrow type, [kind] for a list, {name: kind} for an
+# object, or "json" for values that no Arrow type holds as they are.
+
+
+def _column_kinds(rows: Iterable[Row]) -> dict[str, Any]:
+    kinds: dict[str, Any] = {}
+    firsts: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            if type(value) is str and kinds.get(name) == "string":  # most are
+                continue
+            kind = _kind(value)
+            if kind is not None:
+                _check_same(row.place, name, value, kind, firsts)
+            kinds[name] = _merge(kinds.get(name), kind)
+    return kinds
+
+
+def _check_same(
+    place: str, name: str, value: Any, kind: Any, firsts: dict[str, tuple[str, str]]
+) -> None:
+    """Refuse a value that is text in one row and something else in another."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        shown = "a number"
+    elif isinstance(value, list | dict):
+        shown = "a list" if isinstance(value, list) else "an object"
+    else:
+        shown = _NAMES[kind]
+    before, first = firsts.setdefault(name, (shown, place))
+    if shown != before:
+        file, _, line = first.rpartition(", ")
+        where = line if place.startswith(f"{file}, ") else first
+        value = str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
+        raise UserError(
+            f"{place}: {name!r} is {shown}, {value!r}, but {before} in {where}; correct or remove"
+            " the row"
+        )
+
+
+def _kind(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        kinds = {name: _kind(one) for name, one in value.items()}
+        return "json" if not kinds or "json" in kinds.values() else kinds
+    if isinstance(value, list):
+        child = None
+        for one in value:
+            child = _merge(child, _kind(one))
+        return "json" if child == "json" else [child]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int64" if -(2**63) <= value < 2**63 else "json"
+    return {str: "string", bool: "bool", float: "float64"}[type(value)]
+
+
+def _merge(one: Any, other: Any) -> Any:
+    if one is None or other is None or one == other:
+        return other if one is None else one
+    if isinstance(one, list) and isinstance(other, list):
+        child = _merge(one[0], other[0])
+        return "json" if child == "json" else [child]
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = dict.fromkeys([*one, *other])
+        kinds = {name: _merge(one.get(name), other.get(name)) for name in names}
+        return "json" if "json" in kinds.values() else kinds
+    return "json"
+
+
+def _features(kinds: dict[str, Any]) -> datasets.Features:
+    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in kinds.items()])
+    features = datasets.Features.from_arrow_schema(schema)
+    for name in (name for name, kind in kinds.items() if kind == "json"):
+        features[name] = JsonValue()
+    return features
+
+
+def _arrow_type(kind: Any) -> pa.DataType:
+    if isinstance(kind, list):
+        return pa.list_(_arrow_type(kind[0]))
+    if isinstance(kind, dict):
+        return pa.struct([(name, _arrow_type(one)) for name, one in kind.items()])
+    if kind is None:
+        return pa.null()
+    return pa.string() if kind == "json" else pa.type_for_alias(kind)
+
+
+def without_empty_columns(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows without columns that hold nothing in any row, such as a spreadsheet's last.
+
+    Those of a prompt, a response or messages stay, because rows without them are faults.
+    """
+    extra = [name for name in rows.column_names if name not in _ROLES]
+    return rows.remove_columns([name for name in extra if _is_empty(rows, name)])
+
+
+def _is_empty(rows: datasets.Dataset, name: str) -> bool:
+    dtype = getattr(rows.features[name], "dtype", None)
+    if dtype not in ("string", "large_string"):
+        return dtype == "null"
+    tables = rows.select_columns([name]).with_format("arrow").iter(_BATCH_ROWS)
+    return all(not pc.max(pc.binary_length(table.column(name))).as_py() for table in tables)

@@ -1,0 +1,367 @@
+"""Rows of local files are as the file writes them; one rule says which files are read."""
+
+import bz2
+import csv
+import gzip
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from streaming import MDSWriter
+
+from foundry_ext.data import local_rows
+from foundry_ext.data.sources import load_rows
+from foundry_ext.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _a_cache_of_its_own(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def lines(*rows: Any) -> bytes:
+    """Return JSON lines; bytes are a line as it is."""
+    return b"".join(
+        (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+    )
+
+
+def write(path: Path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+def read(path: Any, split: str = "train", **hf_kwargs: Any) -> list[dict[str, Any]]:
+    return list(load_rows(str(path), split, hf_kwargs=hf_kwargs))  # pyright: ignore
+
+
+# --- content decides ------------------------------------------------------------------------------
+
+
+def _folder(suffix: str) -> Any:
+    return lambda folder: folder / f"train{suffix}", lambda folder: folder
+
+
+def _file(suffix: str) -> Any:
+    return lambda folder: folder / f"rows{suffix}", lambda folder: folder / f"rows{suffix}"
+
+
+def write_answer(path: Path, answer: str) -> None:
+    row = {"prompt": "a", "response": answer}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path, compression="none")
+    elif path.suffix == ".csv":
+        path.write_text(f"prompt,response\na,{answer}\n")
+    elif path.suffix == ".txt":
+        path.write_text(f"{answer}\n")
+    else:
+        path.write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize("make", [_file, _folder])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".txt"])
+def test_a_changed_word_is_read_whatever_the_time_says(tmp_path, make, suffix: str):
+    """The cache of `datasets` is keyed by path and mtime, and would return the old row."""
+    place, name = (one(tmp_path) for one in make(suffix))
+    name = tmp_path if suffix == ".txt" else name  # single ones have no suffix of rows
+    for answer in ("left", "down"):
+        write_answer(place, answer)
+        os.utime(place, (10**9, 10**9))
+        (row,) = read(name)
+        assert answer in row.values()
+
+
+def test_a_folder_with_configurations_is_read_by_content_too(tmp_path):
+    """Such a folder, a clone from the hub, is read by `datasets`."""
+    write(tmp_path / "README.md", b"---\nconfigs:\n- config_name: b\n  data_files: b.jsonl\n---\n")
+    write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    for answer in ("left", "down"):
+        write_answer(tmp_path / "b.jsonl", answer)
+        os.utime(tmp_path / "b.jsonl", (10**9, 10**9))
+        assert [row["response"] for row in read(tmp_path, name="b")] == [answer]
+
+
+def test_unchanged_files_are_parsed_once(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    first = read(path)
+    monkeypatch.setattr(local_rows, "read_json", pytest.fail)
+    os.utime(path, (1, 1))
+    assert read(path) == read(write(tmp_path / "copy" / "b.jsonl", lines({"a": "1"}))) == first
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """Otherwise the rows of one content would be kept under the digest of the other."""
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    write_rows = local_rows.write_rows
+
+    def change_and_write(*arguments):
+        write(tmp_path / "a.jsonl", lines({"a": "2"}))
+        write_rows(*arguments)
+
+    monkeypatch.setattr(local_rows, "write_rows", change_and_write)
+    with pytest.raises(UserError, match=r"a.jsonl changed while it was read; start again"):
+        read(path)
+    monkeypatch.undo()
+
+
+# --- text is text ---------------------------------------------------------------------------------
+
+ODD = ["42", "007", "null", "NA", "", "2021-05-03", "1e3", "true", " x ", 'a "b"', "a\r\nb", "None"]
+
+
+def test_cells_of_a_csv_stay_as_they_are_written(tmp_path):
+    rows = [{"question": "q", "answer": cell} for cell in ODD]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read(tmp_path / "a.csv") == rows
+
+
+@pytest.mark.parametrize("cell", ODD)
+def test_a_json_text_stays_text_in_every_row(tmp_path, cell: str):
+    rows = [{"question": "q", "answer": cell}] * 3
+    assert read(write(tmp_path / "a.jsonl", lines(*rows))) == rows
+    assert read(write(tmp_path / "a.json", json.dumps(rows).encode())) == rows
+    nested = [{"messages": [{"role": "user", "content": cell}]}]
+    assert read(write(tmp_path / "b.jsonl", lines(*nested))) == nested
+
+
+NUMBERS = [
+    [1, 2.5],
+    [2**70, 1],
+    [42, None, 7],
+    [1.0, 2],
+    [True, False],
+    [[1, 2.5], []],
+    [{"a": 1}, {"a": 2.5}],
+    [{"a": "x"}, {"a": 1}],
+    [{}, {"a": 1}],
+    [[{"a": [1]}, {"a": ["x"]}]],
+]
+
+
+@pytest.mark.parametrize("values", NUMBERS, ids=repr)
+def test_values_of_json_stay_as_they_are_written(tmp_path, values):
+    """Arrow would make 1.0 of the whole number in [1, 2.5], and refuse others."""
+    path = write(tmp_path / "a.jsonl", lines(*({"a": value} for value in values)))
+    assert repr([row["a"] for row in read(path)]) == repr(values)
+    assert repr([row["a"] for row in read(path, "train[-1:]")]) == repr(values[-1:])
+
+
+def test_a_key_that_only_some_rows_have_is_null_in_others(tmp_path):
+    rows = lines({"a": "1", "b": None}, {"a": "2", "c": {"x": "3"}}, {"c": {"y": "4"}})
+    assert read(write(tmp_path / "a.jsonl", rows)) == [
+        {"a": "1", "b": None, "c": None},
+        {"a": "2", "b": None, "c": {"x": "3", "y": None}},
+        {"a": None, "b": None, "c": {"x": None, "y": "4"}},
+    ]
+
+
+def test_batches_of_a_long_file_are_read_alike(tmp_path, monkeypatch):
+    rows = [{"a": str(i), "n": i if i < 2400 else i + 0.5} for i in range(2500)]
+    path = write(tmp_path / "a.jsonl", lines(*rows))
+    monkeypatch.setattr("foundry_ext.data.rows._BATCH_CHARACTERS", 1000)
+    assert repr(read(path)) == repr(rows)
+
+
+def test_parquet_of_two_types_is_refused(tmp_path):
+    pq.write_table(pa.table({"a": ["1"]}), tmp_path / "train-1.parquet")
+    pq.write_table(pa.table({"a": [1.0]}), tmp_path / "train-2.parquet")
+    with pytest.raises(UserError, match=r"train-2.parquet: column 'a' is float64, but text in .*1"):
+        read(tmp_path)
+
+
+def test_parquet_files_may_lack_columns(tmp_path):
+    nulls = pa.table({"a": ["1"], "b": pa.nulls(1)})
+    pq.write_table(nulls, tmp_path / "train-1.parquet")
+    pq.write_table(pa.table({"a": ["2"], "b": ["3"]}), tmp_path / "train-2.parquet")
+    pq.write_table(pa.table({"b": ["4"]}), tmp_path / "train-3.parquet")
+    rows = [{"a": "1", "b": None}, {"a": "2", "b": "3"}, {"a": None, "b": "4"}]
+    assert read(tmp_path) == rows
+    assert read(tmp_path, columns=["a"]) == [{"a": row["a"]} for row in rows]
+
+
+# --- forms of files -------------------------------------------------------------------------------
+
+BOM = b"\xef\xbb\xbf"
+FORMS = {
+    "a.jsonl": BOM + lines({"a": "é"}, b"", {"a": "2"}),
+    "b.jsonl.gz": gzip.compress(lines({"a": "é"}, {"a": "2"})),
+    "c.csv": BOM + "a\né\n\n2\n".encode(),
+    "d.csv.gz": gzip.compress("a\r\né\r\n2\r\n".encode()),
+    "e.json.gz": gzip.compress(BOM + b'[{"a": "\\u00e9"},\n {"a": "2"}]'),
+    "f.json": lines({"a": "é"}, {"a": "2"}),
+    "g.json": b'{"a":\n"\\u00e9"}\n\n{"a": "2"\n}',
+    "h.jsonl.bz2": bz2.compress(lines({"a": "é"}, {"a": "2"})),
+    "i.tsv": "a\né\n2\n".encode(),
+    "J.JSONL": lines({"a": "é"}, {"a": "2"}),
+    "k.json": '["é"]'.encode(),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_read(tmp_path, name: str):
+    rows = [{"a": "é"}, {"a": "2"}]
+    if name == "k.json":
+        rows = [{"text": "é"}]
+    assert read(write(tmp_path / name, FORMS[name])) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hf_kwargs"),
+    [
+        ("a.csv", b"a;b\n1;2\n", {"delimiter": ";"}),
+        ("a.csv", b"a;b\n1;2\n", {"sep": ";", "name": "main", "token": None}),
+        ("a.csv", b"1,2\n", {"column_names": ["a", "b"]}),
+        ("a.csv", b"x,y\n1,2\n", {"names": ["a", "b"], "header": 0}),
+        ("a.csv", b"# made by hand\na,b\n'1',2\n", {"skiprows": 1, "quotechar": "'"}),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), {"encoding": "utf-16"}),
+        ("a.jsonl", lines({"a": "1", "b": "2"}).decode().encode("utf-16"), {"encoding": "utf-16"}),
+        ("a.json", b'{"version": 1, "data": [{"a": "1", "b": "2"}]}', {"field": "data"}),
+    ],
+)
+def test_keys_of_load_dataset_work(tmp_path, name: str, content: bytes, hf_kwargs):
+    assert read(write(tmp_path / name, content), **hf_kwargs) == [{"a": "1", "b": "2"}]
+
+
+BAD = {
+    "latin1 csv": ("a.csv", b"a\nb\ncaf\xe9\n", {}, r"line 3: byte 4, 0xe9, .*{encoding: latin-1}"),
+    "latin1 json": ("a.json", b'[{"a":\n"\xe9"}]', {}, r"line 2: byte 2, 0xe9, .* latin-1"),
+    "lone surrogate": (
+        *("a.jsonl", lines({"a": "x"}, b'{"a": "x \\ud800 y"}'), {}),
+        r"line 2: \\ud800 is half of a character, .*x .* y.*; write both halves",
+    ),
+    "zst": ("a.jsonl.zst", b"(\xb5/\xfd", {}, r"a.jsonl.zst: .zst is not read; .* a.jsonl.gz"),
+    "zip": ("a.csv.zip", b"PK", {}, r"a.csv.zip: .zip is not read; .* a.csv.gz"),
+    "cut gz": (
+        *("a.jsonl.gz", gzip.compress(lines({"a": "x" * 99}))[:-9], {}),
+        "a.jsonl.gz cannot be decompressed",
+    ),
+    "no gz": ("a.jsonl.gz", lines({"a": "x"}), {}, "a.jsonl.gz cannot be decompressed"),
+    "open quote": ("a.csv", b'a,b\n1,2\n"3,4\n', {}, r"line 3: not CSV .*written twice"),
+    "a cell too many": ("a.csv", b"a,b\n1,2\n1,2,3\n", {}, r"line 3: 3 cells, but 2 columns"),
+    "no header": ("a.csv", b"1,2\n", {"header": 1}, "hf_kwargs.header: 1; .*column_names"),
+    "unknown key": ("a.csv", b"a\n", {"delimeter": ";"}, "hf_kwargs.delimeter is not read .*sep"),
+    "key of another kind": ("a.jsonl", b"{}", {"sep": ";"}, "hf_kwargs.sep .* field"),
+    "unknown field": ("a.json", b'{"x": []}', {"field": "data"}, "hf_kwargs.field: .*'data'"),
+    "broken json": ("a.json", b'[{"a": 1},\n{"a" 2}]', {}, "a.json, line 2: not JSON"),
+    "two files' types": (
+        "a.jsonl",
+        lines({"a": 1}, {"a": [1]}),
+        {},
+        r"line 2: 'a' is a list, .* a n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_fault_is_named_with_its_place_and_a_way_out(tmp_path, case: str):
+    name, content, hf_kwargs, message = BAD[case]
+    with pytest.raises(UserError, match=message) as error:
+        read(write(tmp_path / name, content), **hf_kwargs)
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+# --- which files are read -------------------------------------------------------------------------
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        is_csv = name.endswith((".csv", ".csv~"))
+        write(folder / name, f"a\n{name}\n".encode() if is_csv else lines({"a": name}))
+    return folder
+
+
+FOLDERS = [
+    (["b.jsonl", "a.jsonl"], "train", ["a.jsonl", "b.jsonl"]),
+    (["train.jsonl", "more.jsonl"], "train", ["more.jsonl", "train.jsonl"]),
+    (
+        ["train.jsonl", "b.jsonl.bak", "b.jsonl~", ".b.jsonl", "b.jsonl.tmp"],
+        "train",
+        ["train.jsonl"],
+    ),
+    (["train.csv", "test.csv", "val.csv"], "validation", ["val.csv"]),
+    (["train.csv", "dev-1.csv", "my_valid.csv"], "validation", ["dev-1.csv", "my_valid.csv"]),
+    (["train.csv", "Test.csv", "a.eval.csv", "testing 2.csv"], "test", None),
+    (["latest.jsonl", "constraint.jsonl", "device.jsonl"], "train", None),
+    (["a.jsonl", "val.jsonl"], "val", ["val.jsonl"]),
+    (
+        ["train/b.jsonl", "train/a.jsonl", "test/a.jsonl"],
+        "train",
+        ["train/a.jsonl", "train/b.jsonl"],
+    ),
+    (["test/train.jsonl", "test/b.jsonl"], "test", ["test/b.jsonl"]),
+    (["data/train_sft-00000-of-00001.jsonl", "x.jsonl"], "train_sft", None),
+    (["train.jsonl", "notes.txt", "README.md", "state.json"], "train", ["train.jsonl"]),
+    (["train.jsonl", "test.jsonl"], "train+test", ["train.jsonl", "test.jsonl"]),
+    (["train.jsonl", "test.jsonl"], "all", None),
+    (["train.csv", "test.jsonl"], "train", ["train.csv"]),
+]
+
+
+@pytest.mark.parametrize(("names", "split", "wanted"), FOLDERS)
+def test_the_files_of_a_split(tmp_path, names, split: str, wanted):
+    expected = {
+        "test": ["Test.csv", "a.eval.csv", "testing 2.csv"],
+        "train": ["constraint.jsonl", "device.jsonl", "latest.jsonl"],
+        "train_sft": ["data/train_sft-00000-of-00001.jsonl"],
+        "all": ["test.jsonl", "train.jsonl"],
+    }
+    found = [row["a"] for row in read(fill(tmp_path, *names), split)]
+    assert found == (wanted or expected[split])
+
+
+def test_what_is_left_out_is_logged(tmp_path, caplog):
+    fill(tmp_path, "train.jsonl", "b.jsonl.bak", "test.jsonl", "notes.md")
+    with caplog.at_level(logging.INFO, "foundry_ext"):
+        read(tmp_path)
+    (warning,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert "not read as rows: b.jsonl.bak, notes.md" in warning
+    assert "reads train.jsonl; other splits: test.jsonl" in caplog.text
+
+
+REFUSED = [
+    (["a.jsonl", "b.csv"], "several kinds for split train, a.jsonl, b.csv; .*data_files"),
+    (["a.jsonl", "b.json"], "several kinds"),
+    (["a.jsonl", "a.jsonl.gz"], "a.jsonl.* is there compressed and plain"),
+    (["train_test.jsonl"], "train_test.jsonl: its name stands for test and train"),
+    (["val.jsonl"], "split 'train' has no files in .*; there are validation: val.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("names", "message"), REFUSED)
+def test_what_is_not_clear_is_refused(tmp_path, names, message: str):
+    with pytest.raises(UserError, match=message):
+        read(fill(tmp_path, *names))
+
+
+def test_data_files_may_be_patterns_lists_or_splits(tmp_path, monkeypatch):
+    fill(tmp_path / "x", "b.jsonl", "a.jsonl", "c.jsonl.bak")
+    monkeypatch.chdir(tmp_path)
+    both = ["x/a.jsonl", "x/b.jsonl"]
+    names = ["a.jsonl", "b.jsonl"]
+    for files in ("x/*", both, {"train": both}, {"test": "x/b.jsonl", "train": "x/*"}):
+        assert [row["a"] for row in read("json", data_files=files)] == names
+    assert [row["a"] for row in read("x", data_files="b*")] == ["b.jsonl"]
+    assert [row["a"] for row in read("json", data_dir="x")] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(FileNotFoundError, match=r"data_files: y.jsonl has no files"):
+        read("json", data_files="y.jsonl")
+
+
+def test_a_folder_of_mds_shards_is_sent_to_its_own_keys(tmp_path):
+    with MDSWriter(out=str(tmp_path / "train"), columns={"a": "str"}) as out:
+        out.write({"a": "x"})
+    with pytest.raises(UserError, match=rf"MDS shards; .* set local: {tmp_path}, split: train"):
+        read(tmp_path)
+    with pytest.raises(UserError, match=rf"MDS shards; .* set local: {tmp_path}/train"):
+        read(tmp_path / "train")
