@@ -24,13 +24,14 @@ from foundry_ext.data.config import (
 )
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
+from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.mixture import MixedDocuments, draw
+from foundry_ext.data.ranks import local_rank_zero_first
 from foundry_ext.data.sources import (
     fetch,
     find_revision,
     load_rows,
     load_streams,
-    local_rank_zero_first,
 )
 from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
 from foundry_ext.packing.algorithm import most_documents
@@ -182,7 +183,7 @@ def _read_source(
     """Return the documents of a source, and the hub revision they come from."""
     settings, text_key = source.settings, source.settings.text_key
     hf_name, split = fetch(source.hf_name, source.split)
-    with local_rank_zero_first(), _naming(source.hf_name):
+    with local_rank_zero_first(), naming_full_disk(), _naming(source.hf_name):
         rows = load_rows(hf_name, split, **source.options)
         revision = find_revision(rows, source.options.get("hf_kwargs"))
         if text_key is not None:
@@ -262,8 +263,10 @@ def _nothing_left(
 
 
 def _num_proc() -> int:
-    """Return the processes to tokenise with: this machine's cores, at most $MAX_NUM_PROC."""
-    return min(os.cpu_count() or 1, int(os.environ.get("MAX_NUM_PROC", 64)))
+    """Return the processes to tokenise with: the cores that are ours, at most $MAX_NUM_PROC."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(cores, int(os.environ.get("MAX_NUM_PROC", 64)))
 
 
 def _log_counts(name: str, documents: Documents, max_seq_len: int) -> None:
