@@ -160,6 +160,10 @@ class Documents:
             digest.update(flags[flags_at[0] : flags_at[-1]])
         return digest.hexdigest()[:16]
 
+    def source_fingerprints(self) -> list[str]:
+        """Return the fingerprint of each source; there is one here."""
+        return [self.fingerprint]
+
     # --- checksums -------------------------------------------------------------------------------
 
     def checksums(self) -> dict[str, Any]:
@@ -178,8 +182,8 @@ class Documents:
         for ids_at, _, flags_at, _ in self._chunks:
             digest.update(ids_at)
             digest.update(flags_at)
-        digest.update(self.outcomes)
-        digest.update(self.num_truncated_tokens)
+        digest.update(self.outcomes.tobytes())
+        digest.update(self.num_truncated_tokens.tobytes())
         return digest.hexdigest()
 
     def _num_blocks(self, chunk: int) -> int:

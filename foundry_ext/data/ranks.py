@@ -83,18 +83,50 @@ def check_same(items: Mapping[str, Any], way_out: str) -> None:
                     raise UserError(_describe(faults, meeting.name(0), meeting.name(rank), way_out))
 
 
+@contextlib.contextmanager
+def telling_others() -> Iterator[None]:
+    """Let an error of this rank end the next meeting of the others, where they may wait already."""
+    try:
+        yield
+    except Exception as error:
+        tell_others(error)
+        raise
+
+
 def tell_others(error: BaseException | str) -> None:
     """Let other ranks' next meeting, where they may wait already, end with this rank's error."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        with contextlib.suppress(_Told), _Meeting():
-            raise _Told(error)
+    if _can_meet():
+        with contextlib.suppress(_ToldError), _Meeting():
+            raise _ToldError(error)
 
 
-class _Told(Exception):
+def hear_others() -> str | None:
+    """Return the error that another rank has told since the last meeting, or None."""
+    if not _can_meet():
+        return None
+    try:
+        store: Any = PrefixStore(f"foundry_ext/{_Meeting.held}", _get_default_store())
+        if not store.check(["fault"]):
+            return None
+        with _Meeting() as meeting:
+            meeting.wait_for(dist.get_global_rank())
+    except DistError:
+        return None
+    except _OfAnotherError as error:
+        return str(error)
+    return None
+
+
+def _can_meet() -> bool:
+    """Return whether there are other ranks, which have not been told of an error before."""
+    return dist.is_initialized() and dist.get_world_size() > 1 and not _Meeting.has_failed
+
+
+class _ToldError(Exception):
     """An error outside a meeting, whose text is the fault."""
 
 
-class _OfAnother(UserError):
+class _OfAnotherError(UserError):
     """An error that another rank has told."""
 
 
@@ -102,11 +134,15 @@ class _Meeting:
     """A place where all ranks leave a value; all enter their meetings in the same order."""
 
     held: ClassVar[int] = 0
+    has_failed: ClassVar[bool] = False
+    """The last one ended with an error, which all know."""
 
     def __init__(self) -> None:
         self.rank = dist.get_global_rank()
-        self.store = PrefixStore(f"foundry_ext/{_Meeting.held}", _get_default_store())
+        # Its stubs lack `check`.
+        self.store: Any = PrefixStore(f"foundry_ext/{_Meeting.held}", _get_default_store())
         _Meeting.held += 1
+        _Meeting.has_failed = False
         self._left = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
@@ -120,6 +156,7 @@ class _Meeting:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             if error is not None:
+                _Meeting.has_failed = True
                 with contextlib.suppress(DistError):
                     self._fail(error)
         finally:
@@ -149,7 +186,7 @@ class _Meeting:
         with _naming_the_store():
             while not self.store.check([f"value/{rank}"]):
                 if self.store.check(["fault"]):
-                    raise _OfAnother(self.store.get("fault").decode())
+                    raise _OfAnotherError(self.store.get("fault").decode())
                 now = time.monotonic()
                 seen = self._last_beat(rank)
                 if seen != beat:
@@ -180,8 +217,8 @@ class _Meeting:
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others, and stay until they know: rank 0's process holds the store."""
-        if not isinstance(error, _OfAnother):
-            kind = "" if isinstance(error, UserError | _Told) else f"{type(error).__name__}: "
+        if not isinstance(error, _OfAnotherError):
+            kind = "" if isinstance(error, UserError | _ToldError) else f"{type(error).__name__}: "
             fault = f"{self.name(self.rank)} has failed: {kind}{one_line(error)}"
             self.store.compare_set("fault", "", fault)
         self.store.add("left", 1)
