@@ -177,10 +177,13 @@ class PackedDataLoader(DataLoader):
         dataset.epoch, dataset.next_batch = sampler.epoch, sampler.first_batch
         if dataset.next_batch == 0:
             dataset.pending_rng = None
-        for batch in super().__iter__():
-            dataset.next_batch += 1
-            dataset.restore_rng()
-            yield batch
+        try:
+            for batch in super().__iter__():
+                dataset.next_batch += 1
+                dataset.restore_rng()
+                yield batch
+        except UserError as error:  # that of a worker process has a traceback before its text
+            raise UserError(str(error).rpartition("UserError: ")[2]) from error
         dataset.restore_rng()  # the epoch had no batch left
         dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
 

@@ -4,6 +4,7 @@ The nodes are forked processes with the variables that Composer's launcher would
 """
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -134,19 +135,56 @@ def test_a_file_that_cannot_be_read_on_one_node_ends_both(config, tmp_path):
             (tmp_path / f"node{node}" / "log.txt").unlink()
 
 
+def test_a_port_in_use_says_how_to_name_another(config, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        (tmp_path / "node0").mkdir()
+        OmegaConf.save(config(), tmp_path / "node0" / "run.yaml")
+        ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        process = preloaded.start(
+            *(train, "run.yaml"),
+            log=tmp_path / "log.txt",
+            folder=tmp_path / "node0",
+            **ranks,
+            **{"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        process.join(SECONDS)
+    text = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 1, text
+    assert f"port {port} is in use by another program" in text and "--master_port" in text
+    assert "Traceback" not in text
+
+
+def test_each_node_has_signals_of_its_own(monkeypatch):
+    """Composer's name for them is that of node 0 on every node."""
+    from composer.utils import dist
+
+    monkeypatch.setattr(dist, "get_node_signal_file_name", lambda rng=None: "._signal_file_node0_x")
+    names = set()
+    for node in (0, 1):
+        monkeypatch.setenv("NODE_RANK", str(node))
+        with nodes.signals_per_node():
+            names.add(dist.get_node_signal_file_name())
+    assert len(names) == 2
+    assert dist.get_node_signal_file_name() == "._signal_file_node0_x"
+
+
+@pytest.mark.more
 def test_paths_may_differ_and_two_nodes_share_a_working_directory(config, world, tmp_path):
     copy = tmp_path / "copy.jsonl"
     copy.write_text(world.rows.read_text())
     other = config(
         train_loader__dataset__hf_name=str(copy),
-        train_loader__num_workers=1,
+        train_loader__prefetch_factor=3,
         loggers={"metrics_file": {"path": "elsewhere/metrics.jsonl"}},
     )
     here = config(loggers={"metrics_file": {"path": "metrics.jsonl"}})
     for node in (0, 1):
         (tmp_path / f"node{node}").symlink_to(tmp_path, target_is_directory=True)
     # One folder, two YAMLs: the second node's overrides are its own YAML.
-    differing = [f"train_loader.dataset.hf_name={copy}", "train_loader.num_workers=1"]
+    differing = [f"train_loader.dataset.hf_name={copy}", "train_loader.prefetch_factor=3"]
     differing.append("loggers.metrics_file.path=elsewhere/metrics.jsonl")
     assert OmegaConf.merge(here, OmegaConf.from_dotlist(differing)) == other
     ends = run_nodes(tmp_path, [here, here], ((), differing))
