@@ -5,10 +5,13 @@ import errno
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from textwrap import shorten
 
 import datasets
 import datasets.config
 from datasets.exceptions import DatasetsError
+
+from foundry_ext.utils.errors import one_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BYTES_PER_TOKEN = 5  # of the columns input_ids and has_loss
@@ -22,9 +25,12 @@ def naming_full_disk() -> Iterator[None]:
     try:
         yield
     except (OSError, DatasetsError) as error:
-        if "HF_DATASETS_CACHE" in str(error) or not _is_full(error):
+        cause = _find_full(error)
+        if cause is None or "HF_DATASETS_CACHE" in str(error):
             raise
-        raise OSError(errno.ENOSPC, _describe()) from error
+        said = shorten(one_line(cause), 160, placeholder=" ...")
+        text = f"{_describe(cause.filename or 'the rows')} ({said})"
+        raise OSError(errno.ENOSPC, text) from error
 
 
 def check_space(rows: datasets.Dataset, columns: Collection[str], most_tokens: int | None) -> None:
@@ -44,15 +50,15 @@ def check_space(rows: datasets.Dataset, columns: Collection[str], most_tokens: i
     if most_tokens is not None:
         need = min(need, most_tokens * BYTES_PER_TOKEN)
     if _free() < need * _CERTAIN:
-        raise OSError(errno.ENOSPC, _describe(f", of about {_megabytes(need)} needed"))
+        needed = f", of about {_megabytes(need)} needed"
+        raise OSError(errno.ENOSPC, _describe("the rows' tokens", needed))
 
 
-def _describe(needed: str = "") -> str:
+def _describe(what: str, needed: str = "") -> str:
     return (
-        "no space is left for the cache of rows in HF_DATASETS_CACHE,"
-        f" {str(datasets.config.HF_DATASETS_CACHE)!r} ({_megabytes(_free())} free{needed}); make"
-        " some, or set the environment variable HF_DATASETS_CACHE to a folder on another disk, and"
-        " start the same command again"
+        f"no space is left for {what}; make some on the disk of HF_DATASETS_CACHE,"
+        f" {str(datasets.config.HF_DATASETS_CACHE)!r} ({_megabytes(_free())} free{needed}), or set"
+        " that environment variable to a folder on another disk, and start the same command again"
     )
 
 
@@ -66,13 +72,13 @@ def _free() -> int:
     return shutil.disk_usage(there).free
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Return whether the error or one of its causes is that of a full disk."""
+def _find_full(error: BaseException | None) -> OSError | None:
+    """Return the error of a full disk among an error and its causes, or None."""
     while error is not None:
         # The text is that of a check by `datasets`, which has no error number.
         if isinstance(error, OSError) and (
             error.errno in _FULL or "Not enough disk space" in str(error)
         ):
-            return True
+            return error
         error = error.__cause__
-    return False
+    return None
