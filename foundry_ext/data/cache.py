@@ -4,15 +4,22 @@
 
 The key is a hash of content: the same rows in another file, or in a touched one, are found again.
 A folder is renamed to its key after all of it is on the disk, so a killed writer leaves nothing
-that looks like a table; the next writer removes its leftovers.
+that looks like a table. Locks only spare work: where a file system has none, each writer fills a
+folder of its own, and the first one to rename it wins.
 """
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +30,18 @@ import xxhash
 from datasets.fingerprint import Hasher
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.preprocessing import module_sources
-from foundry_ext.utils.atomic import replaced_folder
+from foundry_ext.utils.atomic import replaced_folder, write_text
 
 log = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 2  # of the table and of the key
 _DECIDING_PACKAGES = ("llm-foundry", "tokenizers", "transformers")
 _WHOLE = "whole.json"
+_MISSING, _DAMAGED = "missing", "damaged"
+_OLD = 2 * 24 * 3600.0  # seconds
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Rows per hashed batch. Measured: 5 GB/s with 1,000 to 10,000 short rows, 1 GB/s with 100,000,
 # which no longer fit the CPU's caches.
 _HASHED_ROWS = 1000
@@ -55,46 +66,122 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     """Return the folder of a key; if it is missing, `write` fills it first, in one process.
 
     Others that need the same table wait for it, on all ranks and in all runs of a machine.
+
+    Raises:
+        OSError: the disk is full; names the folder, the space left and the variable that moves it.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", key)
-    if _is_complete(folder):
+    if _find_fault(folder) is None:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
-        if not _is_complete(folder):
-            _fill(folder, write)
+    with naming_full_disk():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            fault = _find_fault(folder)
+            if fault is not None:
+                _fill(folder, write, fault)
     return folder
 
 
-def _locked(path: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(path)
+def discard(folder: Path, reason: str) -> bool:
+    """Mark a damaged table, so that the next run makes it anew; return whether that was possible.
+
+    Its files stay until then, because other runs may read them.
+    """
+    try:
+        write_text(folder / _WHOLE, json.dumps({_DAMAGED: reason}))
+    except OSError:  # such as a read-only file system
+        return False
+    return True
+
+
+def _locked(path: Path) -> contextlib.AbstractContextManager[Any]:
+    """Return the lock of a key, or one that does nothing if the file system has no locks."""
+    lock = filelock.FileLock(path, fallback_to_soft=False)  # a soft one outlives a killed process
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         log.warning("another process is tokenizing the same rows; waiting for it (%s)", path)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: no locks here; processes may tokenize the same rows at once", path.parent)
+        return contextlib.nullcontext()
     else:
         lock.release()
     return lock
 
 
-def _fill(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill the folder, under the lock; leftovers of other writers of this key are dead."""
-    for leftover in (folder, *folder.parent.glob(f"{folder.name}.*.part")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
-    with replaced_folder(folder, partial=part):
-        write(part)
-        sizes = {path.name: path.stat().st_size for path in part.iterdir()}
-        (part / _WHOLE).write_text(json.dumps(sizes))
+def _fill(folder: Path, write: Callable[[Path], None], fault: str) -> None:
+    """Fill the folder, unless another writer, which no lock kept out, completes it earlier."""
+    if fault != _MISSING:
+        log.warning("%s: %s; tokenizing its rows again", folder, fault)
+        shutil.rmtree(folder, ignore_errors=True)
+    for part in folder.parent.glob(f"{folder.name}.*.part"):
+        if _is_dead(part, folder.name):
+            shutil.rmtree(part, ignore_errors=True)
+    name = f"{folder.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex}.part"
+    try:
+        with replaced_folder(folder, partial=folder.with_name(name), must_be_new=True) as part:
+            write(part)
+            sizes = {path.name: path.stat().st_size for path in part.iterdir()}
+            (part / _WHOLE).write_text(json.dumps(sizes))
+    except OSError:
+        if _find_fault(folder) is not None:
+            raise
 
 
-def _is_complete(folder: Path) -> bool:
-    """Return whether all files have their size; a cleaned or truncated cache is rewritten."""
+def _is_dead(part: Path, key: str) -> bool:
+    """Return whether the writer of a partial folder certainly has ended.
+
+    That is so if it was a process of this machine, or if nothing was written for days.
+    """
+    machine, _, process = part.name.removeprefix(f"{key}.").partition(".")
+    process = process.partition(".")[0]
+    if machine == _machine() and process.isdecimal():
+        return not _is_running(int(process))
+    try:
+        newest = max(path.stat().st_mtime for path in (part, *part.iterdir()))
+    except OSError:  # another writer is removing or renaming it
+        return False
+    return time.time() - newest > _OLD
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+@cache
+def _machine() -> str:
+    """Return a name for what process numbers are unique in: a container, until the next boot."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
+
+
+def _find_fault(folder: Path) -> str | None:
+    """Return why a table is not complete, or None; a cleaned or truncated cache is rewritten."""
+    if not folder.is_dir():
+        return _MISSING
     try:
         sizes = json.loads((folder / _WHOLE).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        if _DAMAGED in sizes:
+            return str(sizes[_DAMAGED])
+        for name, size in sizes.items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} is not as long as it was when written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, AttributeError, TypeError):
+        return f"{_WHOLE} is damaged"
+    return None
 
 
 def _hash_rows(rows: datasets.Dataset) -> str:

@@ -24,13 +24,14 @@ from foundry_ext.data.config import (
 )
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
+from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.mixture import MixedDocuments, draw
+from foundry_ext.data.ranks import local_rank_zero_first, telling_others
 from foundry_ext.data.sources import (
     fetch,
     find_revision,
     load_rows,
     load_streams,
-    local_rank_zero_first,
 )
 from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
 from foundry_ext.packing.algorithm import most_documents
@@ -38,6 +39,7 @@ from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.utils.absent import dataset_settings
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.processes import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ def build_packed_text_dataloader(
     )
 
 
+@telling_others()
 def _plan_packs(
     name: str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -119,7 +122,10 @@ def _plan_packs(
     dataset: dict[str, Any],
     drop_last: bool,
 ) -> PackedDataset:
-    """Check everything cheap, then read the documents, which may take long, and pack them."""
+    """Check everything cheap, then read the documents, which may take long, and pack them.
+
+    All ranks must call it together; they compare what they have read.
+    """
     dataset = dataset_settings(dataset)
     check_keys(dataset, name)
     if tokenizer is None or tokenizer.eos_token_id is None:
@@ -132,7 +138,7 @@ def _plan_packs(
         documents, descriptions = _read_streams(dataset, tokenizer)
     if not documents.lengths.any():
         raise UserError(_nothing_left(documents, descriptions, dataset["max_seq_len"]))
-    return PackedDataset(
+    packed = PackedDataset(
         documents,
         PackCollator(
             max_seq_len=dataset["max_seq_len"],
@@ -152,6 +158,8 @@ def _plan_packs(
         },
         descriptions,
     )
+    packed.compare_ranks()
+    return packed
 
 
 def _read_sources(
@@ -182,7 +190,7 @@ def _read_source(
     """Return the documents of a source, and the hub revision they come from."""
     settings, text_key = source.settings, source.settings.text_key
     hf_name, split = fetch(source.hf_name, source.split)
-    with local_rank_zero_first(), _naming(source.hf_name):
+    with local_rank_zero_first(), naming_full_disk(), _naming(source.hf_name):
         rows = load_rows(hf_name, split, **source.options)
         revision = find_revision(rows, source.options.get("hf_kwargs"))
         if text_key is not None:
@@ -262,8 +270,8 @@ def _nothing_left(
 
 
 def _num_proc() -> int:
-    """Return the processes to tokenise with: this machine's cores, at most $MAX_NUM_PROC."""
-    return min(os.cpu_count() or 1, int(os.environ.get("MAX_NUM_PROC", 64)))
+    """Return the processes to tokenise with: the cores that are ours, at most $MAX_NUM_PROC."""
+    return min(num_cores(), int(os.environ.get("MAX_NUM_PROC", 64)))
 
 
 def _log_counts(name: str, documents: Documents, max_seq_len: int) -> None:

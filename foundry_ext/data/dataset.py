@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments
+from foundry_ext.data.ranks import check_same
 from foundry_ext.packing.batch import Pack
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.packing.sampler import PackedBatchSampler
@@ -69,6 +70,32 @@ class PackedDataset(Dataset):
         """Hash of the data and of all settings that decide the plan, ranks excluded."""
         sampler = self.sampler
         return f"{self.documents.fingerprint}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
+
+    def compare_ranks(self) -> None:
+        """Check that all ranks, which must call this together, have the same plan.
+
+        Raises:
+            UserError: a setting, the data or the packs differ; names it, and two nodes.
+        """
+        if self.sampler.num_replicas == 1:
+            return
+        sampler, sources = self.sampler, self.description
+        items: dict[str, Any] = {
+            "max_seq_len": self.collator.max_seq_len,
+            "pack_tokens": sampler.capacity,
+            "shuffle": sampler.shuffle,
+            "shuffle_seed": sampler.seed,
+            "drop_last": sampler.drop_last,
+            "packs per batch of a rank": sampler.batch_packs,
+        }
+        fingerprints = self.documents.source_fingerprints()
+        for index, (source, fingerprint) in enumerate(zip(sources, fingerprints, strict=True)):
+            key = "the data" if len(sources) == 1 else f"the data of datasets[{index}]"
+            counts = f"{source['documents']} documents, {source['tokens']} tokens"
+            items[f"{key} (digest)"] = f"{fingerprint}: {counts}"
+        items["the packs (digest)"] = f"{self.documents.fingerprint}-{sampler.plan_digest(0)}"
+        names = self.describe_sources("name")
+        check_same(items, f"give all nodes the same rows in {names}, and the same dataset settings")
 
     def state_dict(self, num_samples: int | None = None, from_beginning: bool = True) -> dict:
         """Return the position of the next batch; Composer's `num_samples` is not needed."""
@@ -150,10 +177,13 @@ class PackedDataLoader(DataLoader):
         dataset.epoch, dataset.next_batch = sampler.epoch, sampler.first_batch
         if dataset.next_batch == 0:
             dataset.pending_rng = None
-        for batch in super().__iter__():
-            dataset.next_batch += 1
-            dataset.restore_rng()
-            yield batch
+        try:
+            for batch in super().__iter__():
+                dataset.next_batch += 1
+                dataset.restore_rng()
+                yield batch
+        except UserError as error:  # that of a worker process has a traceback before its text
+            raise UserError(str(error).rpartition("UserError: ")[2]) from error
         dataset.restore_rng()  # the epoch had no batch left
         dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
 

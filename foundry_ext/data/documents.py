@@ -1,14 +1,20 @@
 """Tokenised documents, memory-mapped; packs hold indices into them."""
 
 import hashlib
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from foundry_ext.data.cache import discard
 from foundry_ext.packing.collator import Document
+from foundry_ext.utils.errors import UserError
 
 
 class RowOutcome(IntEnum):
@@ -43,12 +49,37 @@ def count_outcomes(
     return {**named, "tokens_cut": int(num_truncated_tokens.sum())}
 
 
+# Tokens per checksum: 1.3 MB are read and hashed for the first document of a block.
+_BLOCK = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """The folder in the cache that a table was read from, and what was written there beside it."""
+
+    folder: Path
+    fingerprint: str
+    """The property of `Documents`."""
+    checksums: dict[str, Any]
+    """The result of `Documents.checksums`."""
+
+
+class DamagedTableError(Exception):
+    """A table in the cache that is not what was written; it can be made anew."""
+
+
 class Documents:
     """Random access to token ids and loss masks, directly in the pages of the Arrow files.
 
+    A table from the cache is compared with its checksums: lengths and outcomes here, tokens and
+    loss masks block by block, when the first document of a block is read.
+
     Args:
         table: has the columns of `FEATURES`.
-        fingerprint: the value of that property, if it is known already.
+        stored: what the cache knows about the table, if it comes from there.
+
+    Raises:
+        DamagedTableError: lengths or outcomes are not those that were written.
 
     Attributes:
         lengths: [n] int32 tokens; 0 for a dropped document.
@@ -57,7 +88,7 @@ class Documents:
         counts: documents per outcome by its name in lower case, and `tokens_cut`.
     """
 
-    def __init__(self, table: datasets.Dataset, *, fingerprint: str | None = None):
+    def __init__(self, table: datasets.Dataset, *, stored: Stored | None = None):
         ids, flags = (table.data.column(name).chunks for name in ("input_ids", "has_loss"))
         self._chunks = [
             (
@@ -80,8 +111,12 @@ class Documents:
             table.data.column("num_cut").to_numpy(), dtype=np.int32
         )
         self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens)
-        if fingerprint is not None:
-            self.fingerprint = fingerprint
+        self._stored = stored
+        # Per chunk, the blocks that are still to be compared with their checksums.
+        self._unchecked: list[set[int]] = [set() for _ in self._chunks]
+        if stored is not None:
+            self.fingerprint = stored.fingerprint
+            self._compare_index(stored.checksums)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,6 +135,8 @@ class Documents:
         documents = []
         for chunk, row in zip(chunks.tolist(), rows.tolist(), strict=True):
             ids_at, ids, flags_at, flags = self._chunks[chunk]
+            if self._unchecked[chunk]:
+                self._compare_blocks(chunk, int(ids_at[row]), int(ids_at[row + 1]))
             documents.append(
                 Document(
                     input_ids=ids[ids_at[row] : ids_at[row + 1]],
@@ -122,3 +159,67 @@ class Documents:
         for *_, flags_at, flags in self._chunks:
             digest.update(flags[flags_at[0] : flags_at[-1]])
         return digest.hexdigest()[:16]
+
+    def source_fingerprints(self) -> list[str]:
+        """Return the fingerprint of each source; there is one here."""
+        return [self.fingerprint]
+
+    # --- checksums -------------------------------------------------------------------------------
+
+    def checksums(self) -> dict[str, Any]:
+        """Return checksums of the fingerprint and all columns.
+
+        They are {"index": of lengths and outcomes, "tokens": [of each block, by chunk]}.
+        """
+        blocks = [
+            [self._hash_block(chunk, block) for block in range(self._num_blocks(chunk))]
+            for chunk in range(len(self._chunks))
+        ]
+        return {"index": self._hash_index(), "tokens": blocks}
+
+    def _hash_index(self) -> str:
+        digest = xxhash.xxh3_64(self.fingerprint.encode())
+        for ids_at, _, flags_at, _ in self._chunks:
+            digest.update(ids_at)
+            digest.update(flags_at)
+        digest.update(self.outcomes.tobytes())
+        digest.update(self.num_truncated_tokens.tobytes())
+        return digest.hexdigest()
+
+    def _num_blocks(self, chunk: int) -> int:
+        return -(-len(self._chunks[chunk][1]) // _BLOCK)
+
+    def _hash_block(self, chunk: int, block: int) -> str:
+        _, ids, _, flags = self._chunks[chunk]
+        place = slice(block * _BLOCK, (block + 1) * _BLOCK)
+        digest = xxhash.xxh3_64(ids[place])
+        digest.update(flags[place])
+        return digest.hexdigest()
+
+    def _compare_index(self, checksums: dict[str, Any]) -> None:
+        sizes = [len(blocks) for blocks in checksums["tokens"]]
+        same = sizes == [self._num_blocks(chunk) for chunk in range(len(self._chunks))]
+        if not same or self._hash_index() != checksums["index"]:
+            raise DamagedTableError("the documents' lengths are not those that were written")
+        self._unchecked = [set(range(size)) for size in sizes]
+
+    def _compare_blocks(self, chunk: int, start: int, end: int) -> None:
+        """Compare the blocks of tokens start to end of a chunk, unless that was done before."""
+        assert self._stored is not None
+        for block in self._unchecked[chunk] & {*range(start // _BLOCK, -(-end // _BLOCK))}:
+            if self._hash_block(chunk, block) != self._stored.checksums["tokens"][chunk][block]:
+                raise UserError(self._refuse(chunk))
+            self._unchecked[chunk].remove(block)
+
+    def _refuse(self, chunk: int) -> str:
+        """Discard the table; return the error's line."""
+        assert self._stored is not None
+        folder, rows = self._stored.folder, self._first[chunk : chunk + 2]
+        fault = f"tokens of documents {rows[0]} to {rows[1] - 1} are not those that were written"
+        way_out = "start the same command again"
+        if not discard(folder, fault):
+            way_out = f"delete the folder and {way_out}"
+        return (
+            f"token cache {folder}: {fault}, so a disk or memory may be failing; {way_out}, which"
+            " tokenizes the rows anew"
+        )

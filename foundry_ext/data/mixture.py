@@ -149,6 +149,10 @@ class MixedDocuments:
                 documents[position] = document
         return documents
 
+    def source_fingerprints(self) -> list[str]:
+        """Return the hash of each source's tokens, drawn or not."""
+        return [part.documents.fingerprint for part in self.parts]
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the sources' tokens and of the documents drawn."""

@@ -6,7 +6,6 @@ tokenised into llm-foundry's turns.
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-from composer.utils import dist, parse_uri
+from composer.utils import parse_uri
 from datasets.data_files import EmptyDatasetError
 from huggingface_hub.errors import HFValidationError
 from llmfoundry.data.finetuning.dataloader import _download_remote_hf_dataset
@@ -42,29 +41,6 @@ def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
     if parse_uri(hf_name)[0] in ("", None):
         return hf_name, split
     return _download_remote_hf_dataset(hf_name, split), split.replace("-", "_")
-
-
-@contextlib.contextmanager
-def local_rank_zero_first() -> Iterator[None]:
-    """Let local rank 0 fill the cache on disk before the other ranks read it.
-
-    They wait for a file, not in a collective, which would time out during a long tokenisation. The
-    body must not contain a collective, or rank 0 would wait for the others forever.
-    """
-    signal = dist.get_node_signal_file_name()
-    first = dist.get_local_rank() == 0
-    if not first:
-        with dist.local_rank_zero_download_and_wait(signal):
-            pass
-    try:
-        yield
-    finally:
-        if first:
-            with open(signal, "w"):
-                pass
-        dist.barrier()
-        if first:
-            os.remove(signal)
 
 
 def load_rows(

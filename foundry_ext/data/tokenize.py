@@ -5,7 +5,6 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 `max_seq_len` tokens; `overlong` decides what happens to a longer row, which is always counted.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,8 +24,10 @@ from llmfoundry.data.finetuning.tasks import (
 from llmfoundry.utils.exceptions import BaseContextualError, UnknownExampleTypeError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.cache import cached, table_key
+from foundry_ext.data.cache import table_key
+from foundry_ext.data.cached_documents import cached_documents
 from foundry_ext.data.documents import Documents
+from foundry_ext.data.full_disk import check_space
 from foundry_ext.data.preprocessing import format_row
 from foundry_ext.data.rows import without_empty_columns
 from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
@@ -95,22 +96,19 @@ def tokenize_rows(
         rows = without_empty_columns(rows)
     reader = _Reader(tokenizer, settings)
 
-    def write(folder: Path) -> None:
-        table = _map(
+    def write(folder: Path) -> datasets.Dataset:
+        if preprocess is None:  # which may leave out anything
+            most = None if settings.overlong == "split" else len(rows) * settings.max_seq_len
+            check_space(rows, [settings.text_key or "prompt", "response", "messages"], most)
+        return _map(
             rows,
             _table_of(reader, preprocess),
             num_proc=min(num_proc or 1, len(rows) // 1000) or None,
             desc=f"Tokenizing {name}",
             cache_file_name=str(folder / "part.arrow"),
         )
-        files = [Path(file["filename"]).name for file in table.cache_files]
-        about = {"files": files, "fingerprint": Documents(table).fingerprint}
-        (folder / "about.json").write_text(json.dumps(about))
 
-    folder = cached(table_key(rows, tokenizer, asdict(settings), preprocess), write)
-    about = json.loads((folder / "about.json").read_text())
-    parts = [datasets.Dataset.from_file(str(folder / file)) for file in about["files"]]
-    return Documents(datasets.concatenate_datasets(parts), fingerprint=about["fingerprint"])
+    return cached_documents(table_key(rows, tokenizer, asdict(settings), preprocess), write)
 
 
 def tokenize_stream(

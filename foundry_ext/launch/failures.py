@@ -1,6 +1,7 @@
 """One-line explanations of known training failures: out of memory, full disk, wrong GPU."""
 
 import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,16 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
         said = shorten(text, 160, placeholder=" ...")
         if type(one).__name__ == "OutOfMemoryError":
             return f"{_memory(config)} ({said})"
+        if isinstance(one, RuntimeError) and "EADDRINUSE" in text:
+            return f"{_port()} ({said})"
+        if type(one).__name__ == "DistStoreError" and "clients joined" in text:
+            return (
+                f"not all ranks have come within dist_timeout; start every node with the same"
+                f" --world_size, --master_addr and --master_port ({said})"
+            )
         if isinstance(one, OSError) and one.errno in _FULL:
-            if "save_folder" in text:  # exact_resume has explained it
+            # exact_resume or the cache has explained it
+            if "save_folder" in text or "HF_DATASETS_CACHE" in text:
                 return text.partition("] ")[2]
             return (
                 f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
@@ -51,6 +60,13 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 f" or to sdpa, which runs anywhere ({said})"
             )
     return None
+
+
+def _port() -> str:
+    return (
+        f"port {os.environ.get('MASTER_PORT')} is in use by another program; name a free one with"
+        " `composer --master_port`, the same on all nodes, or on a single node leave it out"
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

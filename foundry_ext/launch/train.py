@@ -21,6 +21,7 @@ from foundry_ext.config.loading import check_several, load_config, record_path, 
 from foundry_ext.config.values import find_warning
 from foundry_ext.launch.building import errors_name_their_section
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
+from foundry_ext.launch.nodes import check_configurations, share_fault, signals_per_node
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.redaction import redact
@@ -66,6 +67,8 @@ def main(script: str, arguments: Sequence[str]) -> int:
         for line in complaints:
             print(f"train.py: error: {line}", file=sys.stderr)
     if not configs:
+        if not dry_run:
+            share_fault(complaints[0])
         return USAGE_EXIT
     if dry_run:
         found = plan_each(configs)
@@ -108,6 +111,7 @@ def train_here(path: Path, config: DictConfig) -> int:
     fault = missing_checkpoint(resolved) or unwritable(resolved)
     if fault:
         complain(path, fault)
+        share_fault(fault)
         return USAGE_EXIT
     warning = find_warning(resolved)
     if warning and os.environ.get("RANK", "0") == "0":
@@ -119,13 +123,14 @@ def train_here(path: Path, config: DictConfig) -> int:
     from foundry_ext.preflight.components import check_components
 
     try:
+        check_configurations(resolved)
         check_components(resolved)
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
-        with _log_without_secrets(), errors_name_their_section():
+        with _log_without_secrets(), errors_name_their_section(), signals_per_node():
             trainer = train_recorded(train, config)
     except Exception as error:
-        known = explain(error, resolved)
+        known = share_fault(error) or explain(error, resolved)
         if wants_traceback() or not (known or isinstance(error, UserError | OSError)):
             raise
         complain(path, f"{known or one_line(error)} {TRACEBACK_HINT}")

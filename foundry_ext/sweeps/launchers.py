@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foundry_ext.sweeps.state import claim, is_free
-from foundry_ext.utils.processes import environment_without_rank
+from foundry_ext.utils.processes import environment_without_rank, num_cores
 
 THREADS = "OMP_NUM_THREADS"
 _LONGEST_SOCKET = 104  # bytes of a socket's path, on macOS; 108 on Linux
@@ -68,10 +68,6 @@ class Launcher:
 
     def close(self) -> None:
         """Stop the helpers of the launcher, but not the runs."""
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_each(parallel: int) -> dict[str, str]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from composer.metrics.nlp import LanguageCrossEntropy
-from composer.utils import dist
 from llmfoundry.metrics.token_acc import TokenAccuracy
 from llmfoundry.models.hf.hf_base import BaseHuggingFaceModel
 from llmfoundry.models.hf.hf_causal_lm import ComposerHFCausalLM
@@ -16,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.adapters import methods, pissa
 from foundry_ext.adapters.frozen import check_frozen_dtype
 from foundry_ext.checkpoints.export import adaptable_modules, load_adapter
+from foundry_ext.data.ranks import local_rank_zero_first
 from foundry_ext.models.compiled import check_compile, compile_model
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import load_generation_config
@@ -154,7 +154,7 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         assert device is not None
         if pretrained:
             model_settings.check_pretrained(name, device, init_device)
-        with dist.run_local_rank_zero_first():  # one download per node
+        with local_rank_zero_first():  # one download per node
             config, stored = (
                 model_building.read_config(name, overrides, use_auth_token=use_auth_token)
                 for overrides in (config_overrides, {})

@@ -1,4 +1,4 @@
-"""Environment variables and signals of processes that start others."""
+"""Environment variables, signals and cores of processes that start others."""
 
 import os
 import signal
@@ -10,6 +10,12 @@ _RANK_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
 }
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use, which may be fewer than there are."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def environment_without_rank() -> dict[str, str]:

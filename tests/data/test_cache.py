@@ -1,9 +1,11 @@
 """Cache of tokenised rows, keyed by everything they depend on, and their fingerprint."""
 
+import errno
 import importlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -20,6 +22,7 @@ from foundry_ext.data import cache
 from foundry_ext.data.documents import FEATURES, Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
+from foundry_ext.launch.failures import explain
 
 FORMATTING = """
 calls = 0
@@ -385,3 +388,141 @@ def test_several_processes_make_the_same_table(tokenizer, make_rows, write_jsonl
     np.testing.assert_array_equal(several.lengths, alone.lengths)
     assert several.counts == alone.counts
     assert several.fingerprint == alone.fingerprint
+
+
+# --- file systems without locks, and full ones ----------------------------------------------------
+
+
+class NoLock:
+    """A lock that keeps nobody out, as on some network file systems."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def acquire(self, **_):
+        pass
+
+    def release(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_writers_without_locks_leave_each_other_alone(store: Path, tmp_path: Path, monkeypatch):
+    """The second one begins while the first one writes, and ends first; both get a table."""
+    monkeypatch.setattr(cache.filelock, "FileLock", NoLock)
+
+    def wait_for(name: str) -> None:
+        while not (tmp_path / name).exists():
+            time.sleep(0.01)
+
+    def use(me: str, begins_after: str | None, ends_after: str | None) -> None:
+        def write(folder: Path) -> None:
+            (folder / "a").write_text("one")
+            (tmp_path / f"{me} writes").touch()
+            if ends_after:
+                wait_for(ends_after)
+            (folder / "b").write_text("two")
+
+        if begins_after:
+            wait_for(begins_after)
+        assert (cache.cached("key", write) / "b").read_text() == "two"
+        (tmp_path / f"{me} ends").touch()
+
+    context = multiprocessing.get_context("fork")
+    first = context.Process(target=use, args=("first", None, "second ends"))
+    second = context.Process(target=use, args=("second", "first writes", None))
+    for process in (first, second):
+        process.start()
+    for process in (first, second):
+        process.join(30)
+    assert [first.exitcode, second.exitcode] == [0, 0]
+    assert {path.name for path in store.iterdir()} == {"key"}
+
+
+def test_a_file_system_that_refuses_locks_is_used_without(store: Path, monkeypatch, caplog):
+    def acquire(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.filelock.FileLock, "acquire", acquire)
+    assert (cache.cached("key", write_two_files) / "b").read_text() == "two"
+    assert "no locks here" in caplog.text
+
+
+def test_only_leftovers_of_dead_writers_are_removed(store: Path):
+    store.mkdir()
+    dead = multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    machine, other = cache._machine(), "0123456789abcdef"
+    stay = [
+        f"key.{machine}.{os.getppid()}.1.part",  # running
+        f"key.{other}.{dead.pid}.2.part",  # of another machine, where that number may be running
+        "key.0c65ae3e84b94f229d1c7fd6c0d9c9ae.part",  # an earlier version's
+        f"key2.{machine}.{dead.pid}.3.part",  # of another key
+    ]
+    go = [f"key.{machine}.{dead.pid}.4.part", f"key.{other}.1.5.part", "key.6.part"]
+    for name in [*stay, *go]:
+        (store / name).mkdir()
+        (store / name / "part.arrow").touch()
+    for name in go[1:]:
+        for path in (store / name / "part.arrow", store / name):
+            os.utime(path, (0, time.time() - 3 * 24 * 3600))
+    cache.cached("key", write_two_files)
+    assert {path.name for path in store.glob("*.part")} == set(stay)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_cache_and_the_variable(store: Path, number: int):
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("one")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError) as raised:
+        cache.cached("key", write)
+    assert raised.value.errno == errno.ENOSPC
+    text = str(raised.value)
+    assert "HF_DATASETS_CACHE" in text and str(store.parent) in text and "MB free" in text
+    assert not list(store.glob("*.part"))
+    assert explain(raised.value, {}) == text.partition("] ")[2]
+
+
+def test_a_real_limit_names_the_cache(tokenizer, make_rows, store: Path):
+    """A limit on the size of files is a full disk for Arrow's writer."""
+    rows = datasets.Dataset.from_list(make_rows(500))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="HF_DATASETS_CACHE"):
+            tokenize_rows(rows, tokenizer, TokenizeSettings(max_seq_len=64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(tokenize_rows(rows, tokenizer, TokenizeSettings(max_seq_len=64))) == 500
+
+
+def test_too_little_space_is_known_before(tokenizer, make_rows, store: Path, monkeypatch):
+    rows = datasets.Dataset.from_list(make_rows(500))
+    need = 1.25 * rows.data.nbytes
+    free = need / 4
+
+    def disk_usage(_):
+        return shutil._ntuple_diskusage(10**12, 0, int(free))
+
+    monkeypatch.setattr("foundry_ext.data.full_disk.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("foundry_ext.data.tokenize._map", pytest.fail)
+    with pytest.raises(OSError) as raised:
+        tokenize_rows(rows, tokenizer, TokenizeSettings(max_seq_len=512))
+    assert f"of about {need / 1e6:,.1f} MB needed" in str(raised.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", store.parent)
+    monkeypatch.setattr("foundry_ext.data.full_disk.shutil.disk_usage", disk_usage)
+    # Cut to 2 tokens, or a few of the rows alone, they fit.
+    settings = TokenizeSettings(max_seq_len=2)
+    assert len(tokenize_rows(rows, tokenizer, settings)) == 500
+    few = rows.select(range(50))
+    assert len(tokenize_rows(few, tokenizer, TokenizeSettings(max_seq_len=512))) == 50

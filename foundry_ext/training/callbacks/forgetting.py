@@ -14,6 +14,7 @@ from composer.utils import dist
 from peft import PeftModel
 
 from foundry_ext.data.dataloader import PackedDataset
+from foundry_ext.data.ranks import check_same
 from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
 from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
 from foundry_ext.evaluation.documents import DocumentsSet
@@ -78,6 +79,13 @@ class Forgetting(Callback):
         inner, tokenizer = model.inner_model, model.tokenizer
         assert tokenizer is not None
         self.sets = build_sets(self.configs, tokenizer, inner.config.max_position_embeddings)
+        items = {
+            f"callbacks.forgetting.sets.{one.config.name} ({key})": value
+            for one in self.sets
+            for key, value in one.description.items()
+            if key != "name"  # which may be a path
+        }
+        check_same(items, "give all nodes the same rows")
         if any(isinstance(config, DocumentsSetConfig) and config.kl for config in self.configs):
             self.base_fingerprint = weights_fingerprint(inner)
             adapted = model.model

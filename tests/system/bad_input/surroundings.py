@@ -169,7 +169,8 @@ NO_SPACE = [
          ("this machine's memory cannot hold what the run needs; `foundry-ext plan` says",
           "can't allocate memory"), code=1),
     Case("disk full while tokenizing", _full_disk,
-         ("no space is left for part.arrow; make some", "No space left on device"), code=1),
+         ("no space is left for part.arrow; make some", "HF_DATASETS_CACHE",
+          "No space left on device"), code=1),
 ]  # fmt: skip
 
 ALLOWED = [

@@ -1,0 +1,65 @@
+"""Tables of documents in the cache: Arrow files, and about.json with checksums beside them."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+
+from foundry_ext.data.cache import cached, discard
+from foundry_ext.data.documents import DamagedTableError, Documents, Stored
+from foundry_ext.utils.errors import UserError, one_line
+
+_ABOUT = "about.json"
+
+
+def cached_documents(key: str, write: Callable[[Path], datasets.Dataset]) -> Documents:
+    """Return the documents of a key; if they are missing or damaged, `write` makes them.
+
+    Args:
+        key: the key in the cache.
+        write: makes the table, in files of the folder that it is given.
+
+    Raises:
+        UserError: the table is damaged, in a folder that cannot be changed.
+    """
+
+    def fill(folder: Path) -> None:
+        files = [Path(file["filename"]).name for file in write(folder).cache_files]
+        documents = Documents(_read_table(folder, files))
+        about = {"files": files, "fingerprint": documents.fingerprint}
+        text = json.dumps({**about, "checksums": documents.checksums()})
+        (folder / _ABOUT).write_text(text)
+
+    folder = cached(key, fill)
+    try:
+        return _read(folder)
+    except DamagedTableError as error:
+        if not discard(folder, str(error)):
+            raise UserError(f"token cache {folder}: {error}; delete this folder") from error
+    return _read(cached(key, fill))
+
+
+def _read(folder: Path) -> Documents:
+    """Return the documents that were stored in the folder.
+
+    Raises:
+        DamagedTableError: it holds something else.
+    """
+    try:
+        about = json.loads((folder / _ABOUT).read_text())
+        if "checksums" not in about:
+            raise DamagedTableError("an earlier version wrote it, without checksums")
+        table = _read_table(folder, about["files"])
+        known = {name: about[name] for name in ("fingerprint", "checksums")}
+        return Documents(table, stored=Stored(folder=folder, **known))
+    except DamagedTableError:
+        raise
+    except Exception as error:  # whatever a reader makes of damaged bytes
+        raise DamagedTableError(f"it cannot be read ({one_line(error)})") from error
+
+
+def _read_table(folder: Path, files: Sequence[str]) -> datasets.Dataset:
+    return datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(folder / file)) for file in files]
+    )
