@@ -133,10 +133,10 @@ class PackedDataset(Dataset):
             )
         if by_earlier_version and not self.sampler.shuffle:
             raise UserError(
-                "the checkpoint was made with shuffle: false by an earlier version, which shuffled"
-                f" the documents once, by shuffle_seed; foundry_ext {__version__} keeps their order,"
-                " so the run would not continue as it began; finish it with the version that began"
-                " it, or start again with load_weights_only: true"
+                "the checkpoint was made by an earlier version, which shuffled the documents once"
+                f" under shuffle: false; foundry_ext {__version__} keeps their order, so the run"
+                " would not continue as it began; finish it with the version that began it, or"
+                " start again with load_weights_only: true"
             )
 
     def restore_rng(self) -> None:

@@ -32,15 +32,23 @@ FEATURES = datasets.Features(
         "num_cut": datasets.Value("int32"),
     }
 )
+# Column, int32, in tables of rows with responses: those of a chat that are not trained.
+NUM_UNTRAINED = "num_untrained"
 
 
 def count_outcomes(
-    outcomes: NDArray[np.integer], num_truncated_tokens: NDArray[np.integer]
+    outcomes: NDArray[np.integer],
+    num_truncated_tokens: NDArray[np.integer],
+    num_untrained: NDArray[np.integer],
 ) -> dict[str, int]:
-    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9}."""
+    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9, "responses_not_trained": 4}."""
     counts = np.bincount(outcomes, minlength=len(RowOutcome)).tolist()
     named = {kind.name.lower(): counts[kind] for kind in RowOutcome}
-    return {**named, "tokens_cut": int(num_truncated_tokens.sum())}
+    return {
+        **named,
+        "tokens_cut": int(num_truncated_tokens.sum()),
+        "responses_not_trained": int(num_untrained.sum()),
+    }
 
 
 class Documents:
@@ -54,7 +62,10 @@ class Documents:
         lengths: [n] int32 tokens; 0 for a dropped document.
         outcomes: [n] int8, values of `RowOutcome`.
         num_truncated_tokens: [n] int32 tokens removed from a document, or dropped with it.
-        counts: documents per outcome by its name in lower case, and `tokens_cut`.
+        num_untrained: [n] int32 responses of a chat that `target_responses` leaves out, counted
+            with the first document of their row.
+        counts: documents per outcome by its name in lower case, `tokens_cut`, and
+            `responses_not_trained`.
     """
 
     def __init__(self, table: datasets.Dataset, *, fingerprint: str | None = None):
@@ -79,7 +90,12 @@ class Documents:
         self.num_truncated_tokens = np.asarray(
             table.data.column("num_cut").to_numpy(), dtype=np.int32
         )
-        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens)
+        self.num_untrained = (
+            np.asarray(table.data.column(NUM_UNTRAINED).to_numpy(), dtype=np.int32)
+            if NUM_UNTRAINED in table.column_names
+            else np.zeros(len(self.lengths), dtype=np.int32)
+        )
+        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens, self.num_untrained)
         if fingerprint is not None:
             self.fingerprint = fingerprint
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import FEATURES, RowOutcome
+from foundry_ext.data.documents import FEATURES, NUM_UNTRAINED, RowOutcome
 from foundry_ext.utils.errors import UserError
 
 
@@ -16,6 +16,8 @@ class Tokens(NamedTuple):
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
+    num_untrained: int = 0
+    """Responses of a chat that `target_responses` leaves out."""
 
 
 class Record(NamedTuple):
@@ -58,7 +60,8 @@ def to_records(index: int, tokens: Tokens, limit: int, overlong: str) -> Iterato
 
 
 def _piece(tokens: Tokens, start: int, end: int) -> Tokens:
-    return Tokens(tokens.input_ids[start:end], tokens.loss_mask[start:end])
+    num_untrained = 0 if start else tokens.num_untrained
+    return Tokens(tokens.input_ids[start:end], tokens.loss_mask[start:end], num_untrained)
 
 
 def _document(tokens: Tokens, outcome: RowOutcome, num_truncated_tokens: int = 0) -> Record:
@@ -73,8 +76,12 @@ def _document(tokens: Tokens, outcome: RowOutcome, num_truncated_tokens: int = 0
     return Record(tokens, outcome, num_truncated_tokens)
 
 
-def to_table(records: Iterable[Record]) -> pa.Table:
-    """Return the columns of `FEATURES`, built from arrays without a Python object per token."""
+def to_table(records: Iterable[Record], *, with_responses: bool = False) -> pa.Table:
+    """Return the columns of `FEATURES`, built from arrays without a Python object per token.
+
+    `with_responses` adds NUM_UNTRAINED.
+    """
+    records = list(records)
     tokens, outcomes, num_truncated_tokens = zip(*records, strict=True)
     offsets = np.cumsum([0, *(len(row.input_ids) for row in tokens)], dtype=np.int32)
     columns = {
@@ -87,4 +94,8 @@ def to_table(records: Iterable[Record]) -> pa.Table:
         "outcome": np.array(outcomes, dtype=np.int8),
         "num_cut": np.array(num_truncated_tokens, dtype=np.int32),
     }
-    return pa.table(columns, schema=FEATURES.arrow_schema)
+    schema = FEATURES.arrow_schema
+    if with_responses:
+        columns[NUM_UNTRAINED] = np.array([row.num_untrained for row in tokens], dtype=np.int32)
+        schema = schema.append(pa.field(NUM_UNTRAINED, pa.int32()))
+    return pa.table(columns, schema=schema)

@@ -1,9 +1,9 @@
 """Batches of packs for one rank and epoch: a walk over a plan, with no state carried over.
 
 The plan is a pure function of (lengths, capacity, seed, epoch), or of (lengths, capacity) without
-shuffling, and does not depend on the ranks. A global batch is `batch_packs` packs on each of `world_size` ranks, which take packs in turn. The
-last one is completed with empty packs, so every rank has the same number of batches and
-microbatches.
+shuffling, and does not depend on the ranks. A global batch is `batch_packs` packs on each of
+`world_size` ranks, which take packs in turn. The last one is completed with empty packs, so every
+rank has the same number of batches and microbatches.
 
 Example, 2 ranks of 1 pack, packs A B C: rank 0 gets [A] [C], rank 1 gets [B] [empty].
 """

@@ -49,7 +49,8 @@ class Loader(_Section):
     documents: int | None = Field(description="documents in one epoch")
     tokens: int | None = Field(description="tokens in one epoch")
     counts: dict[str, int] = Field(
-        description="documents by outcome (kept, truncated, ...), and `tokens_cut`"
+        description="documents by outcome (kept, truncated, ...), `tokens_cut` and"
+        " `responses_not_trained`"
     )
 
 

@@ -194,7 +194,7 @@ SETTINGS = TokenizeSettings(max_seq_len=64)
 
 
 def tokenize_all(dataset, tokenizer):
-    return tokenize_stream(load_streams(dataset, tokenizer, 64), tokenizer, SETTINGS)
+    return tokenize_stream(load_streams(dataset, tokenizer), tokenizer, SETTINGS)
 
 
 def test_a_stream_is_read_as_rows_are(tmp_path, tokenizer, make_rows):
@@ -202,7 +202,7 @@ def test_a_stream_is_read_as_rows_are(tmp_path, tokenizer, make_rows):
     rows = make_rows(40)
     remote = write_mds(tmp_path / "remote" / "train", rows)
     dataset = {"remote": str(tmp_path / "remote"), "local": str(tmp_path / "a"), "split": "train"}
-    stream = load_streams(dataset, tokenizer, 64)
+    stream = load_streams(dataset, tokenizer)
     assert len(stream.shards) > 1, remote
     documents = tokenize_stream(stream, tokenizer, SETTINGS)
     expected = tokenize_rows(datasets.Dataset.from_list(rows), tokenizer, SETTINGS)
@@ -248,4 +248,4 @@ def test_weighted_streams_are_refused(tmp_path, tokenizer, weight: str):
     streams = {"a": {"local": str(tmp_path), weight: 2}}
     message = rf"streams.a.{weight}: weighted streams are not supported .* once per epoch"
     with pytest.raises(ValueError, match=message):
-        load_streams({"streams": streams}, tokenizer, 64)
+        load_streams({"streams": streams}, tokenizer)
