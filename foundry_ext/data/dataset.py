@@ -122,12 +122,12 @@ class PackedDataset(Dataset):
             hint = ""
             if by_earlier_version and saved.rsplit("-", 3)[0] != current.rsplit("-", 3)[0]:
                 hint = (
-                    f". With unchanged data, the reason is that foundry_ext {__version__} adds a"
-                    " tokenizer's special tokens once per document, and closes a chat once: finish"
-                    " the run with the version that began it"
+                    ". If data and YAML are unchanged, finish the run with the earlier version that"
+                    f" began it: foundry_ext {__version__} adds a tokenizer's special tokens once"
+                    " per document, and closes a chat once"
                 )
             raise UserError(
-                f"the checkpoint was made with other data or packing"
+                "the checkpoint was made with other data or packing"
                 f" ({describe_change(saved, current)}); restore the YAML, or start again with"
                 f" load_weights_only: true{hint}"
             )

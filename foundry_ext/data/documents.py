@@ -63,7 +63,7 @@ class Documents:
         outcomes: [n] int8, values of `RowOutcome`.
         num_truncated_tokens: [n] int32 tokens removed from a document, or dropped with it.
         num_untrained: [n] int32 responses of a chat that `target_responses` leaves out, counted
-            with the first document of their row.
+            with the first document of their row, also if that is dropped.
         counts: documents per outcome by its name in lower case, `tokens_cut`, and
             `responses_not_trained`.
     """

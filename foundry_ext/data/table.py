@@ -27,6 +27,8 @@ class Record(NamedTuple):
     outcome: RowOutcome
     num_truncated_tokens: int = 0
     """Tokens removed from the document, or dropped with it."""
+    num_untrained: int = 0
+    """Responses of the row that `target_responses` leaves out; 0 but in its first record."""
 
 
 NO_TOKENS = Tokens(np.empty(0, np.int32), np.empty(0, np.bool_))
@@ -60,8 +62,7 @@ def to_records(index: int, tokens: Tokens, limit: int, overlong: str) -> Iterato
 
 
 def _piece(tokens: Tokens, start: int, end: int) -> Tokens:
-    num_untrained = 0 if start else tokens.num_untrained
-    return Tokens(tokens.input_ids[start:end], tokens.loss_mask[start:end], num_untrained)
+    return Tokens(tokens.input_ids[start:end], tokens.loss_mask[start:end])
 
 
 def _document(tokens: Tokens, outcome: RowOutcome, num_truncated_tokens: int = 0) -> Record:
@@ -81,8 +82,7 @@ def to_table(records: Iterable[Record], *, with_responses: bool = False) -> pa.T
 
     `with_responses` adds NUM_UNTRAINED.
     """
-    records = list(records)
-    tokens, outcomes, num_truncated_tokens = zip(*records, strict=True)
+    tokens, outcomes, num_truncated_tokens, num_untrained = zip(*records, strict=True)
     offsets = np.cumsum([0, *(len(row.input_ids) for row in tokens)], dtype=np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(
@@ -96,6 +96,6 @@ def to_table(records: Iterable[Record], *, with_responses: bool = False) -> pa.T
     }
     schema = FEATURES.arrow_schema
     if with_responses:
-        columns[NUM_UNTRAINED] = np.array([row.num_untrained for row in tokens], dtype=np.int32)
+        columns[NUM_UNTRAINED] = np.array(num_untrained, dtype=np.int32)
         schema = schema.append(pa.field(NUM_UNTRAINED, pa.int32()))
     return pa.table(columns, schema=schema)

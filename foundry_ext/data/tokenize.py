@@ -208,12 +208,10 @@ class _Reader:
 
     def table(self, indices: Sequence[int], rows: Iterable[Tokens]) -> pa.Table:
         """Return the documents of rows, as `overlong` says."""
-        settings = self.settings
-        records = [
-            record
-            for index, row in zip(indices, rows, strict=True)
-            for record in to_records(index, row, settings.max_seq_len, settings.overlong)
-        ]
+        settings, records = self.settings, []
+        for index, row in zip(indices, rows, strict=True):
+            first, *rest = to_records(index, row, settings.max_seq_len, settings.overlong)
+            records += [first._replace(num_untrained=row.num_untrained), *rest]
         return to_table(records, with_responses=settings.text_key is None)
 
     def _text(self, text: str, ids: list[int]) -> Tokens:

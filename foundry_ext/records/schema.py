@@ -105,7 +105,9 @@ class Throughput(_Section):
 
     real_tokens_per_second: float | None = Field(description="tokens of documents per second")
     loss_tokens_per_second: float | None = Field(description="tokens with a label per second")
-    fill: float | None = Field(description="real tokens over the packs' capacity, 0 to 1")
+    fill: float | None = Field(
+        description="real tokens over the packs' capacity in the timed steps, 0 to 1"
+    )
     waiting_for_data: float | None = Field(
         default=None,
         description="share of the time spent waiting for batches, 0 to 1; records from before"

@@ -10,6 +10,7 @@ import pytest
 from streaming import MDSWriter
 
 from foundry_ext.data.sources import fetch, hold_out, load_rows, load_streams
+from foundry_ext.data.table import Tokens, to_records
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_stream
 
 
@@ -234,6 +235,55 @@ def test_a_tokenised_stream(tmp_path, tokenizer):
     documents = tokenize_all({"local": str(tmp_path / "mds")}, tokenizer)
     assert documents[0].input_ids.tolist() == [5, 6, 7, 8, 9, 0]
     assert documents[0].loss_mask.tolist() == [False] * 3 + [True] * 3
+
+
+STORED = [(10, 54), (70, 30), (3, 400), (20, 2)]  # tokens of prompt and response
+
+
+@pytest.mark.parametrize("form", ["ndarray", "bytes", "turns"])
+@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
+def test_a_tokenised_stream_is_cut_and_counted_as_text_is(tmp_path, tokenizer, form, overlong):
+    """llm-foundry cuts prompt and response to max_seq_len, each, before anything can count it."""
+    rows = [(np.full(a, 5, np.int64), np.full(b, 6, np.int64)) for a, b in STORED]
+    columns = {"turns": "json"} if form == "turns" else {"input_ids": form, "labels": form}
+    with MDSWriter(out=str(tmp_path / "mds"), columns=columns) as out:
+        for ids, labels in rows:
+            turn = {"input_ids": ids, "labels": labels}
+            if form == "turns":
+                out.write({"turns": [{key: value.tolist() for key, value in turn.items()}]})
+            else:
+                out.write(turn if form == "ndarray" else {k: v.tobytes() for k, v in turn.items()})
+    settings = TokenizeSettings(max_seq_len=64, overlong=overlong)
+    dataset = {"local": str(tmp_path / "mds")}
+    documents = tokenize_stream(load_streams(dataset, tokenizer), tokenizer, settings)
+    records = [
+        record
+        for index, (ids, labels) in enumerate(rows)
+        for record in to_records(
+            index,
+            Tokens(
+                np.array([*ids, *labels, tokenizer.eos_token_id], np.int32),
+                np.arange(len(ids) + len(labels) + 1) >= len(ids),
+            ),
+            64,
+            overlong,
+        )
+    ]
+    given = sum(a + b + 1 for a, b in STORED)
+    assert documents.lengths.sum() + documents.counts["tokens_cut"] == given
+    assert documents.counts["tokens_cut"] == sum(r.num_truncated_tokens for r in records)
+    assert len(documents) == len(records)
+    for document, record in zip(documents.read(np.arange(len(records))), records, strict=True):
+        assert document.input_ids.tolist() == record.tokens.input_ids.tolist()
+        assert document.loss_mask.tolist() == record.tokens.loss_mask.tolist()
+
+
+def test_a_tokenised_stream_under_overlong_error(tmp_path, tokenizer):
+    with MDSWriter(out=str(tmp_path / "mds"), columns={"turns": "json"}) as out:
+        out.write({"turns": [{"input_ids": [5, 6], "labels": [7] * 98}]})
+    stream = load_streams({"local": str(tmp_path / "mds")}, tokenizer)
+    with pytest.raises(ValueError, match="row 0 has 101 tokens, more than max_seq_len 64"):
+        tokenize_stream(stream, tokenizer, TokenizeSettings(max_seq_len=64, overlong="error"))
 
 
 def test_a_bad_row_of_a_stream_is_named(tmp_path, tokenizer):
