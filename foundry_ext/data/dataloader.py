@@ -65,7 +65,9 @@ def build_packed_finetuning_dataloader(
       of a source, or with `text_key` for plain text. All but the main one, which is used
       completely, have a `share` of an epoch's tokens.
     - `fixed_shape` (default false): every pack padded to one shape, for compilation.
-    - `shuffle_seed` (default 17).
+    - `shuffle` (default false): a new order and new packs in every epoch, by `shuffle_seed`
+      (default 17). Otherwise packs of neighbours, in the order of the rows and of `datasets`.
+    - `target_responses` (last, all; default last): answers of a chat to learn; others are counted.
 
     Args:
         tokenizer: needs an end-of-text token.

@@ -41,14 +41,16 @@ def count_outcomes(
     num_truncated_tokens: NDArray[np.integer],
     num_untrained: NDArray[np.integer],
 ) -> dict[str, int]:
-    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9, "responses_not_trained": 4}."""
+    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9}.
+
+    `responses_not_trained` follows if there are any, which only chats have.
+    """
     counts = np.bincount(outcomes, minlength=len(RowOutcome)).tolist()
     named = {kind.name.lower(): counts[kind] for kind in RowOutcome}
-    return {
-        **named,
-        "tokens_cut": int(num_truncated_tokens.sum()),
-        "responses_not_trained": int(num_untrained.sum()),
-    }
+    named["tokens_cut"] = int(num_truncated_tokens.sum())
+    if num_untrained.any():
+        named["responses_not_trained"] = int(num_untrained.sum())
+    return named
 
 
 class Documents:
@@ -64,8 +66,8 @@ class Documents:
         num_truncated_tokens: [n] int32 tokens removed from a document, or dropped with it.
         num_untrained: [n] int32 responses of a chat that `target_responses` leaves out, counted
             with the first document of their row, also if that is dropped.
-        counts: documents per outcome by its name in lower case, `tokens_cut`, and
-            `responses_not_trained`.
+        counts: documents per outcome by its name in lower case, and `tokens_cut`; see
+            `count_outcomes`.
     """
 
     def __init__(self, table: datasets.Dataset, *, fingerprint: str | None = None):

@@ -44,7 +44,7 @@ class SpecialTokens:
             )
         self.begin, self.end = whole[: found[0]], whole[found[0] + len(alone) :]
         self.eos = cast(int, tokenizer.eos_token_id)
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._is_blank: dict[int, bool] = {}
 
     def open(self, ids: list[int]) -> list[int]:
@@ -73,7 +73,7 @@ class SpecialTokens:
     def describe(self) -> str:
         """Return `a row begins with <s> and ends with </s>`."""
         begin, end = (
-            " ".join(cast(list[str], self._tokenizer.convert_ids_to_tokens(ids)))
+            " ".join(self._tokenizer.convert_ids_to_tokens(ids))
             for ids in (self.begin, self.close(self.end))
         )
         opened = f"begins with {begin} and " if begin else ""
@@ -92,7 +92,7 @@ class WithoutSpecialTokens:
     """A tokenizer that adds no special tokens, for code that would let it add them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked by pickle, before there is a tokenizer

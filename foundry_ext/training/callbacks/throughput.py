@@ -1,7 +1,6 @@
 """`packed_throughput`: throughput in real tokens, packing efficiency and data lost to packing."""
 
 from collections import deque
-from dataclasses import asdict
 from typing import Any, TextIO, cast
 
 from composer.core import Event, State
@@ -102,13 +101,15 @@ class PackedThroughput(StepTimer):
             "packing/documents_per_pack": counts.documents / counts.packs,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window of steps that `packing/...` averages over."""
-        return {"packing": [asdict(counts) for counts in self.packing]}
+    def state_dict(self) -> Any:
+        """Return [real tokens, documents, packs] of each step that `packing/...` averages over."""
+        return [[step.real_tokens, step.documents, step.packs] for step in self.packing]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue that window; a checkpoint of an earlier version has none."""
-        self.packing.extend(StepCounts(**counts) for counts in state.get("packing", ()))
+    def load_state_dict(self, state: Any) -> None:
+        """Continue that window; the state of an earlier version is an empty mapping."""
+        for real_tokens, documents, packs in state:
+            step = StepCounts(real_tokens=real_tokens, documents=documents, packs=packs)
+            self.packing.append(step)
 
     def _print_if_due(self, state: State, event: Event) -> None:
         if self.console is not None and self.is_due(state, event):

@@ -146,6 +146,15 @@ def test_the_page_shows_the_text_and_runs_none_of_it(inspection):
     assert {"64", "128"} == set(positions)
 
 
+def test_a_count_that_one_source_alone_has_is_shown(inspection):
+    from foundry_ext.preflight.inspect.page import format_inspection
+
+    main, replay = inspection.sources
+    replay = {**replay, "counts": {**replay["counts"], "responses_not_trained": 4321}}
+    page = format_inspection(replace(inspection, sources=[main, replay]))
+    assert "responses not trained" in page and "4,321" in page
+
+
 def test_a_hostile_yaml_and_source_are_escaped(inspection):
     from foundry_ext.preflight.inspect.packs import TokenView
     from foundry_ext.preflight.inspect.page import format_inspection
