@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout, installed or not
 
-from foundry_ext.packing.algorithm import pack
+from foundry_ext.packing.algorithm import pack, pack_in_order
 
 LENGTHS = {"a": (350, 0.9), "b": (600, 1.4), "c": (80, 0.7)}  # median, sigma
 CAPACITIES = (2048, 8192)
@@ -33,6 +33,11 @@ Packer = Callable[[np.ndarray, int, int], Packed]
 
 def ours(lengths: np.ndarray, capacity: int, epoch: int) -> Packed:
     packs = pack(lengths, capacity, seed=0, epoch=epoch)
+    return packs.documents, packs.offsets
+
+
+def ours_in_order(lengths: np.ndarray, capacity: int, epoch: int) -> Packed:
+    packs = pack_in_order(lengths, capacity)
     return packs.documents, packs.offsets
 
 
@@ -75,6 +80,7 @@ PACKERS: dict[str, Packer] = {
     "next fit": next_fit,
     "best fit decreasing over a histogram, packs shuffled": best_fit_decreasing,
     "**foundry_ext**": ours,
+    "foundry_ext, `shuffle: false`": ours_in_order,
 }
 
 

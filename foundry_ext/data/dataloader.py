@@ -67,7 +67,9 @@ def build_packed_finetuning_dataloader(
       of a source, or with `text_key` for plain text. All but the main one, which is used
       completely, have a `share` of an epoch's tokens.
     - `fixed_shape` (default false): every pack padded to one shape, for compilation.
-    - `shuffle_seed` (default 17).
+    - `shuffle` (default false): a new order and new packs in every epoch, by `shuffle_seed`
+      (default 17). Otherwise packs of neighbours, in the order of the rows and of `datasets`.
+    - `target_responses` (last, all; default last): answers of a chat to learn; others are counted.
 
     Args:
         tokenizer: needs an end-of-text token.
@@ -226,7 +228,7 @@ def _read_streams(
     dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, list[dict[str, Any]]]:
     settings = tokenize_settings(dataset, dataset["max_seq_len"])
-    stream = load_streams(dataset, tokenizer, settings.max_seq_len)
+    stream = load_streams(dataset, tokenizer)
     documents = tokenize_stream(stream, tokenizer, settings)
     _log_counts("streams", documents, settings.max_seq_len)
     name = {"name": "streams", "split": dataset.get("split"), "revision": None}
@@ -275,11 +277,13 @@ def _num_proc() -> int:
 
 
 def _log_counts(name: str, documents: Documents, max_seq_len: int) -> None:
-    """Log the counts; truncated, split or dropped rows are a warning, seen at any log level."""
+    """Log the counts; what is not trained or not whole is a warning, seen at any log level."""
     counts = {kind: count for kind, count in documents.counts.items() if count}
     log.info("%s: %d tokens; documents: %s", name, documents.lengths.sum(), counts)
     if set(counts) - {"kept"} and dist.get_global_rank() == 0:
         text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        if "responses_not_trained" in counts:
+            text += " (target_responses: all trains those too)"
         log.warning("%s (max_seq_len %d): %s", name, max_seq_len, text)
 
 

@@ -9,6 +9,7 @@ from composer.utils import reproducibility
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from foundry_ext import __version__
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments
 from foundry_ext.data.ranks import check_same
@@ -102,6 +103,7 @@ class PackedDataset(Dataset):
         return {
             "epoch": self.epoch,
             "batch": self.next_batch,
+            "order": "shuffled" if self.sampler.shuffle else "as given",
             "global_batch_packs": self.sampler.batch_packs * self.sampler.num_replicas,
             "fingerprint": self.fingerprint,
             "plan": self.sampler.plan_digest(self.epoch) if self.next_batch else None,
@@ -112,8 +114,8 @@ class PackedDataset(Dataset):
         """Continue where `state` was saved, on any number of ranks with a batch boundary there.
 
         Raises:
-            UserError: it was saved with another loader, other data, other packs in its epoch, or
-                inside a global batch of this size.
+            UserError: it was saved with another loader, other data, other packs in its epoch,
+                inside a global batch of this size, or by a version with another order.
         """
         if state is None:
             # Composer would assume that the position was restored, and skip no batches itself.
@@ -121,12 +123,7 @@ class PackedDataset(Dataset):
                 "the checkpoint was made with another loader and does not store its position in the"
                 " data; restore that loader, or start again with load_weights_only: true"
             )
-        if state["fingerprint"] != self.fingerprint:
-            changed = describe_change(state["fingerprint"], self.fingerprint)
-            raise UserError(
-                f"the checkpoint was made with other data or packing ({changed}); restore the YAML,"
-                " or start again with load_weights_only: true"
-            )
+        self._check_same_plan(state)
         packs = state["batch"] * state["global_batch_packs"]
         batch, rest = divmod(packs, self.sampler.batch_packs * self.sampler.num_replicas)
         if rest:
@@ -144,6 +141,30 @@ class PackedDataset(Dataset):
         self.sampler.resume_at(epoch=self.epoch, batch=batch)
         # At an epoch's start Composer restores the random state itself.
         self.pending_rng = state["rng"] if batch else None
+
+    def _check_same_plan(self, state: dict[str, Any]) -> None:
+        saved, current = state["fingerprint"], self.fingerprint
+        by_earlier_version = "order" not in state
+        if saved != current:
+            hint = ""
+            if by_earlier_version and saved.rsplit("-", 3)[0] != current.rsplit("-", 3)[0]:
+                hint = (
+                    ". If data and YAML are unchanged, finish the run with the earlier version that"
+                    f" began it: foundry_ext {__version__} adds a tokenizer's special tokens once"
+                    " per document, and closes a chat once"
+                )
+            raise UserError(
+                "the checkpoint was made with other data or packing"
+                f" ({describe_change(saved, current)}); restore the YAML, or start again with"
+                f" load_weights_only: true{hint}"
+            )
+        if by_earlier_version and not self.sampler.shuffle:
+            raise UserError(
+                "the checkpoint was made by an earlier version, which shuffled the documents once"
+                f" under shuffle: false; foundry_ext {__version__} keeps their order, so the run"
+                " would not continue as it began; finish it with the version that began it, or"
+                " start again with load_weights_only: true"
+            )
 
     def restore_rng(self) -> None:
         """Restore, once, the random state that `load_state_dict` received."""

@@ -38,15 +38,25 @@ FEATURES = datasets.Features(
         "num_cut": datasets.Value("int32"),
     }
 )
+# Column, int32, in tables of rows with responses: those of a chat that are not trained.
+NUM_UNTRAINED = "num_untrained"
 
 
 def count_outcomes(
-    outcomes: NDArray[np.integer], num_truncated_tokens: NDArray[np.integer]
+    outcomes: NDArray[np.integer],
+    num_truncated_tokens: NDArray[np.integer],
+    num_untrained: NDArray[np.integer],
 ) -> dict[str, int]:
-    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9}."""
+    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9}.
+
+    `responses_not_trained` follows if there are any, which only chats have.
+    """
     counts = np.bincount(outcomes, minlength=len(RowOutcome)).tolist()
     named = {kind.name.lower(): counts[kind] for kind in RowOutcome}
-    return {**named, "tokens_cut": int(num_truncated_tokens.sum())}
+    named["tokens_cut"] = int(num_truncated_tokens.sum())
+    if num_untrained.any():
+        named["responses_not_trained"] = int(num_untrained.sum())
+    return named
 
 
 # Tokens per checksum: 1.3 MB are read and hashed for the first document of a block.
@@ -85,7 +95,10 @@ class Documents:
         lengths: [n] int32 tokens; 0 for a dropped document.
         outcomes: [n] int8, values of `RowOutcome`.
         num_truncated_tokens: [n] int32 tokens removed from a document, or dropped with it.
-        counts: documents per outcome by its name in lower case, and `tokens_cut`.
+        num_untrained: [n] int32 responses of a chat that `target_responses` leaves out, counted
+            with the first document of their row, also if that is dropped.
+        counts: documents per outcome by its name in lower case, and `tokens_cut`; see
+            `count_outcomes`.
     """
 
     def __init__(self, table: datasets.Dataset, *, stored: Stored | None = None):
@@ -110,7 +123,12 @@ class Documents:
         self.num_truncated_tokens = np.asarray(
             table.data.column("num_cut").to_numpy(), dtype=np.int32
         )
-        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens)
+        self.num_untrained = (
+            np.asarray(table.data.column(NUM_UNTRAINED).to_numpy(), dtype=np.int32)
+            if NUM_UNTRAINED in table.column_names
+            else np.zeros(len(self.lengths), dtype=np.int32)
+        )
+        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens, self.num_untrained)
         self._stored = stored
         # Per chunk, the blocks that are still to be compared with their checksums.
         self._unchecked: list[set[int]] = [set() for _ in self._chunks]
@@ -184,6 +202,7 @@ class Documents:
             digest.update(flags_at)
         digest.update(self.outcomes.tobytes())
         digest.update(self.num_truncated_tokens.tobytes())
+        digest.update(self.num_untrained.tobytes())
         return digest.hexdigest()
 
     def _num_blocks(self, chunk: int) -> int:

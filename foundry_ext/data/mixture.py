@@ -40,7 +40,9 @@ class Part:
             "documents": int(np.count_nonzero(documents.lengths[chosen])),
             "tokens": int(documents.lengths[chosen].sum()),
             "counts": count_outcomes(
-                documents.outcomes[chosen], documents.num_truncated_tokens[chosen]
+                documents.outcomes[chosen],
+                documents.num_truncated_tokens[chosen],
+                documents.num_untrained[chosen],
             ),
         }
 
@@ -123,7 +125,8 @@ class MixedDocuments:
         self.lengths = self._gathered("lengths")
         self.outcomes = self._gathered("outcomes")
         self.num_truncated_tokens = self._gathered("num_truncated_tokens")
-        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens)
+        self.num_untrained = self._gathered("num_untrained")
+        self.counts = count_outcomes(self.outcomes, self.num_truncated_tokens, self.num_untrained)
 
     def _gathered(self, name: str) -> NDArray[np.integer]:
         return np.concatenate([getattr(part.documents, name)[part.chosen] for part in self.parts])

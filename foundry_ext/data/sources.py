@@ -1,12 +1,12 @@
 """Sources of rows: the hub at a revision, local JSONL, Parquet or CSV, MDS streams.
 
-Every source ends as a memory-mapped `datasets.Dataset` of raw rows or, for MDS, as rows already
-tokenised into llm-foundry's turns.
+Every source ends as a memory-mapped `datasets.Dataset` of raw rows or, for MDS, as stored rows.
 """
 
 import contextlib
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -190,10 +190,17 @@ def _check_local(stream: dict[str, Any]) -> None:
 _WEIGHTS = ("proportion", "repeat", "choose")
 
 
+class _StoredRows(StreamingFinetuningDataset):
+    """MDS rows as they are stored: `turns` of tokens, or text that is not tokenised yet."""
+
+    def tokenize_example(self, example: Any) -> Any:
+        return example
+
+
 def load_streams(
-    dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+    dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> StreamingFinetuningDataset:
-    """Return MDS streams as llm-foundry reads them: row `i`, in stored order, has `turns`.
+    """Return MDS streams: row `i`, in stored order, is text, or has `turns` if it is tokenised.
 
     All of it will be read, so it must fit on disk. All ranks must call this together, because they
     wait for each other in it.
@@ -214,6 +221,5 @@ def load_streams(
     arguments = {key: dataset[key] for key in STREAM_KEYS & dataset.keys()}
     if streams is not None:
         arguments["streams"] = build_streams(streams)
-    return StreamingFinetuningDataset(
-        tokenizer=tokenizer, max_seq_len=max_seq_len, batch_size=1, **arguments
-    )
+    # llm-foundry would cut tokenised rows to max_seq_len, before `overlong` sees and counts them.
+    return _StoredRows(tokenizer=tokenizer, max_seq_len=sys.maxsize, batch_size=1, **arguments)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import FEATURES, RowOutcome
+from foundry_ext.data.documents import FEATURES, NUM_UNTRAINED, RowOutcome
 from foundry_ext.utils.errors import UserError
 
 
@@ -16,6 +16,8 @@ class Tokens(NamedTuple):
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
+    num_untrained: int = 0
+    """Responses of a chat that `target_responses` leaves out."""
 
 
 class Record(NamedTuple):
@@ -25,6 +27,8 @@ class Record(NamedTuple):
     outcome: RowOutcome
     num_truncated_tokens: int = 0
     """Tokens removed from the document, or dropped with it."""
+    num_untrained: int = 0
+    """Responses of the row that `target_responses` leaves out; 0 but in its first record."""
 
 
 NO_TOKENS = Tokens(np.empty(0, np.int32), np.empty(0, np.bool_))
@@ -73,9 +77,12 @@ def _document(tokens: Tokens, outcome: RowOutcome, num_truncated_tokens: int = 0
     return Record(tokens, outcome, num_truncated_tokens)
 
 
-def to_table(records: Iterable[Record]) -> pa.Table:
-    """Return the columns of `FEATURES`, built from arrays without a Python object per token."""
-    tokens, outcomes, num_truncated_tokens = zip(*records, strict=True)
+def to_table(records: Iterable[Record], *, with_responses: bool = False) -> pa.Table:
+    """Return the columns of `FEATURES`, built from arrays without a Python object per token.
+
+    `with_responses` adds NUM_UNTRAINED.
+    """
+    tokens, outcomes, num_truncated_tokens, num_untrained = zip(*records, strict=True)
     offsets = np.cumsum([0, *(len(row.input_ids) for row in tokens)], dtype=np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(
@@ -87,4 +94,8 @@ def to_table(records: Iterable[Record]) -> pa.Table:
         "outcome": np.array(outcomes, dtype=np.int8),
         "num_cut": np.array(num_truncated_tokens, dtype=np.int32),
     }
-    return pa.table(columns, schema=FEATURES.arrow_schema)
+    schema = FEATURES.arrow_schema
+    if with_responses:
+        columns[NUM_UNTRAINED] = np.array(num_untrained, dtype=np.int32)
+        schema = schema.append(pa.field(NUM_UNTRAINED, pa.int32()))
+    return pa.table(columns, schema=schema)

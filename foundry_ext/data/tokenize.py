@@ -5,8 +5,8 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 `max_seq_len` tokens; `overlong` decides what happens to a longer row, which is always counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only, validate_target_settings
+from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
 from llmfoundry.data.finetuning.tasks import (
     StreamingFinetuningDataset,
     _get_example_type,
@@ -30,46 +30,20 @@ from foundry_ext.data.documents import Documents
 from foundry_ext.data.full_disk import check_space
 from foundry_ext.data.preprocessing import format_row
 from foundry_ext.data.rows import without_empty_columns
+from foundry_ext.data.settings import TokenizeSettings
+from foundry_ext.data.special_tokens import SpecialTokens, WithoutSpecialTokens
 from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
 from foundry_ext.utils.constants import IGNORE_INDEX
-from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.errors import UserError
 
 Preprocess = Callable[[dict[str, Any]], Any]
 
-OVERLONG = ("truncate", "split", "drop", "error")
 _ROWS = (
     "; a row has a prompt and a response, both text, or messages: correct it, or set"
     " preprocessing_fn to a function that makes such rows"
 )
 # Characters per call of the tokenizer: its encodings take some hundred bytes per token.
 _BATCH_CHARACTERS = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizeSettings:
-    """Settings that, with the tokenizer, decide the tokens of a row."""
-
-    max_seq_len: int
-    """Most tokens of a document."""
-    overlong: str = "truncate"
-    """truncate: keep the beginning; split: pieces of max_seq_len; drop; error."""
-    target_prompts: str = "none"
-    """Prompts to predict: none, all, or length>=N."""
-    target_responses: str = "last"
-    """Responses to predict: last or all."""
-    text_key: str | None = None
-    """Column of plain text, all of it predicted; None for prompt/response and chat rows."""
-
-    def __post_init__(self):
-        if self.overlong not in OVERLONG:
-            raise UserError(f"overlong: {self.overlong!r}; choose one of {', '.join(OVERLONG)}")
-        if self.max_seq_len < 2:
-            raise UserError(f"max_seq_len: {self.max_seq_len} leaves no token to predict")
-        targets = self.target_prompts.lower(), self.target_responses.lower()
-        try:
-            validate_target_settings(*targets, decoder_only_format=True)
-        except ValueError as error:  # names the key, the value and the known ones
-            raise UserError(one_line(error)) from error
 
 
 def tokenize_rows(
@@ -108,7 +82,8 @@ def tokenize_rows(
             cache_file_name=str(folder / "part.arrow"),
         )
 
-    return cached_documents(table_key(rows, tokenizer, asdict(settings), preprocess), write)
+    deciding = asdict(settings) | reader.version
+    return cached_documents(table_key(rows, tokenizer, deciding, preprocess), write)
 
 
 def tokenize_stream(
@@ -116,15 +91,13 @@ def tokenize_stream(
     tokenizer: PreTrainedTokenizerBase,
     settings: TokenizeSettings,
 ) -> Documents:
-    """Tokenise rows that come as `turns`; the documents stay in memory and are not cached."""
+    """Tokenise the rows of `load_streams`; the documents stay in memory and are not cached."""
     reader = _Reader(tokenizer, settings)
 
     def table(batch: dict[str, list[int]]) -> pa.Table:
-        records = []
-        for index in batch["index"]:
-            tokens = _named(index, lambda row: reader.stitch(rows[row]["turns"]), index)
-            records += to_records(index, tokens, settings.max_seq_len, settings.overlong)
-        return to_table(records)
+        indices = batch["index"]
+        stored = [_named(index, rows.__getitem__, index) for index in indices]
+        return reader.table(indices, _read(reader, stored, indices, reader.read_stored))
 
     indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
     return Documents(_map(indices, table, with_indices=False, desc="Reading streams"))
@@ -143,24 +116,28 @@ def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any
 
 
 def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[..., pa.Table]:
-    limit, overlong = reader.settings.max_seq_len, reader.settings.overlong
-
     def table(batch: dict[str, list[Any]], indices: list[int]) -> pa.Table:
         names = list(batch)
         rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         if preprocess is not None and reader.settings.text_key is None:
             formatted = partial(format_row, preprocess)
             rows = [_named(i, formatted, row) for i, row in zip(indices, rows, strict=True)]
-        tokens = reader.read_batch(rows)
-        if tokens is None:
-            tokens = [_named(i, reader.read, row) for i, row in zip(indices, rows, strict=True)]
-        return to_table(
-            record
-            for i, row in zip(indices, tokens, strict=True)
-            for record in to_records(i, row, limit, overlong)
-        )
+        return reader.table(indices, _read(reader, rows, indices, reader.read))
 
     return table
+
+
+def _read(
+    reader: "_Reader",
+    rows: Sequence[dict[str, Any]],
+    indices: Sequence[int],
+    read: Callable[[dict[str, Any]], Tokens],
+) -> list[Tokens]:
+    """Return the tokens of rows, read together if that is possible, otherwise by `read`."""
+    tokens = reader.read_batch(rows)
+    if tokens is None:
+        tokens = [_named(i, read, row) for i, row in zip(indices, rows, strict=True)]
+    return tokens
 
 
 def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
@@ -185,35 +162,71 @@ class _Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings):
         self.tokenizer, self.settings = tokenizer, settings
-        self.eos = cast(int, tokenizer.eos_token_id)
+        self.plain: Any = WithoutSpecialTokens(tokenizer)
+        self.special = SpecialTokens(tokenizer)
+
+    @property
+    def version(self) -> dict[str, int]:
+        """Version in a cache's key; plain text without special tokens is as in the first one."""
+        is_new = self.settings.text_key is None or self.special.begin or self.special.end
+        return {"reader": 2} if is_new else {}
 
     def read(self, row: dict[str, Any]) -> Tokens:
         """Tokenise one row; a bad one raises an exception of llm-foundry's."""
         text_key = self.settings.text_key
         if text_key is None:
-            return self.stitch(tokenize_formatted_example(row, self.tokenizer)["turns"])
+            turns = tokenize_formatted_example(row, self.plain)["turns"]
+            return self._join(turns, is_chat=_get_example_type(row) == "chat")
         text = row[text_key]
         if not isinstance(text, str):
             raise UserError(f"column {text_key!r} holds {type(text).__name__}, not text")
         # Not verbose: it warns about texts over the model's length, which `overlong` handles.
-        encoding = self.tokenizer(text, truncation=False, padding=False, verbose=False)
-        return self._close(text, cast(list[int], encoding["input_ids"]))
+        encoding = self.plain(text, truncation=False, padding=False, verbose=False)
+        return self._text(text, cast(list[int], encoding["input_ids"]))
 
-    def stitch(self, turns: Sequence[Any]) -> Tokens:
-        """Join the turns, closed with end-of-text, as llm-foundry's own collator does."""
-        if any(len(turn[key]) == 0 for turn in turns for key in ("input_ids", "labels")):
+    def read_stored(self, row: dict[str, Any]) -> Tokens:
+        """Return the tokens of a row of a stream, which may be tokenised already."""
+        return self.stitch(row["turns"], is_chat=True) if "turns" in row else self.read(row)
+
+    def _join(self, turns: Sequence[Any], *, is_chat: bool) -> Tokens:
+        """Join the turns of a row of text, with the tokens that the tokenizer puts around it."""
+        special = self.special
+        if (special.begin or special.end) and not _lacks_a_side(turns):
+            turns = [dict(turn) for turn in turns]
+            turns[0]["input_ids"] = special.open(list(turns[0]["input_ids"]))
+            if not (is_chat and special.is_closed(turns[-1]["labels"])):
+                turns[-1]["labels"] = special.close(list(turns[-1]["labels"]))
+        return self.stitch(turns, is_chat=is_chat)
+
+    def stitch(self, turns: Sequence[Any], *, is_chat: bool) -> Tokens:
+        """Join the turns, closed with end-of-text, as llm-foundry's own collator does.
+
+        Unlike there, a chat that its template closed, and ended with a line break, is closed once.
+        """
+        if _lacks_a_side(turns):
             return NO_TOKENS
         turns = [{key: list(turn[key]) for key in ("input_ids", "labels")} for turn in turns]
         prompts, responses = self.settings.target_prompts, self.settings.target_responses
-        ids, labels = stitch_turns_decoder_only(turns, prompts, responses, self.eos)
-        return Tokens(np.array(ids, np.int32), np.array(labels, np.int64) != IGNORE_INDEX)
+        eos = None if is_chat and self.special.is_closed(turns[-1]["labels"]) else self.special.eos
+        ids, labels = stitch_turns_decoder_only(turns, prompts, responses, eos)
+        num_untrained = len(turns) - 1 if responses.lower() == "last" else 0
+        return Tokens(
+            np.array(ids, np.int32), np.array(labels, np.int64) != IGNORE_INDEX, num_untrained
+        )
 
-    def _close(self, text: str, ids: list[int]) -> Tokens:
-        """Add the end-of-text token, which is learned too, unless the tokenizer added it."""
+    def table(self, indices: Sequence[int], rows: Iterable[Tokens]) -> pa.Table:
+        """Return the documents of rows, as `overlong` says."""
+        settings, records = self.settings, []
+        for index, row in zip(indices, rows, strict=True):
+            first, *rest = to_records(index, row, settings.max_seq_len, settings.overlong)
+            records += [first._replace(num_untrained=row.num_untrained), *rest]
+        return to_table(records, with_responses=settings.text_key is None)
+
+    def _text(self, text: str, ids: list[int]) -> Tokens:
+        """Return a plain text: closed with end-of-text, which is learned too."""
         if not text or not ids:
             return NO_TOKENS
-        if ids[-1] != self.eos:
-            ids = [*ids, self.eos]
+        ids = self.special.close(self.special.open(ids))
         return Tokens(np.array(ids, np.int32), np.ones(len(ids), np.bool_))
 
     def read_batch(self, rows: Sequence[dict[str, Any]]) -> list[Tokens] | None:
@@ -238,19 +251,19 @@ class _Reader:
         text_key = self.settings.text_key
         if text_key is not None:
             texts = [[row[text_key]] for row in rows]
-            encoded = self._encode(texts, add_special_tokens=True)
-            yield from (self._close(*text, *ids) for text, ids in zip(texts, encoded, strict=True))
+            encoded = self._encode(texts)
+            yield from (self._text(*text, *ids) for text, ids in zip(texts, encoded, strict=True))
             return
         (kind,) = {_get_example_type(row) for row in rows}
         texts = [self._texts(row, kind) for row in rows]
-        for encodings in self._encode(texts, add_special_tokens=kind == "prompt_response"):
+        for encodings in self._encode(texts):
             turns = [
                 {"input_ids": prompt, "labels": response}
                 for prompt, response in zip(encodings[::2], encodings[1::2], strict=True)
             ]
             if kind == "prompt_response":
                 _drop_second_bos(turns[0], cast(int | None, self.tokenizer.bos_token_id))
-            yield self.stitch(turns)
+            yield self._join(turns, is_chat=kind == "chat")
 
     def _texts(self, row: dict[str, Any], kind: str) -> list[str]:
         """Return prompt, response, prompt, response, ... of a row."""
@@ -259,16 +272,18 @@ class _Reader:
             return [text for turn in turns for text in turn]
         return [row["prompt"], *(text for key, text in row.items() if key != "prompt")]
 
-    def _encode(
-        self, texts: Sequence[Sequence[str]], *, add_special_tokens: bool
-    ) -> Iterator[list[list[int]]]:
+    def _encode(self, texts: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:
         """Yield the ids of each text of each row; some rows are encoded at a time."""
         encode = self.tokenizer.backend_tokenizer.encode_batch_fast  # pyright: ignore
         for group in _groups(texts):
             flat = [text for row in group for text in row]
-            encodings = iter(encode(flat, add_special_tokens=add_special_tokens))
+            encodings = iter(encode(flat, add_special_tokens=False))
             for row in group:
                 yield [next(encodings).ids for _ in row]
+
+
+def _lacks_a_side(turns: Sequence[Any]) -> bool:
+    return any(len(turn[key]) == 0 for turn in turns for key in ("input_ids", "labels"))
 
 
 def _groups(texts: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
@@ -284,7 +299,7 @@ def _groups(texts: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
 
 
 def _drop_second_bos(turn: dict[str, list[int]], bos: int | None) -> None:
-    """Remove a response's BOS as llm-foundry does, if the tokenizer starts every text with one."""
+    """Remove a response's BOS as llm-foundry does, if prompt and response begin with one."""
     prompt, response = turn["input_ids"], turn["labels"]
     if bos is not None and prompt[:1] == response[:1] == [bos]:
         turn["labels"] = response[1:]

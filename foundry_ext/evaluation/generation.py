@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.special_tokens import encode_prompts
 from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.scoring import Shard
-from foundry_ext.evaluation.task_set import TaskSet, token_ids
+from foundry_ext.evaluation.task_set import TaskSet
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
@@ -180,7 +181,7 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
                 f"sets.{config.name}.max_new_tokens: {config.max_new_tokens} leaves no room for"
                 f" a prompt in the model's {max_length} positions; lower it"
             )
-        prompts = token_ids(
+        prompts = encode_prompts(
             tokenizer,
             [
                 before + problem.prompt

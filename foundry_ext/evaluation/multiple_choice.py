@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.special_tokens import encode_prompts
 from foundry_ext.evaluation.config import MultipleChoiceSetConfig
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.scoring import Shard, score_documents
-from foundry_ext.evaluation.task_set import TaskSet, token_ids
+from foundry_ext.evaluation.task_set import TaskSet
 from foundry_ext.models.scores import BaseModel
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
@@ -92,7 +93,8 @@ def encode(
     Only the continuation has labels. As in the harness, both are tokenised together; the context is
     tokenised alone as well, and its number of tokens is where the continuation starts. Spaces at
     the end of the context are moved to the continuation because tokenizers join a space to the word
-    after it. (llm-foundry tokenises the two separately and drops the spaces.) An empty context
+    after it. (llm-foundry tokenises the two separately and drops the spaces.) A document begins as
+    in training, see data/special_tokens.py; if that leaves an empty context without a token, it
     becomes the begin-of-text token. Documents above `max_length` tokens are cut from the left; the
     last token does not count because nothing is predicted from it.
 
@@ -103,8 +105,8 @@ def encode(
     for context, continuation in pairs:
         stripped = context.rstrip()
         moved.append((stripped, context[len(stripped) :] + continuation))
-    together = token_ids(tokenizer, [context + text for context, text in moved])
-    contexts = token_ids(tokenizer, [context for context, _ in moved])
+    together = encode_prompts(tokenizer, [context + text for context, text in moved])
+    contexts = encode_prompts(tokenizer, [context for context, _ in moved])
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     documents, num_truncated = [], 0
     for (_, text), ids, context_ids in zip(moved, together, contexts, strict=True):

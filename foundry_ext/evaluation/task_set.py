@@ -2,9 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar, cast
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import Any, Generic, TypeVar
 
 from foundry_ext.evaluation.config import TaskSetConfig
 from foundry_ext.evaluation.rows import few_shot_prompt, fingerprint, read_rows
@@ -62,10 +60,3 @@ class TaskSet(Generic[Config]):
             "tokens": int(sum(self.lengths)),
             "counts": {"kept": intact, "truncated": self.num_truncated},
         }
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the ids of each text, without special tokens."""
-    # Not verbose: a text longer than the tokenizer's model_max_length is fine, it is cut later.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    return cast(list[list[int]], encoded["input_ids"])

@@ -14,6 +14,8 @@ Method, per window of shuffled documents:
 
     lengths [3, 5, 2, 6, 3], capacity 8, pool: the 2 and the last 3
     next fit [3, 5] [6 _ _]  ->  the 2 closes the gap: [3, 5] [6, 2]; the 3 waits for round 2
+
+`pack_in_order` shuffles nothing: it is next fit over the documents as they come.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,19 +106,45 @@ def pack(
         ValueError: a length is outside 1..capacity, lengths are not a flat sequence of integers,
             capacity or window is below 1, or seed or epoch is negative.
     """
-    for name, value, least in (
-        ("capacity", capacity, 1),
-        ("window", window, 1),
-        ("seed", seed, 0),
-        ("epoch", epoch, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}, but must be at least {least}")
+    _check_least(1, capacity=capacity, window=window)
+    _check_least(0, seed=seed, epoch=epoch)
     lengths = _check_lengths(lengths, capacity)
     rng = np.random.default_rng((seed, epoch))
     documents, sizes = zip(*_packed_windows(lengths, capacity, window, rng), strict=True)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
     return Packs(np.concatenate(documents), offsets, capacity, int(lengths.sum(dtype=np.int64)))
+
+
+def pack_in_order(
+    lengths: Sequence[int] | np.ndarray, capacity: int, *, window: int = 2**17
+) -> Packs:
+    """Fill packs with neighbours and keep the order of the documents, by next fit.
+
+    pack_in_order([3, 5, 2, 6, 3], 8)  ->  [0, 1], [2, 3], [4]: 8, 8 and 3 tokens
+
+    A pack is closed when the next document does not fit, so packs have gaps that `pack` would
+    close: each is at most as large as the document after it.
+
+    Args:
+        lengths: [num_documents], tokens of each document, integers in 1..capacity.
+        capacity: tokens that a pack can hold.
+        window: documents looked at a time. It bounds the working memory and changes no pack.
+
+    Raises:
+        ValueError: as in `pack`.
+    """
+    _check_least(1, capacity=capacity, window=window)
+    lengths = _check_lengths(lengths, capacity)
+    window = max(window, capacity + 1)  # so that no pack is longer than a window
+    starts, first = [], 0
+    while first < len(lengths):
+        found = first + _next_fit(lengths[first : first + window], capacity)
+        is_last = first + window >= len(lengths)
+        # The last pack ran out of documents: it starts the next window.
+        starts.append(found if is_last else found[:-1])
+        first = len(lengths) if is_last else int(found[-1])
+    offsets = np.concatenate([*starts, [len(lengths)]]).astype(np.int64)
+    return Packs(np.arange(len(lengths)), offsets, capacity, int(lengths.sum(dtype=np.int64)))
 
 
 def most_documents(lengths: np.ndarray, capacity: int) -> int:
@@ -136,6 +164,12 @@ def most_documents(lengths: np.ndarray, capacity: int) -> int:
         return len(lengths)
     left = capacity - int(tokens[partial - 1])
     return int(counts[:partial].sum()) + left // partial
+
+
+def _check_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}")
 
 
 def _check_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:

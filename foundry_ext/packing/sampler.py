@@ -1,9 +1,9 @@
 """Batches of packs for one rank and epoch: a walk over a plan, with no state carried over.
 
-The plan is a pure function of (lengths, capacity, seed, epoch) and does not depend on the ranks. A
-global batch is `batch_packs` packs on each of `world_size` ranks, which take packs in turn. The
-last one is completed with empty packs, so every rank has the same number of batches and
-microbatches.
+The plan is a pure function of (lengths, capacity, seed, epoch), or of (lengths, capacity) without
+shuffling, and does not depend on the ranks. A global batch is `batch_packs` packs on each of
+`world_size` ranks, which take packs in turn. The last one is completed with empty packs, so every
+rank has the same number of batches and microbatches.
 
 Example, 2 ranks of 1 pack, packs A B C: rank 0 gets [A] [C], rank 1 gets [B] [empty].
 """
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
-from foundry_ext.packing.algorithm import Packs, pack
+from foundry_ext.packing.algorithm import Packs, pack, pack_in_order
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ class PackedBatchSampler(DistributedSampler):
             batch_packs: packs per batch on this rank.
             rank: this process's rank.
             world_size: number of ranks.
-            shuffle: make a new plan every epoch; otherwise all epochs have the same plan.
-            seed: seed of the plans.
+            shuffle: make a new plan every epoch. Otherwise every epoch takes the documents in
+                their own order, in packs of neighbours.
+            seed: seed of the plans; without effect if nothing is shuffled.
             drop_last: leave out a last global batch that is incomplete.
 
         Raises:
@@ -95,6 +96,9 @@ class PackedBatchSampler(DistributedSampler):
         # first epoch's again only if it is needed.
         first = self._plan[1] if self._plan is not None and self._plan[0] == 0 else None
         self._plan = None
+        if not self.shuffle:
+            self._plan = epoch, self._plan_in_order()
+            return self._plan[1]
         packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
         efficiency = 100 * packs.packing_efficiency
         log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), efficiency)
@@ -104,6 +108,15 @@ class PackedBatchSampler(DistributedSampler):
                 first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
             packs = _reordered(first, np.random.default_rng((self.seed, epoch)))
         self._plan = epoch, packs
+        return packs
+
+    def _plan_in_order(self) -> Packs:
+        packs = pack_in_order(self.lengths, self.capacity)
+        log.info(
+            "shuffle: false, documents in their order: %d packs, %.2f %% full; shuffled documents"
+            " would fill about %d",
+            *(len(packs), 100 * packs.packing_efficiency, -(-packs.num_tokens // self.capacity)),
+        )
         return packs
 
     def plan_digest(self, epoch: int) -> str:

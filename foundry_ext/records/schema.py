@@ -75,7 +75,8 @@ class Loader(_Section):
     documents: Count | None = Field(description="documents in one epoch")
     tokens: Count | None = Field(description="tokens in one epoch")
     counts: dict[str, Count] = Field(
-        description="documents by outcome (kept, truncated, ...), and `tokens_cut`"
+        description="documents by outcome (kept, truncated, ...), `tokens_cut` and"
+        " `responses_not_trained`"
     )
 
 
@@ -130,7 +131,9 @@ class Throughput(_Section):
 
     real_tokens_per_second: float | None = Field(description="tokens of documents per second")
     loss_tokens_per_second: float | None = Field(description="tokens with a label per second")
-    fill: float | None = Field(description="real tokens over the packs' capacity, 0 to 1")
+    fill: float | None = Field(
+        description="real tokens over the packs' capacity in the timed steps, 0 to 1"
+    )
     waiting_for_data: float | None = Field(
         default=None,
         description="share of the time spent waiting for batches, 0 to 1; records from before"

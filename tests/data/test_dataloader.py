@@ -210,6 +210,21 @@ def test_epochs_differ_where_shuffled_alone(tokenizer, dataset):
     assert documents_in(first) == documents_in(second) == documents_in(walk(fixed))
 
 
+@pytest.mark.parametrize("seed", [17, 18])
+def test_without_shuffling_the_file_s_order_is_kept(tokenizer, dataset, write_jsonl, seed: int):
+    rows = [{"prompt": f"row {i}:", "response": " a" * (1 + i * 7 % 40)} for i in range(40)]
+    path = str(write_jsonl(rows, "ordered.jsonl"))
+    dataset = {**dataset, "hf_name": path, "shuffle": False, "shuffle_seed": seed}
+    batches = walk(build(tokenizer, dataset, size=1), epoch=2)
+    found = [
+        tokenizer.decode(ids).split(":")[0]
+        for batch in batches
+        for pack in batch
+        for ids in split_documents(pack)
+    ]
+    assert found == [f"row {i}" for i in range(40)]
+
+
 def test_packs_of_an_evaluation_batch(tokenizer, dataset):
     assert {len(batch) for batch in walk(build(tokenizer, dataset, size=5))} == {5}
     assert {len(b) for b in walk(build(tokenizer, {**dataset, "eval_packs": 3}, size=5))} == {3}

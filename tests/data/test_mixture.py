@@ -114,6 +114,13 @@ def mixed(make_rows, write_jsonl, tmp_path, monkeypatch) -> dict:
     }
 
 
+def test_without_shuffling_the_sources_follow_one_another(tokenizer, mixed):
+    dataset = build(tokenizer, {**mixed, "shuffle": False}).dataloader.dataset
+    order = np.concatenate(list(dataset.sampler.plan(0)))
+    assert order.tolist() == list(range(len(dataset.documents)))
+    assert np.all(np.diff(dataset.documents.source[dataset.sampler.used[order]]) >= 0)
+
+
 def test_replay_in_a_finetuning_run(tokenizer, mixed, caplog):
     with caplog.at_level(logging.INFO, "foundry_ext"):
         spec = build(tokenizer, mixed)

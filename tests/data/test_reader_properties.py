@@ -76,7 +76,7 @@ def test_a_text_is_the_same_in_every_format(tmp_path_factory, tokenizer, rows):
             assert list(read) == rows, name
             found[name] = tokenize_rows(read, tokenizer, SETTINGS).fingerprint
         write_mds(folder / "mds", rows)
-        stream = load_streams({"local": str(folder / "mds")}, tokenizer, 64)
+        stream = load_streams({"local": str(folder / "mds")}, tokenizer)
         found["mds"] = tokenize_stream(stream, tokenizer, SETTINGS).fingerprint
     assert len(set(found.values())) == 1, found
 

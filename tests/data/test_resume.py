@@ -14,6 +14,7 @@ from foundry_ext.data.documents import Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
 from foundry_ext.packing.collator import PackCollator
+from foundry_ext.utils.errors import UserError
 from tests.data.kit import assert_batches_equal, build, walk
 
 CAPACITY = 256
@@ -214,6 +215,39 @@ def test_other_data_or_packing_is_an_error(tokenizer, dataset, change: str):
     other = build(tokenizer, {**dataset, **CHANGES[change]}).dataloader
     with pytest.raises(ValueError, match=r"made with other data or packing .* load_weights_only"):
         other.dataset.load_state_dict(state)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_the_order_of_an_earlier_version_is_an_error(documents, batch: int):
+    """It shuffled the documents once under shuffle: false; its states have no `order`."""
+    loader = loader_of(documents, shuffle=False)
+    state = stop_after(loader, 1, batch or len(loader))
+    state |= {"batch": batch, "plan": "0123456789abcdef" if batch else None}
+    del state["order"]
+    with pytest.raises(UserError, match=r"shuffle: false; foundry_ext \d.* keeps their order"):
+        loader_of(documents, shuffle=False).dataset.load_state_dict(state)
+
+
+def test_a_shuffled_run_of_an_earlier_version_goes_on(documents):
+    state = stop_after(loader_of(documents), 1, 3)
+    del state["order"]
+    assert state["fingerprint"] == f"{documents.fingerprint}-{CAPACITY}-17-1"
+    resumed = loader_of(documents)
+    resumed.dataset.load_state_dict(state)
+    assert_batches_equal(walk_loader(resumed, 1), walk_loader(loader_of(documents), 1)[3:])
+
+
+def test_in_order_resuming_gives_the_rest(documents):
+    """On another number of ranks too, and in a second epoch as in the first."""
+    whole = walk_loader(loader_of(documents, batch_packs=4, shuffle=False), 0)
+    state = stop_after(loader_of(documents, batch_packs=4, shuffle=False), 1, 3)
+    rest = []
+    for rank in range(2):
+        loader = loader_of(documents, 2, rank, 2, shuffle=False)
+        loader.dataset.load_state_dict(state)
+        rest.append(walk_loader(loader, 1))
+    for one, other, both in zip(*rest, whole[3:], strict=True):
+        assert_batches_equal([[one[0], other[0], one[1], other[1]]], [both])
 
 
 def test_other_rows_are_an_error(tokenizer, dataset, make_rows, write_jsonl):

@@ -10,6 +10,7 @@ import pytest
 from streaming import MDSWriter
 
 from foundry_ext.data.sources import fetch, hold_out, load_rows, load_streams
+from foundry_ext.data.table import Tokens, to_records
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_stream
 from tests.data.kit import build
 
@@ -195,7 +196,7 @@ SETTINGS = TokenizeSettings(max_seq_len=64)
 
 
 def tokenize_all(dataset, tokenizer):
-    return tokenize_stream(load_streams(dataset, tokenizer, 64), tokenizer, SETTINGS)
+    return tokenize_stream(load_streams(dataset, tokenizer), tokenizer, SETTINGS)
 
 
 def test_a_stream_is_read_as_rows_are(tmp_path, tokenizer, make_rows):
@@ -203,7 +204,7 @@ def test_a_stream_is_read_as_rows_are(tmp_path, tokenizer, make_rows):
     rows = make_rows(40)
     remote = write_mds(tmp_path / "remote" / "train", rows)
     dataset = {"remote": str(tmp_path / "remote"), "local": str(tmp_path / "a"), "split": "train"}
-    stream = load_streams(dataset, tokenizer, 64)
+    stream = load_streams(dataset, tokenizer)
     assert len(stream.shards) > 1, remote
     documents = tokenize_stream(stream, tokenizer, SETTINGS)
     expected = tokenize_rows(datasets.Dataset.from_list(rows), tokenizer, SETTINGS)
@@ -237,6 +238,55 @@ def test_a_tokenised_stream(tmp_path, tokenizer):
     assert documents[0].loss_mask.tolist() == [False] * 3 + [True] * 3
 
 
+STORED = [(10, 54), (70, 30), (3, 400), (20, 2)]  # tokens of prompt and response
+
+
+@pytest.mark.parametrize("form", ["ndarray", "bytes", "turns"])
+@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
+def test_a_tokenised_stream_is_cut_and_counted_as_text_is(tmp_path, tokenizer, form, overlong):
+    """llm-foundry cuts prompt and response to max_seq_len, each, before anything can count it."""
+    rows = [(np.full(a, 5, np.int64), np.full(b, 6, np.int64)) for a, b in STORED]
+    columns = {"turns": "json"} if form == "turns" else {"input_ids": form, "labels": form}
+    with MDSWriter(out=str(tmp_path / "mds"), columns=columns) as out:
+        for ids, labels in rows:
+            turn = {"input_ids": ids, "labels": labels}
+            if form == "turns":
+                out.write({"turns": [{key: value.tolist() for key, value in turn.items()}]})
+            else:
+                out.write(turn if form == "ndarray" else {k: v.tobytes() for k, v in turn.items()})
+    settings = TokenizeSettings(max_seq_len=64, overlong=overlong)
+    dataset = {"local": str(tmp_path / "mds")}
+    documents = tokenize_stream(load_streams(dataset, tokenizer), tokenizer, settings)
+    records = [
+        record
+        for index, (ids, labels) in enumerate(rows)
+        for record in to_records(
+            index,
+            Tokens(
+                np.array([*ids, *labels, tokenizer.eos_token_id], np.int32),
+                np.arange(len(ids) + len(labels) + 1) >= len(ids),
+            ),
+            64,
+            overlong,
+        )
+    ]
+    given = sum(a + b + 1 for a, b in STORED)
+    assert documents.lengths.sum() + documents.counts["tokens_cut"] == given
+    assert documents.counts["tokens_cut"] == sum(r.num_truncated_tokens for r in records)
+    assert len(documents) == len(records)
+    for document, record in zip(documents.read(np.arange(len(records))), records, strict=True):
+        assert document.input_ids.tolist() == record.tokens.input_ids.tolist()
+        assert document.loss_mask.tolist() == record.tokens.loss_mask.tolist()
+
+
+def test_a_tokenised_stream_under_overlong_error(tmp_path, tokenizer):
+    with MDSWriter(out=str(tmp_path / "mds"), columns={"turns": "json"}) as out:
+        out.write({"turns": [{"input_ids": [5, 6], "labels": [7] * 98}]})
+    stream = load_streams({"local": str(tmp_path / "mds")}, tokenizer)
+    with pytest.raises(ValueError, match="row 0 has 101 tokens, more than max_seq_len 64"):
+        tokenize_stream(stream, tokenizer, TokenizeSettings(max_seq_len=64, overlong="error"))
+
+
 def test_a_bad_row_of_a_stream_is_named(tmp_path, tokenizer):
     rows = [{"question": "a", "answer": "b"}]
     write_mds(tmp_path / "mds", rows, columns=("question", "answer"))
@@ -249,7 +299,7 @@ def test_weighted_streams_are_refused(tmp_path, tokenizer, weight: str):
     streams = {"a": {"local": str(tmp_path), weight: 2}}
     message = rf"streams.a.{weight}: weighted streams are not supported .* once per epoch"
     with pytest.raises(ValueError, match=message):
-        load_streams({"streams": streams}, tokenizer, 64)
+        load_streams({"streams": streams}, tokenizer)
 
 
 def test_local_shards_need_no_remote(tmp_path, tokenizer, make_rows):

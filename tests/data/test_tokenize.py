@@ -88,15 +88,36 @@ def test_labels_are_llm_foundrys(
 
 
 def test_labels_are_llm_foundrys_where_pad_is_the_end_of_a_turn(tokenizer):
-    """Trap 8: as in SmolLM2-Instruct, no real `<|im_end|>` may be taken for padding."""
+    """Trap 8: as in SmolLM2-Instruct, no real `<|im_end|>` may be taken for padding.
+
+    llm-foundry adds one more, because the template ends with a line break.
+    """
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     rows = chat_rows(20, seed=2)
     documents = tokenize(rows, tokenizer, target_responses="all")
     for i, row in enumerate(rows):
-        assert ours(documents, i) == theirs(row, tokenizer, LONG, "none", "all")
+        ids, labels = theirs(row, tokenizer, LONG, "none", "all")
+        assert ids[-1] == labels[-1] == tokenizer.eos_token_id
+        assert ours(documents, i) == (ids[:-1], labels[:-1])
         document = documents[i]
         ends = document.loss_mask & (document.input_ids == tokenizer.eos_token_id)
-        assert ends.sum() == len([m for m in row["messages"] if m["role"] == "assistant"]) + 1
+        assert ends.sum() == len([m for m in row["messages"] if m["role"] == "assistant"])
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
+def test_answers_that_are_not_trained_are_counted(tokenizer, overlong: str):
+    """`target_responses` is `last` by default. They count whatever becomes of the row."""
+    rows = chat_rows(40, seed=3)
+    answers = [sum(m["role"] == "assistant" for m in row["messages"]) for row in rows]
+    settings = {"max_seq_len": 100, "overlong": overlong}
+    every = tokenize(rows, tokenizer, target_responses="all")
+    assert "responses_not_trained" not in every.counts and not every.num_untrained.any()
+    documents = tokenize(rows, tokenizer)
+    assert documents.num_untrained.tolist() == [num - 1 for num in answers]
+    cut = tokenize(rows, tokenizer, **settings)
+    assert 0 < cut.counts["kept"] < 40
+    for counts in (documents.counts, cut.counts):
+        assert counts["responses_not_trained"] == sum(answers) - 40 > 40
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from foundry_ext.packing.algorithm import most_documents, pack
+from foundry_ext.packing.algorithm import most_documents, pack, pack_in_order
 
 NUM_DOCUMENTS = 100_000
 # (median, sigma) of log-normal lengths, clipped at 16 and 2048: instruction tuning, code, chat
@@ -216,6 +216,35 @@ def test_arguments_out_of_range(change):
     (name, value), arguments = *change.items(), {"capacity": 8, "seed": 0, "epoch": 0}
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         pack([1], **(arguments | change))
+
+
+def in_order(lengths, capacity):
+    """Place one document at a time, in the last pack or in a new one."""
+    packs, gap = [], 0
+    for index, length in enumerate(lengths):
+        if length > gap:
+            packs.append([])
+            gap = capacity
+        packs[-1].append(index)
+        gap -= length
+    return packs
+
+
+def test_packs_of_neighbours():
+    """The order is kept from document to document, whatever the window is."""
+    assert [p.tolist() for p in pack_in_order([3, 5, 2, 6, 3], 8)] == [[0, 1], [2, 3], [4]]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        capacity, num, window = (int(rng.integers(low, 40)) for low in (1, 0, 1))
+        lengths = rng.integers(1, capacity + 1, num).astype(np.int32)
+        packs = pack_in_order(lengths, capacity, window=window)
+        assert [p.tolist() for p in packs] == in_order(lengths.tolist(), capacity)
+        assert packs.num_tokens == lengths.sum()
+
+
+def test_neighbours_with_a_bad_length():
+    with pytest.raises(ValueError, match="document 1 has 9 tokens"):
+        pack_in_order([5, 9, 7], 8)
 
 
 @pytest.mark.slow

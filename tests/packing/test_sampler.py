@@ -1,5 +1,6 @@
 """Batches of a rank and epoch: every document once, equal numbers on all ranks, resumable."""
 
+import logging
 from itertools import pairwise
 
 import numpy as np
@@ -172,6 +173,31 @@ def test_epochs_differ_and_repeat():
 def test_without_shuffling_all_epochs_are_one():
     sampler = make(random_lengths(), shuffle=False)
     assert walk(sampler, 0) == walk(sampler, 1) == walk(sampler, 12345)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_without_shuffling_documents_keep_their_order(world_size: int, drop_last: bool):
+    """From document to document over all ranks and batches, whatever the seed."""
+    lengths = random_lengths()
+    settings = {"shuffle": False, "drop_last": drop_last, "seed": 5 + world_size}
+    ranks = walk_ranks(lengths, world_size, epoch=3, **settings)
+    in_turn = [
+        pack for step in zip(*ranks, strict=True) for b in zip(*step, strict=True) for pack in b
+    ]
+    order = [index for pack in in_turn for index in pack]
+    used = np.flatnonzero(lengths).tolist()
+    assert order == used[: len(order)]
+    assert drop_last or order == used
+    filled = [lengths[pack].sum() for pack in in_turn if pack]
+    following = [lengths[pack[0]] for pack in in_turn[1:] if pack]
+    assert all(a + b > CAPACITY for a, b in zip(filled[:-1], following, strict=True))
+
+
+def test_what_the_order_costs_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "foundry_ext"):
+        make([40, 40, 20, 20], shuffle=False)
+    assert "3 packs, 62.50 % full" in caplog.text and "about 2" in caplog.text
 
 
 @pytest.mark.parametrize(("seed", "others"), [(17, "more"), (18, "fewer")])

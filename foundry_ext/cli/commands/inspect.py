@@ -30,10 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(format_inspection(inspection), encoding="utf-8")
     epoch = inspection.epoch
+    num_empty = sum(not pack.documents for pack in inspection.packs)
+    empty = f" and {num_empty} empty" if num_empty else ""
     print(
-        f"{arguments.out}: {len(inspection.packs)} of {epoch.num_packs:,} packs;"
+        f"{arguments.out}: {len(inspection.packs) - num_empty} of {epoch.num_packs:,} packs{empty};"
         f" {epoch.num_documents:,} documents, {epoch.num_tokens:,} tokens,"
         f" {100 * epoch.packing_efficiency:.2f} % full,"
-        f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of tokens carry loss"
+        f" {100 * epoch.num_loss_tokens / epoch.num_tokens:.1f} % of tokens carry loss;"
+        f" {inspection.special_tokens}"
     )
     return 0

@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.documents import RowOutcome
+from foundry_ext.data.special_tokens import SpecialTokens
 from foundry_ext.packing.batch import Pack
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
@@ -96,6 +97,8 @@ class Inspection:
     """Name of the YAML."""
     loader: str
     tokenizer: str
+    special_tokens: str
+    """What the tokenizer makes a row begin and end with."""
     epoch: Epoch
     sources: list[dict[str, Any]] = field(default_factory=list)
     """PackedDataset's description: per source name, split, revision, documents, tokens, counts."""
@@ -143,6 +146,7 @@ def inspect_config(
         name=name,
         loader=loader,
         tokenizer=config["tokenizer"]["name"],
+        special_tokens=SpecialTokens(tokenizer).describe(),
         epoch=totals_of(dataset),
         sources=dataset.description,
         packs=packs[:num_packs],

@@ -11,12 +11,13 @@ _LINE_BREAK_OR_TAB = re.compile(r"([\n\t])")
 def format_inspection(inspection: Inspection) -> str:
     """Return the complete page. Nothing from the data, the YAML or the tokenizer becomes markup."""
     counts = [source["counts"] for source in inspection.sources]
+    names = dict.fromkeys(name for one in counts for name in one)
     return render_page(
         "foundry_ext.preflight.inspect",
         "inspection.html",
         title=f"{inspection.name}: {inspection.loader}_loader",
         inspection=inspection,
         # Outcomes that never occurred get no column.
-        outcomes=[name for name in counts[0] if name == "kept" or any(c[name] for c in counts)],
+        outcomes=[name for name in names if name == "kept" or any(c.get(name) for c in counts)],
         pieces=_LINE_BREAK_OR_TAB.split,
     )

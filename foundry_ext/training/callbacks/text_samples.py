@@ -10,6 +10,7 @@ from composer.loggers import ConsoleLogger, Logger
 from composer.models import HuggingFaceModel
 from composer.utils import dist, model_eval_mode
 
+from foundry_ext.data.special_tokens import encode_prompts
 from foundry_ext.evaluation.generation import pad_left
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.utils.errors import UserError
@@ -26,7 +27,8 @@ class TextSamples(Callback):
     other ranks wait at their next one.
 
     Args:
-        prompts: texts to continue, as they are; a chat template must be applied by the user.
+        prompts: texts to continue, after the special tokens that begin every document; a chat
+            template must be applied by the user.
         max_new_tokens: length of each continuation, which ends earlier at an end-of-text token.
     """
 
@@ -91,17 +93,20 @@ def continuations(
 ) -> list[str]:
     """Return greedy continuations, without the prompts and special tokens, all in one batch.
 
-    No random number is drawn.
+    A prompt is the beginning of a document, as in training, and a continuation ends as a document
+    does. No random number is drawn.
     """
     # Any id can pad because the mask marks the padding.
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = pad_left([tokenizer(prompt)["input_ids"] for prompt in prompts], pad_id)
+    end_id = tokenizer.eos_token_id
+    pad_id = end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, mask = pad_left(encode_prompts(tokenizer, prompts), pad_id)
     generated = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
+        eos_token_id=end_id,
         pad_token_id=pad_id,
     )
     return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """`packed_throughput`: throughput in real tokens, packing efficiency and data lost to packing."""
 
 from collections import deque
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from composer.core import Event, State
 from composer.loggers import ConsoleLogger, Logger
@@ -25,9 +25,12 @@ class PackedThroughput(StepTimer):
     - `throughput/waiting_for_data`: share of the time, 0 to 1;
     - `throughput/device/mfu` if the GPU's peak is known, see models/flops.py;
     - `packing/fill`: real tokens over pack capacity, and `packing/documents_per_pack`;
-    - once, `data/<outcome>`: documents kept, truncated, split or dropped, and tokens cut.
+    - once, `data/<outcome>`: documents kept, truncated, split or dropped, tokens cut, and responses
+      of chats that `target_responses` leaves out.
 
-    Evaluation, checkpoints and a process's first batch are not in the time. If Composer logs to the
+    Evaluation, checkpoints and a process's first batch are not in the time. The packs of the window
+    are in the checkpoint, so `packing/...` continues in a resumed run as if it had not stopped; the
+    times are of this process alone. If Composer logs to the
     console (`log_to_console`), the same figures are printed at each `console_log_interval`.
 
     Args:
@@ -38,7 +41,8 @@ class PackedThroughput(StepTimer):
         super().__init__()
         if window_size < 1:
             raise UserError(f"packed_throughput.window_size: {window_size}; must be at least 1")
-        self.history: deque[StepCounts] = deque(maxlen=window_size)  # of this rank
+        self.history: deque[StepCounts] = deque(maxlen=window_size)  # of this process, all ranks
+        self.packing: deque[StepCounts] = deque(maxlen=window_size)  # of the run, all ranks
         self.logged: dict[str, float] = {}
         self.console: ConsoleLogger | None = None
         self.printed = -1  # the batch of the last printed line
@@ -59,10 +63,15 @@ class PackedThroughput(StepTimer):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         counts, is_first = self.finish_step(state.batch)
+        counts = over_ranks(counts)
+        if state.timestamp.batch.value == 1:
+            return
+        self.packing.append(counts)
+        metrics = self._measure_packing()
         if not is_first:
             self.history.append(counts)
-            self.logged = self._measure()
-            logger.log_metrics(self.logged)
+            self.logged = metrics = {**self._measure(), **metrics}
+        logger.log_metrics(metrics)
         self._print_if_due(state, Event.BATCH_END)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
@@ -73,7 +82,7 @@ class PackedThroughput(StepTimer):
             self._print(state, self.console)
 
     def _measure(self) -> dict[str, float]:
-        counts = over_ranks(sum(self.history, StepCounts()))
+        counts = sum(self.history, StepCounts())
         mfu = self.mfu_meter.of(counts)
         real_tokens_per_sec = counts.real_tokens / counts.seconds
         return {
@@ -83,9 +92,24 @@ class PackedThroughput(StepTimer):
             "throughput/device/real_tokens_per_sec": real_tokens_per_sec / dist.get_world_size(),
             "throughput/waiting_for_data": counts.waiting / counts.seconds,
             **({} if mfu is None else {"throughput/device/mfu": mfu}),
+        }
+
+    def _measure_packing(self) -> dict[str, float]:
+        counts = sum(self.packing, StepCounts())
+        return {
             "packing/fill": counts.packing_efficiency(self.capacity),
             "packing/documents_per_pack": counts.documents / counts.packs,
         }
+
+    def state_dict(self) -> Any:
+        """Return [real tokens, documents, packs] of each step that `packing/...` averages over."""
+        return [[step.real_tokens, step.documents, step.packs] for step in self.packing]
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue that window; the state of an earlier version is an empty mapping."""
+        for real_tokens, documents, packs in state:
+            step = StepCounts(real_tokens=real_tokens, documents=documents, packs=packs)
+            self.packing.append(step)
 
     def _print_if_due(self, state: State, event: Event) -> None:
         if self.console is not None and self.is_due(state, event):

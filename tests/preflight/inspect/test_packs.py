@@ -146,6 +146,15 @@ def test_the_page_shows_the_text_and_runs_none_of_it(inspection):
     assert {"64", "128"} == set(positions)
 
 
+def test_a_count_that_one_source_alone_has_is_shown(inspection):
+    from foundry_ext.preflight.inspect.page import format_inspection
+
+    main, replay = inspection.sources
+    replay = {**replay, "counts": {**replay["counts"], "responses_not_trained": 4321}}
+    page = format_inspection(replace(inspection, sources=[main, replay]))
+    assert "responses not trained" in page and "4,321" in page
+
+
 def test_a_hostile_yaml_and_source_are_escaped(inspection):
     from foundry_ext.preflight.inspect.packs import TokenView
     from foundry_ext.preflight.inspect.page import format_inspection
@@ -212,7 +221,12 @@ def test_the_command(config, tmp_path, capsys):
     out = tmp_path / "pages" / "page.html"
     assert main(["inspect", str(yaml), "--packs", "2", "--out", str(out)]) == 0
     assert out.read_text().count("<section>") == 2
-    assert f"{out}: 2 of " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{out}: 2 of " in printed and "ends with <|endoftext|>" in printed
+    assert "ends with &lt;|endoftext|&gt;" in out.read_text()
+    one_pack = [str(yaml), "train_loader.dataset.pack_tokens=65536", "global_train_batch_size=3"]
+    assert main(["inspect", *one_pack, "--out", str(out)]) == 0
+    assert f"{out}: 1 of 1 packs and 2 empty;" in capsys.readouterr().out
     given = [str(yaml), "train_loader.dataset.pack_tokens=1024"]
     assert main(["inspect", *given, "--loader", "train", "--out", str(out)]) == 0
     assert "of 1,024 tokens" in out.read_text()

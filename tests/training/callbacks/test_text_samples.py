@@ -7,6 +7,7 @@ import pytest
 import torch
 from composer.core import Callback
 from composer.loggers import LoggerDestination
+from tokenizers import processors
 
 from foundry_ext.training.callbacks.text_samples import COLUMNS, TextSamples, continuations
 from tests.training import kit
@@ -52,7 +53,10 @@ kit.llmfoundry.registry.callbacks.register("watch", func=Watch)
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_continuations_are_stock_ones(world, method):
-    """A batch padded left gives the texts of single prompts, with an adapter that has an effect."""
+    """A batch padded left gives the texts of single prompts, with an adapter that has an effect.
+
+    They end as documents do, with the tokenizer's end of text, whatever the model's is.
+    """
     ours = kit.build(world, method=method)
     kit.randomise_adapter(ours)
     ours.eval()
@@ -63,11 +67,30 @@ def test_continuations_are_stock_ones(world, method):
     )
     for prompt, text in zip(PROMPTS, got, strict=True):
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        made = theirs.generate(
-            **ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )[0, ids["input_ids"].shape[1] :]
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        (made,) = theirs.generate(**ids, **ends, max_new_tokens=8, do_sample=False)
+        made = made[ids["input_ids"].shape[1] :]
         assert text == tokenizer.decode(made, skip_special_tokens=True)
     assert len(set(got)) > 1 and any(got)
+
+
+def test_a_prompt_begins_as_a_document_and_has_no_end(world):
+    """A tokenizer that closes every text would let a sample go on after its end of text."""
+    tokenizer, given = kit.load_tokenizer(world), []
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>",
+        special_tokens=[("<|im_start|>", 1), ("<|endoftext|>", 0)],
+    )
+
+    class Model:
+        def generate(self, input_ids, **settings):
+            given.append((input_ids.tolist(), settings["eos_token_id"]))
+            return input_ids
+
+    prompts = ["a", "<|im_start|>a"]
+    continuations(Model(), tokenizer, prompts, max_new_tokens=1, device=torch.device("cpu"))
+    (a,) = tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert given == [([[1, a], [1, a]], 0)]
 
 
 def test_at_every_evaluation_and_without_a_trace(world, tmp_path, capsys):

@@ -98,6 +98,26 @@ def test_throughput_leaves_out_a_resumed_run_s_first_batch_too(world, finished, 
     assert len(run.logged("throughput/real_tokens_per_sec")) == 2
 
 
+def test_the_packing_of_a_resumed_run_is_that_of_one_that_never_stopped(world, tmp_path):
+    """The window is in the checkpoint; a checkpoint of an earlier version has none."""
+    callbacks = {"spy": {}, "packed_throughput": {"window_size": 4}}
+    settings = {"callbacks": callbacks, "save_interval": "1ba"}
+    whole = kit.run(kit.run_config(world, tmp_path / "a", **settings))
+    given = {**settings, "save_folder": None}
+    for batch in (1, 3, 6):
+        path = kit.checkpoint(tmp_path / "a", batch)
+        run = kit.run(kit.run_config(world, tmp_path / "b", load_path=str(path), **given))
+        for name in ("packing/fill", "packing/documents_per_pack"):
+            assert run.logged(name) == whole.logged(name)[batch - 1 :], name
+    state = torch.load(path, weights_only=False)
+    names = [name for name in state["state"]["callbacks"] if "PackedThroughput" in name]
+    state["state"]["callbacks"].update({name: {} for name in names})
+    torch.save(state, tmp_path / "old.pt")
+    load_path = str(tmp_path / "old.pt")
+    run = kit.run(kit.run_config(world, tmp_path / "c", load_path=load_path, **given))
+    assert names and len(run.logged("packing/fill")) == len(run.losses) == 2
+
+
 @pytest.mark.parametrize(("interval", "batches"), [("3ba", [3, 6, 8]), ("1ep", [4, 8])])
 def test_throughput_in_a_line_of_the_console(world, tmp_path, capfd, interval, batches):
     """Lines come at Composer's interval and at the end, with the numbers that are logged."""
