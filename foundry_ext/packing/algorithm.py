@@ -19,9 +19,10 @@ Method, per window of shuffled documents:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from foundry_ext.packing.packs import Packs, check_least, check_lengths
 
 # Fraction of the documents reserved for closing gaps. Measured on log-normal lengths (median 350,
 # sigma .9) at capacity 2048: packing efficiency is the same from .1 to .5; the coefficient of
@@ -32,46 +33,6 @@ _POOL_SHARE = 0.25
 _MIN_PROGRESS = 0.02
 # Above this ratio to the ideal number of packs, first fit decreasing is tried on the window.
 _TOLERANCE = 1.001
-
-
-@dataclass(frozen=True, eq=False)
-class Packs:
-    """Packs of one epoch, in training order: `packs[i]` holds the document indices of pack i.
-
-    Attributes:
-        documents: [num_documents] int64, the indices of all packs, concatenated.
-        offsets: [num_packs + 1] int64; pack i is `documents[offsets[i] : offsets[i + 1]]`.
-        capacity: tokens that a pack can hold.
-        num_tokens: tokens in all packs.
-    """
-
-    documents: np.ndarray
-    offsets: np.ndarray
-    capacity: int
-    num_tokens: int
-
-    def __post_init__(self) -> None:
-        self.documents.setflags(write=False)
-        self.offsets.setflags(write=False)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the document indices of one pack: int64, read-only.
-
-        Raises:
-            IndexError: there is no such pack.
-        """
-        i = index + len(self) if index < 0 else index
-        if not 0 <= i < len(self):
-            raise IndexError(f"pack {index} of {len(self)}")
-        return self.documents[self.offsets[i] : self.offsets[i + 1]]
-
-    @property
-    def packing_efficiency(self) -> float:
-        """Tokens over capacity, 0 to 1; 1 without packs, because nothing is wasted."""
-        return self.num_tokens / (len(self) * self.capacity) if len(self) else 1.0
 
 
 def pack(
@@ -106,9 +67,9 @@ def pack(
         ValueError: a length is outside 1..capacity, lengths are not a flat sequence of integers,
             capacity or window is below 1, or seed or epoch is negative.
     """
-    _check_least(1, capacity=capacity, window=window)
-    _check_least(0, seed=seed, epoch=epoch)
-    lengths = _check_lengths(lengths, capacity)
+    check_least(1, capacity=capacity, window=window)
+    check_least(0, seed=seed, epoch=epoch)
+    lengths = check_lengths(lengths, capacity)
     rng = np.random.default_rng((seed, epoch))
     documents, sizes = zip(*_packed_windows(lengths, capacity, window, rng), strict=True)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
@@ -133,8 +94,8 @@ def pack_in_order(
     Raises:
         ValueError: as in `pack`.
     """
-    _check_least(1, capacity=capacity, window=window)
-    lengths = _check_lengths(lengths, capacity)
+    check_least(1, capacity=capacity, window=window)
+    lengths = check_lengths(lengths, capacity)
     window = max(window, capacity + 1)  # so that no pack is longer than a window
     starts, first = [], 0
     while first < len(lengths):
@@ -164,31 +125,6 @@ def most_documents(lengths: np.ndarray, capacity: int) -> int:
         return len(lengths)
     left = capacity - int(tokens[partial - 1])
     return int(counts[:partial].sum()) + left // partial
-
-
-def _check_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}, but must be at least {least}")
-
-
-def _check_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
-    lengths = np.asarray(lengths)
-    if lengths.size == 0:
-        lengths = lengths.astype(np.int64)  # numpy's type for [] is float
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
-        raise ValueError(
-            f"lengths are {lengths.dtype} of shape {lengths.shape}; "
-            "pass one integer number of tokens per document"
-        )
-    bad = np.flatnonzero((lengths <= 0) | (lengths > capacity))
-    if len(bad):
-        raise ValueError(
-            f"document {bad[0]} has {lengths[bad[0]]} tokens, outside 1..{capacity} (capacity), "
-            f"and so do {len(bad) - 1} more; leave out empty documents, and shorten or drop long "
-            "ones by the loader's `overlong` setting"
-        )
-    return lengths
 
 
 def _packed_windows(

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
-from foundry_ext.packing.algorithm import Packs, pack, pack_in_order
+from foundry_ext.packing.algorithm import pack, pack_in_order
+from foundry_ext.packing.packs import Packs
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
