@@ -67,9 +67,9 @@ def _read_lines(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Ro
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM if isinstance(line, bytes) else "\ufeff")
             text = (line if isinstance(line, str) else line.decode()).rstrip(_SPACE)
+            if number == 1:
+                text = text.removeprefix("\ufeff")
             if not text:
                 continue
             if text.lstrip(_SPACE)[0] != "{":

@@ -113,7 +113,8 @@ def _find(
         return None
     if "://" in str(patterns) or (is_builder and not (patterns or folder)):
         return None
-    options.pop("data_files", None), options.pop("data_dir", None)
+    for key in ("data_files", "data_dir"):
+        options.pop(key, None)
     base = Path(*([] if is_builder else [path]), *([folder] if folder else []))
     splits = (
         files_of_patterns(patterns, base)

@@ -35,7 +35,7 @@ def decoding_fault(path: Path, encoding: str | None, error: UnicodeDecodeError) 
     """Return an error that names the line and the byte which are not in the encoding."""
     name = encoding or "utf-8"
     way_out = (
-        "name its encoding, such as hf_kwargs: {encoding: latin-1}, or write the file in UTF-8"
+        "write the file in that encoding, or name its own, such as hf_kwargs: {encoding: latin-1}"
     )
     with open_binary(path) as lines:
         for number, line in enumerate(lines, start=1):

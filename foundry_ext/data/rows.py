@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets.features.features import register_feature
 from llmfoundry.utils.exceptions import (
     ALLOWED_MESSAGES_KEYS,
@@ -199,5 +198,5 @@ def _is_empty(rows: datasets.Dataset, name: str) -> bool:
     dtype = getattr(rows.features[name], "dtype", None)
     if dtype not in ("string", "large_string"):
         return dtype == "null"
-    tables = rows.select_columns([name]).with_format("arrow").iter(_BATCH_ROWS)
-    return all(not pc.max(pc.binary_length(table.column(name))).as_py() for table in tables)
+    batches: Iterable[Any] = rows.select_columns([name]).iter(_BATCH_ROWS)
+    return not any(any(batch[name]) for batch in batches)
