@@ -21,7 +21,7 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
         error: the exception that ended the run, with its causes.
         config: the run's resolved configuration.
     """
-    for one in _causes(error):
+    for one in causes(error):
         text = one_line(one)
         said = shorten(text, 160, placeholder=" ...")
         if type(one).__name__ == "OutOfMemoryError":
@@ -69,7 +69,7 @@ def _port() -> str:
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and the errors that caused it."""
     while error is not None:
         yield error

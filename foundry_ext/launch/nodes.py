@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.launch.failures import causes
 from foundry_ext.utils.absent import run_settings
-from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.nested import leaves
 from foundry_ext.utils.redaction import redact
 
@@ -103,7 +103,11 @@ def share_fault(fault: BaseException | str) -> str | None:
 
     with contextlib.suppress(Exception):  # without the others, the run ends with its own fault
         join(_TELL_TIMEOUT)
-        heard = None if isinstance(fault, UserError | OSError | str) else hear_others()
+        # What a collective raises, maybe wrapped in the error of a section.
+        is_collective = not isinstance(fault, str) and any(
+            isinstance(cause, RuntimeError) for cause in causes(fault)
+        )
+        heard = hear_others() if is_collective else None
         if heard is not None:
             return heard
         tell_others(fault)

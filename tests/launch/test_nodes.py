@@ -22,6 +22,19 @@ __all__ = ["world"]
 SECONDS = 120
 
 
+# Simulates a node that cannot read its tokenizer, which all nodes' YAML names alike.
+WITHOUT_TOKENIZER = """
+import os
+import llmfoundry.utils.builders as builders
+
+def refuse(*_, **__):
+    raise OSError("no such tokenizer here")
+
+if os.environ["NODE_RANK"] == "1":
+    builders.AutoTokenizer.from_pretrained = refuse
+"""
+
+
 def train(path: str, *overrides: str) -> None:
     sys.exit(main("train.py", [path, *overrides]))
 
@@ -125,8 +138,13 @@ def test_a_file_that_cannot_be_read_on_one_node_ends_both(config, tmp_path):
         ("seed=x", "seed"),
         ("callbacks.run_record={path: /proc/x/record.json, experiment: a}", "/proc/x/record.json"),
         ("callbacks.gard={}", "callbacks.gard"),
+        (None, "tokenizer"),  # gone while node 0 waits in a collective of llm-foundry's
     ):
-        ends = run_nodes(tmp_path, [config(), config()], ((), [given]))
+        first, second = config(), config()
+        if given is None:
+            (tmp_path / "code.py").write_text(WITHOUT_TOKENIZER)
+            first.code_paths = second.code_paths = [str(tmp_path / "code.py")]
+        ends = run_nodes(tmp_path, [first, second], ((), [given] if given else []))
         assert [code != 0 for code, _ in ends] == [True, True], ends
         assert says in ends[0][1] and says in ends[1][1], ends
         assert "Traceback" not in ends[0][1], ends[0][1]
