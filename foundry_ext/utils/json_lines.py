@@ -1,11 +1,11 @@
 """Files of JSON lines: one value per line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming_file
 
 
 def read_lines(path: Path | str, *, growing: bool = False) -> Iterator[tuple[int, Any]]:
@@ -32,19 +32,55 @@ def read_lines(path: Path | str, *, growing: bool = False) -> Iterator[tuple[int
             yield number, value
 
 
-def open_lines(path: Path, *, resumed: bool) -> IO[str]:
-    """Open a file to append lines to.
+class HeldLines:
+    """A file that lines are appended to; they are held back until it may be opened.
 
     Args:
-        path: the file. Its folder is created if needed.
-        resumed: continue after the last complete line, because a kill may have left part of one.
-            Otherwise the file is emptied.
+        path: the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: IO[str] | None = None
+        self._held: list[str] = []
+
+    def write(self, values: Iterable[Any]) -> None:
+        """Append a line per value; once the file is open, a kill loses none of them.
+
+        Raises:
+            OSError: the file cannot be written; has its name.
+        """
+        self._held += [json.dumps(value) + "\n" for value in values]
+        if self._file is not None:
+            with naming_file(self.path):
+                self._file.writelines(self._held)
+                self._file.flush()
+            self._held.clear()
+
+    def open(self, *, resumed: bool) -> None:
+        """Open the file, unless it is open, and write what was held back.
+
+        Args:
+            resumed: continue after the last complete line, because a kill may have left part of
+                one. Otherwise the file is emptied. Its folder is created if needed.
+        """
+        if self._file is None:
+            with naming_file(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _cut(self.path, resumed=resumed)
+                self._file = self.path.open("a", encoding="utf-8")
+            self.write([])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _cut(path: Path, *, resumed: bool) -> None:
     with path.open("ab+") as file:
         end = 0
         if resumed:
             file.seek(0)
             end = file.read().rfind(b"\n") + 1
         file.truncate(end)
-    return path.open("a", encoding="utf-8")

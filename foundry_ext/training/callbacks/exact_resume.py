@@ -2,12 +2,13 @@
 
 Composer 0.32.1's CheckpointSaver writes a checkpoint in place and moves the `latest` link by
 removing it first, so after a kill in between a run dies on its own checkpoint or starts from the
-beginning. This is that saver with atomic writes, and it checks the folder before Composer chooses
-what to load.
+beginning. This is that saver with atomic writes, and it chooses what Composer loads.
 """
 
 import errno
+import functools
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.core.time import Time, TimeUnit, ensure_time
 from composer.loggers import Logger
+from composer.trainer import Trainer
 from composer.utils import checkpoint, dist, format_name_with_dist, partial_format
 from llmfoundry.utils.config_utils import TrainConfig
 
@@ -33,6 +35,7 @@ from foundry_ext.records.result_settings import (
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.run_description import find_callback
+from foundry_ext.training.run_files import run_files
 from foundry_ext.training.signals import StopSignals
 from foundry_ext.utils.errors import UserError
 
@@ -42,6 +45,23 @@ log = logging.getLogger(__name__)
 # own state compares the data by content. A longer duration and other evaluations are allowed.
 OTHERS_JUDGE = ("train_loader.dataset", "tokenizer")
 MAY_CHANGE = ("eval_interval", "max_duration")
+
+
+def _load_what_exact_resume_chose() -> None:
+    """Make Composer's autoresume load the checkpoint that `before_load` has chosen.
+
+    Composer follows the `latest` link, which may be missing or lead to a damaged checkpoint. The
+    link must not be changed yet, because the start may still be refused.
+    """
+    follow_link: Any = Trainer._get_autoresume_checkpoint
+
+    @functools.wraps(follow_link)
+    def choose(trainer: Trainer, *args: Any, **kwargs: Any) -> str | None:
+        callback = find_callback(trainer.state, ExactResume)
+        chosen = callback.resumed_from if callback is not None else None
+        return os.path.abspath(chosen) if chosen else follow_link(trainer, *args, **kwargs)
+
+    Trainer._get_autoresume_checkpoint = choose
 
 
 class ExactResume(CheckpointSaver):
@@ -103,6 +123,8 @@ class ExactResume(CheckpointSaver):
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
         self.resumed_from: str | None = None  # the checkpoint's path
+        self.damaged: dict[Path, str] = {}  # newer than that one, and what is wrong with them
+        self.has_begun = False
         self.base: str | None = None  # fingerprint of the weights under an adapter
 
     # --- before Composer loads -------------------------------------------------------------------
@@ -112,20 +134,17 @@ class ExactResume(CheckpointSaver):
         self.run_name = state.run_name
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Point the `latest` link, which Composer follows next, at an intact checkpoint.
+        """Choose the newest intact checkpoint, which Composer loads next; change no file.
 
         Raises:
             UserError: no checkpoint is intact, another run saves there, or load_path names a file
                 that is damaged or could run code.
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
-            folder = Path(format_name_with_dist(self.folder, state.run_name))
+            folder = self._folder(state)
             self.lock.path = folder / self.lock.path.name
             self.lock.take()
-            checkpoint_files.remove_partial(folder)
             intact = self._intact_checkpoints(state, folder) if self.autoresume else []
-            if intact:
-                checkpoint_files.link_to(intact[-1], self._latest(state))
             self.saved_checkpoints = [str(path) for path in intact]
             self.resumed_from = str(intact[-1]) if intact else None
         # Every rank must know, so that all refuse a checkpoint together.
@@ -139,9 +158,15 @@ class ExactResume(CheckpointSaver):
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
 
+    def _folder(self, state: State) -> Path:
+        return Path(format_name_with_dist(self.folder, state.run_name))
+
+    def _template(self, state: State) -> str:
+        return partial_format(self.filename.filename, run_name=state.run_name)
+
     def _intact_checkpoints(self, state: State, folder: Path) -> list[Path]:
         """Return the run's checkpoints, oldest first; the last one is the one to resume from."""
-        template = partial_format(self.filename.filename, run_name=state.run_name)
+        template = self._template(state)
         paths = checkpoint_files.find_checkpoints(folder, template)
         latest = self._latest(state)
         if self.overwrite and latest.exists() and latest.resolve() in map(Path.resolve, paths):
@@ -149,13 +174,39 @@ class ExactResume(CheckpointSaver):
             resolved = [path.resolve() for path in paths]
             paths = paths[: resolved.index(latest.resolve()) + 1]
         given = Path(self.load_path) if self.load_path else None
-        if not (paths or self.overwrite) and checkpoint_files.has_any(folder, besides=given):
+        if not (paths or self.overwrite) and checkpoint_files.has_any(
+            folder, template, besides=given
+        ):
             raise UserError(
-                f"{folder}: there are checkpoints, but none is named like save_filename,"
+                f"{folder}: there are checkpoints, but none is a file named like save_filename,"
                 f" {self.filename.filename}, so the run would start from the beginning; restore"
                 " them, or give the new run another folder"
             )
-        return checkpoint_files.keep_intact(paths)
+        for link in checkpoint_files.find_links(folder, template):
+            log.warning("%s is a link, and no checkpoint that this run saved: passed over", link)
+        intact, self.damaged = checkpoint_files.newest_intact(paths)
+        return intact
+
+    def begin(self, state: State) -> None:
+        """Put the folder in order, once the first step has ended or none was left to do.
+
+        Until then a start may be refused, and what it found must stay as it was.
+        """
+        if self.has_begun:
+            return
+        self.has_begun = True
+        if dist.get_global_rank() != 0 or state.fsdp_sharded_state_dict_enabled:
+            return
+        self.lock.sign()
+        assert self.latest_filename is not None
+        folder, latest = self._folder(state), self._latest(state)
+        checkpoint_files.remove_partial(folder, self._template(state), str(latest))
+        if self.resumed_from is None:
+            return
+        intact = Path(self.resumed_from)
+        checkpoint_files.set_aside(self.damaged, intact=intact)
+        if latest.resolve() != intact.resolve():
+            checkpoint_files.link_to(intact, latest)
 
     def _latest(self, state: State) -> Path:
         assert self.latest_filename is not None
@@ -203,6 +254,7 @@ class ExactResume(CheckpointSaver):
         Raises:
             UserError: no batch is left because max_duration was shortened.
         """
+        run_files(state).settle(state)
         end, before = state.max_duration, self.saved_duration
         if end is None:
             return
@@ -222,6 +274,12 @@ class ExactResume(CheckpointSaver):
                 *texts,
             )
         if reached >= end:
+            if dist.get_global_rank() == 0:
+                print(
+                    f"this run had already reached max_duration, {end.to_timestring()}: no step is"
+                    " left, and only what follows the last one is repeated",
+                    file=sys.stderr,
+                )
             self.ended_at = end
             state.max_duration = state.timestamp.get(end.unit) + 1
 
@@ -229,8 +287,17 @@ class ExactResume(CheckpointSaver):
         if self.ended_at is not None:
             state.max_duration = self.ended_at
             state.previous_timestamp = state.timestamp  # without it no evaluation would be due
-        super().fit_start(state, logger)
+        if self.resumed_from is None:
+            super().fit_start(state, logger)  # refuses later checkpoints in the folder
+        else:  # they are damaged ones, which are renamed later
+            self.start_batch = state.timestamp.batch
         self.signals.install()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.begin(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.begin(state)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
@@ -272,7 +339,7 @@ class ExactResume(CheckpointSaver):
                 checkpoint.save_checkpoint(state, str(partial))
             checkpoint_files.link_to(path, self._latest(state))
         except (OSError, RuntimeError) as error:
-            if checkpoint_files.is_disk_full(error, path.parent):
+            if checkpoint_files.is_disk_full(error):
                 raise OSError(errno.ENOSPC, self._describe_full(path)) from error
             raise
         assert self.remote_file_name is not None
@@ -295,3 +362,6 @@ class ExactResume(CheckpointSaver):
             f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
             f" {earlier}. Free some space and run the same command again"
         )
+
+
+_load_what_exact_resume_chose()

@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from composer.callbacks import CheckpointSaver
 from composer.core import Event, State
 from composer.core.time import Time
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from foundry_ext.config.outputs import ITEMS, RECORD
 from foundry_ext.records.record import mark_failed, new_record, now, write_record
 from foundry_ext.training.callbacks.forgetting import Forgetting
 from foundry_ext.training.meter import (
@@ -30,6 +32,7 @@ from foundry_ext.training.run_description import (
     find_callback,
     method_of,
 )
+from foundry_ext.training.run_files import run_files
 from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.environment import describe_environment, peak_memory
 from foundry_ext.utils.errors import UserError
@@ -42,6 +45,7 @@ class RunRecord(StepTimer):
     """Callback that writes the run's record on rank 0, with the counts of all ranks.
 
     It is written when training starts, after every evaluation, at every checkpoint and at the end.
+    An earlier start's record is not replaced before the first step of this one has ended.
     A run that ends with an error has a record that names the error. A resumed run continues the
     counts of its checkpoint.
 
@@ -64,6 +68,8 @@ class RunRecord(StepTimer):
             "evaluations": [],
         }
         self.record: dict[str, Any] | None = None
+        self.has_begun = False
+        """Whether the first step has ended, or there was none left to do."""
         self.outcome: str | None = None
         """Final status, set when training ends; the record gets it with the last evaluation."""
 
@@ -74,11 +80,17 @@ class RunRecord(StepTimer):
         state.callbacks = [*(x for x in state.callbacks if x is not self), self]
         self.state, self.logged = state, _Logged()
         logger.destinations = (*logger.destinations, self.logged)
+        self.files = run_files(state)
+        self.path = str(self.files.add(RECORD, self.path))
 
     def before_load(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
         self.max_duration: Time = state.max_duration  # exact_resume may raise it later
         check_data(state, packed_dataset(state, "run_record"))  # before the first evaluation
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Refuse a record of another run, before the first evaluation."""
+        self.files.settle(state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
@@ -90,7 +102,6 @@ class RunRecord(StepTimer):
             )
         self.mfu_meter = MFUMeter(state)
         self.fit_started = time.perf_counter()
-        self.path = self.path.format(run_name=state.run_name)
         method, forgetting = method_of(state), find_callback(state, Forgetting)
         self.record = new_record(
             run_name=state.run_name,
@@ -112,6 +123,8 @@ class RunRecord(StepTimer):
             items=self._relative_items_path(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])
+        self.record["checkpoint"] = state.load_path if self.files.continues else None
+        self.was_there = Path(self.path).exists()
         model = self.record["model"]
         logger.log_metrics(
             {
@@ -126,7 +139,7 @@ class RunRecord(StepTimer):
         forgetting = find_callback(state, Forgetting)
         if forgetting is None or forgetting.items_path is None:
             return None
-        items = Path(forgetting.items_path.format(run_name=state.run_name)).absolute()
+        items = self.files.paths[ITEMS].absolute()
         folder = Path(self.path).absolute().parent
         if not items.is_relative_to(folder):
             raise UserError(
@@ -142,6 +155,12 @@ class RunRecord(StepTimer):
         self.all_steps += counts
         if not is_first:
             self.warm_steps += counts
+        assert self.record is not None
+        if not self.has_begun:
+            self.has_begun = True
+            self._write()
+        elif self.record["checkpoint"] is None and self._newest_checkpoint() is not None:
+            self._write_file()  # from now on a start from the beginning is refused
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         """Record the evaluation of `eval_first`, which comes before `fit_start`."""
@@ -157,6 +176,7 @@ class RunRecord(StepTimer):
         """End the record, unless an evaluation follows, in which the run may still fail."""
         # Not state.max_duration, which state.stop_training() lowers.
         finished = state.timestamp >= self.max_duration
+        self.has_begun = True
         self.outcome = "finished" if finished else "stopped"
         # Composer asks the intervals next; asking them twice at this event changes nothing.
         intervals = [evaluator.eval_interval for evaluator in state.evaluators]
@@ -179,6 +199,8 @@ class RunRecord(StepTimer):
     def close(self, state: State, logger: Logger) -> None:
         """Mark the record failed if training did not end. Not a collective: ranks may be gone."""
         if self.record is None or self.record["status"] != "running" or dist.get_global_rank() != 0:
+            return
+        if self.was_there and not self.has_begun:  # what is there is an earlier start's
             return
         error = sys.exc_info()[1] or getattr(sys, "last_value", None)
         mark_failed(self.path, error or "closed before the end of the training")
@@ -237,9 +259,21 @@ class RunRecord(StepTimer):
                 "waiting_for_data": timed.waiting / timed.seconds,
                 "mfu": self.mfu_meter.of(timed),
             }
-        if dist.get_global_rank() == 0:
-            write_record(self.path, record)
+        self._write_file()
         return sums
+
+    def _write_file(self) -> None:
+        assert self.record is not None
+        self.record["checkpoint"] = self._newest_checkpoint() or self.record["checkpoint"]
+        may_write = self.has_begun or not self.was_there
+        if may_write and dist.get_global_rank() == 0:
+            write_record(self.path, self.record)
+
+    def _newest_checkpoint(self) -> str | None:
+        """Return the newest checkpoint that this process has saved or continued from, on rank 0."""
+        savers = [one for one in self.state.callbacks if isinstance(one, CheckpointSaver)]
+        saved = [path for saver in savers for path in saver.saved_checkpoints]
+        return str(saved[-1]) if saved else None
 
     def _sums(self) -> dict[str, Any]:
         """Return sums over all ranks and all processes that this run has had. A collective."""
@@ -264,6 +298,7 @@ class RunRecord(StepTimer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.past |= state
+        self.files.started = state.get("started")
 
 
 class _Logged(LoggerDestination):
