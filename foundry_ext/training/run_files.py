@@ -104,7 +104,7 @@ class RunFiles:
         found = {key: path for key, path in self.paths.items() if _is_there(path)}
         for key, path in found.items():
             _check_kind(key, path)
-        record = read_record(found[RECORD]) if RECORD in found else None
+        record = _read(found[RECORD]) if RECORD in found else None
         if saver is not None and _is_own_checkpoint(state, saver, paths[SAVE_FOLDER]):
             if record is not None:
                 self._check_same_run(found, record)
@@ -113,7 +113,7 @@ class RunFiles:
         if saved:
             found = {SAVE_FOLDER: saved[-1], **found}
         if found:
-            self._check_replaceable(found, record, overwrite=bool(saver and saver.overwrite))
+            self._check_replaceable(found, record, None if saver is None else saver.overwrite)
         return False
 
     def _check_same_run(self, found: dict[str, Path], record: dict[str, Any]) -> None:
@@ -132,47 +132,30 @@ class RunFiles:
             )
 
     def _check_replaceable(
-        self, found: dict[str, Path], record: dict[str, Any] | None, *, overwrite: bool
+        self, found: dict[str, Path], record: dict[str, Any] | None, overwrite: bool | None
     ) -> None:
-        """Check that a start from the beginning may replace what is there, and say so."""
-        key, path = next(iter(found.items()))
-        if record is not None:
-            key, path = RECORD, found[RECORD]
+        """Check that a start from the beginning may replace what is there, and say so.
+
+        `overwrite` is save_overwrite, or None in a run that saves no checkpoints.
+        """
         if overwrite:
             reason = "as save_overwrite: true allows"
         elif (
             record is not None
-            and not self._is_of_another(record)
+            and record["run_name"] == self.run_name
             and SAVE_FOLDER not in found
             and _saved_nothing(record)
             and self._foreign(found, record) is None
         ):
             reason = f"left by a start that saved no checkpoint, {_describe(record)}"
         else:
-            raise UserError(self._refusal(key, path, found, record))
+            raise UserError(_refusal(found, record, overwrite))
         names = ", ".join(map(str, found.values()))
         print(f"after its first step, this run replaces {names}, {reason}", file=sys.stderr)
 
-    def _refusal(
-        self, key: str, path: Path, found: dict[str, Path], record: dict[str, Any] | None
-    ) -> str:
-        others = [str(other) for other in found.values() if other != path]
-        whose = "is there already"
-        if record is not None:
-            whose = f"is the record of a run that is there already, {_describe(record)}"
-            if SAVE_FOLDER not in found and not _saved_nothing(record):
-                whose += ", whose checkpoints are gone"
-        ways = ["give this run another run_name and other paths"]
-        if SAVE_FOLDER in found:
-            ways.append("continue the one that is there with autoresume: true")
-        ways += ["replace it with save_overwrite: true", "or move its files away"]
-        beside = f" (beside it {', '.join(others)})" if others else ""
-        return f"{key}: {path} {whose}{beside}, and this start would replace it; {', '.join(ways)}"
-
     def _is_of_another(self, record: dict[str, Any]) -> bool:
-        if record["run_name"] != self.run_name:
-            return True
-        return self.started is not None and record["started"] != self.started
+        known = self.started is not None
+        return record["run_name"] != self.run_name or (known and record["started"] != self.started)
 
     def _foreign(self, found: dict[str, Path], record: dict[str, Any]) -> str | None:
         """Return the key of a file that is there, but not where the record's run wrote, or None."""
@@ -200,6 +183,31 @@ _FILES: "weakref.WeakKeyDictionary[State, RunFiles]" = weakref.WeakKeyDictionary
 def run_files(state: State) -> RunFiles:
     """Return the files of the run that has this state."""
     return _FILES.setdefault(state, RunFiles(state))
+
+
+def _refusal(found: dict[str, Path], record: dict[str, Any] | None, overwrite: bool | None) -> str:
+    key = RECORD if record is not None else next(iter(found))
+    whose = "is there already"
+    if record is not None:
+        whose = f"is the record of an earlier run, {_describe(record)}"
+        if overwrite is not None and SAVE_FOLDER not in found and not _saved_nothing(record):
+            whose += ", whose checkpoints are gone"
+    others = [str(path) for other, path in found.items() if other != key]
+    beside = f" (also there: {', '.join(others)})" if others else ""
+    ways = ["give this run another run_name, and paths that hold it"]
+    if SAVE_FOLDER in found:
+        ways.append("continue what is there with autoresume: true")
+    if overwrite is not None:
+        ways.append("replace it with save_overwrite: true")
+    ways.append("or move those files away")
+    return f"{key}: {found[key]} {whose}{beside}, and would be replaced; {', '.join(ways)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except UserError as error:
+        raise UserError(f"{RECORD}: {error}; name another path, or move it away") from error
 
 
 def _is_there(path: Path) -> bool:

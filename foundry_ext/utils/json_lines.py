@@ -58,17 +58,10 @@ class HeldLines:
             self._held.clear()
 
     def open(self, *, resumed: bool) -> None:
-        """Open the file, unless it is open, and write what was held back.
-
-        Args:
-            resumed: continue after the last complete line, because a kill may have left part of
-                one. Otherwise the file is emptied. Its folder is created if needed.
-        """
+        """Open the file as `open_lines` does, unless it is open, and write what was held back."""
         if self._file is None:
             with naming_file(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                _cut(self.path, resumed=resumed)
-                self._file = self.path.open("a", encoding="utf-8")
+                self._file = open_lines(self.path, resumed=resumed)
             self.write([])
 
     def close(self) -> None:
@@ -77,10 +70,19 @@ class HeldLines:
             self._file = None
 
 
-def _cut(path: Path, *, resumed: bool) -> None:
+def open_lines(path: Path, *, resumed: bool) -> IO[str]:
+    """Open a file to append lines to.
+
+    Args:
+        path: the file. Its folder is created if needed.
+        resumed: continue after the last complete line, because a kill may have left part of one.
+            Otherwise the file is emptied.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         end = 0
         if resumed:
             file.seek(0)
             end = file.read().rfind(b"\n") + 1
         file.truncate(end)
+    return path.open("a", encoding="utf-8")

@@ -6,9 +6,7 @@ beginning. This is that saver with atomic writes, and it chooses what Composer l
 """
 
 import errno
-import functools
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -19,19 +17,19 @@ from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.core.time import Time, TimeUnit, ensure_time
 from composer.loggers import Logger
-from composer.trainer import Trainer
 from composer.utils import checkpoint, dist, format_name_with_dist, partial_format
 from llmfoundry.utils.config_utils import TrainConfig
 
 from foundry_ext.checkpoints import files as checkpoint_files
-from foundry_ext.checkpoints.folder_lock import FolderLock
 from foundry_ext.checkpoints.load_path import check_load_path
+from foundry_ext.checkpoints.run_folder import RunFolder
 from foundry_ext.evaluation.base_model import weights_fingerprint
 from foundry_ext.records.result_settings import (
     describe_changes,
     digest_settings,
     result_settings,
 )
+from foundry_ext.training.autoresume import load_what_is_chosen
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.run_description import find_callback
@@ -45,23 +43,6 @@ log = logging.getLogger(__name__)
 # own state compares the data by content. A longer duration and other evaluations are allowed.
 OTHERS_JUDGE = ("train_loader.dataset", "tokenizer")
 MAY_CHANGE = ("eval_interval", "max_duration")
-
-
-def _load_what_exact_resume_chose() -> None:
-    """Make Composer's autoresume load the checkpoint that `before_load` has chosen.
-
-    Composer follows the `latest` link, which may be missing or lead to a damaged checkpoint. The
-    link must not be changed yet, because the start may still be refused.
-    """
-    follow_link: Any = Trainer._get_autoresume_checkpoint
-
-    @functools.wraps(follow_link)
-    def choose(trainer: Trainer, *args: Any, **kwargs: Any) -> str | None:
-        callback = find_callback(trainer.state, ExactResume)
-        chosen = callback.resumed_from if callback is not None else None
-        return os.path.abspath(chosen) if chosen else follow_link(trainer, *args, **kwargs)
-
-    Trainer._get_autoresume_checkpoint = choose
 
 
 class ExactResume(CheckpointSaver):
@@ -116,15 +97,13 @@ class ExactResume(CheckpointSaver):
         self.signals = StopSignals()
         self.ended_at: Time | None = None
         self.autoresume, self.load_path = key("autoresume"), key("load_path")
-        self.lock = FolderLock(Path(folder))
         given = {**train_config, "seed": key("seed"), "precision": key("precision")}
         without = (*OTHERS_JUDGE, *MAY_CHANGE)
         self.settings = digest_settings(result_settings(given, without))
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
         self.resumed_from: str | None = None  # the checkpoint's path
-        self.damaged: dict[Path, str] = {}  # newer than that one, and what is wrong with them
-        self.has_begun = False
+        self.run_folder: RunFolder | None = None  # on rank 0
         self.base: str | None = None  # fingerprint of the weights under an adapter
 
     # --- before Composer loads -------------------------------------------------------------------
@@ -141,12 +120,14 @@ class ExactResume(CheckpointSaver):
                 that is damaged or could run code.
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
-            folder = self._folder(state)
-            self.lock.path = folder / self.lock.path.name
-            self.lock.take()
-            intact = self._intact_checkpoints(state, folder) if self.autoresume else []
-            self.saved_checkpoints = [str(path) for path in intact]
-            self.resumed_from = str(intact[-1]) if intact else None
+            folder = Path(format_name_with_dist(self.folder, state.run_name))
+            template = partial_format(self.filename.filename, run_name=state.run_name)
+            self.run_folder = RunFolder(folder, template, self._latest(state))
+            self.run_folder.lock.take()
+            if self.autoresume:
+                intact = self.run_folder.choose(overwrite=self.overwrite, load_path=self.load_path)
+                self.saved_checkpoints = [str(path) for path in intact]
+                self.resumed_from = str(intact[-1]) if intact else None
         # Every rank must know, so that all refuse a checkpoint together.
         decision = [self.resumed_from]
         dist.broadcast_object_list(decision, src=0)
@@ -157,56 +138,6 @@ class ExactResume(CheckpointSaver):
         model: Any = unwrapped(state)
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
-
-    def _folder(self, state: State) -> Path:
-        return Path(format_name_with_dist(self.folder, state.run_name))
-
-    def _template(self, state: State) -> str:
-        return partial_format(self.filename.filename, run_name=state.run_name)
-
-    def _intact_checkpoints(self, state: State, folder: Path) -> list[Path]:
-        """Return the run's checkpoints, oldest first; the last one is the one to resume from."""
-        template = self._template(state)
-        paths = checkpoint_files.find_checkpoints(folder, template)
-        latest = self._latest(state)
-        if self.overwrite and latest.exists() and latest.resolve() in map(Path.resolve, paths):
-            # Later ones may be left from an earlier run that this one overwrites.
-            resolved = [path.resolve() for path in paths]
-            paths = paths[: resolved.index(latest.resolve()) + 1]
-        given = Path(self.load_path) if self.load_path else None
-        if not (paths or self.overwrite) and checkpoint_files.has_any(
-            folder, template, besides=given
-        ):
-            raise UserError(
-                f"{folder}: there are checkpoints, but none is a file named like save_filename,"
-                f" {self.filename.filename}, so the run would start from the beginning; restore"
-                " them, or give the new run another folder"
-            )
-        for link in checkpoint_files.find_links(folder, template):
-            log.warning("%s is a link, and no checkpoint that this run saved: passed over", link)
-        intact, self.damaged = checkpoint_files.newest_intact(paths)
-        return intact
-
-    def begin(self, state: State) -> None:
-        """Put the folder in order, once the first step has ended or none was left to do.
-
-        Until then a start may be refused, and what it found must stay as it was.
-        """
-        if self.has_begun:
-            return
-        self.has_begun = True
-        if dist.get_global_rank() != 0 or state.fsdp_sharded_state_dict_enabled:
-            return
-        self.lock.sign()
-        assert self.latest_filename is not None
-        folder, latest = self._folder(state), self._latest(state)
-        checkpoint_files.remove_partial(folder, self._template(state), str(latest))
-        if self.resumed_from is None:
-            return
-        intact = Path(self.resumed_from)
-        checkpoint_files.set_aside(self.damaged, intact=intact)
-        if latest.resolve() != intact.resolve():
-            checkpoint_files.link_to(intact, latest)
 
     def _latest(self, state: State) -> Path:
         assert self.latest_filename is not None
@@ -275,11 +206,8 @@ class ExactResume(CheckpointSaver):
             )
         if reached >= end:
             if dist.get_global_rank() == 0:
-                print(
-                    f"this run had already reached max_duration, {end.to_timestring()}: no step is"
-                    " left, and only what follows the last one is repeated",
-                    file=sys.stderr,
-                )
+                text = f"this run had already reached max_duration, {end.to_timestring()}: no step"
+                print(f"{text} is left, and what follows the last is repeated", file=sys.stderr)
             self.ended_at = end
             state.max_duration = state.timestamp.get(end.unit) + 1
 
@@ -294,10 +222,12 @@ class ExactResume(CheckpointSaver):
         self.signals.install()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.begin(state)
+        if self.run_folder is not None:
+            self.run_folder.put_in_order()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        self.begin(state)
+        """Put the folder in order after a start that had no batch left to train."""
+        self.batch_end(state, logger)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
@@ -319,7 +249,8 @@ class ExactResume(CheckpointSaver):
 
     def close(self, state: State, logger: Logger) -> None:
         self.signals.remove()
-        self.lock.release()
+        if self.run_folder is not None:
+            self.run_folder.lock.release()
 
     # --- saving ----------------------------------------------------------------------------------
 
@@ -364,4 +295,4 @@ class ExactResume(CheckpointSaver):
         )
 
 
-_load_what_exact_resume_chose()
+load_what_is_chosen(ExactResume)

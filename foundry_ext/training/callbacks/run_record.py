@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from composer.callbacks import CheckpointSaver
 from composer.core import Event, State
 from composer.core.time import Time
-from composer.loggers import Logger, LoggerDestination
+from composer.loggers import Logger
 from composer.utils import dist
 
 from foundry_ext.config.outputs import ITEMS, RECORD
@@ -24,6 +23,7 @@ from foundry_ext.training.meter import (
     packed_dataset,
 )
 from foundry_ext.training.run_description import (
+    LoggedSettings,
     check_data,
     describe_evaluation_data,
     describe_loader,
@@ -31,6 +31,7 @@ from foundry_ext.training.run_description import (
     device_kind,
     find_callback,
     method_of,
+    newest_checkpoint,
 )
 from foundry_ext.training.run_files import run_files
 from foundry_ext.utils.absent import run_settings
@@ -78,7 +79,7 @@ class RunRecord(StepTimer):
     def init(self, state: State, logger: Logger) -> None:
         # Last, so that at every event the other callbacks have measured what is to be recorded.
         state.callbacks = [*(x for x in state.callbacks if x is not self), self]
-        self.state, self.logged = state, _Logged()
+        self.state, self.logged = state, LoggedSettings()
         logger.destinations = (*logger.destinations, self.logged)
         self.files = run_files(state)
         self.path = str(self.files.add(RECORD, self.path))
@@ -159,7 +160,7 @@ class RunRecord(StepTimer):
         if not self.has_begun:
             self.has_begun = True
             self._write()
-        elif self.record["checkpoint"] is None and self._newest_checkpoint() is not None:
+        elif self.record["checkpoint"] is None and newest_checkpoint(self.state) is not None:
             self._write_file()  # from now on a start from the beginning is refused
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
@@ -264,16 +265,10 @@ class RunRecord(StepTimer):
 
     def _write_file(self) -> None:
         assert self.record is not None
-        self.record["checkpoint"] = self._newest_checkpoint() or self.record["checkpoint"]
+        self.record["checkpoint"] = newest_checkpoint(self.state) or self.record["checkpoint"]
         may_write = self.has_begun or not self.was_there
         if may_write and dist.get_global_rank() == 0:
             write_record(self.path, self.record)
-
-    def _newest_checkpoint(self) -> str | None:
-        """Return the newest checkpoint that this process has saved or continued from, on rank 0."""
-        savers = [one for one in self.state.callbacks if isinstance(one, CheckpointSaver)]
-        saved = [path for saver in savers for path in saver.saved_checkpoints]
-        return str(saved[-1]) if saved else None
 
     def _sums(self) -> dict[str, Any]:
         """Return sums over all ranks and all processes that this run has had. A collective."""
@@ -299,21 +294,3 @@ class RunRecord(StepTimer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.past |= state
         self.files.started = state.get("started")
-
-
-class _Logged(LoggerDestination):
-    """Logger that keeps llm-foundry's configuration and the metrics of an evaluation."""
-
-    def __init__(self):
-        self.config: dict[str, Any] | None = None
-        self.metrics: dict[str, float] = {}
-
-    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        if "train_loader" in hyperparameters:  # Composer logs others, of versions and devices
-            self.config = hyperparameters
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            group, _, metric = name.partition("/")
-            if group == "metrics" and not metric.startswith("train/"):
-                self.metrics[metric] = float(value)
