@@ -5,6 +5,7 @@ change only files of their own run.
 """
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from omegaconf import OmegaConf
+
+from foundry_ext.config.run_name import SWEEP_VARIABLES
+from foundry_ext.launch.train import main
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.records.record import read_record
+from foundry_ext.records.record import read_record, write_record
 from foundry_ext.training.loggers.metrics_file import read_metrics
 from foundry_ext.utils.errors import UserError
 from tests.training import kit
@@ -71,7 +76,7 @@ def assert_kept(before: dict[Path, Any], folder: Path) -> None:
 
 def refused(given) -> str:
     """Return the line of a start that is refused."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises((UserError, FileNotFoundError)) as caught:
         kit.run(given)
     caught.value.__traceback__ = None
     assert "\n" not in str(caught.value)
@@ -84,9 +89,10 @@ def originals(world, tmp_path_factory) -> dict[str, Path]:
     that crashed before its first.
     """
     folders = {}
-    for name, after in (("finished", None), ("crashed", 3), ("dead", 1)):
+    for name, after, save in (("finished", None, 1), ("crashed", 3, 1), ("dead", 2, 3)):
         folder = folders[name] = tmp_path_factory.mktemp(name)
-        given = config(world, folder, callbacks={"spy": {"crash_after": after}})
+        spy = {"spy": {"crash_after": after}}
+        given = config(world, folder, callbacks=spy, save_interval=f"{save}ba")
         if after is None:
             kit.run(given)
         else:
@@ -138,7 +144,7 @@ FAILING: dict[str, tuple[str, Any, dict[str, Any], tuple[str, ...]]] = {
     "autoresume off, crashed": ("crashed", None, {"autoresume": False}, ("autoresume: true",)),
     "autoresume off, no record": (
         *("crashed", None, {"autoresume": False, "without": ("run_record",)}),
-        ("latest-rank0.pt", "metrics.jsonl", "save_overwrite: true"),
+        ("ep0-ba2-rank0.pt", "metrics.jsonl", "save_overwrite: true"),
     ),
     "autoresume off, Composer's saver": (
         *("finished", None, {"autoresume": False, "without": ("exact_resume",)}),
@@ -193,6 +199,7 @@ def test_a_start_that_dies_before_its_first_step_changes_nothing(
     before = snapshot(folder)
     forward = SmolLM2ForCausalLM.forward
 
+    @functools.wraps(forward)  # Composer passes the arguments that it finds in the signature
     def dies(self, *args, **kwargs):
         if self.training or place == "evaluation":
             raise RuntimeError("out of everything")
@@ -270,13 +277,31 @@ def test_one_place_for_two_files_is_refused(world, tmp_path, key, other):
     assert "would overwrite it" in refused(given)
 
 
+@pytest.mark.parametrize("override", ["autoresume=false", "seed=18", "sed=18", "run_name=../b"])
+def test_the_command_refuses_in_one_line(world, earlier, capsys, monkeypatch, override):
+    """The record says that this process is running it, as it may in a container started again."""
+    for name in SWEEP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    folder = earlier("crashed")
+    record = read_record(folder / "record.json")
+    write_record(folder / "record.json", {**record, "status": "running", "ended": None})
+    assert read_record(folder / "record.json")["pid"] == os.getpid()
+    OmegaConf.save(config(world, folder), folder / "run.yaml")
+    before = snapshot(folder)
+    assert main("train.py", [str(folder / "run.yaml"), override]) == 2
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train.py: error: ")]
+    assert len(errors) == 1
+    assert_kept(before, folder)
+
+
 # --- starts that go on ---------------------------------------------------------------------------
 
 
 def test_what_an_earlier_start_left_before_its_first_checkpoint_is_replaced(world, earlier, capfd):
     folder = earlier("dead")
     first = read_record(folder / "record.json")
-    assert (first["status"], first["checkpoint"]) == ("running", None)
+    assert first["status"] != "finished" and first["checkpoint"] is None
+    assert len(read_metrics(folder / "metrics.jsonl")["loss/train/total"]) == 2
     kit.run(config(world, folder))
     said = capfd.readouterr().err
     assert f"replaces {folder}/record.json" in said and "saved no checkpoint" in said
