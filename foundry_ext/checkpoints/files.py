@@ -94,7 +94,7 @@ def find_checkpoints(folder: Path, template: str) -> list[Path]:
     return [path for _, path in sorted(checkpoints)]
 
 
-def find_links(folder: Path, template: str) -> list[Path]:
+def links_named_like(folder: Path, template: str) -> list[Path]:
     """Return links that are named like checkpoints, which a user has put there."""
     return [path for path, _ in _named_like(folder, template) if path.is_symlink()]
 

@@ -49,7 +49,7 @@ class RunFolder:
                 f" {self.template}, or those are links, so the run would start from the beginning;"
                 " restore them, or give the new run another folder"
             )
-        for link in files.find_links(self.folder, self.template):
+        for link in files.links_named_like(self.folder, self.template):
             log.warning("%s is a link, which this run did not save: passed over", link)
         intact, self._damaged = files.newest_intact(paths)
         self._chosen = intact[-1] if intact else None

@@ -308,8 +308,8 @@ def test_one_place_for_several_runs_is_refused_before_the_first(
 @pytest.mark.parametrize(
     "name",
     [
-        *("../../esc", "..", ".", "/tmp/esc", "a/b", "a\\b", "''", "' '", '"a\\tb"', '"a\\x1b[31m"'),
-        *('"a\\nb"', '"a\\0"', "'{rank}'", "'{run_name}'", "x" * 201, "ä" * 101, '"\\u202ea"'),
+        *("../../esc", "..", ".", "/tmp/esc", "a/b", "a\\b", "''", "' '", "x" * 201, "ä" * 101),
+        *('"a\\tb"', '"a\\x1b[31m"', '"a\\nb"', '"a\\0"', '"\\u202ea"', "'{rank}'", "'{run_name}'"),
     ],
 )
 def test_names_of_runs_are_names(tmp_path: Path, name: str):
@@ -460,8 +460,7 @@ def test_a_signal_reaches_the_child_and_ends_the_sequence(tmp_path: Path):
     stub = write(tmp_path / "stub.py", SIGNALLED)
     code = (
         "import sys; from pathlib import Path;"
-        "from foundry_ext.launch.failures import explain
-from foundry_ext.launch.sequence import train_in_turn;"
+        "from foundry_ext.launch.sequence import train_in_turn;"
         f"sys.exit(train_in_turn({str(stub)!r}, [Path('a.yaml'), Path('b.yaml')], []))"
     )
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
+import torch
 from omegaconf import OmegaConf
 
 from foundry_ext.config.run_name import SWEEP_VARIABLES
@@ -136,6 +136,16 @@ def _link_elsewhere(folder: Path) -> None:
     for path in sorted((folder / "checkpoints").glob("ep*")):
         path.rename(folder / path.name)
         path.symlink_to(folder / path.name)
+
+
+def _link_newest(folder: Path) -> None:
+    newest = sorted((folder / "checkpoints").glob("ep*"))[-1]
+    newest.rename(folder / "moved.pt")
+    newest.symlink_to(folder / "moved.pt")
+
+
+def _foreign_newest(folder: Path) -> None:
+    torch.save([1, 2], sorted((folder / "checkpoints").glob("ep*"))[-1])
 
 
 FAILING: dict[str, tuple[str, Any, dict[str, Any], tuple[str, ...]]] = {
@@ -320,13 +330,19 @@ def test_evaluations_before_the_first_step_are_kept(originals):
     assert {json.loads(line)["step"] for line in items} == {0, 2, 3}
 
 
-@pytest.mark.parametrize("spoil", [None, _cut_newest, _forget_link])
-def test_a_crashed_run_goes_on(world, earlier, originals, spoil):
+@pytest.mark.parametrize("spoil", [None, _cut_newest, _forget_link, _link_newest, _foreign_newest])
+def test_a_crashed_run_goes_on(world, earlier, originals, caplog, spoil):
     folder = earlier("crashed")
+    content = sorted((folder / "checkpoints").glob("ep*"))[-1].read_bytes()
     if spoil is not None:
         spoil(folder)
     (folder / "checkpoints/partial-results.csv").write_text("precious")
     kit.run(config(world, folder))
+    if spoil is _link_newest:
+        assert (folder / "moved.pt").read_bytes() == content
+        assert "is a link" in caplog.text and "damaged" not in caplog.text
+    elif spoil is _foreign_newest:
+        assert "holds a list" in caplog.text
     assert (folder / "checkpoints/partial-results.csv").read_text() == "precious"
     ours, theirs = (read_record(x / "record.json") for x in (folder, originals["finished"]))
     assert ours["status"] == "finished"

@@ -60,7 +60,7 @@ def test_lines_are_held_back_until_the_file_may_be_opened(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path):
     lines = HeldLines(tmp_path / "a.jsonl")
     lines.open(resumed=False)
-    lines._file = Path("/dev/full").open("a")  # every write to it fails
-    with pytest.raises(OSError) as full:
+    with open("/dev/full", "a") as device, pytest.raises(OSError) as full:
+        lines._file = device  # every write to it fails
         lines.write([1])
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "a.jsonl"))

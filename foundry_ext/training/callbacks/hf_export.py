@@ -47,7 +47,8 @@ class HFExport(Callback):
     def _check(self, state: State) -> None:
         self._check_folder()
         needed = _needed_bytes(unwrapped(state))
-        free = shutil.disk_usage(next(x for x in self.path.absolute().parents if x.exists())).free
+        place = self.path.absolute()
+        free = shutil.disk_usage(next(x for x in (place, *place.parents) if x.exists())).free
         if free < needed:
             raise UserError(
                 f"{EXPORT}: {self.path} needs {needed / 1e9:.2f} GB, and its disk has"
