@@ -1,6 +1,7 @@
 """Files of JSON lines."""
 
 import errno
+import io
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_lines_are_held_back_until_the_file_may_be_opened(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path):
     lines = HeldLines(tmp_path / "a.jsonl")
     lines.open(resumed=False)
-    with open("/dev/full", "a") as device, pytest.raises(OSError) as full:
-        lines._file = device  # every write to it fails
+    # Every write to this device fails. Without a buffer nothing is left to be written at its end.
+    lines._file = io.TextIOWrapper(io.FileIO("/dev/full", "a"), write_through=True)  # pyright: ignore
+    with pytest.raises(OSError) as full:
         lines.write([1])
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "a.jsonl"))
