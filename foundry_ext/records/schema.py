@@ -188,6 +188,11 @@ class Record(_Section):
     environment: Environment
     data: Data
     model: Model
+    checkpoint: str | None = Field(
+        default=None,
+        description="newest checkpoint when the record was written; null before the first one, and"
+        " records from before 2026-11-29 do not have it",
+    )
     steps: Count = Field(description="optimizer steps so far")
     documents: Count = Field(description="documents trained on so far, repeats included")
     tokens: Tokens
