@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.metrics import Item
+from foundry_ext.evaluation.rows import fingerprint
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.evaluation.task_set import TaskSet, token_ids
 from foundry_ext.models.scores import BaseModel
@@ -190,6 +191,12 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         self.prompts = [prompt[-room:] for prompt in prompts]
         num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.count("prompts", [len(prompt) for prompt in self.prompts], num_truncated, room)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the encoded prompts and of the right answers, few-shot examples included."""
+        golds = [question.golds for question in self.questions]
+        return fingerprint([{"prompts": self.prompts, "golds": golds}])
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import MultipleChoiceSetConfig
 from foundry_ext.evaluation.metrics import Item
+from foundry_ext.evaluation.rows import fingerprint
 from foundry_ext.evaluation.scoring import Shard, score_documents
 from foundry_ext.evaluation.task_set import TaskSet, token_ids
 from foundry_ext.models.scores import BaseModel
@@ -142,6 +143,20 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         self.count("choices", lengths, num_truncated, max_length)
         self.capacity = max(PACK_TOKENS, *lengths)
         self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the encoded choices and of the right answers, few-shot examples included."""
+        return fingerprint(
+            [
+                {"ids": document.input_ids.tolist(), "scored": int(document.loss_mask.sum())}
+                for document in self.documents
+            ]
+            + [
+                {"gold": question.gold, "lengths": [len(c.text) for c in question.choices]}
+                for question in self.questions
+            ]
+        )
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard

@@ -154,6 +154,11 @@ class Record(_Section):
     seed: int = Field(description="seed of the run")
     learning_rate: float = Field(description="peak learning rate")
     config: dict = Field(description="the resolved YAML, secrets redacted")
+    defaults: dict = Field(
+        default={},
+        description="dotted key -> default of a setting, in the version that wrote the record, for"
+        " keys that the YAML leaves out; records from before 2026-11-29 do not have it",
+    )
     environment: Environment
     data: Data
     model: Model

@@ -12,6 +12,7 @@ from composer.core.time import Time
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from foundry_ext.checkpoints.setting_defaults import setting_defaults
 from foundry_ext.records.record import mark_failed, new_record, now, write_record
 from foundry_ext.training.callbacks.forgetting import Forgetting
 from foundry_ext.training.meter import (
@@ -91,6 +92,7 @@ class RunRecord(StepTimer):
         self.mfu_meter = MFUMeter(state)
         self.fit_started = time.perf_counter()
         self.path = self.path.format(run_name=state.run_name)
+        config = {key: value for key, value in config.items() if key not in _NOT_IN_THE_YAML}
         method, forgetting = method_of(state), find_callback(state, Forgetting)
         self.record = new_record(
             run_name=state.run_name,
@@ -98,9 +100,8 @@ class RunRecord(StepTimer):
             method=method.name,
             seed=state.rank_zero_seed,
             learning_rate=float(config["optimizer"]["lr"]),
-            config=run_settings(
-                {key: value for key, value in config.items() if key not in _NOT_IN_THE_YAML}
-            ),
+            config=run_settings(config),
+            defaults=setting_defaults(config),
             environment=describe_environment(
                 device_kind=device_kind(state), world_size=dist.get_world_size()
             ),
@@ -108,7 +109,7 @@ class RunRecord(StepTimer):
                 "train": describe_loader(dataset),
                 "eval": describe_evaluation_data(state, forgetting.sets if forgetting else ()),
             },
-            model=describe_model(config, method),
+            model=describe_model(self.logged.config, method),
             items=self._relative_items_path(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])
