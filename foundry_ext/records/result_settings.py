@@ -97,7 +97,7 @@ EFFECTS = {key: effect for effect, keys in _TABLE.items() for key in keys}
 START_KEYS = ("load_path", "load_weights_only", "load_strict_model_weights", "load_ignore_keys")
 _COMPONENTS = ("algorithms", "callbacks", "loggers")  # {name: settings}; an empty one counts too
 # Sections that a run has or lacks as a whole. `[...]` is the label of one of several loaders.
-_OPTIONAL = re.compile(r"fsdp_config|tp_config|eval_loader(\[[^]]*\])?")
+_OPTIONAL = re.compile(r"(fsdp_config|tp_config|eval_loader(\[[^]]*\])?)(?![^.])")
 # llm-foundry moves a value of another type to a key of its own.
 _MOVED = {
     "eval_loaders": "eval_loader",
@@ -109,7 +109,8 @@ _FIRST_FORMAT = re.compile(
     r"(seed|max_seq_len|model|optimizer|scheduler|algorithms|global_train_batch_size|precision"
     r"|callbacks\.forgetting\.sets)(\..*)?"
 )
-_TIME = re.compile(r"\s*([0-9][0-9_.]*(?:e[+-]?[0-9]+)?)\s*(ep|ba|sp|tok|dur|iter|sec)\s*", re.I)
+_NUMBER = r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?"
+_TIME = re.compile(rf"\s*({_NUMBER})\s*(ep|ba|sp|tok|dur|iter|sec)\s*", re.IGNORECASE | re.ASCII)
 _TIME_KEYS = re.compile(r"max_duration|(eval|save)_interval|scheduler\.t_.*")
 
 
@@ -273,7 +274,7 @@ def _normal(value: Any) -> Any:
         return [_normal(child) for child in value]
     if isinstance(value, str):
         time = _TIME.fullmatch(value)
-        return f"{float(time[1])!r}{time[2].lower()}" if time and time[1].count(".") < 2 else value
+        return f"{float(time[1])!r}{time[2].lower()}" if time else value
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**53:
         return float(value)
     return value

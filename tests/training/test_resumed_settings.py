@@ -68,7 +68,9 @@ def test_every_component_has_a_decision():
         tests = {"spy", "signal_at"}
         undecided = {name for name in group.get_all() if f"callbacks.{name}" not in EFFECTS}
         assert undecided - tests <= DECIDING_CALLBACKS
-    assert {name for name in registry.loggers.get_all() if f"loggers.{name}" not in EFFECTS} == set()
+    assert {
+        name for name in registry.loggers.get_all() if f"loggers.{name}" not in EFFECTS
+    } == set()
     undecided = {key for key in parameters(ComposerSmolLM2) if f"model.{key}" not in EFFECTS}
     assert undecided == DECIDING_MODEL_KEYS
     for section in ("optimizer.x", "scheduler.x", "algorithms.x", "callbacks.x", "loggers.x"):
@@ -94,7 +96,10 @@ def test_defaults_are_those_of_the_code(world):
         assert optional == SETS[kind]
     config = {"optimizer": {"name": "fused_adamw"}, "callbacks": {"guard": {}, "unknown": {}}}
     defaults = setting_defaults(config)
-    assert (defaults["optimizer.betas"], defaults["callbacks.guard.action"]) == ([0.9, 0.95], "stop")
+    assert (defaults["optimizer.betas"], defaults["callbacks.guard.action"]) == (
+        [0.9, 0.95],
+        "stop",
+    )
     assert defaults["accumulate_train_batch_on_tokens"] is True and "max_duration" not in defaults
     assert json.loads(json.dumps(defaults)) == defaults
 
@@ -213,11 +218,8 @@ def test_equal_settings_in_other_words_resume_silently(world, whole, tmp_path, c
         "algorithms__gradient_clipping__clipping_threshold": 1,
         "train_loader__drop_last": False,
         "max_duration": "4 ba",
-        "model__peft_config": None,
-        "tp_config": None,
     }
-    change.pop("model__peft_config")  # kit's None removes a key that is there
-    run = resume(world, whole, tmp_path, **{k: v for k, v in change.items() if v is not None})
+    run = resume(world, whole, tmp_path, **change)
     assert all(torch.equal(weight, whole[0][name]) for name, weight in run.weights.items())
     assert "changed since" not in caplog.text
 
@@ -258,6 +260,8 @@ def measured(world, tmp_path_factory):
     """Train two batches with sets of every type; return the sets and the checkpoints."""
     folder = tmp_path_factory.mktemp("measured")
     sets = make_sets(world, folder)
+    # One measured question, before which all others are examples.
+    sets["shots"] = {**sets["choice"], "num_fewshot": 4, "max_items": 1}
     kit.run(config(world, folder, max_duration="2ba", callbacks=with_sets(sets)))
     return sets, folder / "checkpoints"
 
@@ -279,20 +283,19 @@ def write(folder, name, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["source", "choice", "choice, a shot", "problems", "gold"])
+@pytest.mark.parametrize("name", ["source", "choice", "shots", "problems", "gold"])
 def test_an_edited_set_is_refused(world, measured, tmp_path, name):
-    """`a shot`: a row that is not measured, but is an example before others."""
     sets = measured[0]
-    key = {"choice, a shot": "choice", "gold": "problems"}.get(name, name)
+    key = {"gold": "problems"}.get(name, name)
     if name == "source":
         change = {"loader": kit.loader_config(edited(world.eval_rows, tmp_path))}
-    elif name.startswith("choice"):
+    elif name in ("choice", "shots"):
         rows = [*CHOICES[:-1], {**CHOICES[-1], "query": "one eight two"}]
         change = {"path": write(tmp_path, "other", rows)}
     else:
         row = {**PROBLEMS[0], "answer": "a bird\n#### 7"}
         row = row if name == "gold" else {**row, "question": "count nothing"}
-        change = {"path": write(tmp_path, "other", [*PROBLEMS[1:], row][::-1])}
+        change = {"path": write(tmp_path, "other", [row, *PROBLEMS[1:]])}
     other = {**sets, key: {**sets[key], **change}}
     with pytest.raises(ValueError, match=rf"forgetting\.sets\.{key}: .* holds other items"):
         resume_measured(world, measured, tmp_path, other)
@@ -300,7 +303,7 @@ def test_an_edited_set_is_refused(world, measured, tmp_path, name):
 
 def test_moved_sets_go_on(world, measured, tmp_path):
     sets = dict(measured[0])
-    for name in ("choice", "problems"):
+    for name in ("choice", "shots", "problems"):
         path = tmp_path / f"moved-{name}.jsonl"
         shutil.copy(sets[name]["path"], path)
         sets[name] = {**sets[name], "path": str(path)}

@@ -175,9 +175,9 @@ class ExactResume(CheckpointSaver):
             name = self.resumed_from or self.load_path or f"in {self.folder}"
             raise UserError(
                 f"the checkpoint {name} is of a run with another"
-                f" {'; another '.join(changed)}. Restore the YAML and the data; give the run another name and"
-                " save_folder; or start a new run from the checkpoint's weights with load_path,"
-                " load_weights_only: true and another save_folder"
+                f" {'; another '.join(changed)}. Restore the YAML and the data; give the run"
+                " another name and save_folder; or start a new run from the checkpoint's weights"
+                " with load_path, load_weights_only: true and another save_folder"
             )
         self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
