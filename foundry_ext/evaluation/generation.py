@@ -5,9 +5,11 @@ version 3. Its few-shot examples come from the training split, ours from other r
 file.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +20,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.rows import fingerprint
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.evaluation.task_set import TaskSet, token_ids
 from foundry_ext.models.scores import BaseModel
@@ -192,11 +193,11 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.count("prompts", [len(prompt) for prompt in self.prompts], num_truncated, room)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of the encoded prompts and of the right answers, few-shot examples included."""
         golds = [question.golds for question in self.questions]
-        return fingerprint([{"prompts": self.prompts, "golds": golds}])
+        return hashlib.sha256(repr((self.prompts, golds)).encode()).hexdigest()[:16]
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard

@@ -5,8 +5,10 @@ log-probability of the continuation's tokens, `acc_norm` the one with the larges
 choice's length in characters. llm-foundry instead takes the lowest perplexity, a mean over tokens.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.evaluation.config import MultipleChoiceSetConfig
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.rows import fingerprint
 from foundry_ext.evaluation.scoring import Shard, score_documents
 from foundry_ext.evaluation.task_set import TaskSet, token_ids
 from foundry_ext.models.scores import BaseModel
@@ -144,19 +145,17 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         self.capacity = max(PACK_TOKENS, *lengths)
         self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of the encoded choices and of the right answers, few-shot examples included."""
-        return fingerprint(
-            [
-                {"ids": document.input_ids.tolist(), "scored": int(document.loss_mask.sum())}
-                for document in self.documents
-            ]
-            + [
-                {"gold": question.gold, "lengths": [len(c.text) for c in question.choices]}
-                for question in self.questions
-            ]
-        )
+        answers = [
+            (one.gold, [len(choice.text) for choice in one.choices]) for one in self.questions
+        ]
+        digest = hashlib.sha256(repr((answers, self.lengths)).encode())
+        for document in self.documents:
+            digest.update(document.input_ids.astype(np.int64).tobytes())
+            digest.update(document.loss_mask.tobytes())
+        return digest.hexdigest()[:16]
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard

@@ -41,8 +41,8 @@ callbacks:
   forgetting: {sets: {source: {role: forgetting}, target: {role: learning}}}
 """
 # Says in `starts` that it runs and in `ends` that it finished; in `overlaps` if another one of its
-# run is there too. Behaviours: good, old (an earlier version's record), fail (until the file `mended`
-# is there), silent (no record), stubborn (deaf to Ctrl-C).
+# run is there too. Behaviours: good, old (a record of an earlier version), fail (until the file
+# `mended` is there), silent (no record), stubborn (deaf to Ctrl-C).
 PROGRAM = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path

@@ -83,8 +83,8 @@ class RunRecord(StepTimer):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
-        config = self.logged.config
-        if config is None:
+        logged = self.logged.config
+        if logged is None:
             raise UserError(
                 "run_record: log_config: false hides the run's configuration from its record; leave"
                 " that key out"
@@ -92,7 +92,7 @@ class RunRecord(StepTimer):
         self.mfu_meter = MFUMeter(state)
         self.fit_started = time.perf_counter()
         self.path = self.path.format(run_name=state.run_name)
-        config = {key: value for key, value in config.items() if key not in _NOT_IN_THE_YAML}
+        config = {key: value for key, value in logged.items() if key not in _NOT_IN_THE_YAML}
         method, forgetting = method_of(state), find_callback(state, Forgetting)
         self.record = new_record(
             run_name=state.run_name,
@@ -109,7 +109,7 @@ class RunRecord(StepTimer):
                 "train": describe_loader(dataset),
                 "eval": describe_evaluation_data(state, forgetting.sets if forgetting else ()),
             },
-            model=describe_model(self.logged.config, method),
+            model=describe_model(logged, method),
             items=self._relative_items_path(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])
