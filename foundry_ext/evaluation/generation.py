@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -192,10 +191,10 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         self.prompts = [prompt[-room:] for prompt in prompts]
         num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.count("prompts", [len(prompt) for prompt in self.prompts], num_truncated, room)
+        self.digest = self._digest()
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the encoded prompts and of the right answers, few-shot examples included."""
+    def _digest(self) -> str:
+        """Return a digest of the encoded prompts and of the right answers, few-shot examples included."""
         golds = [question.golds for question in self.questions]
         return hashlib.sha256(repr((self.prompts, golds)).encode()).hexdigest()[:16]
 

@@ -8,7 +8,6 @@ choice's length in characters. llm-foundry instead takes the lowest perplexity, 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -144,10 +143,10 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         self.count("choices", lengths, num_truncated, max_length)
         self.capacity = max(PACK_TOKENS, *lengths)
         self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
+        self.digest = self._digest()
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of the encoded choices and of the right answers, few-shot examples included."""
+    def _digest(self) -> str:
+        """Return a digest of the encoded choices and of the right answers, few-shot examples included."""
         answers = [
             (one.gold, [len(choice.text) for choice in one.choices]) for one in self.questions
         ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from foundry_ext.records.result_settings import (
-    EFFECTS,
+    _TABLE,
     Effect,
     Saved,
     digest_settings,
@@ -121,5 +121,5 @@ def test_the_page_lists_what_may_change():
     rows = dict(re.findall(r"^\| \*\*(.+?)\*\* \|.*?\|(.*)\|$", PAGE.read_text(), re.MULTILINE))
     for effect in (Effect.SAME_BITS, Effect.ROUNDING, Effect.ANNOUNCED):
         listed = re.findall(r"`([^`]+)`", rows[str(effect)])
-        keys = {LOADER.sub("LOADER.", key) for key, value in EFFECTS.items() if value is effect}
+        keys = {LOADER.sub("LOADER.", key) for key in _TABLE[effect]}
         assert sorted(listed) == sorted(keys), effect
