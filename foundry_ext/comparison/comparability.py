@@ -61,7 +61,8 @@ def distinguishing(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _unequal_settings(named: Mapping[str, Run]) -> list[Difference]:
     configs = {name: run.record["config"] for name, run in named.items()}
-    return differences(configs, allow=_ALWAYS_ALLOWED)
+    defaults = {name: run.record.get("defaults") or {} for name, run in named.items()}
+    return differences(configs, allow=_ALWAYS_ALLOWED, defaults=defaults)
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:

@@ -63,13 +63,17 @@ class Difference:
 
 
 def differences(
-    configs: Mapping[str, Mapping[str, Any]], *, allow: Sequence[str] = ()
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    allow: Sequence[str] = (),
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Difference]:
     """Return all differences between configurations other than method and learning rate.
 
     Args:
         configs: resolved configurations by name (a file, a run).
         allow: dotted keys that may differ, each with all keys below it.
+        defaults: for the same names, dotted key -> what a missing key means.
 
     Raises:
         UserError: there are fewer than two configurations, or one has a malformed section.
@@ -83,13 +87,23 @@ def differences(
     unequal = []
     for key in sorted(set().union(*flat.values())):
         concerned = adapted if key.startswith(f"{_ADAPTER}.") else configs
-        unequal += unequal_values(key, {n: flat[n].get(key, ABSENT) for n in concerned})
+        unequal += unequal_values(
+            key, {n: flat[n].get(key, _default(key, n, defaults)) for n in concerned}
+        )
     unequal += _unequal_sets(configs, "seed", lambda config: config.get("seed"))
     unequal += _unequal_sets(
         adapted, f"{_ADAPTER}.r", lambda config: method_of_config(_adapter(config)).rank
     )
     unequal += _unequal_grids(configs)
     return [each for each in unequal if not any(is_below(each.key, key) for key in allow)]
+
+
+def _default(key: str, name: str, defaults: Mapping[str, Mapping[str, Any]] | None) -> Any:
+    """Return what a missing key means; the records of earlier versions do not say it."""
+    known = defaults or {}
+    sources = [known[name]] if known.get(name) else known.values()
+    values = (source[key] for source in sources if source.get(key) is not None)
+    return next(values, ABSENT)
 
 
 def unequal_values(key: str, values: Mapping[str, Any]) -> list[Difference]:

@@ -73,6 +73,13 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
         )
     if _in_parts(evaluates) and _number(evaluates) == 0:
         yield f"eval_interval, {evaluates!r}, must be an interval above 0, or 0 to never evaluate"
+    by_tokens = config.get("accumulate_train_batch_on_tokens", True)
+    if not by_tokens and str(get(config, "train_loader.name")).startswith("packed_"):
+        yield (
+            f"accumulate_train_batch_on_tokens, {by_tokens!r}, would weigh packs by their number of"
+            " documents instead of their tokens with a label, so the loss would depend on the"
+            " microbatches; leave it out"
+        )
     duration = get(config, "max_duration")
     if duration is not None and _number(duration) <= 0:
         yield f"max_duration, {duration!r}, trains nothing; give a time above 0, such as 1ep"

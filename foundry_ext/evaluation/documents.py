@@ -57,6 +57,11 @@ class DocumentsSet:
             "counts": documents.counts,
         }
 
+    @property
+    def digest(self) -> str:
+        """Digest of the documents; those that are measured follow from it and from the settings."""
+        return self.dataset.documents.fingerprint
+
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:

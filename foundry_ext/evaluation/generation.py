@@ -5,6 +5,7 @@ version 3. Its few-shot examples come from the training split, ours from other r
 file.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,6 +192,12 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         self.prompts = [prompt[-room:] for prompt in prompts]
         num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.count("prompts", [len(prompt) for prompt in self.prompts], num_truncated, room)
+        self.digest = self._digest()
+
+    def _digest(self) -> str:
+        """Return a digest of the encoded prompts and of the right answers, few-shot examples included."""
+        golds = [question.golds for question in self.questions]
+        return hashlib.sha256(repr((self.prompts, golds)).encode()).hexdigest()[:16]
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard

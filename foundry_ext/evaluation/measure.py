@@ -39,6 +39,11 @@ class EvalSet(Protocol):
         """Name, revision, fingerprint, documents, tokens and counts, for the run's record."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Digest of all that the set gives to a model and compares, 16 hex digits."""
+        ...
+
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
     ) -> list[Item]:

@@ -5,6 +5,7 @@ log-probability of the continuation's tokens, `acc_norm` the one with the larges
 choice's length in characters. llm-foundry instead takes the lowest perplexity, a mean over tokens.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,18 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         self.count("choices", lengths, num_truncated, max_length)
         self.capacity = max(PACK_TOKENS, *lengths)
         self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
+        self.digest = self._digest()
+
+    def _digest(self) -> str:
+        """Return a digest of the encoded choices and of the right answers, few-shot examples included."""
+        answers = [
+            (one.gold, [len(choice.text) for choice in one.choices]) for one in self.questions
+        ]
+        digest = hashlib.sha256(repr((answers, self.lengths)).encode())
+        for document in self.documents:
+            digest.update(document.input_ids.astype(np.int64).tobytes())
+            digest.update(document.loss_mask.tobytes())
+        return digest.hexdigest()[:16]
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard

@@ -41,6 +41,7 @@ def new_record(
     data: dict[str, Any],
     model: dict[str, Any],
     items: str | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the record of a run that starts now, in this process.
 
@@ -61,6 +62,7 @@ def new_record(
         "seed": seed,
         "learning_rate": learning_rate,
         "config": config,
+        "defaults": defaults or {},
         "environment": environment,
         "data": data,
         "model": model,

@@ -185,6 +185,11 @@ class Record(_Section):
     config: Annotated[dict, AfterValidator(_in_reach)] = Field(
         description="the resolved YAML, secrets redacted"
     )
+    defaults: Annotated[dict, AfterValidator(_in_reach)] = Field(
+        default={},
+        description="dotted key -> default of a setting, in the version that wrote the record, for"
+        " keys that the YAML leaves out; records from before 2026-11-29 do not have it",
+    )
     environment: Environment
     data: Data
     model: Model

@@ -14,8 +14,17 @@ from omegaconf import OmegaConf
 from foundry_ext.adapters.methods import method_of_config
 from foundry_ext.config.loading import load_config, record_path, split_arguments
 from foundry_ext.config.outputs import find_name_fault, find_shared
+from foundry_ext.config.top_level_keys import TOP_LEVEL_KEYS
 from foundry_ext.records.record import RECORD_NAME
-from foundry_ext.records.result_settings import RESULT_SETTINGS
+from foundry_ext.records.result_settings import (
+    Change,
+    Effect,
+    Saved,
+    digest_settings,
+    effect_of,
+    find_changes,
+    result_settings,
+)
 from foundry_ext.sweeps.file import Sweep, command_line, inside
 from foundry_ext.sweeps.state import amount, read_run_record, wall_seconds
 from foundry_ext.utils.errors import UserError
@@ -148,29 +157,39 @@ def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
 def finished_otherwise(run: PlannedRun, record: Mapping[str, Any]) -> str:
     """Return how a finished record differs from the planned run, as `seed: 18, not 17`, or ''.
 
-    The comparison covers the settings of the sweep, and those settings of the YAML that decide a
-    run's result, because the YAML may have been edited since. It skips keys that only one side
-    has, such as a section added later.
+    The comparison covers the settings of the sweep, and all settings of the YAML that decide a
+    run's result, because the YAML may have been edited since. A key that only one side has is a
+    difference, unless its value is the other side's default.
     """
     config = record.get("config")
     if not isinstance(config, dict):
         return ""
-    planned = redact(run.config)
-    for key in (*run.keys, *RESULT_SETTINGS):
-        difference = _difference(get(config, key), get(planned, key), key)
-        if difference:
-            return difference
-    return ""
+    defaults = record.get("defaults") or {}
+    changes = _changes(run, config, defaults)
+    if not defaults and any(None in change for change in changes):
+        # An earlier version wrote it. The import of a trainer takes long.
+        from foundry_ext.checkpoints.setting_defaults import setting_defaults
+
+        changes = _changes(run, config, setting_defaults(config) | setting_defaults(run.config))
+    first = min(changes, key=lambda change: change.key not in run.keys, default=None)
+    return f"{first.key}: {first.before!r}, not {first.now!r}" if first else ""
 
 
-def _difference(recorded: Any, wanted: Any, key: str) -> str:
-    """Return the first difference at or below `key` in words, or ''."""
-    if isinstance(recorded, Mapping) and isinstance(wanted, Mapping):
-        below = (_difference(recorded[k], wanted[k], f"{key}.{k}") for k in wanted if k in recorded)
-        return next(filter(None, below), "")
-    if recorded is None or wanted is None or recorded == wanted:
-        return ""
-    return f"{key}: {recorded!r}, not {wanted!r}"
+def _changes(
+    run: PlannedRun, config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[Change]:
+    """Return the settings of the planned run that make another result than those of `config`."""
+    # llm-foundry adds the keys of `metadata` to those of the YAML.
+    recorded = {key: value for key, value in config.items() if key in TOP_LEVEL_KEYS}
+    before, now = (
+        digest_settings(result_settings(side)) for side in (recorded, redact(run.config))
+    )
+    without_effect = (Effect.SAME_BITS, Effect.ROUNDING)
+    return [
+        change
+        for change in find_changes(Saved(before, defaults), Saved(now, {}))
+        if change.key in run.keys or effect_of(change.key) not in without_effect
+    ]
 
 
 def estimate_costs(

@@ -28,7 +28,7 @@ def check_data(state: State, dataset: PackedDataset) -> None:
     """
     config = getattr(getattr(unwrapped(state), "model", None), "config", None)
     check_positions(dataset, getattr(config, "max_position_embeddings", None))
-    for label, evaluated in _evaluated(state):
+    for label, evaluated in evaluated_datasets(state):
         refuse_training_documents(f"eval_loader {label}", evaluated, dataset)
 
 
@@ -61,7 +61,7 @@ def refuse_training_documents(key: str, evaluated: PackedDataset, trained: Packe
         )
 
 
-def _evaluated(state: State) -> Iterable[tuple[str, PackedDataset]]:
+def evaluated_datasets(state: State) -> Iterable[tuple[str, PackedDataset]]:
     """Yield (label, dataset) of Composer's evaluators that have a packed loader."""
     for evaluator in state.evaluators:
         dataset = getattr(evaluator.dataloader.dataloader, "dataset", None)
@@ -90,7 +90,9 @@ def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
 
 def describe_evaluation_data(state: State, sets: Iterable[EvalSet] = ()) -> dict[str, Any]:
     """Return `data.eval`: Composer's evaluators as eval/<label>, and the sets by their names."""
-    loaders = {f"eval/{label}": describe_loader(dataset) for label, dataset in _evaluated(state)}
+    loaders = {
+        f"eval/{label}": describe_loader(dataset) for label, dataset in evaluated_datasets(state)
+    }
     return loaders | {eval_set.config.name: eval_set.description for eval_set in sets}
 
 

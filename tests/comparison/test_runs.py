@@ -112,6 +112,21 @@ def test_every_other_difference_is_refused_by_name_and_can_be_allowed(two, chang
         check_comparable(runs, [named + "x"])
 
 
+def test_a_default_that_one_yaml_writes_out_is_no_difference(two):
+    full, lora = two
+    config = json.loads((full / "record.json").read_text())["config"]
+    edit(full, config__optimizer={**config["optimizer"], "eps": 1e-8})
+    with pytest.raises(ValueError, match=r"optimizer\.eps: "):
+        check_comparable(
+            load_runs(map(str, two)).runs
+        )  # earlier records do not say what a missing key means
+    edit(lora, defaults={"optimizer.eps": 1e-08})
+    assert check_comparable(load_runs(map(str, two)).runs) == []
+    edit(lora, defaults={"optimizer.eps": 1e-6})
+    with pytest.raises(ValueError, match=r"optimizer\.eps: "):
+        check_comparable(load_runs(map(str, two)).runs)
+
+
 def test_names_seeds_methods_and_learning_rates_may_differ(sweep: Path):
     assert check_comparable(load_runs([str(sweep)]).runs) == []
 

@@ -32,6 +32,17 @@ def test_a_scheduler_that_needs_one_unit_is_told_before_the_imports(duration, ch
         assert fault and fault.startswith(f"{key}, {value!r}, must have the unit of max_duration")
 
 
+def test_a_loss_that_is_not_weighed_by_tokens_is_refused():
+    """It would depend on the microbatches (trap 5)."""
+    key = "accumulate_train_batch_on_tokens"
+    for loader in ("packed_finetuning", "packed_text", "text"):
+        config = {"train_loader": {"name": loader, "dataset": {"hf_name": "a.jsonl"}}}
+        faults = [find_fault({**config, key: value}) for value in (False, None, True)]
+        refused = [fault is not None and fault.startswith(f"{key}, ") for fault in faults]
+        assert refused == ([False] * 3 if loader == "text" else [True, True, False])
+        assert find_fault(config) is None
+
+
 @pytest.mark.parametrize(
     ("warmup", "duration", "warns"),
     [

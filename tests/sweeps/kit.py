@@ -41,8 +41,8 @@ callbacks:
   forgetting: {sets: {source: {role: forgetting}, target: {role: learning}}}
 """
 # Says in `starts` that it runs and in `ends` that it finished; in `overlaps` if another one of its
-# run is there too. Behaviours: good, fail (until the file `mended` is there), silent (no record),
-# stubborn (deaf to Ctrl-C).
+# run is there too. Behaviours: good, old (a record of an earlier version), fail (until the file
+# `mended` is there), silent (no record), stubborn (deaf to Ctrl-C).
 PROGRAM = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
@@ -61,6 +61,8 @@ def note(name, text=""):
 def record(status, **more):
     content = {"schema_version": 1, "status": status, "pid": os.getpid(),
                "config": OmegaConf.to_container(config, resolve=True), **more}
+    if behaviour != "old":  # records of earlier versions do not have it
+        content["defaults"] = {"optimizer.weight_decay": 1e-5, "seed": 17}
     path.with_suffix(".tmp").write_text(json.dumps(content))
     path.with_suffix(".tmp").replace(path)
 

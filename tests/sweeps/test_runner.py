@@ -226,6 +226,66 @@ def test_the_record_of_an_earlier_attempt_says_nothing_about_this_one(folder: Pa
     assert not any("long ago" in line for line in said)
 
 
+ADDED = {
+    "optimizer: {name: decoupled_adamw, ": {
+        "weight_decay: 0.1, ": "optimizer.weight_decay: None, not 0.1",
+        "weight_decay: 1.0e-5, ": None,  # the default
+        "weight_decay: 0.00001, ": None,
+    },
+    "model: {name: smollm2_packed, ": {
+        "peft_config: {peft_type: LORA}, ": "model.peft_config.peft_type: None, not 'LORA'",
+        "peft_config: null, ": None,
+        "loss: compiled, ": None,  # equal to rounding
+    },
+    "seed: 17\n": {
+        "algorithms: {gated_linear_units: {}}\n": "algorithms.gated_linear_units: None, not 'pres",
+        "eval_subset_num_batches: 3\n": "eval_subset_num_batches: None, not 3",
+        "metadata: {team: red}\nprogress_bar: true\n": None,
+    },
+    "train_loader: {": {
+        "drop_last: true, ": "train_loader.drop_last: None, not True",
+        "num_workers: 2, ": None,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "named"),
+    [(place, text, named) for place, texts in ADDED.items() for text, named in texts.items()],
+)
+def test_a_key_added_since_is_a_difference(folder: Path, place: str, text: str, named):
+    """So is one that was left out since; a default is none."""
+    path = write_sweep(folder, {"seed": {"value": 17}})
+    yaml_file = folder / "b.yaml"
+    shorter = yaml_file.read_text()
+    assert place in shorter
+    longer = shorter.replace(place, place + text)
+    for before, after in ((shorter, longer), (longer, shorter)):
+        yaml_file.write_text(before)
+        (folder / "outputs/b-seed_17/record.json").unlink(missing_ok=True)
+        run(path)
+        yaml_file.write_text(after)
+        if named is None:
+            assert "2 finished already" in run(path)[1][0]
+            continue
+        key = named.partition(":")[0]
+        with pytest.raises(UserError, match=re.escape(named if after == longer else f"{key}: ")):
+            run(path)
+
+
+@pytest.mark.more  # imports a trainer
+def test_a_record_of_an_earlier_version_has_the_defaults_of_this_one(folder: Path):
+    path = write_sweep(folder, {"seed": {"value": 17}, "variables.behaviour": {"value": "old"}})
+    run(path)
+    yaml_file = folder / "b.yaml"
+    text = yaml_file.read_text()
+    yaml_file.write_text(text.replace("decoupled_adamw, ", "decoupled_adamw, eps: 1.0e-8, "))
+    assert "2 finished already" in run(path)[1][0]
+    yaml_file.write_text(text.replace("decoupled_adamw, ", "decoupled_adamw, eps: 1.0e-6, "))
+    with pytest.raises(UserError, match=r"optimizer\.eps: None, not 1e-06; move it away"):
+        run(path)
+
+
 def test_a_run_name_leads_to_no_other_folder(folder: Path):
     path = write_sweep(folder, {})
     for name in ("a", "b"):

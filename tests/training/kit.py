@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from foundry_ext.packing.collator import Document, PackCollator
+from foundry_ext.records.result_settings import EFFECTS, Effect
 from foundry_ext.training.callbacks.exact_resume import ExactResume
 from foundry_ext.training.callbacks.guard import Guard
 from foundry_ext.utils.constants import IGNORE_INDEX
@@ -238,6 +239,8 @@ class Crash(Exception):
 
 
 llmfoundry.registry.callbacks.register("spy", func=Spy)
+# Tests give it other settings when a run resumes, which a callback of a user's may not have.
+EFFECTS["callbacks.spy"] = Effect.SAME_BITS
 if "exact_resume" not in llmfoundry.registry.callbacks_with_config:
     # Entry points are read at installation, which may be older than this test.
     llmfoundry.registry.callbacks_with_config.register("exact_resume", func=ExactResume)

@@ -18,20 +18,18 @@ from composer.core import State
 from composer.core.time import Time, TimeUnit, ensure_time
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, format_name_with_dist, partial_format
-from llmfoundry.utils.config_utils import TrainConfig
+from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 
 from foundry_ext.checkpoints import files as checkpoint_files
 from foundry_ext.checkpoints.load_path import check_load_path
 from foundry_ext.checkpoints.run_folder import RunFolder
+from foundry_ext.checkpoints.setting_defaults import setting_defaults
 from foundry_ext.evaluation.base_model import weights_fingerprint
-from foundry_ext.records.result_settings import (
-    describe_changes,
-    digest_settings,
-    result_settings,
-)
+from foundry_ext.records.result_settings import Saved, digest_settings, result_settings
 from foundry_ext.training.autoresume import load_what_is_chosen
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
+from foundry_ext.training.resumed_settings import changed_data, evaluation_data, judge
 from foundry_ext.training.run_description import find_callback
 from foundry_ext.training.run_files import run_files
 from foundry_ext.training.signals import StopSignals
@@ -39,19 +37,15 @@ from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Settings that decide the result may not change on resumption, with these exceptions. The loader's
-# own state compares the data by content. A longer duration and other evaluations are allowed.
-OTHERS_JUDGE = ("train_loader.dataset", "tokenizer")
-MAY_CHANGE = ("eval_interval", "max_duration")
-
 
 class ExactResume(CheckpointSaver):
     """Checkpoint saver that replaces Composer's, controlled by the YAML's own save_... keys.
 
     Checkpoints are written atomically, and the previous one stays until the next is on the disk.
     With `autoresume` the newest intact checkpoint is loaded; damaged ones are named and skipped. A
-    checkpoint of a run with other settings is refused, except for a longer duration, and the loader
-    refuses other data. A second run in the same folder is refused while the first one is running.
+    checkpoint of a run with other settings or other evaluation data is refused, and the loader
+    refuses other training data; docs/what-decides.md lists the settings that may change. A second
+    run in the same folder is refused while the first one is running.
 
     SIGTERM and Ctrl-C save at the end of the batch, after its evaluation if there is one, and end
     the run with exit code 128 plus the signal's number. The run's record says "stopped". A run that
@@ -97,9 +91,10 @@ class ExactResume(CheckpointSaver):
         self.signals = StopSignals()
         self.ended_at: Time | None = None
         self.autoresume, self.load_path = key("autoresume"), key("load_path")
-        given = {**train_config, "seed": key("seed"), "precision": key("precision")}
-        without = (*OTHERS_JUDGE, *MAY_CHANGE)
-        self.settings = digest_settings(result_settings(given, without))
+        # llm-foundry adds the keys of `metadata` to those of the YAML.
+        config = {name: x for name, x in train_config.items() if name in TRAIN_CONFIG_KEYS}
+        self.settings = Saved(digest_settings(result_settings(config)), setting_defaults(config))
+        self.evaluated: dict[str, tuple[str, str]] = {}  # fingerprint and files of each evaluator
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
         self.resumed_from: str | None = None  # the checkpoint's path
@@ -135,6 +130,7 @@ class ExactResume(CheckpointSaver):
         if self.load_path is not None and not self.resumed_from:
             name = format_name_with_dist(self.load_path, state.run_name)
             check_load_path(name, thoroughly=dist.get_local_rank() == 0)
+        self.evaluated = evaluation_data(state)
         model: Any = unwrapped(state)
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
@@ -149,7 +145,9 @@ class ExactResume(CheckpointSaver):
         Raises:
             UserError: the checkpoint is of a run with other settings; names each.
         """
-        changed = describe_changes(state["settings"], self.settings)
+        before = Saved(state["settings"], state.get("defaults"))
+        changed = judge(before, self.settings, is_start=not self.resumed_from)
+        changed += changed_data(state.get("evaluation"), self.evaluated)
         if self.resumed_from and state["run_name"] != self.run_name:
             changed.insert(0, f"run_name: {state['run_name']}, now {self.run_name}")
         if None not in (state["base"], self.base) and state["base"] != self.base:
@@ -159,9 +157,9 @@ class ExactResume(CheckpointSaver):
             name = self.resumed_from or self.load_path or f"in {self.folder}"
             raise UserError(
                 f"the checkpoint {name} is of a run with another"
-                f" {'; another '.join(changed)}. Restore the YAML; give the run another name and"
-                " save_folder; or start a new run from the checkpoint's weights with load_path,"
-                " load_weights_only: true and another save_folder"
+                f" {'; another '.join(changed)}. Restore the YAML and the data; give the run"
+                " another name and save_folder; or start a new run from the checkpoint's weights"
+                " with load_path, load_weights_only: true and another save_folder"
             )
         self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
@@ -169,7 +167,9 @@ class ExactResume(CheckpointSaver):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            "settings": self.settings,
+            "settings": dict(self.settings.given),
+            "defaults": dict(self.settings.defaults or {}),
+            "evaluation": self.evaluated,
             "run_name": self.run_name,
             "duration": self.duration.to_timestring(),
             "base": self.base,

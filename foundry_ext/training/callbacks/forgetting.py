@@ -205,11 +205,42 @@ class Forgetting(Callback):
     # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations, "base": self.base_fingerprint}
+        return {
+            "evaluations": self.evaluations,
+            "base": self.base_fingerprint,
+            "sets": {eval_set.config.name: eval_set.digest for eval_set in self.sets},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the checkpoint's measurements.
+
+        Raises:
+            UserError: a set was added, left out, or now holds other items.
+        """
+        self._check_same_sets(state.get("sets"))
         self.evaluations = list(state["evaluations"])
         self.loaded_fingerprint = state["base"]
+
+    def _check_same_sets(self, before: Mapping[str, str] | None) -> None:
+        if before is None:  # an earlier version did not store them
+            return
+        way_out = "or start a new run with another run_name and save_folder"
+        now = {eval_set.config.name: eval_set for eval_set in self.sets}
+        for name in sorted(now.keys() ^ before.keys()):
+            raise UserError(
+                f"forgetting.sets.{name}: not in the run that the checkpoint is of, so it has no"
+                f" measurement of step 0 to compare with; leave it out, {way_out}"
+                if name in now
+                else f"forgetting.sets.{name}: the run that the checkpoint is of measures it, and"
+                f" its curves and means would end in the middle; restore it, {way_out}"
+            )
+        for name, eval_set in now.items():
+            if eval_set.digest != before[name]:
+                raise UserError(
+                    f"forgetting.sets.{name}: {eval_set.description['name']} holds other items than"
+                    f" those measured so far ({before[name]}, now {eval_set.digest}), so its curve"
+                    f" would join two sets; restore the file and the tokenizer, {way_out}"
+                )
 
 
 def _composer_model(state: State) -> ComposerSmolLM2:

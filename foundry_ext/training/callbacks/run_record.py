@@ -12,6 +12,7 @@ from composer.core.time import Time
 from composer.loggers import Logger
 from composer.utils import dist
 
+from foundry_ext.checkpoints.setting_defaults import setting_defaults
 from foundry_ext.config.outputs import ITEMS, RECORD
 from foundry_ext.records.record import mark_failed, new_record, now, write_record
 from foundry_ext.training.callbacks.forgetting import Forgetting
@@ -95,14 +96,15 @@ class RunRecord(StepTimer):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
-        config = self.logged.config
-        if config is None:
+        logged = self.logged.config
+        if logged is None:
             raise UserError(
                 "run_record: log_config: false hides the run's configuration from its record; leave"
                 " that key out"
             )
         self.mfu_meter = MFUMeter(state)
         self.fit_started = time.perf_counter()
+        config = {key: value for key, value in logged.items() if key not in _NOT_IN_THE_YAML}
         method, forgetting = method_of(state), find_callback(state, Forgetting)
         self.record = new_record(
             run_name=state.run_name,
@@ -110,9 +112,8 @@ class RunRecord(StepTimer):
             method=method.name,
             seed=state.rank_zero_seed,
             learning_rate=float(config["optimizer"]["lr"]),
-            config=run_settings(
-                {key: value for key, value in config.items() if key not in _NOT_IN_THE_YAML}
-            ),
+            config=run_settings(config),
+            defaults=setting_defaults(config),
             environment=describe_environment(
                 device_kind=device_kind(state), world_size=dist.get_world_size()
             ),
@@ -120,7 +121,7 @@ class RunRecord(StepTimer):
                 "train": describe_loader(dataset),
                 "eval": describe_evaluation_data(state, forgetting.sets if forgetting else ()),
             },
-            model=describe_model(config, method),
+            model=describe_model(logged, method),
             items=self._relative_items_path(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from foundry_ext.checkpoints import files as checkpoint_files
 from foundry_ext.records.record import read_record
+from foundry_ext.records.result_settings import EFFECTS, Effect
 from tests.training import kit
 from tests.training.test_resume import assert_ends_like
 
@@ -39,6 +40,7 @@ class SignalAt(Callback):
 
 
 registry.callbacks.register("signal_at", func=SignalAt)
+EFFECTS["callbacks.signal_at"] = Effect.SAME_BITS
 
 
 def config(world, reference, folder, method="full", **overrides):
