@@ -33,7 +33,7 @@ def make_tokenizer(name: str | None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if name:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     backend: Any = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]

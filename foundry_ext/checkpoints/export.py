@@ -21,7 +21,7 @@ from foundry_ext.adapters import methods, pissa
 from foundry_ext.checkpoints.safe_load import load_checkpoint
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import replaced_folder
-from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.errors import UserError, naming, one_line
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +201,8 @@ def _build(
         model.generation_config = GenerationConfig.from_dict(content)
     expected: Any = model.state_dict()
     if adapter is not None:
+        with naming(str(source)):  # an unsupported key may import a module by its name
+            methods.check(adapter, adaptable_modules(model))
         # Not initialised as in training: PiSSA would decompose random matrices.
         peft_config = LoraConfig(**adapter | {"init_lora_weights": True})
         model = get_peft_model(model, peft_config)
@@ -236,9 +238,10 @@ def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenize
                 f"the checkpoint's tokenizer has a file {name!r}{content['file_extension']}, which"
                 " no tokenizer needs: it could be code, or be written anywhere"
             )
-    tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
-        saved, tokenizer_save_dir=str(scratch)
-    )
+    with naming("the checkpoint's tokenizer"):
+        tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
+            saved, trust_remote_code=False, tokenizer_save_dir=str(scratch)
+        )
     shutil.rmtree(scratch, ignore_errors=True)
     return tokenizer
 

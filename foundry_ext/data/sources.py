@@ -27,6 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.data.config import STREAM_KEYS
 from foundry_ext.data.json_lines import check_lines, find_fault
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.remote_code import code_only_if_trusted
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -104,7 +105,7 @@ def load_rows(
         # A single file is one split, whatever it is called.
         kwargs["data_files"] = {split.split("[")[0]: str(path)}
         with _by_line(path):
-            rows = datasets.load_dataset(hf_name, split=split, **kwargs)
+            rows = datasets.load_dataset(hf_name, split=split, **code_only_if_trusted(kwargs))
     else:
         with _naming_the_hub(hf_name):
             rows = _load_named(hf_name, split, safe_load=safe_load, **kwargs)
@@ -135,10 +136,8 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
             "dataset pandas reads pickles, which could run code; write the rows as .parquet or"
             " .jsonl"
         )
-    # Without it, datasets would ask at the terminal, and obey an environment variable.
-    kwargs.setdefault("trust_remote_code", False)
     try:
-        return datasets.load_dataset(hf_name, split=split, **kwargs)
+        return datasets.load_dataset(hf_name, split=split, **code_only_if_trusted(kwargs))
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

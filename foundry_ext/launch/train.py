@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
 from foundry_ext.config.values import find_warning
-from foundry_ext.launch.building import errors_name_their_section
+from foundry_ext.launch.building import errors_name_their_section, no_questions
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
@@ -122,7 +122,7 @@ def train_here(path: Path, config: DictConfig) -> int:
         check_components(resolved)
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
-        with _log_without_secrets(), errors_name_their_section():
+        with _log_without_secrets(), no_questions(), errors_name_their_section():
             trainer = train_recorded(train, config)
     except Exception as error:
         known = explain(error, resolved)
