@@ -98,7 +98,7 @@ class Setup:
 
     def config(self) -> LlamaConfig:
         return AutoConfig.from_pretrained(
-            CONFIGS / self.model, use_cache=False, **self.config_overrides
+            CONFIGS / self.model, trust_remote_code=False, use_cache=False, **self.config_overrides
         )
 
 

@@ -21,7 +21,7 @@ from foundry_ext.adapters import methods, pissa
 from foundry_ext.checkpoints.safe_load import describe_foreign, load_checkpoint
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import replaced_folder
-from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.errors import UserError, naming, one_line
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +154,10 @@ def write_folder(
 
 def _sort_targets(path: Path) -> None:
     """Sort what peft writes in the order of hashes, so that equal runs write equal files."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content["target_modules"], list):
         content["target_modules"].sort()
-        path.write_text(json.dumps(content, indent=2, sort_keys=True))
+        path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def refuse_folder_in_use(out: Path) -> None:
@@ -205,6 +205,8 @@ def _build(
         model.generation_config = GenerationConfig.from_dict(content)
     expected: Any = model.state_dict()
     if adapter is not None:
+        with naming(str(source)):  # an unsupported key may import a module by its name
+            methods.check(adapter, adaptable_modules(model))
         # Not initialised as in training: PiSSA would decompose random matrices.
         peft_config = LoraConfig(**adapter | {"init_lora_weights": True})
         model = get_peft_model(model, peft_config)
@@ -240,9 +242,10 @@ def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenize
                 f"the checkpoint's tokenizer has a file {name!r}{content['file_extension']}, which"
                 " no tokenizer needs: it could be code, or be written anywhere"
             )
-    tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
-        saved, tokenizer_save_dir=str(scratch)
-    )
+    with naming("the checkpoint's tokenizer"):
+        tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
+            saved, trust_remote_code=False, tokenizer_save_dir=str(scratch)
+        )
     shutil.rmtree(scratch, ignore_errors=True)
     return tokenizer
 
@@ -251,6 +254,6 @@ def describe_export(out: Path) -> str:
     """Return one line: what was written, and how to load it."""
     adapter = out / "adapter_config.json"
     if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         return f"{out}: adapter; PeftModel.from_pretrained(base, path), base model {base!r}"
     return f"{out}: full model; AutoModelForCausalLM.from_pretrained(path)"

@@ -57,7 +57,7 @@ def base_name(folder: Path, given: str | None) -> str:
     if name is None and is_adapter(folder):
         path = folder / "adapter_config.json"
         with naming(str(path)):
-            name = json.loads(path.read_text()).get("base_model_name_or_path")
+            name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder} does not name its base model; pass --base")
     if name in HUB_NAMES:
@@ -75,7 +75,7 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
         UserError: it cannot be loaded, has another architecture, or its weights do not match.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type != "llama":
             raise UserError(f"{name} must be a Llama-shaped model, not {config.model_type}")
         loaded: Any = kind.from_pretrained(
@@ -122,6 +122,9 @@ def load_tokenizer(folder: Path, base: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer saved with the tuned model, else the base model's."""
     is_saved = (folder / "tokenizer_config.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if is_saved else base)
+        # Without it, transformers would ask at the terminal whether to run code of the folder.
+        return AutoTokenizer.from_pretrained(
+            str(folder) if is_saved else base, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise UserError(f"no tokenizer in {folder} or {base}: {one_line(error)}") from error

@@ -33,6 +33,7 @@ from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
 from foundry_ext.utils.nested import leaves
+from foundry_ext.utils.redaction import is_secret_name, redact, remember_secrets
 
 FILE_KEY = "config="
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -76,19 +77,27 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     path = Path(path)
     config = _read_yaml(path)
+    remember_secrets(OmegaConf.to_container(config, resolve=False))  # an error may come at once
     given: dict[str, Any] = {}
     for override in sorted(overrides, key=lambda one: goes_through_reference(config, one)):
         key, value = merge_override(config, override)
         given[key] = value
+    remember_secrets(OmegaConf.to_container(config, resolve=False))
     unset(config, [key for key, value in given.items() if value is None])
     _check_keys(path, config)
     _check_choices(path, config)
-    _check_values(path, drop_absent(config, _resolve(path, config)))
+    resolved = _resolve(path, config)
+    remember_secrets(resolved)
+    _check_values(path, drop_absent(config, resolved))
     _check_microbatch(path, config)
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
         named = choices_in_run_name(config)
-        others = {key: value for key, value in given.items() if key not in named}
+        others = {  # names of folders are in every log, so without secrets
+            key: redact(value)
+            for key, value in given.items()
+            if key not in named and not is_secret_name(key)
+        }
         config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), others)
     fault = find_output_fault(_resolve(path, config))  # the name that a sweep gives is known now
     if fault:
@@ -136,7 +145,7 @@ def _read_yaml(path: Path) -> DictConfig:
     if not path.exists():
         raise UserError(f"{path}: no such file{way_out(path)}")
     try:
-        config = copy.deepcopy(_parse(path.read_text()))
+        config = copy.deepcopy(_parse(path.read_text(encoding="utf-8")))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

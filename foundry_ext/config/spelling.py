@@ -58,7 +58,7 @@ def as_in_the_sweep(overrides: Sequence[str]) -> list[str]:
     if not path.is_file():
         return list(overrides)
     try:
-        entries = yaml.safe_load(path.read_text())
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return list(overrides)
     values = {

@@ -124,7 +124,7 @@ def _fill(folder: Path, write: Callable[[Path], None], fault: str) -> None:
         with replaced_folder(folder, partial=folder.with_name(name), must_be_new=True) as part:
             write(part)
             sizes = {path.name: path.stat().st_size for path in part.iterdir()}
-            (part / _WHOLE).write_text(json.dumps(sizes))
+            (part / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
     except OSError:
         if _find_fault(folder) is not None:
             raise
@@ -161,7 +161,7 @@ def _machine() -> str:
     """Return a name for what process numbers are unique in: a container, until the next boot."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not Linux
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
     return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
 
@@ -171,7 +171,7 @@ def _find_fault(folder: Path) -> str | None:
     if not folder.is_dir():
         return _MISSING
     try:
-        sizes = json.loads((folder / _WHOLE).read_text())
+        sizes = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
         if _DAMAGED in sizes:
             return str(sizes[_DAMAGED])
         for name, size in sizes.items():

@@ -29,7 +29,7 @@ def cached_documents(key: str, write: Callable[[Path], datasets.Dataset]) -> Doc
         documents = Documents(_read_table(folder, files))
         about = {"files": files, "fingerprint": documents.fingerprint}
         text = json.dumps({**about, "checksums": documents.checksums()})
-        (folder / _ABOUT).write_text(text)
+        (folder / _ABOUT).write_text(text, encoding="utf-8")
 
     folder = cached(key, fill)
     try:
@@ -47,7 +47,7 @@ def _read(folder: Path) -> Documents:
         DamagedTableError: it holds something else.
     """
     try:
-        about = json.loads((folder / _ABOUT).read_text())
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         if "checksums" not in about:
             raise DamagedTableError("an earlier version wrote it, without checksums")
         table = _read_table(folder, about["files"])

@@ -91,7 +91,7 @@ def _read_note(note: Path) -> dict[str, Any]:
 def _write_note(note: Path, content: dict[str, Any]) -> None:
     partial = note.with_name(f"{note.stem}.{uuid.uuid4().hex}.partial")  # ranks write at once
     with contextlib.suppress(OSError), replaced_file(note, partial=partial) as file:
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _is_local(path: Path) -> bool:

@@ -26,6 +26,7 @@ from foundry_ext.data.config import STREAM_KEYS
 from foundry_ext.data.files import KINDS
 from foundry_ext.data.local_rows import cache_of_folder, load_files
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.remote_code import code_only_if_trusted
 
 
 def fetch(hf_name: str, split: str | None) -> tuple[str, str]:
@@ -100,10 +101,8 @@ def _load_named(hf_name: str, split: str, *, safe_load: bool, **kwargs: Any) -> 
         )
     if Path(hf_name).is_dir():
         kwargs.setdefault("cache_dir", cache_of_folder(Path(hf_name)))
-    # Without it, datasets would ask at the terminal, and obey an environment variable.
-    kwargs.setdefault("trust_remote_code", False)
     try:
-        return datasets.load_dataset(hf_name, split=split, **kwargs)
+        return datasets.load_dataset(hf_name, split=split, **code_only_if_trusted(kwargs))
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

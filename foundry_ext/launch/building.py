@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.preflight.components import SECTIONS, Section, registered
+from foundry_ext.preflight.components import SECTIONS, Section, registered, without_remote_code
 from foundry_ext.utils.errors import UserError, naming, one_line
 
 _TOKENIZER = (
@@ -20,6 +20,28 @@ _TOKENIZER = (
 # Functions of llm-foundry's that check the rest of the YAML: batch sizes by ranks, what goes with
 # what, durations and the scheduler's units. All of them run before the first step.
 CHECKS = ("make_dataclass_and_log_config", "validate_config", "process_init_device", "Trainer")
+
+
+# Sections whose files may bring code, and the builder's argument with the YAML's settings.
+_WITH_CODE = {"tokenizer": "tokenizer_kwargs", "model": "cfg"}
+
+
+@contextlib.contextmanager
+def no_questions() -> Iterator[None]:
+    """Make transformers and datasets refuse remote code that was not asked for in the YAML.
+
+    Components of llm-foundry's and of the user's load data and models without a word about it.
+    The libraries would then ask at the terminal, and datasets would obey an environment variable.
+    """
+    datasets: Any = importlib.import_module("datasets.config")
+    dynamic: Any = importlib.import_module("transformers.dynamic_module_utils")
+    before = datasets.HF_DATASETS_TRUST_REMOTE_CODE, dynamic.TIME_OUT_REMOTE_CODE
+    # A time limit of 0 is their own way to refuse without a question.
+    datasets.HF_DATASETS_TRUST_REMOTE_CODE, dynamic.TIME_OUT_REMOTE_CODE = False, 0
+    try:
+        yield
+    finally:
+        datasets.HF_DATASETS_TRUST_REMOTE_CODE, dynamic.TIME_OUT_REMOTE_CODE = before
 
 
 @contextlib.contextmanager
@@ -56,9 +78,13 @@ def _naming(key: str, section: Section, module: Any) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        name = _name(inspect.signature(build).bind(*args, **kwargs).arguments)
+        given = inspect.signature(build).bind(*args, **kwargs)
+        name = _name(given.arguments)
+        if key in _WITH_CODE:
+            settings = given.arguments[_WITH_CODE[key]] or {}
+            given.arguments[_WITH_CODE[key]] = without_remote_code(key, name, settings)
         try:
-            return build(*args, **kwargs)
+            return build(*given.args, **given.kwargs)
         except Exception as error:
             if not isinstance(error, UserError | OSError) and _is_ours(key, name):
                 raise

@@ -19,12 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
 from foundry_ext.config.values import find_warning
-from foundry_ext.launch.building import errors_name_their_section
+from foundry_ext.launch.building import errors_name_their_section, no_questions
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.nodes import check_configurations, share_fault, signals_per_node
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
-from foundry_ext.utils.redaction import redact
+from foundry_ext.utils.output import redacted_arguments, redacted_output
+from foundry_ext.utils.redaction import redact, remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
 
@@ -50,6 +51,12 @@ def main(script: str, arguments: Sequence[str]) -> int:
         script: the path of train.py, which runs of several files are started with.
         arguments: its command line.
     """
+    remember_secrets(list(arguments))
+    with redacted_output(is_progress=True):
+        return _main(script, arguments)
+
+
+def _main(script: str, arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_EXIT
@@ -127,7 +134,8 @@ def train_here(path: Path, config: DictConfig) -> int:
         check_components(resolved)
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
-        with _log_without_secrets(), errors_name_their_section(), signals_per_node():
+        section = errors_name_their_section()
+        with _log_without_secrets(), no_questions(), section, signals_per_node():
             trainer = train_recorded(train, config)
     except Exception as error:
         known = share_fault(error) or explain(error, resolved)
@@ -141,7 +149,7 @@ def train_here(path: Path, config: DictConfig) -> int:
 
 @contextlib.contextmanager
 def _log_without_secrets() -> Iterator[None]:
-    """Redact the YAML that llm-foundry prints and gives to every logger."""
+    """Redact the YAML that llm-foundry gives to every logger, and the command line."""
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     whole = module.log_config
 
@@ -150,7 +158,8 @@ def _log_without_secrets() -> Iterator[None]:
 
     module.log_config = log_config
     try:
-        yield
+        with redacted_arguments():
+            yield
     finally:
         module.log_config = whole
 
@@ -162,7 +171,7 @@ def complain(path: Path, text: str) -> None:
     """
     rank = os.environ.get("RANK", "0")
     label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
-    print(f"{label}: {path}: {redact(text)}", file=sys.stderr)
+    print(f"{label}: {path}: {text}", file=sys.stderr)
 
 
 def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:

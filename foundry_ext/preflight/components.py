@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from foundry_ext.utils.errors import UserError, one_line, suggest
+from foundry_ext.utils.remote_code import KEY, code_only_if_trusted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,29 @@ def registered(place: str, name: str, section: Section) -> Callable[..., Any]:
         f"{where}: unknown name, {name!r}{suggest(name, known) or ';'} known: {', '.join(known)};"
         " `code_paths: [file.py]` names a file that registers one of your own"
     )
+
+
+def without_remote_code(key: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with which a tokenizer or model runs no code of its folder.
+
+    llm-foundry's own defaults ask at the terminal for a tokenizer, and run the code for a model.
+    `trust_remote_code: true` in the YAML is obeyed.
+
+    Args:
+        key: "tokenizer" or "model".
+        name: the tokenizer's name or folder, or the model's registered name.
+        settings: what the YAML says.
+    """
+    import llmfoundry.registry
+
+    registry = getattr(llmfoundry.registry, f"{key}s")
+    # A tokenizer that is not registered is loaded by transformers' AutoTokenizer.
+    takes_it = key == "tokenizer" if name not in registry else _takes(registry.get(name), KEY)
+    return code_only_if_trusted(settings) if takes_it else dict(settings)
+
+
+def _takes(component: Callable[..., Any], key: str) -> bool:
+    return key in inspect.signature(component).parameters
 
 
 def _check_keys(

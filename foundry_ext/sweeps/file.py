@@ -70,7 +70,7 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         content = yaml.load(text, Loader=_Loader)
         doubled = next(_doubled(yaml.compose(text, Loader=_Loader)), None)
     # An impossible date or undecodable bytes are a ValueError.

@@ -71,7 +71,7 @@ def read_state(path: Path) -> dict[str, RunState]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return _State.model_validate_json(json.dumps(content)).runs  # strict, as JSON is
     except ValidationError as error:
         reason = explain_invalid(error, _State.model_fields)
@@ -109,7 +109,7 @@ def is_free(path: Path) -> bool:
 def read_run_record(path: Path) -> dict[str, Any]:
     """Return the run's record at `path`, or {} if it is missing or unreadable."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -19,6 +19,7 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.special_tokens import SpecialTokens
 from foundry_ext.packing.batch import Pack
+from foundry_ext.preflight.components import without_remote_code
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
 
@@ -158,7 +159,8 @@ def open_tokenizer(config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     section = config["tokenizer"]
     # The tokenizers library raises nothing more specific.
     with naming(f"tokenizer ({section['name']})", (Exception,)):
-        return build_tokenizer(section["name"], dict(section.get("kwargs") or {}))
+        kwargs = without_remote_code("tokenizer", section["name"], section.get("kwargs") or {})
+        return build_tokenizer(section["name"], kwargs)
 
 
 def open_loader(

@@ -70,7 +70,7 @@ class HFExport(Callback):
                 f"{EXPORT}: {self.path} exists and is not an earlier export; name another folder"
                 " or remove it"
             )
-        written = mark.read_text().split("\n") if there else []
+        written = mark.read_text(encoding="utf-8").split("\n") if there else []
         others = [path.name for path in there if not _is_ours(path, written)]
         if others:
             raise UserError(
@@ -96,7 +96,7 @@ class HFExport(Callback):
             with replaced_folder(self.path) as partial:
                 write_folder(model.model, model.tokenizer, partial, weights)
                 names = sorted(path.name for path in partial.iterdir())
-                (partial / _MARK).write_text("\n".join(names))
+                (partial / _MARK).write_text("\n".join(names), encoding="utf-8")
         except Exception as error:  # safetensors has an error of its own
             if is_disk_full(error):
                 text = f"the export needs {_needed_bytes(model) / 1e9:.2f} GB"

@@ -30,6 +30,7 @@ from foundry_ext.training.loggers.wandb_service import (
     write_out,
 )
 from foundry_ext.utils.errors import one_line
+from foundry_ext.utils.output import redacted_arguments
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class BackgroundWandB(WandBLogger):
         """Start W&B, and from now on make its calls in the background."""
         self._num_lost, self._last_lost, self._restarts = 0, "", 0
         self._elsewhere = _other_places(state, logger)
-        self._start(state, logger)
+        with redacted_arguments():
+            self._start(state, logger)
         if self._enabled:
             self._background = Background(CALL_SECONDS, self._give_up)
             self.send("the axes of its charts", self._started)
@@ -159,10 +161,11 @@ class BackgroundWandB(WandBLogger):
         kwargs: dict[str, Any] = {**self._init_kwargs, "id": generate_id()}
         kwargs["settings"] = {**kwargs["settings"], "init_timeout": CALL_SECONDS / 2}
         try:
-            try:
-                wandb.init(**kwargs)
-            except wandb.Error:
-                wandb.init(**{**kwargs, "mode": "offline"})
+            with redacted_arguments():
+                try:
+                    wandb.init(**kwargs)
+                except wandb.Error:
+                    wandb.init(**{**kwargs, "mode": "offline"})
             self._started()
         except Exception as error:
             log.warning("W&B's service cannot be started again (%s)", _short(error))

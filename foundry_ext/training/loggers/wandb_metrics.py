@@ -1,6 +1,7 @@
 """`wandb_metrics`: Weights & Biases for metrics and records, but not for checkpoints."""
 
 import copy
+import logging
 import os
 import shutil
 from functools import partial
@@ -35,14 +36,20 @@ PROMISED_KEYS = (
 PROMISED_CONFIG = ("experiment", "method", "seed")
 
 
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
+
+
 class WandBMetrics(BackgroundWandB):
     """Composer's WandBLogger for runs that are compared. The arguments are those of `wandb`.
 
     Runs are grouped by the experiment of `run_record`, then by method (W&B's job type) and seed (in
     the configuration), unless `group` or `init_kwargs.job_type` are given. Every value is logged
     with the real tokens so far. The run's files include its record and items. Secrets are redacted
-    from the configuration, and the run's output is not captured unless
-    `init_kwargs.settings.console` is set.
+    from the configuration, the command line and W&B's log. The run's output is not captured unless
+    `init_kwargs.settings.console` is set, and git's uncommitted changes are not saved unless
+    `init_kwargs.settings.disable_git` is false.
 
     W&B never ends a run, and no step waits for it; see wandb_background.py.
 
@@ -63,13 +70,23 @@ class WandBMetrics(BackgroundWandB):
             self._init_kwargs.setdefault("group", record.experiment)
         self._init_kwargs.setdefault("job_type", method)
         self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
+        settings = self._init_kwargs.pop("settings", {})
+        self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}
         defaults = {
             # Otherwise wandb 0.18 waits minutes for the server when a table is logged offline.
             "allow_offline_artifacts": False,
             # llm-foundry prints the configuration, secrets included, and W&B would upload that.
             "console": "off",
+            # A patch of uncommitted changes, or a job to repeat the run, may hold secrets.
+            "disable_git": True,
+            "disable_job_creation": True,
         }
-        self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
+        self._init_kwargs["settings"] = {**defaults, **settings}
+        if self._init_kwargs["settings"]["console"] != "off":
+            # Its other ways take the text before our output is redacted.
+            self._init_kwargs["settings"]["console"] = "redirect"
+        # wandb writes the settings and the environment's variables into its debug.log.
+        logging.getLogger("wandb").addFilter(_without_secrets)
         self.open(state, logger)
 
     def describe(self) -> None:
