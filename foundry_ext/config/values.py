@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from foundry_ext.utils.nested import get
@@ -109,6 +109,12 @@ def find_warning(config: dict[str, Any]) -> str | None:
     )
 
 
+def evaluates(config: Mapping[str, Any]) -> bool:
+    """Return whether Composer ever runs the evaluators of this configuration."""
+    interval = get(config, "eval_interval")
+    return bool(config.get("eval_first")) or interval is None or _number(interval) != 0
+
+
 def _unit(time: Any) -> str:
     found = _TIME.fullmatch(time) if isinstance(time, str) else None
     return found[2].lower() if found else "ep"  # Composer's for a number
@@ -146,6 +152,8 @@ def _rows(config: dict[str, Any]) -> Iterator[str]:
         return
     if train is None:
         yield "train_loader.dataset is missing; name its rows there, hf_name: FILE, and its split"
+        return
+    if not evaluates(config):
         return
     for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
         dataset = get(loader, "dataset")

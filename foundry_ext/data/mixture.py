@@ -149,6 +149,12 @@ class MixedDocuments:
                 documents[position] = document
         return documents
 
+    def sketches(self, most_tokens: int) -> NDArray[np.uint64]:
+        """Return [n], as in `Documents.sketches`."""
+        return np.concatenate(
+            [part.documents.sketches(most_tokens)[part.chosen] for part in self.parts]
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the sources' tokens and of the documents drawn."""

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from foundry_ext.checkpoints.export import write_folder
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.training.weight_checks import check_final_weights
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError
 
@@ -45,6 +46,12 @@ class HFExport(Callback):
             )
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        """Export the model. A collective.
+
+        Raises:
+            FloatingPointError: its weights are not finite.
+        """
+        check_final_weights(state)
         folder = self._folder(state)
         model = unwrapped(state)
         assert isinstance(model, ComposerSmolLM2), type(model)
