@@ -117,10 +117,8 @@ def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolL
 def _check_finite(path: str, model: SmolLM2ForCausalLM) -> None:
     """Refuse weights that are not finite, which training would blame on its own steps."""
     # A sum is finite only if all of its terms are; it is read faster than isfinite() is written.
-    suspects = [
-        (name, p) for name, p in model.named_parameters() if not p.detach().sum().isfinite()
-    ]
-    bad = [name for name, p in suspects if not p.isfinite().all()]
+    named = [(name, p.detach()) for name, p in model.named_parameters()]
+    bad = [name for name, p in named if not p.sum().isfinite() and not p.isfinite().all()]
     if bad:
         raise UserError(
             f"pretrained_model_name_or_path: {path} has weights that are not finite, {len(bad)} of"

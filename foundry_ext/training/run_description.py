@@ -38,10 +38,8 @@ def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
 
 def describe_evaluation_data(state: State, sets: Iterable[EvalSet] = ()) -> dict[str, Any]:
     """Return `data.eval`: Composer's evaluators as eval/<label>, and the sets by their names."""
-    loaders = {
-        f"eval/{label}": describe_loader(dataset)
-        for label, dataset in evaluated_datasets(state.evaluators)
-    }
+    packed = evaluated_datasets(state.evaluators)
+    loaders = {f"eval/{label}": describe_loader(dataset) for label, dataset in packed}
     return loaders | {eval_set.config.name: eval_set.description for eval_set in sets}
 
 
