@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.attention import varlen_attention
-from foundry_ext.models.checks import check_ids, check_packed, check_positions
+from foundry_ext.models.checks import check_ids, check_packed
 from foundry_ext.models.decoder import SmolLM2Model, SmolLM2PreTrainedModel
 from foundry_ext.models.loss import evaluate_linear_head, labelled_positions, linear_cross_entropy
 from foundry_ext.models.padding import Padded
@@ -172,7 +172,6 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
     ) -> PackedCausalLMOutput:
         if position_ids is None or max_seqlen is None:
             raise ValueError("a packed batch (cu_seqlens) needs position_ids and max_seqlen")
-        check_positions(max_seqlen, self.config.max_position_embeddings)
         check_packed(hidden, position_ids, cu_seqlens, max_seqlen)
         hidden = self._run_packed(hidden[0], position_ids[0], cu_seqlens, int(max_seqlen))
         if labels is None:
