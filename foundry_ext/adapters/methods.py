@@ -6,6 +6,7 @@ scales by alpha/sqrt(r) instead of alpha/r. This module is plain Python over a Y
 needs no torch.
 """
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -21,6 +22,8 @@ from foundry_ext.adapters.targets import (
     shown,
 )
 from foundry_ext.utils.errors import UserError, suggest
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # peft's
 _MAX_RANK = 2**13  # rows of SmolLM2's largest matrix
@@ -93,9 +96,16 @@ def method_of_config(peft_config: Mapping[str, Any] | None) -> Method:
 def with_defaults(peft_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration with all seven linears as targets if it names none.
 
-    peft's own default for Llama, q_proj and v_proj, learns less at the same rank.
+    peft's own default for Llama, q_proj and v_proj, learns less at the same rank. `inference_mode:
+    true`, which peft writes into every saved adapter, would train nothing and is taken as false.
     """
     completed = dict(peft_config)
+    if completed.get("inference_mode"):
+        log.warning(
+            "peft_config.inference_mode: true, from a saved adapter, is taken as false: with it no"
+            " parameter would be trained"
+        )
+        completed["inference_mode"] = False
     if completed.get("target_modules") is None:
         completed["target_modules"] = list(LINEARS)
     return completed

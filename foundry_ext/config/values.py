@@ -1,11 +1,11 @@
 """Validates YAML values before the slow imports."""
 
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from foundry_ext.utils.nested import get
+from foundry_ext.config import times
+from foundry_ext.utils.nested import get, leaves
 from foundry_ext.utils.redaction import is_secret_name, redact
 
 # Beyond the upper bounds memory runs out before an error can be shown.
@@ -20,10 +20,31 @@ _WHOLE = {
 }
 _SECTIONS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "train_loader.dataset")
 _PRECISIONS = ("fp32", "amp_fp16", "amp_bf16", "amp_fp8")  # Composer's
-_TIMES = ("max_duration", "eval_interval", "save_interval", "scheduler.t_warmup")
+_TIMES = (
+    *("max_duration", "eval_interval", "save_interval", "console_log_interval"),
+    *(f"scheduler.{key}" for key in ("t_warmup", "t_max", "t_scale", "t_cooldown")),
+    *("callbacks.hf_checkpointer.save_interval", "callbacks.generate_callback.interval"),
+    *("callbacks.memory_snapshot.interval", "callbacks.async_eval.interval"),
+)
+_FROM_0 = "a number from 0 on"
+# Key, of the sections below, -> whether a number is allowed, and what it must be.
+_OPTIMIZER = {
+    "lr": (lambda x: x >= 0, f"{_FROM_0}, such as 1.0e-4"),
+    "weight_decay": (lambda x: x >= 0, _FROM_0),
+    "eps": (lambda x: x >= 0, _FROM_0),
+    "betas": (lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+}
+_SCHEDULER = {
+    key: (lambda x: x >= 0, f"{_FROM_0}, a part of optimizer.lr")
+    for key in ("alpha", "alpha_i", "alpha_f", "alpha_f_decay", "alpha_f_cooldown")
+}
+_CLIPPING = {
+    "clipping_threshold": (
+        lambda x: x > 0,
+        "a number above 0; to not clip, leave out the algorithm",
+    )
+}
 _HUB = ("token", "use_auth_token")
-_UNITS = ("ep", "ba", "sp", "tok", "dur", "iter", "sec")
-_TIME = re.compile(rf"(.+?)({'|'.join(_UNITS)})", re.IGNORECASE)
 # Keys that decide which documents a loader reads.
 _SOURCE = ("hf_name", "split", "hf_kwargs", "holdout", "datasets", "remote", "local", "streams")
 
@@ -49,30 +70,23 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
             continue
         if type(value) is not int or not least <= value <= most:
             yield f"{key}, {value!r}, must be a whole number from {least} to {most}"
-    rate = get(config, "optimizer.lr")
-    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
-    if rate is not None and not (is_number and math.isfinite(rate) and rate >= 0):
-        yield f"optimizer.lr, {rate!r}, must be a number from 0 on, such as 1.0e-4"
+    yield from _numbers(config)
     precision = config.get("precision")
     if precision is not None and precision not in _PRECISIONS:
         yield f"precision, {precision!r}, must be one of {', '.join(_PRECISIONS)}"
     for key in _TIMES:
         value = get(config, key)
-        if value is not None and not _is_time(value):
-            yield (
-                f"{key}, {value!r}, must be a time: a whole number and a unit, such as 3ep or"
-                f" 100ba, or a part of the duration, such as 0.1dur (units: {', '.join(_UNITS)})"
-            )
-        elif value is not None and _number(value) < 0:
-            yield f"{key}, {value!r}, is below 0; give a time from 0 on"
-    saves, evaluates = (get(config, key) for key in ("save_interval", "eval_interval"))
+        fault = None if value is None else times.find_fault(key, value, config)
+        if fault is not None:
+            yield fault
+    saves, evaluated = (get(config, key) for key in ("save_interval", "eval_interval"))
     if saves is not None and _number(saves) == 0 and config.get("save_folder") is not None:
         yield (
             f"save_interval, {saves!r}, saves nothing; give a time above 0, such as 1ep, or leave"
             " out save_folder to train without checkpoints"
         )
-    if _in_parts(evaluates) and _number(evaluates) == 0:
-        yield f"eval_interval, {evaluates!r}, must be an interval above 0, or 0 to never evaluate"
+    if _unit(evaluated) == "dur" and _number(evaluated) == 0:
+        yield f"eval_interval, {evaluated!r}, must be an interval above 0, or 0 to never evaluate"
     by_tokens = config.get("accumulate_train_batch_on_tokens", True)
     if not by_tokens and str(get(config, "train_loader.name")).startswith("packed_"):
         yield (
@@ -105,6 +119,10 @@ def _faults(config: dict[str, Any]) -> Iterator[str]:
 
 def find_warning(config: dict[str, Any]) -> str | None:
     """Return what is unlikely to be meant, though it can be trained, or None."""
+    for key in _TIMES:
+        warning = times.find_warning(key, get(config, key), config)
+        if warning is not None:
+            return warning
     warmup, duration = get(config, "scheduler.t_warmup"), get(config, "max_duration")
     if None in (warmup, duration) or _unit(warmup) != _unit(duration):
         return None
@@ -116,33 +134,43 @@ def find_warning(config: dict[str, Any]) -> str | None:
     )
 
 
-def _unit(time: Any) -> str:
-    found = _TIME.fullmatch(time) if isinstance(time, str) else None
-    return found[2].lower() if found else "ep"  # Composer's for a number
+def evaluates(config: Mapping[str, Any]) -> bool:
+    """Return whether Composer ever runs the evaluators of this configuration."""
+    interval = get(config, "eval_interval")
+    return bool(config.get("eval_first")) or interval is None or _number(interval) != 0
 
 
-def _is_time(value: Any) -> bool:
-    """Return whether Composer accepts the time: whole units, or a fraction of the duration."""
-    number = _number(value)
-    return not isinstance(value, bool) and (number.is_integer() or _in_parts(value))
+def _unit(time: Any) -> str | None:
+    found = times.parse(time)
+    return found and found.unit
 
 
-def _in_parts(value: Any) -> bool:
-    """Return whether the time is a fraction of the duration, such as 0.1dur."""
-    return (
-        isinstance(value, str) and value.lower().endswith("dur") and math.isfinite(_number(value))
-    )
-
-
-def _number(value: Any) -> float:
+def _number(time: Any) -> float:
     """Return the number of a time, in whatever unit; NaN if it is not a time."""
-    if isinstance(value, int | float):
-        return float(value)
-    found = _TIME.fullmatch(value) if isinstance(value, str) else None
-    try:
-        return float(found[1]) if found else math.nan
-    except ValueError:
-        return math.nan
+    found = times.parse(time)
+    return math.nan if found is None else found.number
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield faults of numbers: not finite anywhere, or outside what trains a model."""
+    for key, value in leaves(config, into_lists=True):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}, {value!r}, must be finite; correct it or leave it out"
+    optimizer = get(config, "optimizer") or {}
+    groups = optimizer.get("param_groups")
+    sections: list[tuple[str, Any, Mapping[str, Any]]] = [
+        ("optimizer", optimizer, _OPTIMIZER),
+        ("scheduler", get(config, "scheduler"), _SCHEDULER),
+        ("algorithms.gradient_clipping", get(config, "algorithms.gradient_clipping"), _CLIPPING),
+    ]
+    for index, group in enumerate(groups if isinstance(groups, list) else ()):
+        sections.append((f"optimizer.param_groups[{index}]", group, _OPTIMIZER))
+    for place, section, ranges in sections:
+        for key, (is_allowed, wanted) in ranges.items():
+            for where, value in leaves(get(section, key), f"{place}.{key}", into_lists=True):
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if value is not None and not (is_number and is_allowed(value)):
+                    yield f"{where}, {value!r}, must be {wanted}"
 
 
 def _rows(config: dict[str, Any]) -> Iterator[str]:
@@ -154,14 +182,29 @@ def _rows(config: dict[str, Any]) -> Iterator[str]:
     if train is None:
         yield "train_loader.dataset is missing; name its rows there, hf_name: FILE, and its split"
         return
+    if not evaluates(config):
+        return
     for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
         dataset = get(loader, "dataset")
         if not isinstance(dataset, dict) or not any(dataset.get(key) for key in _SOURCE):
             continue
         if all(dataset.get(key) == train.get(key) for key in _SOURCE):
             place = f"eval_loader[{number}]" if isinstance(loaders, list) else "eval_loader"
-            name = dataset.get("hf_name") or dataset.get("remote") or dataset.get("local")
             yield (
-                f"{place}.dataset, {name!r}, is what train_loader trains on; evaluate on another"
-                " file or split, or give both a holdout, part: train here and part: eval there"
+                f"{place}.dataset, {_name(dataset)}, is what train_loader trains on; evaluate on"
+                f" {_other_rows(dataset)}"
             )
+
+
+def _name(dataset: Mapping[str, Any]) -> str:
+    streams = dataset.get("streams")
+    if isinstance(streams, Mapping):
+        return f"streams {', '.join(map(str, streams))}"
+    names = (dataset.get(key) for key in ("hf_name", "remote", "local", "datasets"))
+    return repr(next((name for name in names if name), None))
+
+
+def _other_rows(dataset: Mapping[str, Any]) -> str:
+    if any(dataset.get(key) for key in ("streams", "remote", "local")):  # these have no holdout
+        return "another split or folder, or set eval_interval: 0 to train without evaluating"
+    return "another file or split, or give both a holdout, part: train here and part: eval there"

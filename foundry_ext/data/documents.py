@@ -42,6 +42,9 @@ FEATURES = datasets.Features(
 NUM_UNTRAINED = "num_untrained"
 
 
+_ODD = np.uint64(0x9E3779B185EBCA87)  # spreads a value over all bits, as in xxHash
+
+
 def count_outcomes(
     outcomes: NDArray[np.integer],
     num_truncated_tokens: NDArray[np.integer],
@@ -162,6 +165,24 @@ class Documents:
                 )
             )
         return documents
+
+    def sketches(self, most_tokens: int) -> NDArray[np.uint64]:
+        """Return [n], a hash of each document's length and of three of its tokens.
+
+        Documents are taken as if they were cut to `most_tokens`. Different documents may share a
+        sketch, and an empty one has 0.
+        """
+        sketches = np.zeros(len(self), np.uint64)
+        for start, (offsets, ids, *_) in zip(self._first, self._chunks, strict=False):
+            lengths = np.minimum(np.diff(offsets), most_tokens)
+            hashes = sketches[start : start + len(lengths)]
+            rows = np.flatnonzero(lengths)
+            values = lengths[rows].astype(np.uint64)
+            for quarter in (1, 2, 3):
+                at = offsets[rows] + lengths[rows] * quarter // 4
+                values = (values ^ ids[at].astype(np.uint64)) * _ODD
+            hashes[rows] = values
+        return sketches
 
     @cached_property
     def fingerprint(self) -> str:

@@ -156,6 +156,12 @@ class MixedDocuments:
         """Return the hash of each source's tokens, drawn or not."""
         return [part.documents.fingerprint for part in self.parts]
 
+    def sketches(self, most_tokens: int) -> NDArray[np.uint64]:
+        """Return [n], as in `Documents.sketches`."""
+        return np.concatenate(
+            [part.documents.sketches(most_tokens)[part.chosen] for part in self.parts]
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the sources' tokens and of the documents drawn."""

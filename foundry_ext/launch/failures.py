@@ -1,4 +1,4 @@
-"""One-line explanations of known training failures: out of memory, full disk, wrong GPU."""
+"""One-line explanations of known failures: memory, disk, wrong GPU, numbers not finite."""
 
 import errno
 import os
@@ -43,6 +43,8 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 f" another disk in {_key_of(one.filename, config)}, and start the same command"
                 f" again: it continues from the last intact checkpoint ({said})"
             )
+        if isinstance(one, FloatingPointError):  # of guard and weight_checks, which explain it
+            return text
         if "can't allocate memory" in text:
             return (
                 "this machine's memory cannot hold what the run needs; `foundry-ext plan` says how"

@@ -23,6 +23,7 @@ from foundry_ext.launch.building import errors_name_their_section, no_questions
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.nodes import check_configurations, share_fault, signals_per_node
 from foundry_ext.launch.sequence import train_in_turn
+from foundry_ext.launch.trainer_checks import trainer_is_checked
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.output import redacted_arguments, redacted_output
 from foundry_ext.utils.redaction import redact, remember_secrets
@@ -128,15 +129,22 @@ def train_here(path: Path, config: DictConfig) -> int:
 
     from foundry_ext.checkpoints.load_path import check_load_path
     from foundry_ext.preflight.components import check_components
+    from foundry_ext.training.weight_checks import check_final_weights
 
     try:
         check_configurations(resolved)
         check_components(resolved)
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
-        section = errors_name_their_section()
-        with _log_without_secrets(), no_questions(), section, signals_per_node():
+        with (
+            _log_without_secrets(),
+            no_questions(),
+            errors_name_their_section(),
+            trainer_is_checked(resolved),
+            signals_per_node(),
+        ):
             trainer = train_recorded(train, config)
+        check_final_weights(trainer.state)  # of a run that has neither a record nor an export
     except Exception as error:
         known = share_fault(error) or explain(error, resolved)
         if wants_traceback() or not (known or isinstance(error, UserError | OSError)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foundry_ext.utils.constants import IGNORE_INDEX
+from foundry_ext.utils.errors import UserError
 
 
 class IdsOutside(ValueError):
@@ -50,6 +51,21 @@ def check_ids(input_ids: Tensor | None, labels: Tensor | None, vocabulary: int) 
                 " another model",
                 index,
             )
+
+
+def check_positions(max_seqlen: int, positions: int) -> None:
+    """Check that documents cannot be longer than the model has positions; costs no synchronisation.
+
+    train.py checks the loaders before the first step, llm-foundry's own command does not.
+
+    Raises:
+        UserError: they can; names both numbers and the way out.
+    """
+    if max_seqlen > positions:
+        raise UserError(
+            f"max_seq_len: {max_seqlen} is more than the model's {positions} positions; lower it in"
+            " the loader's dataset, or raise model.config_overrides.max_position_embeddings"
+        )
 
 
 def check_packed(hidden: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:

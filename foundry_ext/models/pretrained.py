@@ -87,7 +87,7 @@ def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolL
     transformers would only warn, and initialise missing weights randomly.
 
     Raises:
-        UserError: the weights cannot be loaded, or do not fit the configuration.
+        UserError: the weights cannot be loaded, do not fit the configuration, or are not finite.
     """
     with naming_the_hub(path):
         loaded: Any = SmolLM2ForCausalLM.from_pretrained(
@@ -110,7 +110,20 @@ def load_strictly(path: str, config: LlamaConfig, use_auth_token: bool) -> SmolL
             f"checkpoint {path} does not fit its configuration: {'; '.join(problems)}."
             " config_overrides must not change the shape of a pretrained model"
         )
+    _check_finite(path, model)
     return model
+
+
+def _check_finite(path: str, model: SmolLM2ForCausalLM) -> None:
+    """Refuse weights that are not finite, which training would blame on its own steps."""
+    # A sum is finite only if all of its terms are; it is read faster than isfinite() is written.
+    named = [(name, p.detach()) for name, p in model.named_parameters()]
+    bad = [name for name, p in named if not p.sum().isfinite() and not p.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"pretrained_model_name_or_path: {path} has weights that are not finite, {len(bad)} of"
+            f" its parameters ({', '.join(bad[:3])}); save the model again, or download it again"
+        )
 
 
 def load_generation_config(model: SmolLM2ForCausalLM, path: str) -> None:

@@ -5,11 +5,12 @@ misspelt key of the optimizer does not wait for the data and the model.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from foundry_ext.preflight.incompatible import check_loggers, check_on_packs
 from foundry_ext.utils.errors import UserError, one_line, suggest
 from foundry_ext.utils.remote_code import KEY, code_only_if_trusted
 
@@ -71,6 +72,7 @@ _PLAIN: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
+_REPLACED = dict.fromkeys(("use_flash_attention_2", "attn_implementation"), "attention_backend")
 _MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
 
 
@@ -84,14 +86,18 @@ def check_components(config: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: a component without a name, a name that is not registered, a key that the
-            component does not take, or one that is missing; names the nearest known one.
+            component does not take, or one that is missing; names the nearest known one. Or a
+            component that cannot work in this run.
     """
     for path in config.get("code_paths") or ():
         _run(str(path))
     for key, section in SECTIONS.items():
         if section.registries:
             for place, name, settings in _components(key, config.get(key)):
-                _check_keys(place, settings, section, registered(place, name, section))
+                component = registered(place, name, section)
+                _check_keys(place, settings, section, component)
+                check_on_packs(place, component, config)
+    check_loggers(config)
 
 
 def _run(path: str) -> None:
@@ -179,7 +185,8 @@ def _check_keys(
         known = (set(parameters) | section.taken) - section.supplied
         for key in map(str, settings):
             if key not in known:
-                hint = suggest(key, sorted(known)) or "; remove or correct it"
+                hint = _replaced(key, known) or suggest(key, sorted(known))
+                hint = hint or "; remove or correct it"
                 raise UserError(f"{place}: unknown key, {place}.{key}{hint}")
     for key, parameter in parameters.items():
         variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
@@ -188,6 +195,12 @@ def _check_keys(
             raise UserError(f"{place}: missing key, {place}.{key}; add it")
     if getattr(component, "__module__", "").startswith("foundry_ext."):
         _check_types(place, settings, component)
+
+
+def _replaced(key: str, known: Collection[str]) -> str:
+    """Return the way out for a key of `hf_causal_lm` that another one replaces here, or ""."""
+    by = _REPLACED.get(key)
+    return f"; remove it, {by} replaces it" if by in known else ""
 
 
 def _check_types(place: str, settings: Mapping[str, Any], component: Callable[..., Any]) -> None:

@@ -105,6 +105,12 @@ def _doubled(node: yaml.Node | None, above: tuple[str, ...] = ()) -> Iterator[st
 def _sweep(path: Path, content: Mapping[str, Any]) -> Sweep:
     if "early_terminate" in content:
         raise UserError("early_terminate needs W&B's server: use `wandb sweep`, or remove it")
+    metric = content.get("metric")
+    if isinstance(metric, dict) and metric.get("target") is not None:
+        raise UserError(
+            f"metric.target, {metric['target']!r}: only W&B's server stops a sweep when a value is"
+            " reached; use `wandb sweep`, or remove it"
+        )
     unknown = sorted(set(map(str, content)) - KEYS)
     if unknown:
         raise UserError(f"unknown key, {unknown[0]!r}; known: {', '.join(sorted(KEYS))}")

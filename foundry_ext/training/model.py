@@ -16,6 +16,7 @@ from foundry_ext.adapters import methods, pissa
 from foundry_ext.adapters.frozen import check_frozen_dtype
 from foundry_ext.checkpoints.export import adaptable_modules, load_adapter
 from foundry_ext.data.ranks import local_rank_zero_first
+from foundry_ext.models.checks import check_positions
 from foundry_ext.models.compiled import check_compile, compile_model
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import load_generation_config
@@ -241,6 +242,18 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         if adapted and not any("base_layer" in name for name in state_dict):
             pissa.correct_residuals(adapted, initial)
         return report
+
+    # --- batches ---------------------------------------------------------------------------------
+
+    def forward(self, batch: Any) -> Any:
+        """Run a packed or padded batch.
+
+        Raises:
+            UserError: documents may be longer than the model has positions.
+        """
+        if "cu_seqlens" in batch:
+            check_positions(batch["max_seqlen"], self.inner_model.config.max_position_embeddings)
+        return super().forward(batch)
 
     # --- evaluation ------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import torch
 from composer.core import State
 from composer.core.precision import get_precision_context
 from composer.utils import dist, model_eval_mode
-from torch.distributed.tensor import DTensor
 
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.packing.batch import Pack
@@ -98,16 +97,3 @@ def describe_outliers(documents: Sequence[DocumentLoss]) -> str:
 def _listed(texts: Sequence[str], most: int) -> str:
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
-
-
-def describe_corrupted_weights(state: State) -> str:
-    """Return `2 (layers.0.norm.weight, ...)` for weights that are not finite, or "". A collective.
-
-    A weight counts if it is not finite on any rank.
-    """
-    named = list(state.model.named_parameters())
-    shards = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]
-    with torch.no_grad():
-        mine = [name for (name, _), p in zip(named, shards, strict=True) if not p.isfinite().all()]
-    corrupted = sorted({name for rank in dist.all_gather_object(mine) for name in rank})
-    return f"{len(corrupted)} ({', '.join(corrupted[:3])})" if corrupted else ""

@@ -15,7 +15,7 @@ from foundry_ext.records.result_settings import (
     effect_of,
     find_changes,
 )
-from foundry_ext.training.run_description import evaluated_datasets
+from foundry_ext.training.data_checks import evaluated_datasets
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def evaluation_data(state: State) -> dict[str, tuple[str, str]]:
     """Return (fingerprint, names of files) of what each packed evaluator measures, by its label."""
     return {
         label: (_fingerprint(dataset), dataset.describe_sources("name") or "")
-        for label, dataset in evaluated_datasets(state)
+        for label, dataset in evaluated_datasets(state.evaluators)
     }
 
 

@@ -10,63 +10,13 @@ from composer.loggers import LoggerDestination
 from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.measure import EvalSet
+from foundry_ext.training.data_checks import evaluated_datasets
 from foundry_ext.training.meter import unwrapped
-from foundry_ext.utils.errors import UserError
 
 
 def find_callback(state: State, kind: type) -> Any:
     """Return the run's callback of this class, or None."""
     return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
-
-
-def check_data(state: State, dataset: PackedDataset) -> None:
-    """Check the training data against the model and the evaluation data.
-
-    Raises:
-        UserError: documents may be longer than the model has positions, or a run is evaluated on
-            the documents that it is trained on.
-    """
-    config = getattr(getattr(unwrapped(state), "model", None), "config", None)
-    check_positions(dataset, getattr(config, "max_position_embeddings", None))
-    for label, evaluated in evaluated_datasets(state):
-        refuse_training_documents(f"eval_loader {label}", evaluated, dataset)
-
-
-def check_positions(dataset: PackedDataset, positions: int | None) -> None:
-    """Refuse training data whose documents may be longer than the model has positions.
-
-    Raises:
-        UserError: they may; names both numbers and the way out.
-    """
-    longest = dataset.collator.max_seq_len
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"train_loader.dataset.max_seq_len: {longest} is more than the model's {positions}"
-            f" positions; lower it (variables.max_seq_len={positions} where the YAML has that), or"
-            " raise model.config_overrides.max_position_embeddings and let training teach the model"
-            " the new positions"
-        )
-
-
-def refuse_training_documents(key: str, evaluated: PackedDataset, trained: PackedDataset) -> None:
-    """Refuse an evaluation on the documents that are trained on.
-
-    Raises:
-        UserError: both datasets have the same documents; names `key`, the evaluation's.
-    """
-    if evaluated.documents.fingerprint == trained.documents.fingerprint:
-        raise UserError(
-            f"{key}: its documents are those of train_loader; evaluate on held-out ones (`holdout`,"
-            " or another file)"
-        )
-
-
-def evaluated_datasets(state: State) -> Iterable[tuple[str, PackedDataset]]:
-    """Yield (label, dataset) of Composer's evaluators that have a packed loader."""
-    for evaluator in state.evaluators:
-        dataset = getattr(evaluator.dataloader.dataloader, "dataset", None)
-        if isinstance(dataset, PackedDataset):
-            yield evaluator.label, dataset
 
 
 def method_of(state: State) -> Method:
@@ -90,9 +40,8 @@ def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
 
 def describe_evaluation_data(state: State, sets: Iterable[EvalSet] = ()) -> dict[str, Any]:
     """Return `data.eval`: Composer's evaluators as eval/<label>, and the sets by their names."""
-    loaders = {
-        f"eval/{label}": describe_loader(dataset) for label, dataset in evaluated_datasets(state)
-    }
+    packed = evaluated_datasets(state.evaluators)
+    loaders = {f"eval/{label}": describe_loader(dataset) for label, dataset in packed}
     return loaders | {eval_set.config.name: eval_set.description for eval_set in sets}
 
 

@@ -49,6 +49,15 @@ def test_a_grid_goes_by_name_and_the_last_varies_fastest(tmp_path: Path):
     assert len(expand(make(tmp_path, {"a": {"min": 1, "max": 9}}, run_cap=4))) == 4
 
 
+@pytest.mark.parametrize("target", [0.5, 0, "low"])
+def test_a_target_is_refused_and_the_rest_of_the_metric_is_not(tmp_path: Path, target):
+    parameters, metric = {"a": {"values": [1, 2]}}, {"name": "loss", "goal": "minimize"}
+    assert len(expand(make(tmp_path, parameters, metric=metric))) == 2
+    assert len(expand(make(tmp_path, parameters, metric={**metric, "target": None}))) == 2
+    with pytest.raises(ValueError, match=rf"metric.target, {target!r}: .*`wandb sweep`, or remove"):
+        make(tmp_path, parameters, metric={**metric, "target": target})
+
+
 def test_steps_of_a_grid_are_those_of_arange(tmp_path: Path):
     entry = {"distribution": "q_uniform", "min": 0, "max": 10, "q": 3}
     assert [run["a"] for run in expand(make(tmp_path, {"a": entry}))] == [0, 3, 6, 9]

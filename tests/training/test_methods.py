@@ -264,3 +264,19 @@ def test_lora_plus_trains_b_at_its_own_rate(world, tmp_path):
         moved[next(side for side in moved if side in name)].append(step)
     medians = {side: sorted(steps)[len(steps) // 2] for side, steps in moved.items()}
     assert medians["lora_B"] == pytest.approx(ratio * medians["lora_A"], rel=0.01)
+
+
+@pytest.mark.parametrize("method", kit.ADAPTERS)
+def test_a_saved_adapter_s_configuration_can_be_pasted(world, tmp_path, caplog, method):
+    """peft writes inference_mode: true, with which no parameter would be trained."""
+    adapted = get_peft_model(kit.make_llama(), LoraConfig(**kit.METHODS[method]))  # pyright: ignore
+    adapted.save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["inference_mode"] is True and len(saved) > 20
+    model = kit.build(world, method=method, peft_config=saved)
+    plain = kit.build(world, method=method)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == [name for name, p in plain.named_parameters() if p.requires_grad] != []
+    assert "inference_mode: true, from a saved adapter, is taken as false" in caplog.text
+    model(kit.make_pack(kit.make_documents([20]))).loss.backward()
+    assert kit.gradients(model).keys() == set(trained)

@@ -12,7 +12,10 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters.methods import Method, method_of_config
+from foundry_ext.config.values import evaluates
+from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.config import DocumentsSetConfig, GenerationSetConfig, parse_sets
+from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.measure import build_sets
 from foundry_ext.models.flops import peak_flops
 from foundry_ext.models.memory import (
@@ -31,7 +34,11 @@ from foundry_ext.preflight.plan.throughput import (
     ThroughputEstimate,
     estimate_throughput,
 )
-from foundry_ext.training.run_description import check_positions
+from foundry_ext.training.data_checks import (
+    check_evaluation_data,
+    check_positions,
+    refuse_training_documents,
+)
 from foundry_ext.utils import nested
 from foundry_ext.utils.environment import peak_memory
 from foundry_ext.utils.errors import UserError
@@ -134,7 +141,7 @@ def plan_config(config: Mapping[str, Any], *, name: str, num_ranks: int = 1) -> 
         sources=train.description,
         epoch=totals_of(train),
         schedule=schedule,
-        evaluations=_evaluations(config, schedule, model, tokenizer),
+        evaluations=_evaluations(config, schedule, model, tokenizer, train),
         model=model,
         parameters=model.parameters,
         method=method_of_config(model.peft_config),
@@ -156,13 +163,17 @@ def _evaluations(
     schedule: Schedule,
     model: PlannedModel,
     tokenizer: PreTrainedTokenizerBase,
+    trained: PackedDataset,
 ) -> Evaluations:
+    positions = model.config.max_position_embeddings
     tokens: dict[str, int] = {}
     flops = 0.0
     section = config.get("eval_loader") or []
     for entry in section if isinstance(section, list) else [section]:
         label = entry.get("label", "eval")
         _, dataset = open_loader({**config, "eval_loader": [entry]}, "eval", tokenizer)
+        if evaluates(config):
+            check_evaluation_data(label, dataset, trained, positions)
         lengths = np.asarray(dataset.documents.lengths, dtype=np.int64)
         tokens[label] = int(lengths.sum())
         flops += model.evaluation_flops(tokens[label], int((lengths**2).sum()))
@@ -170,7 +181,10 @@ def _evaluations(
     generated = len(samples.get("prompts") or []) * int(samples.get("max_new_tokens", 48))
     given = _sets(config)
     parsed = parse_sets(given) if given else []
-    for eval_set in build_sets(parsed, tokenizer, model.config.max_position_embeddings):
+    for eval_set in build_sets(parsed, tokenizer, positions):
+        if isinstance(eval_set, DocumentsSet):
+            key = f"sets.{eval_set.config.name}.loader"
+            refuse_training_documents(key, eval_set.dataset, trained, eval_set.indices)
         passes = 1 + (isinstance(eval_set.config, DocumentsSetConfig) and eval_set.config.kl)
         num_tokens = int(eval_set.description["tokens"]) * passes
         tokens[eval_set.config.name] = num_tokens

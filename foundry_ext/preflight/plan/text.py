@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from foundry_ext.config import times
 from foundry_ext.models.memory import (
     CARDS,
     CONTEXT_BYTES,
@@ -92,16 +93,23 @@ def _run(plan: Plan) -> list[str]:
     if evaluations.steps:
         sets = ", ".join(f"{name} {count:,}" for name, count in evaluations.tokens.items())
         lines.append(
-            f"evaluation: {len(evaluations.steps)} times, after steps {_some(evaluations.steps)};"
-            f" tokens each time: {sets or 'none'}"
+            f"evaluation: {len(evaluations.steps)} times, after steps {_some(evaluations.steps)}"
+            f"{_by_clock(plan, 'eval_interval')}; tokens each time: {sets or 'none'}"
         )
         if evaluations.generated:
             lines.append(f"and up to {evaluations.generated:,} generated, one after another")
     else:
         lines.append("evaluation: none")
     if schedule.saves:
-        lines.append(f"checkpoints: {schedule.saves}")
+        lines.append(f"checkpoints: {schedule.saves}{_by_clock(plan, 'save_interval')}")
     return lines
+
+
+def _by_clock(plan: Plan, key: str) -> str:
+    """Return `, and every 1h of training` for an interval that no step is known for, or ""."""
+    time = times.parse(plan.config.get(key))
+    is_by_clock = time is not None and time.unit == "sec" and time.number > 0
+    return f", and every {plan.config[key]} of training" if is_by_clock else ""
 
 
 def _some(steps: Sequence[int]) -> str:

@@ -21,9 +21,9 @@ from foundry_ext.evaluation.measure import EvalSet, build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.models.scores import BaseModel
+from foundry_ext.training.data_checks import refuse_training_documents
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
-from foundry_ext.training.run_description import refuse_training_documents
 from foundry_ext.training.run_files import run_files
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.json_lines import HeldLines
@@ -116,7 +116,7 @@ class Forgetting(Callback):
         for eval_set in self.sets:
             if isinstance(eval_set, DocumentsSet):
                 key = f"sets.{eval_set.config.name}.loader"
-                refuse_training_documents(key, eval_set.dataset, train)
+                refuse_training_documents(key, eval_set.dataset, train, eval_set.indices)
 
     def _settle_base(self, state: State, resumed: bool) -> None:
         if not resumed:

@@ -18,11 +18,8 @@ from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.models.checks import IdsOutside, check_ids
 from foundry_ext.packing.batch import Pack
 from foundry_ext.training.meter import packed_dataset, unwrapped
-from foundry_ext.training.outlier_documents import (
-    describe_corrupted_weights,
-    describe_outliers,
-    measure_documents,
-)
+from foundry_ext.training.outlier_documents import describe_outliers, measure_documents
+from foundry_ext.training.weight_checks import START_AGAIN, describe_corrupted_weights
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,10 +28,6 @@ ACTIONS = ("stop", "skip")
 WINDOW = 64  # steps whose median norm a step is compared with
 ENOUGH = 16  # steps before the median is meaningful
 MOST_IN_A_ROW = 5  # skipped steps, after which the documents are not the cause
-_START_AGAIN = (
-    "start again with a lower optimizer.lr and another save_folder, from the base model or, with"
-    " load_path and load_weights_only: true, from an earlier checkpoint"
-)
 
 
 class Guard(Callback):
@@ -154,7 +147,7 @@ class Guard(Callback):
         if corrupted:
             raise FloatingPointError(
                 f"{description}, and {corrupted} of the weights are not finite either. {unchanged},"
-                f" but an earlier one corrupted them: {_START_AGAIN}"
+                f" but an earlier one corrupted them: {START_AGAIN}"
             )
         documents = measure_documents(state, self.dataset, measure_gradients=not _is_sharded(state))
         description += f"; {describe_outliers(documents)}"
@@ -167,7 +160,7 @@ class Guard(Callback):
         if self.in_a_row == MOST_IN_A_ROW:
             raise FloatingPointError(
                 f"{description}. {unchanged}, nor did the {MOST_IN_A_ROW} before it, which were"
-                f" skipped too: {_START_AGAIN}"
+                f" skipped too: {START_AGAIN}"
             )
         return description
 

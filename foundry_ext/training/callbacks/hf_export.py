@@ -17,6 +17,7 @@ from foundry_ext.config.outputs import EXPORT
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
 from foundry_ext.training.run_files import run_files
+from foundry_ext.training.weight_checks import check_final_weights
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError
 
@@ -79,6 +80,12 @@ class HFExport(Callback):
             )
 
     def fit_end(self, state: State, logger: Logger) -> None:
+        """Export the model. A collective.
+
+        Raises:
+            FloatingPointError: its weights are not finite.
+        """
+        check_final_weights(state)
         model = unwrapped(state)
         assert isinstance(model, ComposerSmolLM2), type(model)
         # On every rank because it is a collective under FSDP; rank 0 gets the result.

@@ -25,7 +25,6 @@ from foundry_ext.training.meter import (
 )
 from foundry_ext.training.run_description import (
     LoggedSettings,
-    check_data,
     describe_evaluation_data,
     describe_loader,
     describe_model,
@@ -35,6 +34,7 @@ from foundry_ext.training.run_description import (
     newest_checkpoint,
 )
 from foundry_ext.training.run_files import run_files
+from foundry_ext.training.weight_checks import check_final_weights
 from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.environment import describe_environment, peak_memory
 from foundry_ext.utils.errors import UserError
@@ -88,7 +88,7 @@ class RunRecord(StepTimer):
     def before_load(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
         self.max_duration: Time = state.max_duration  # exact_resume may raise it later
-        check_data(state, packed_dataset(state, "run_record"))  # before the first evaluation
+        packed_dataset(state, "run_record")  # another loader is refused before the first evaluation
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Refuse a record of another run, before the first evaluation."""
@@ -176,6 +176,7 @@ class RunRecord(StepTimer):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """End the record, unless an evaluation follows, in which the run may still fail."""
+        check_final_weights(state)  # first: a record of such weights does not say finished
         # Not state.max_duration, which state.stop_training() lowers.
         finished = state.timestamp >= self.max_duration
         self.has_begun = True

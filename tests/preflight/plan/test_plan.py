@@ -16,6 +16,7 @@ from foundry_ext.preflight.plan.text import format_plan
 from foundry_ext.preflight.plan.throughput import ASSUMED_MFU
 from foundry_ext.records.record import read_record
 from foundry_ext.utils.environment import device_name
+from foundry_ext.utils.errors import UserError
 from tests.training import kit
 
 
@@ -290,3 +291,18 @@ def test_the_plan_of_a_run_is_its_record(world, tmp_path):
     assert record["throughput"]["fill"] == pytest.approx(fill, rel=0.2)
     after = plan_of(config)
     assert after.throughput.num_records == 1, "the next plan goes by this run"
+
+
+def test_an_interval_of_the_clock_is_shown_as_one(world, tmp_path):
+    """No step is known for it; the end of training is."""
+    config = config_of(world, tmp_path, eval_interval="1h", save_interval="30m", max_duration="3ba")
+    text = format_plan(plan_of(config))
+    assert "evaluation: 1 times, after steps 3, and every 1h of training; tokens" in text
+    assert "checkpoints: 1, and every 30m of training" in text
+
+
+def test_an_evaluation_on_training_documents_is_refused_as_in_training(world, tmp_path):
+    rows = {"eval_loader": kit.loader_config(world.rows, eval_packs=1, split="train[:50%]")}
+    with pytest.raises(UserError, match="20 of its 20 documents"):
+        plan_of(config_of(world, tmp_path, eval_interval="1ep", **rows))
+    assert plan_of(config_of(world, tmp_path, eval_interval=0, **rows)).schedule.steps
