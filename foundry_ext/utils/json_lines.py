@@ -57,7 +57,7 @@ class HeldLines:
                 self._file.flush()
             self._held.clear()
 
-    def open(self, *, resumed: bool) -> None:
+    def begin(self, *, resumed: bool) -> None:
         """Open the file as `open_lines` does, unless it is open, and write what was held back."""
         if self._file is None:
             with naming_file(self.path):

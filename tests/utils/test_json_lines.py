@@ -50,9 +50,9 @@ def test_lines_are_held_back_until_the_file_may_be_opened(tmp_path):
     lines = HeldLines(path)
     lines.write([2, 3])
     assert path.read_bytes() == b'1\n{"a": '
-    lines.open(resumed=True)
+    lines.begin(resumed=True)
     assert path.read_text() == "1\n2\n3\n"
-    lines.open(resumed=False)  # it is open
+    lines.begin(resumed=False)  # it is open
     lines.write([4])
     assert path.read_text() == "1\n2\n3\n4\n", "a kill would lose nothing"
     lines.close()
@@ -60,7 +60,7 @@ def test_lines_are_held_back_until_the_file_may_be_opened(tmp_path):
 
 def test_a_full_disk_names_the_file(tmp_path):
     lines = HeldLines(tmp_path / "a.jsonl")
-    lines.open(resumed=False)
+    lines.begin(resumed=False)
     # Every write to this device fails. Without a buffer nothing is left to be written at its end.
     lines._file = io.TextIOWrapper(io.FileIO("/dev/full", "a"), write_through=True)  # pyright: ignore
     with pytest.raises(OSError) as full:

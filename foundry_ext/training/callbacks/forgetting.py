@@ -196,7 +196,7 @@ class Forgetting(Callback):
     def _open_items(self, state: State) -> None:
         """Open the file once the first step has ended; step 0's items are held back until then."""
         if self.items is not None:
-            self.items.open(resumed=run_files(state).continues)
+            self.items.begin(resumed=run_files(state).continues)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.items is not None:

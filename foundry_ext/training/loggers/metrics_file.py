@@ -47,7 +47,7 @@ class MetricsFile(LoggerDestination):
 
     def _open(self, state: State) -> None:
         if self.lines is not None:
-            self.lines.open(resumed=run_files(state).continues)
+            self.lines.begin(resumed=run_files(state).continues)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.lines is None or self.state is None:
