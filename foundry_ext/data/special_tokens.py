@@ -47,11 +47,11 @@ class SpecialTokens:
         self._tokenizer: Any = tokenizer
         self._is_blank: dict[int, bool] = {}
 
-    def open(self, ids: list[int]) -> list[int]:
+    def opened(self, ids: list[int]) -> list[int]:
         """Return the ids with `begin` before them, unless the text began with it."""
         return ids if ids[: len(self.begin)] == self.begin else [*self.begin, *ids]
 
-    def close(self, ids: list[int]) -> list[int]:
+    def closed(self, ids: list[int]) -> list[int]:
         """Return the ids with `end` and `eos` after them, each unless it is there."""
         if ids[-1:] == [self.eos]:
             return ids
@@ -74,7 +74,7 @@ class SpecialTokens:
         """Return `a row begins with <s> and ends with </s>`."""
         begin, end = (
             " ".join(self._tokenizer.convert_ids_to_tokens(ids))
-            for ids in (self.begin, self.close(self.end))
+            for ids in (self.begin, self.closed(self.end))
         )
         opened = f"begins with {begin} and " if begin else ""
         return f"a row {opened}ends with {end}"
@@ -85,7 +85,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
     # Not verbose: a text longer than the tokenizer's model_max_length is fine, it is cut later.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     special = SpecialTokens(tokenizer)
-    return [special.open(ids) for ids in cast(list[list[int]], encoded["input_ids"])]
+    return [special.opened(ids) for ids in cast(list[list[int]], encoded["input_ids"])]
 
 
 class WithoutSpecialTokens:

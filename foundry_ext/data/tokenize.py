@@ -193,9 +193,9 @@ class _Reader:
         special = self.special
         if (special.begin or special.end) and not _lacks_a_side(turns):
             turns = [dict(turn) for turn in turns]
-            turns[0]["input_ids"] = special.open(list(turns[0]["input_ids"]))
+            turns[0]["input_ids"] = special.opened(list(turns[0]["input_ids"]))
             if not (is_chat and special.is_closed(turns[-1]["labels"])):
-                turns[-1]["labels"] = special.close(list(turns[-1]["labels"]))
+                turns[-1]["labels"] = special.closed(list(turns[-1]["labels"]))
         return self.stitch(turns, is_chat=is_chat)
 
     def stitch(self, turns: Sequence[Any], *, is_chat: bool) -> Tokens:
@@ -226,7 +226,7 @@ class _Reader:
         """Return a plain text: closed with end-of-text, which is learned too."""
         if not text or not ids:
             return NO_TOKENS
-        ids = self.special.close(self.special.open(ids))
+        ids = self.special.closed(self.special.opened(ids))
         return Tokens(np.array(ids, np.int32), np.ones(len(ids), np.bool_))
 
     def read_batch(self, rows: Sequence[dict[str, Any]]) -> list[Tokens] | None:

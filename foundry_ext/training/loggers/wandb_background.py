@@ -61,7 +61,7 @@ class BackgroundWandB(WandBLogger):
     def save_files(self) -> None:
         """Save the run's files at its end."""
 
-    def open(self, state: State, logger: Logger) -> None:
+    def connect(self, state: State, logger: Logger) -> None:
         """Start W&B, and from now on make its calls in the background."""
         self._num_lost, self._last_lost, self._restarts = 0, "", 0
         self._elsewhere = _other_places(state, logger)
@@ -106,7 +106,7 @@ class BackgroundWandB(WandBLogger):
         self.describe()
 
     def send(self, what: str, call: Callable[[], None], *, asks_server: bool = False) -> None:
-        """Make a call soon; before `open`, at once.
+        """Make a call soon; before `connect`, at once.
 
         A call that asks the server is dropped while the server owes an answer to an earlier one.
         """

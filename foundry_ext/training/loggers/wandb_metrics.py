@@ -87,7 +87,7 @@ class WandBMetrics(BackgroundWandB):
             self._init_kwargs["settings"]["console"] = "redirect"
         # wandb writes the settings and the environment's variables into its debug.log.
         logging.getLogger("wandb").addFilter(_without_secrets)
-        self.open(state, logger)
+        self.connect(state, logger)
 
     def describe(self) -> None:
         import wandb
