@@ -18,7 +18,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters import methods, pissa
-from foundry_ext.checkpoints.safe_load import load_checkpoint
+from foundry_ext.checkpoints.safe_load import describe_foreign, load_checkpoint
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError, one_line
@@ -179,7 +179,11 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
     try:
-        return load_checkpoint(checkpoint)["state"]
+        content: Any = load_checkpoint(checkpoint)
+        problem = describe_foreign(content)
+        if problem:
+            raise UserError(f"{checkpoint} {problem}; name a file that Composer saved")
+        return content["state"]
     except ValueError:
         raise
     except Exception as error:

@@ -6,16 +6,20 @@ copy or another program is found by the CRC-32 that torch stores with every tens
 """
 
 import errno
+import glob
 import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer.utils import parse_uri
 
+from foundry_ext.checkpoints.safe_load import describe_foreign, load_checkpoint
 from foundry_ext.utils.atomic import replaced_file, sync
 from foundry_ext.utils.errors import UserError
 
@@ -44,54 +48,99 @@ def damage(path: Path) -> str | None:
     """Return what is wrong with a torch checkpoint, or None; other formats are not checked.
 
     Reads all of it: about one second per gigabyte from a fast disk.
+
+    Raises:
+        OSError: the file cannot be read, so that nothing is known about it.
     """
     if path.suffix != ".pt":
         return None
+    with path.open("rb") as file:
+        if file.read(len(ZIP_START)) != ZIP_START:
+            return "is empty" if path.stat().st_size == 0 else "does not begin as a checkpoint"
     try:
-        with path.open("rb") as file:
-            if file.read(len(ZIP_START)) != ZIP_START:
-                return "is empty" if path.stat().st_size == 0 else "does not begin as a checkpoint"
         with zipfile.ZipFile(path) as archive:
             corrupted = archive.testzip()
         torch._C.PyTorchFileReader(str(path))  # stricter about the table at the end; loads nothing
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
         return f"cannot be read to its end ({str(error).partition(chr(10))[0]})"
-    return f"is corrupted in {corrupted}" if corrupted else None
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # zipfile seeks to where a cut table says
+            raise
+        return f"cannot be read to its end ({error})"
+    return f"is corrupted in {corrupted}" if corrupted else foreign_content(path)
+
+
+def foreign_content(path: Path) -> str | None:
+    """Return what a readable torch file holds instead of a run's state, or None."""
+    try:
+        content: Any = load_checkpoint(path, mmap=True)
+    except Exception:  # classes of the user's own, or a disk that cannot be mapped
+        return None
+    return describe_foreign(content)
 
 
 def find_checkpoints(folder: Path, template: str) -> list[Path]:
     """Return files named like `template`, oldest first by its numbers.
 
+    Folders below are another run's, unless the template itself has one. Links are passed over.
+
     >>> find_checkpoints(Path("."), "ba{batch}.pt")  # given ba2.pt and ba10.pt
     [PosixPath('ba2.pt'), PosixPath('ba10.pt')]
     """
-    parts = re.split(r"\{\w+\}", template)
-    pattern = re.compile(r"(\d+)".join(map(re.escape, parts)))
     checkpoints = []
-    for path in folder.rglob("*"):
-        match = pattern.fullmatch(path.relative_to(folder).as_posix())
-        if match and path.is_file() and not path.is_symlink():
-            checkpoints.append((tuple(map(int, match.groups())), path))
+    for path, numbers in _named_like(folder, template):
+        if path.is_file() and not path.is_symlink():
+            checkpoints.append((numbers, path))
     return [path for _, path in sorted(checkpoints)]
 
 
-def has_any(folder: Path, *, besides: Path | None) -> bool:
-    """Return whether there are checkpoints, or links to deleted ones, other than `besides`."""
-    paths = (path for path in folder.rglob("*") if path.suffix == ".pt")
+def links_named_like(folder: Path, template: str) -> list[Path]:
+    """Return links that are named like checkpoints, which a user has put there."""
+    return [path for path, _ in _named_like(folder, template) if path.is_symlink()]
+
+
+def _named_like(
+    folder: Path, template: str, prefix: str = ""
+) -> Iterator[tuple[Path, tuple[int, ...]]]:
+    """Yield (path, its numbers) of what is named like the template, with a prefix to its name."""
+    above, _, name = template.rpartition("/")
+    parts = re.split(r"\{\w+\}", f"{above}/{prefix}{name}" if above else prefix + name)
+    pattern = re.compile(r"(\d+)".join(map(re.escape, parts)))
+    for path in folder.glob("*".join(map(glob.escape, parts))):
+        match = pattern.fullmatch(path.relative_to(folder).as_posix())
+        if match:
+            yield path, tuple(map(int, match.groups()))
+
+
+def has_any(folder: Path, template: str, *, besides: Path | None) -> bool:
+    """Return whether there are checkpoints, or links to deleted ones, other than `besides`.
+
+    Looked for where `template` would put them, not in folders of other runs below.
+    """
+    above = template.rpartition("/")[0]
+    places = [folder, *(folder.glob(re.sub(r"\{\w+\}", "*", above)) if above else [])]
+    paths = [path for place in places for path in place.glob("*.pt")]
     return any(besides is None or path.resolve() != besides.resolve() for path in paths)
 
 
-def keep_intact(paths: list[Path]) -> list[Path]:
-    """Return `paths`, oldest first, up to the newest intact one.
-
-    Damaged ones after it are reported and renamed, so that training can write there again.
+def newest_intact(paths: list[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Return `paths`, oldest first, up to the newest intact one, and what is wrong with later ones.
 
     Raises:
-        UserError: all are damaged; they keep their names.
+        UserError: all are damaged, or one cannot be read.
     """
     problems: dict[Path, str] = {}
     intact = list(paths)
-    while intact and (problem := damage(intact[-1])) is not None:
+    while intact:
+        try:
+            problem = damage(intact[-1])
+        except OSError as error:
+            raise UserError(
+                f"{intact[-1]} cannot be read ({error.strerror or error}), so nothing is known"
+                " about it; make it readable, or move it away to continue from the one before"
+            ) from error
+        if problem is None:
+            break
         problems[intact.pop()] = problem
     if paths and not intact:
         details = ", ".join(f"{path.name} {problem}" for path, problem in problems.items())
@@ -99,19 +148,31 @@ def keep_intact(paths: list[Path]) -> list[Path]:
             f"{paths[0].parent}: all checkpoints are damaged, so the run cannot continue"
             f" ({details}); restore one, or move the folder away to start again"
         )
+    return intact, problems
+
+
+def set_aside(problems: Mapping[Path, str], *, intact: Path) -> None:
+    """Rename damaged checkpoints, so that training can write there again, and report them."""
     for path, problem in problems.items():
         aside = path.with_name(DAMAGED + path.name)
         log.warning(
             "checkpoint %s %s; renamed to %s, continuing from %s",
-            *(path, problem, aside.name, intact[-1].name),
+            *(path, problem, aside.name, intact.name),
         )
         os.replace(path, aside)
-    return intact
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove files that a killed process had begun to write."""
-    for path in folder.rglob(PARTIAL + "*"):
+def remove_partial(folder: Path, template: str, latest: str) -> None:
+    """Remove checkpoints and links that a killed process of this run had begun to write.
+
+    Args:
+        folder: the run's own; folders below are another run's, unless the template has one.
+        template: the names of its checkpoints.
+        latest: the name of its link.
+    """
+    link = Path(latest)
+    paths = [path for path, _ in _named_like(folder, template, PARTIAL)]
+    for path in [*paths, folder / link.with_name(PARTIAL + link.name)]:
         if path.is_symlink() or path.is_file():
             path.unlink()
 
@@ -127,8 +188,9 @@ def check_folder(folder: str | None) -> str:
     return folder
 
 
-def is_disk_full(error: BaseException, folder: Path) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Return whether a write failed for lack of space; torch says only that it failed."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "file write failed" in str(error) or "unexpected pos" in str(error)
+    said = ("file write failed", "unexpected pos", "No space left")  # of torch, of safetensors
+    return any(text in str(error) for text in said)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import struct
 from pathlib import Path
 
 from foundry_ext.utils.errors import UserError
@@ -19,28 +20,50 @@ class FolderLock:
         self._file: int | None = None
 
     def take(self) -> None:
-        """Take the lock; a UserError names the process that holds it already."""
+        """Take the lock; a UserError names the process that holds it already.
+
+        A lock file that is there already keeps its content until `sign`.
+        """
         if self._file is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+            holder = _holder(file)
             os.close(file)
             raise UserError(
-                f"{self.path.parent}: another run ({holder or 'unknown process'}) is still saving"
-                " checkpoints there; wait until it ends, or stop it"
+                f"{self.path.parent}: another run ({holder}) is still saving checkpoints there;"
+                " wait until it ends, or stop it"
             ) from None
         except OSError:  # a file system without locks
             os.close(file)
             return
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._file = file
+        if is_new:
+            self.sign()
+
+    def sign(self) -> None:
+        """Write into the lock file who holds it."""
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
+            name = f"process {os.getpid()} on {socket.gethostname()}\n"
+            os.pwrite(self._file, name.encode(), 0)
 
     def release(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _holder(file: int) -> str:
+    """Return the process that holds the lock, as the kernel knows it and the file describes it."""
+    layout = "hhqqi"  # Linux's struct flock: type, whence, start, length, pid
+    asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    pid = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, asked))[-1]
+    signed = os.pread(file, 200, 0).decode(errors="replace").strip()
+    if pid <= 0 or signed.startswith(f"process {pid} "):
+        return signed or "unknown process"
+    return f"process {pid}"

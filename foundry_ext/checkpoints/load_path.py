@@ -4,7 +4,7 @@ from pathlib import Path
 
 from composer.utils import parse_uri
 
-from foundry_ext.checkpoints.files import damage
+from foundry_ext.checkpoints.files import damage, foreign_content
 from foundry_ext.checkpoints.safe_load import load_checkpoint
 from foundry_ext.utils.errors import UserError
 
@@ -31,7 +31,13 @@ def check_load_path(name: str, *, thoroughly: bool = True) -> None:
             f"load_path: {path} must be a .pt file, because others are unpickled unchecked, which"
             " could run code; decompress it, or rename it to .pt if it is one"
         )
-    problem = damage(path) if thoroughly else None
+    try:
+        problem = damage(path) if thoroughly else foreign_content(path)
+    except OSError as error:
+        raise UserError(
+            f"load_path: {path} cannot be read ({error.strerror or error}); make it readable, or"
+            " name another checkpoint"
+        ) from error
     if problem:
         raise UserError(f"load_path: {path} {problem}; name another checkpoint")
     try:

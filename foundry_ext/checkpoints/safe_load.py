@@ -48,6 +48,14 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         ) from error
 
 
+def describe_foreign(content: Any) -> str | None:
+    """Return what a loaded file holds instead of a run's state, or None."""
+    if isinstance(content, dict) and isinstance(content.get("state"), dict):
+        return None
+    kind = "a dict without state" if isinstance(content, dict) else f"a {type(content).__name__}"
+    return f"holds {kind}, not the state of a run"
+
+
 def _foreign(path: Path) -> list[str]:
     with torch.serialization.safe_globals(_HARMLESS):
         try:

@@ -25,6 +25,7 @@ from foundry_ext.config.choices import (
     unset,
 )
 from foundry_ext.config.missing_files import SUFFIXES, way_out
+from foundry_ext.config.outputs import find_output_fault, find_shared
 from foundry_ext.config.overrides import first_line, goes_through_reference, merge_override
 from foundry_ext.config.run_name import sweep_run_name, under_sweep
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
@@ -88,6 +89,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
         named = choices_in_run_name(config)
         others = {key: value for key, value in given.items() if key not in named}
         config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), others)
+    fault = find_output_fault(_resolve(path, config))  # the name that a sweep gives is known now
+    if fault:
+        raise UserError(f"{path}: {fault}")
     return config
 
 
@@ -108,21 +112,23 @@ def check_several(
                 f"override {override}: given to {len(files)} files, whose runs would overwrite one "
                 f"another; set {key} in each file"
             )
-    owners: dict[str, Path] = {}
-    for path, config in zip(files, configs, strict=True):
-        folder = config.get("save_folder")
-        if not folder:
-            continue
-        if "{run_name}" in folder:
-            if not config.get("run_name"):
-                continue  # Composer makes up a name
-            folder = folder.replace("{run_name}", config.run_name)
-        if folder in owners:
-            raise UserError(
-                f"{path}: save_folder, {folder!r}, is that of {owners[folder]} too and its "
-                "checkpoints would be overwritten; give each file its own"
-            )
-        owners[folder] = path
+    named = zip(files, configs, strict=True)
+    # A file that is given twice would share everything with itself.
+    runs = {
+        f"{path}{' again' * files[:number].count(path)}": _plain(config)
+        for number, (path, config) in enumerate(named)
+    }
+    shared = find_shared(runs)
+    if shared:
+        run, key, place, owner = shared
+        raise UserError(
+            f"{run}: {key}, {place!r}, is that of {owner} too, and one run would overwrite the"
+            " other's files; give each run its own"
+        )
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from foundry_ext.config.outputs import output_paths
 from foundry_ext.utils.errors import one_line
 from foundry_ext.utils.nested import get
 
@@ -30,8 +31,8 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 return text.partition("] ")[2]
             return (
                 f"no space is left for {one.filename or 'a file of the run'}; make some, or name"
-                " another disk in save_folder, and start the same command again: it continues"
-                f" from the last intact checkpoint ({said})"
+                f" another disk in {_key_of(one.filename, config)}, and start the same command"
+                f" again: it continues from the last intact checkpoint ({said})"
             )
         if "can't allocate memory" in text:
             return (
@@ -51,6 +52,14 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 f" or to sdpa, which runs anywhere ({said})"
             )
     return None
+
+
+def _key_of(path: str | None, config: dict[str, Any]) -> str:
+    """Return the key of the output that the path is or lies in; save_folder if it is in none."""
+    for key, place in output_paths(config).items():
+        if path is not None and Path(path).absolute().is_relative_to(place.absolute()):
+            return key
+    return "save_folder"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -99,14 +108,8 @@ def unwritable(config: dict[str, Any]) -> str | None:
 
     A temporary file is created in the nearest folder that exists; nothing remains.
     """
-    for key in (
-        *("save_folder", "callbacks.run_record.path", "callbacks.hf_export.folder"),
-        *("callbacks.forgetting.items", "loggers.metrics_file.path"),
-    ):
-        place = get(config, key)
-        if not isinstance(place, str) or "://" in place:
-            continue
-        path = Path(place.replace("{run_name}", str(config.get("run_name"))))
+    for key, path in output_paths(config).items():
+        place = str(path)
         folder = next(one for one in path.absolute().parents if one.exists())
         try:
             if path.exists() and key.endswith("folder"):

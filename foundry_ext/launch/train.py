@@ -188,12 +188,13 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
 
 def train_recorded(train: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     """Return train(config); an exception is noted in the run's record before it is raised."""
+    from foundry_ext.records.record import mark_failed, now  # not for a mere check of a YAML
+
+    begun = now()
     try:
         return train(config)
     except BaseException as error:  # Ctrl-C and sys.exit end a run too
-        from foundry_ext.records.record import mark_failed  # not for a mere check of a YAML
-
         path = record_path(config)
         if path is not None:
-            mark_failed(path, error)
+            mark_failed(path, error, since=begun)
         raise

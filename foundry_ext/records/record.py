@@ -3,6 +3,7 @@
 records/schema.py names every key with its type, meaning and unit.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -63,6 +64,7 @@ def new_record(
         "environment": environment,
         "data": data,
         "model": model,
+        "checkpoint": None,
         "steps": 0,
         "documents": 0,
         "tokens": {"slots": 0, "real": 0, "loss": 0},
@@ -121,12 +123,16 @@ def read_record(path: Path | str) -> dict[str, Any]:
     return record
 
 
-def mark_failed(path: Path | str, error: BaseException | str) -> None:
+def mark_failed(path: Path | str, error: BaseException | str, *, since: str = "") -> None:
     """Mark this process's running record as failed; do nothing if there is none.
+
+    A record that cannot be written, on a full disk, hides no error.
 
     Args:
         path: the record.
         error: the exception, recorded as "Type: message", or such a text.
+        since: when this process's run began, as `now` writes it. A record that was last written
+            before then is of an earlier process, which may have had the same number.
     """
     try:
         record = read_record(path)
@@ -134,11 +140,14 @@ def mark_failed(path: Path | str, error: BaseException | str) -> None:
         return
     if record["status"] != "running" or record["pid"] != os.getpid():
         return
+    if record["updated"] < since:
+        return
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     ended = now()
-    write_record(
-        path, {**record, "status": "failed", "error": text, "updated": ended, "ended": ended}
-    )
+    with contextlib.suppress(OSError):
+        write_record(
+            path, {**record, "status": "failed", "error": text, "updated": ended, "ended": ended}
+        )
 
 
 def items_path(path: Path | str, record: Mapping[str, Any]) -> Path | None:

@@ -157,6 +157,11 @@ class Record(_Section):
     environment: Environment
     data: Data
     model: Model
+    checkpoint: str | None = Field(
+        default=None,
+        description="newest checkpoint when the record was written; null before the first one, and"
+        " records from before 2026-11-29 do not have it",
+    )
     steps: int = Field(description="optimizer steps so far")
     documents: int = Field(description="documents trained on so far, repeats included")
     tokens: Tokens

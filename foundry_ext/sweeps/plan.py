@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from foundry_ext.adapters.methods import method_of_config
 from foundry_ext.config.loading import load_config, record_path, split_arguments
+from foundry_ext.config.outputs import find_name_fault, find_shared
 from foundry_ext.records.record import RECORD_NAME
 from foundry_ext.records.result_settings import RESULT_SETTINGS
 from foundry_ext.sweeps.file import Sweep, command_line, inside
@@ -88,19 +89,21 @@ def plan(sweep: Sweep, runs: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
         raise UserError(f"{sweep.path}: program, {sweep.program}: no such file here")
     with naming_runs(sweep.name):
         planned = [_plan_run(sweep, values) for values in runs]
-    owners: dict[Path, str] = {}
+    configs: dict[str, dict[str, Any]] = {}
     for run in planned:
-        if run.name in owners.values():
+        if run.name in configs:
             raise UserError(
                 f"{sweep.path}: two runs are named {run.name}; do not sweep run_name, and give "
                 "each YAML its own"
             )
-        if run.record in owners:
-            raise UserError(
-                f"{sweep.path}: runs {owners[run.record]} and {run.name} share {run.folder}; "
-                "put ${run_name} into the YAML's folder"
-            )
-        owners[run.record] = run.name
+        configs[run.name] = run.config
+    shared = find_shared(configs)
+    if shared:
+        name, key, place, owner = shared
+        raise UserError(
+            f"{sweep.path}: runs {owner} and {name} share {place}, as {key}; put ${{run_name}} into"
+            " the YAML's folder"
+        )
     return planned
 
 
@@ -127,11 +130,9 @@ def _plan_run(sweep: Sweep, values: Mapping[str, Any]) -> PlannedRun:
         )
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     name = str(resolved.get("run_name") or files[0].stem)
-    if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
-        raise UserError(
-            f"{files[0]}: run_name, {name!r}, is no file's name, as logs and locks need; leave out"
-            " slashes"
-        )
+    fault = find_name_fault(name)  # of the file's own name too, where there is no run_name
+    if fault:
+        raise UserError(f"{files[0]}: run_name, {name!r}, {fault}")
     return PlannedRun(
         name=name,
         command=tuple(command),

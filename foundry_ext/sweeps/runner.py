@@ -215,6 +215,8 @@ class SweepRunner:
         self._active.remove(active)
         state = self.states[active.run.name]
         record = read_run_record(active.run.record)
+        if active.slot is not None and str(record.get("updated", "~")) < (state.started or ""):
+            record = {}  # an earlier attempt's: this one ended before its first step
         is_ours = active.slot is not None
         state.exit_code = code if is_ours else None
         state.status = status_at_end(

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+from composer.callbacks import CheckpointSaver
 from composer.core import State
+from composer.loggers import LoggerDestination
 
 from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
@@ -113,3 +115,28 @@ def describe_model(config: dict[str, Any], method: Method) -> dict[str, Any]:
 def device_kind(state: State) -> str:
     """Return "cuda" or "cpu"."""
     return "cuda" if state.device.name == "gpu" else state.device.name
+
+
+def newest_checkpoint(state: State) -> str | None:
+    """Return, on rank 0, the newest checkpoint that this process has saved or found."""
+    savers = [one for one in state.callbacks if isinstance(one, CheckpointSaver)]
+    saved = [path for saver in savers for path in saver.saved_checkpoints]
+    return str(saved[-1]) if saved else None
+
+
+class LoggedSettings(LoggerDestination):
+    """Logger that keeps llm-foundry's configuration and the metrics of an evaluation."""
+
+    def __init__(self):
+        self.config: dict[str, Any] | None = None
+        self.metrics: dict[str, float] = {}
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        if "train_loader" in hyperparameters:  # Composer logs others, of versions and devices
+            self.config = hyperparameters
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            group, _, metric = name.partition("/")
+            if group == "metrics" and not metric.startswith("train/"):
+                self.metrics[metric] = float(value)

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from foundry_ext.utils.errors import naming_file
+
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk."""
@@ -31,10 +33,11 @@ def replaced_file(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
     partial = partial or path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+        with naming_file(path):
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -69,16 +72,17 @@ def replaced_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        for written in (*partial.rglob("*"), partial):
-            sync(written)
-        if path.exists() and must_be_new:
-            path.rmdir()
-        elif path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        partial.rename(path)
-        sync(path.parent)
+        with naming_file(path):
+            yield partial
+            for written in (*partial.rglob("*"), partial):
+                sync(written)
+            if path.exists() and must_be_new:
+                path.rmdir()
+            elif path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            partial.rename(path)
+            sync(path.parent)
     except BaseException:
         _put_back(old, path)
         shutil.rmtree(partial, ignore_errors=True)

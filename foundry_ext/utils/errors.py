@@ -40,6 +40,17 @@ def naming(place: str, kinds: tuple[type[Exception], ...] = (ValueError,)) -> It
         raise UserError(f"{place}: {one_line(error)} [{type(error).__name__}]") from error
 
 
+@contextlib.contextmanager
+def naming_file(path: os.PathLike[str]) -> Iterator[None]:
+    """Give an OSError without a file, as a write to a full disk raises it, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def wants_traceback() -> bool:
     """Return whether --traceback, or its environment variable, asks for tracebacks."""
     return os.environ.get(TRACEBACK_VARIABLE, "0") != "0"

@@ -1,11 +1,11 @@
 """Files of JSON lines: one value per line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming_file
 
 
 def read_lines(path: Path | str, *, growing: bool = False) -> Iterator[tuple[int, Any]]:
@@ -30,6 +30,44 @@ def read_lines(path: Path | str, *, growing: bool = False) -> Iterator[tuple[int
                     return
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from error
             yield number, value
+
+
+class HeldLines:
+    """A file that lines are appended to; they are held back until it may be opened.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: IO[str] | None = None
+        self._held: list[str] = []
+
+    def write(self, values: Iterable[Any]) -> None:
+        """Append a line per value; once the file is open, a kill loses none of them.
+
+        Raises:
+            OSError: the file cannot be written; has its name.
+        """
+        self._held += [json.dumps(value) + "\n" for value in values]
+        if self._file is not None:
+            with naming_file(self.path):
+                self._file.writelines(self._held)
+                self._file.flush()
+            self._held.clear()
+
+    def open(self, *, resumed: bool) -> None:
+        """Open the file as `open_lines` does, unless it is open, and write what was held back."""
+        if self._file is None:
+            with naming_file(self.path):
+                self._file = open_lines(self.path, resumed=resumed)
+            self.write([])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def open_lines(path: Path, *, resumed: bool) -> IO[str]:

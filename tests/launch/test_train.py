@@ -1,6 +1,7 @@
 """Handling of train.py's arguments, its files and failed runs."""
 
 import dataclasses
+import errno
 import importlib
 import os
 import re
@@ -21,9 +22,10 @@ from foundry_ext.config.loading import (
 )
 from foundry_ext.config.run_name import SWEEP_VARIABLES, sweep_run_name
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
+from foundry_ext.launch.failures import explain
 from foundry_ext.launch.sequence import ChildRunner, train_in_turn
 from foundry_ext.launch.train import check_all, main, train_recorded
-from foundry_ext.records.record import new_record, read_record, write_record
+from foundry_ext.records.record import mark_failed, new_record, now, read_record, write_record
 from foundry_ext.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -277,6 +279,73 @@ def test_one_save_folder_for_several_runs_is_refused(tmp_path: Path):
         check_all([a, a], [])
 
 
+OUTPUTS = {
+    "save_folder": "save_folder: PLACE\n",
+    "run_record": "callbacks: {run_record: {path: PLACE, experiment: e}}\n",
+    "items": "callbacks: {forgetting: {items: PLACE, sets: {}}}\n",
+    "hf_export": "callbacks: {hf_export: {folder: PLACE}}\n",
+    "metrics": "loggers: {metrics_file: {path: PLACE}}\n",
+}
+
+
+def with_output(path: Path, name: str, output: str, place: str) -> Path:
+    text = VALID.replace("callbacks: {lr_monitor: {}}\n", "")
+    return write(path, f"{text}run_name: {name}\n{OUTPUTS[output].replace('PLACE', place)}")
+
+
+@pytest.mark.parametrize("first", OUTPUTS)
+@pytest.mark.parametrize("second", OUTPUTS)
+def test_one_place_for_several_runs_is_refused_before_the_first(
+    tmp_path: Path, first: str, second: str
+):
+    a = with_output(tmp_path / "a.yaml", "a", first, "out/x")
+    b = with_output(tmp_path / "b.yaml", "b", second, "out/../out/x")
+    with pytest.raises(UserError, match=r"b\.yaml: .*x', is that of .*a\.yaml"):
+        check_all([a, b], [])
+    assert check_all([a, with_output(tmp_path / "c.yaml", "c", second, "'out/{run_name}'")], [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../../esc", "..", ".", "/tmp/esc", "a/b", "a\\b", "''", "' '", "x" * 201, "ä" * 101),
+        *('"a\\tb"', '"a\\x1b[31m"', '"a\\nb"', '"a\\0"', '"\\u202ea"', "'{rank}'", "'{run_name}'"),
+    ],
+)
+def test_names_of_runs_are_names(tmp_path: Path, name: str):
+    path = write(tmp_path / "run.yaml", f"{VALID}run_name: {name}\n")
+    with pytest.raises(UserError, match=r"run\.yaml: run_name, ") as refused:
+        load_config(path)
+    assert "\n" not in str(refused.value) and "\x1b" not in str(refused.value)
+    if not name.startswith(("'", '"')):
+        with pytest.raises(UserError, match="run_name, "):
+            load_config(write(tmp_path / "valid.yaml", VALID), [f"run_name={name}"])
+
+
+@pytest.mark.parametrize("name", ["lora", "a b", "lora-seed_17", "1.7b", ".hidden", "ü", "..a"])
+def test_other_names_are_kept(tmp_path: Path, name: str):
+    assert load_config(write(tmp_path / "run.yaml", f"{VALID}run_name: {name}\n")).run_name == name
+
+
+def test_a_full_disk_names_the_key_of_the_file():
+    config = {
+        "run_name": "a",
+        "max_seq_len": 8,
+        "save_folder": "out/{run_name}/checkpoints",
+        "callbacks": {"hf_export": {"folder": "out/a/hf"}, "run_record": {"path": "r.json"}},
+        "loggers": {"metrics_file": {"path": "/elsewhere/{run_name}.jsonl"}},
+    }
+    for path, key in {
+        "out/a/hf": "callbacks.hf_export.folder",
+        "out/a/hf/model.safetensors": "callbacks.hf_export.folder",
+        "r.json": "callbacks.run_record.path",
+        "/elsewhere/a.jsonl": "loggers.metrics_file.path",
+        "out/a/checkpoints/x.pt": "save_folder",
+    }.items():
+        said = explain(OSError(errno.ENOSPC, "No space left on device", path), config)
+        assert said is not None and path in said and f"another disk in {key}," in said
+
+
 def test_several_files_on_several_nodes_are_refused(
     valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -330,6 +399,9 @@ def test_what_ends_a_run_is_in_its_record(tmp_path: Path, error: BaseException):
     record = read_record(path)
     assert record["status"] == "failed"
     assert record["error"] == f"{type(error).__name__}: {error}"
+    write_record(path, {**record, "status": "running", "ended": None})
+    mark_failed(path, error, since=now())  # it was written before: an earlier process's
+    assert read_record(path)["status"] == "running"
     with pytest.raises(type(error)):  # without a record there is nothing to say
         train_recorded(train, OmegaConf.create({"callbacks": None}))
 

@@ -162,6 +162,11 @@ def test_a_dry_run_prints_the_commands_and_starts_nothing(folder: Path):
         ),
         ({"run_name": {"value": "x"}}, {}, "two runs are named x; do not sweep run_name"),
         ({"variables.folder": {"value": "outputs/x"}}, {}, "share outputs/x"),
+        (
+            {"loggers": {"value": {"metrics_file": {"path": "outputs/m.jsonl"}}}},
+            {},
+            "share outputs/m.jsonl, as loggers.metrics_file.path",
+        ),
         ({}, {"command": ["python", "${program}", "${args}"]}, "arguments with hyphens"),
         ({}, {"program": "train2.py"}, "train2.py: no such file"),
     ],
@@ -206,6 +211,19 @@ def test_a_yaml_edited_since_is_not_passed_over(folder: Path, before: str, after
         return
     with pytest.raises(UserError, match=re.escape(named)):
         run(path)
+
+
+def test_the_record_of_an_earlier_attempt_says_nothing_about_this_one(folder: Path):
+    """An attempt that ends before its first step leaves the record as it was."""
+    path = write_sweep(folder, {"variables.behaviour": {"value": "silent"}})
+    for name in ("a", "b"):
+        record = folder / f"outputs/{name}-behaviour_silent/record.json"
+        record.parent.mkdir(parents=True)
+        old = {"status": "stopped", "error": "long ago", "updated": "2000-01-01T00:00:00+00:00"}
+        record.write_text(json.dumps(old))
+    statuses, said = run(path)
+    assert set(statuses.values()) == {"failed"}
+    assert not any("long ago" in line for line in said)
 
 
 def test_a_run_name_leads_to_no_other_folder(folder: Path):

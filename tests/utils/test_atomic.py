@@ -1,5 +1,6 @@
 """Atomic writes of files and folders."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,11 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch):
     with pytest.raises(OSError, match="disk"), replaced_folder(path):
         pass
     assert list(tmp_path.rglob("*")) == [path, path / "old"]
+
+
+@pytest.mark.parametrize("replaced", [replaced_file, replaced_folder])
+def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path, replaced):
+    with pytest.raises(OSError) as full, replaced(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() does, without a name
+    assert full.value.filename == str(tmp_path / "a")
+    assert not list(tmp_path.iterdir())

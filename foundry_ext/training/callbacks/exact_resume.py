@@ -2,8 +2,7 @@
 
 Composer 0.32.1's CheckpointSaver writes a checkpoint in place and moves the `latest` link by
 removing it first, so after a kill in between a run dies on its own checkpoint or starts from the
-beginning. This is that saver with atomic writes, and it checks the folder before Composer chooses
-what to load.
+beginning. This is that saver with atomic writes, and it chooses what Composer loads.
 """
 
 import errno
@@ -22,17 +21,19 @@ from composer.utils import checkpoint, dist, format_name_with_dist, partial_form
 from llmfoundry.utils.config_utils import TrainConfig
 
 from foundry_ext.checkpoints import files as checkpoint_files
-from foundry_ext.checkpoints.folder_lock import FolderLock
 from foundry_ext.checkpoints.load_path import check_load_path
+from foundry_ext.checkpoints.run_folder import RunFolder
 from foundry_ext.evaluation.base_model import weights_fingerprint
 from foundry_ext.records.result_settings import (
     describe_changes,
     digest_settings,
     result_settings,
 )
+from foundry_ext.training.autoresume import load_what_is_chosen
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.run_description import find_callback
+from foundry_ext.training.run_files import run_files
 from foundry_ext.training.signals import StopSignals
 from foundry_ext.utils.errors import UserError
 
@@ -96,13 +97,13 @@ class ExactResume(CheckpointSaver):
         self.signals = StopSignals()
         self.ended_at: Time | None = None
         self.autoresume, self.load_path = key("autoresume"), key("load_path")
-        self.lock = FolderLock(Path(folder))
         given = {**train_config, "seed": key("seed"), "precision": key("precision")}
         without = (*OTHERS_JUDGE, *MAY_CHANGE)
         self.settings = digest_settings(result_settings(given, without))
         self.duration = ensure_time(key("max_duration"), TimeUnit.EPOCH)
         self.saved_duration: Time | None = None
         self.resumed_from: str | None = None  # the checkpoint's path
+        self.run_folder: RunFolder | None = None  # on rank 0
         self.base: str | None = None  # fingerprint of the weights under an adapter
 
     # --- before Composer loads -------------------------------------------------------------------
@@ -112,7 +113,7 @@ class ExactResume(CheckpointSaver):
         self.run_name = state.run_name
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Point the `latest` link, which Composer follows next, at an intact checkpoint.
+        """Choose the newest intact checkpoint, which Composer loads next; change no file.
 
         Raises:
             UserError: no checkpoint is intact, another run saves there, or load_path names a file
@@ -120,14 +121,13 @@ class ExactResume(CheckpointSaver):
         """
         if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
             folder = Path(format_name_with_dist(self.folder, state.run_name))
-            self.lock.path = folder / self.lock.path.name
-            self.lock.take()
-            checkpoint_files.remove_partial(folder)
-            intact = self._intact_checkpoints(state, folder) if self.autoresume else []
-            if intact:
-                checkpoint_files.link_to(intact[-1], self._latest(state))
-            self.saved_checkpoints = [str(path) for path in intact]
-            self.resumed_from = str(intact[-1]) if intact else None
+            template = partial_format(self.filename.filename, run_name=state.run_name)
+            self.run_folder = RunFolder(folder, template, self._latest(state))
+            self.run_folder.lock.take()
+            if self.autoresume:
+                intact = self.run_folder.choose(overwrite=self.overwrite, load_path=self.load_path)
+                self.saved_checkpoints = [str(path) for path in intact]
+                self.resumed_from = str(intact[-1]) if intact else None
         # Every rank must know, so that all refuse a checkpoint together.
         decision = [self.resumed_from]
         dist.broadcast_object_list(decision, src=0)
@@ -138,24 +138,6 @@ class ExactResume(CheckpointSaver):
         model: Any = unwrapped(state)
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
-
-    def _intact_checkpoints(self, state: State, folder: Path) -> list[Path]:
-        """Return the run's checkpoints, oldest first; the last one is the one to resume from."""
-        template = partial_format(self.filename.filename, run_name=state.run_name)
-        paths = checkpoint_files.find_checkpoints(folder, template)
-        latest = self._latest(state)
-        if self.overwrite and latest.exists() and latest.resolve() in map(Path.resolve, paths):
-            # Later ones may be left from an earlier run that this one overwrites.
-            resolved = [path.resolve() for path in paths]
-            paths = paths[: resolved.index(latest.resolve()) + 1]
-        given = Path(self.load_path) if self.load_path else None
-        if not (paths or self.overwrite) and checkpoint_files.has_any(folder, besides=given):
-            raise UserError(
-                f"{folder}: there are checkpoints, but none is named like save_filename,"
-                f" {self.filename.filename}, so the run would start from the beginning; restore"
-                " them, or give the new run another folder"
-            )
-        return checkpoint_files.keep_intact(paths)
 
     def _latest(self, state: State) -> Path:
         assert self.latest_filename is not None
@@ -203,6 +185,7 @@ class ExactResume(CheckpointSaver):
         Raises:
             UserError: no batch is left because max_duration was shortened.
         """
+        run_files(state).settle(state)
         end, before = state.max_duration, self.saved_duration
         if end is None:
             return
@@ -222,6 +205,9 @@ class ExactResume(CheckpointSaver):
                 *texts,
             )
         if reached >= end:
+            if dist.get_global_rank() == 0:
+                text = f"this run had already reached max_duration, {end.to_timestring()}: no step"
+                print(f"{text} is left, and what follows the last is repeated", file=sys.stderr)
             self.ended_at = end
             state.max_duration = state.timestamp.get(end.unit) + 1
 
@@ -229,8 +215,19 @@ class ExactResume(CheckpointSaver):
         if self.ended_at is not None:
             state.max_duration = self.ended_at
             state.previous_timestamp = state.timestamp  # without it no evaluation would be due
-        super().fit_start(state, logger)
+        if self.resumed_from is None:
+            super().fit_start(state, logger)  # refuses later checkpoints in the folder
+        else:  # they are damaged ones, which are renamed later
+            self.start_batch = state.timestamp.batch
         self.signals.install()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self.run_folder is not None:
+            self.run_folder.put_in_order()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Put the folder in order after a start that had no batch left to train."""
+        self.batch_end(state, logger)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         super().batch_checkpoint(state, logger)
@@ -252,7 +249,8 @@ class ExactResume(CheckpointSaver):
 
     def close(self, state: State, logger: Logger) -> None:
         self.signals.remove()
-        self.lock.release()
+        if self.run_folder is not None:
+            self.run_folder.lock.release()
 
     # --- saving ----------------------------------------------------------------------------------
 
@@ -272,7 +270,7 @@ class ExactResume(CheckpointSaver):
                 checkpoint.save_checkpoint(state, str(partial))
             checkpoint_files.link_to(path, self._latest(state))
         except (OSError, RuntimeError) as error:
-            if checkpoint_files.is_disk_full(error, path.parent):
+            if checkpoint_files.is_disk_full(error):
                 raise OSError(errno.ENOSPC, self._describe_full(path)) from error
             raise
         assert self.remote_file_name is not None
@@ -295,3 +293,6 @@ class ExactResume(CheckpointSaver):
             f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
             f" {earlier}. Free some space and run the same command again"
         )
+
+
+load_what_is_chosen(ExactResume)

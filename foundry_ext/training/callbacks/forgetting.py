@@ -1,10 +1,8 @@
 """`forgetting`: measures what a run learns and forgets, at step 0 and at every evaluation."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from composer.core import Callback, State
@@ -13,6 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from peft import PeftModel
 
+from foundry_ext.config.outputs import ITEMS
 from foundry_ext.data.dataloader import PackedDataset
 from foundry_ext.evaluation.base_model import BaseCopy, adapters_off, weights_fingerprint
 from foundry_ext.evaluation.config import DocumentsSetConfig, parse_sets
@@ -24,8 +23,9 @@ from foundry_ext.models.scores import BaseModel
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
 from foundry_ext.training.run_description import refuse_training_documents
+from foundry_ext.training.run_files import run_files
 from foundry_ext.utils.errors import UserError
-from foundry_ext.utils.json_lines import open_lines
+from foundry_ext.utils.json_lines import HeldLines
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Forgetting(Callback):
     def __init__(self, sets: Mapping[str, Mapping[str, Any]], items: str | None = None):
         self.configs = parse_sets(sets)
         self.items_path = items
+        self.items: HeldLines | None = None  # of rank 0
         self.evaluations: list[dict[str, Any]] = []
         self.sets: list[EvalSet] = []
         self.base: BaseModel | None = None
@@ -77,6 +78,9 @@ class Forgetting(Callback):
         model = _composer_model(state)
         inner, tokenizer = model.inner_model, model.tokenizer
         assert tokenizer is not None
+        if self.items_path is not None:
+            path = run_files(state).add(ITEMS, self.items_path)
+            self.items = HeldLines(path) if dist.get_global_rank() == 0 else None
         self.sets = build_sets(self.configs, tokenizer, inner.config.max_position_embeddings)
         if any(isinstance(config, DocumentsSetConfig) and config.kl for config in self.configs):
             self.base_fingerprint = weights_fingerprint(inner)
@@ -84,6 +88,8 @@ class Forgetting(Callback):
             self.base = adapters_off(adapted) if isinstance(adapted, PeftModel) else BaseCopy(inner)
 
     def after_load(self, state: State, logger: Logger) -> None:
+        if self.items_path is not None:
+            run_files(state).settle(state)
         self._refuse_training_data(state)
         resumed = state.timestamp.batch > 0
         if resumed and not self.evaluations:
@@ -94,7 +100,6 @@ class Forgetting(Callback):
             )
         if self.base is not None:
             self._settle_base(state, resumed)
-        self._open_items(state, resumed)
 
     def _refuse_training_data(self, state: State) -> None:
         train = getattr(state.train_dataloader, "dataset", None)
@@ -117,13 +122,6 @@ class Forgetting(Callback):
                 "forgetting: the run started from another base model than the YAML names now;"
                 " restore model.pretrained_model_name_or_path, or start a new run"
             )
-
-    def _open_items(self, state: State, resumed: bool) -> None:
-        if self.items_path is None or dist.get_global_rank() != 0:
-            return
-        path = Path(self.items_path.format(run_name=state.run_name))
-        self.items_path = str(path)
-        open_lines(path, resumed=resumed).close()  # emptied, or cut after its last complete line
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if not state.evaluators:
@@ -178,10 +176,23 @@ class Forgetting(Callback):
         log.info("step %d: %d sets in %.1f s", step, len(self.sets), time.perf_counter() - started)
 
     def _write(self, step: int, items: list[Item]) -> None:
-        if self.items_path is None or dist.get_global_rank() != 0:
-            return
-        with Path(self.items_path).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **item}) + "\n" for item in items)
+        if self.items is not None:
+            self.items.write({"step": step, **item} for item in items)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._open_items(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._open_items(state)
+
+    def _open_items(self, state: State) -> None:
+        """Open the file once the first step has ended; step 0's items are held back until then."""
+        if self.items is not None:
+            self.items.open(resumed=run_files(state).continues)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.items is not None:
+            self.items.close()
 
     # --- checkpoints -----------------------------------------------------------------------------
 

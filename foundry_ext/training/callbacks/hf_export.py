@@ -1,7 +1,10 @@
 """`hf_export`: writes the trained model as a Hugging Face folder, ready to load or upload."""
 
+import errno
 import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -9,43 +12,73 @@ from composer.utils import dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from foundry_ext.checkpoints.export import write_folder
+from foundry_ext.checkpoints.files import is_disk_full
+from foundry_ext.config.outputs import EXPORT
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.training.run_files import run_files
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_MARK = ".hf_export"  # marks folders of this callback, which it may overwrite
+_MARK = ".hf_export"  # marks folders of this callback and lists what it wrote
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 class HFExport(Callback):
     """Callback that writes the full model in fp32, or the adapter only, at the end of training.
 
     Args:
-        folder: where to write; `{run_name}` is replaced. Only an earlier export is overwritten.
+        folder: where to write; `{run_name}` is replaced. Only an earlier export of the same run is
+            overwritten.
     """
 
     def __init__(self, folder: str):
         self.folder = folder
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuse a folder that is in use, before the training instead of after it.
+    def init(self, state: State, logger: Logger) -> None:
+        self.path = run_files(state).add(EXPORT, self.folder, check=self._check)
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Refuse a folder in use or a disk without room before the training, not after it."""
+        run_files(state).settle(state)
+
+    def _check(self, state: State) -> None:
+        self._check_folder()
+        needed = _needed_bytes(unwrapped(state))
+        place = self.path.absolute()
+        free = shutil.disk_usage(next(x for x in (place, *place.parents) if x.exists())).free
+        if free < needed:
+            raise UserError(
+                f"{EXPORT}: {self.path} needs {needed / 1e9:.2f} GB, and its disk has"
+                f" {free / 1e9:.2f} GB free; make room, or name a folder on another disk"
+            )
+
+    def _check_folder(self) -> None:
+        """Refuse to replace what this callback did not write.
 
         Raises:
-            UserError: the folder holds files that this callback did not write.
+            UserError: names a file that is there.
         """
-        folder = self._folder(state)
-        if dist.get_global_rank() != 0 or not folder.exists():
+        if not self.path.exists():
             return
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / _MARK).exists()):
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        mark = self.path / _MARK
+        if not self.path.is_dir() or (there and mark not in there):
             raise UserError(
-                f"hf_export.folder: {folder} exists and is not an earlier export; name another"
-                " folder or remove it"
+                f"{EXPORT}: {self.path} exists and is not an earlier export; name another folder"
+                " or remove it"
+            )
+        written = mark.read_text().split("\n") if there else []
+        others = [path.name for path in there if not _is_ours(path, written)]
+        if others:
+            raise UserError(
+                f"{EXPORT}: {self.path} holds {others[0]}, which no export wrote, and would be"
+                " replaced with all that is in it; name another folder, or move that file away"
             )
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        folder = self._folder(state)
         model = unwrapped(state)
         assert isinstance(model, ComposerSmolLM2), type(model)
         # On every rank because it is a collective under FSDP; rank 0 gets the result.
@@ -54,11 +87,35 @@ class HFExport(Callback):
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # once gathered from shards, it is a second copy
         if dist.get_global_rank() == 0:
-            with replaced_folder(folder) as partial:
-                write_folder(model.model, model.tokenizer, partial, weights)
-                (partial / _MARK).touch()
-            log.info("exported to %s", folder)
+            self._check_folder()  # again, because training takes long
+            self._write(model, weights)
         dist.barrier()
 
-    def _folder(self, state: State) -> Path:
-        return Path(self.folder.format(run_name=state.run_name))
+    def _write(self, model: ComposerSmolLM2, weights: dict[str, Any]) -> None:
+        try:
+            with replaced_folder(self.path) as partial:
+                write_folder(model.model, model.tokenizer, partial, weights)
+                names = sorted(path.name for path in partial.iterdir())
+                (partial / _MARK).write_text("\n".join(names))
+        except Exception as error:  # safetensors has an error of its own
+            if is_disk_full(error):
+                text = f"the export needs {_needed_bytes(model) / 1e9:.2f} GB"
+                raise OSError(errno.ENOSPC, text, str(self.path)) from error
+            raise
+        log.info("exported to %s", self.path)
+
+
+def _is_ours(path: Path, written: list[str]) -> bool:
+    """Return whether an export wrote the file; marks from before 2026-11-29 list no names."""
+    if path.name == _MARK or path.name in written:
+        return True
+    is_known = path.suffix in _SUFFIXES or path.name == "README.md"  # which peft writes
+    return written == [""] and path.is_file() and is_known
+
+
+def _needed_bytes(model: Any) -> int:
+    """Return the size of the exported weights in fp32."""
+    parameters = list(model.parameters())
+    if getattr(model, "using_peft", False):
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    return 4 * sum(parameter.numel() for parameter in parameters)

@@ -9,9 +9,10 @@ from typing import Any
 
 from composer.core import Event, State
 from composer.core.time import Time
-from composer.loggers import Logger, LoggerDestination
+from composer.loggers import Logger
 from composer.utils import dist
 
+from foundry_ext.config.outputs import ITEMS, RECORD
 from foundry_ext.records.record import mark_failed, new_record, now, write_record
 from foundry_ext.training.callbacks.forgetting import Forgetting
 from foundry_ext.training.meter import (
@@ -22,6 +23,7 @@ from foundry_ext.training.meter import (
     packed_dataset,
 )
 from foundry_ext.training.run_description import (
+    LoggedSettings,
     check_data,
     describe_evaluation_data,
     describe_loader,
@@ -29,7 +31,9 @@ from foundry_ext.training.run_description import (
     device_kind,
     find_callback,
     method_of,
+    newest_checkpoint,
 )
+from foundry_ext.training.run_files import run_files
 from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.environment import describe_environment, peak_memory
 from foundry_ext.utils.errors import UserError
@@ -42,6 +46,7 @@ class RunRecord(StepTimer):
     """Callback that writes the run's record on rank 0, with the counts of all ranks.
 
     It is written when training starts, after every evaluation, at every checkpoint and at the end.
+    An earlier start's record is not replaced before the first step of this one has ended.
     A run that ends with an error has a record that names the error. A resumed run continues the
     counts of its checkpoint.
 
@@ -64,6 +69,8 @@ class RunRecord(StepTimer):
             "evaluations": [],
         }
         self.record: dict[str, Any] | None = None
+        self.has_begun = False
+        """Whether the first step has ended, or there was none left to do."""
         self.outcome: str | None = None
         """Final status, set when training ends; the record gets it with the last evaluation."""
 
@@ -72,13 +79,19 @@ class RunRecord(StepTimer):
     def init(self, state: State, logger: Logger) -> None:
         # Last, so that at every event the other callbacks have measured what is to be recorded.
         state.callbacks = [*(x for x in state.callbacks if x is not self), self]
-        self.state, self.logged = state, _Logged()
+        self.state, self.logged = state, LoggedSettings()
         logger.destinations = (*logger.destinations, self.logged)
+        self.files = run_files(state)
+        self.path = str(self.files.add(RECORD, self.path))
 
     def before_load(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None
         self.max_duration: Time = state.max_duration  # exact_resume may raise it later
         check_data(state, packed_dataset(state, "run_record"))  # before the first evaluation
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Refuse a record of another run, before the first evaluation."""
+        self.files.settle(state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dataset = packed_dataset(state, "run_record")
@@ -90,7 +103,6 @@ class RunRecord(StepTimer):
             )
         self.mfu_meter = MFUMeter(state)
         self.fit_started = time.perf_counter()
-        self.path = self.path.format(run_name=state.run_name)
         method, forgetting = method_of(state), find_callback(state, Forgetting)
         self.record = new_record(
             run_name=state.run_name,
@@ -112,6 +124,8 @@ class RunRecord(StepTimer):
             items=self._relative_items_path(state),
         )
         self.record["started"] = self.past.get("started", self.record["started"])
+        self.record["checkpoint"] = state.load_path if self.files.continues else None
+        self.was_there = Path(self.path).exists()
         model = self.record["model"]
         logger.log_metrics(
             {
@@ -126,7 +140,7 @@ class RunRecord(StepTimer):
         forgetting = find_callback(state, Forgetting)
         if forgetting is None or forgetting.items_path is None:
             return None
-        items = Path(forgetting.items_path.format(run_name=state.run_name)).absolute()
+        items = self.files.paths[ITEMS].absolute()
         folder = Path(self.path).absolute().parent
         if not items.is_relative_to(folder):
             raise UserError(
@@ -142,6 +156,12 @@ class RunRecord(StepTimer):
         self.all_steps += counts
         if not is_first:
             self.warm_steps += counts
+        assert self.record is not None
+        if not self.has_begun:
+            self.has_begun = True
+            self._write()
+        elif self.record["checkpoint"] is None and newest_checkpoint(self.state) is not None:
+            self._write_file()  # from now on a start from the beginning is refused
 
     def eval_standalone_end(self, state: State, logger: Logger) -> None:
         """Record the evaluation of `eval_first`, which comes before `fit_start`."""
@@ -157,6 +177,7 @@ class RunRecord(StepTimer):
         """End the record, unless an evaluation follows, in which the run may still fail."""
         # Not state.max_duration, which state.stop_training() lowers.
         finished = state.timestamp >= self.max_duration
+        self.has_begun = True
         self.outcome = "finished" if finished else "stopped"
         # Composer asks the intervals next; asking them twice at this event changes nothing.
         intervals = [evaluator.eval_interval for evaluator in state.evaluators]
@@ -179,6 +200,8 @@ class RunRecord(StepTimer):
     def close(self, state: State, logger: Logger) -> None:
         """Mark the record failed if training did not end. Not a collective: ranks may be gone."""
         if self.record is None or self.record["status"] != "running" or dist.get_global_rank() != 0:
+            return
+        if self.was_there and not self.has_begun:  # what is there is an earlier start's
             return
         error = sys.exc_info()[1] or getattr(sys, "last_value", None)
         mark_failed(self.path, error or "closed before the end of the training")
@@ -237,9 +260,15 @@ class RunRecord(StepTimer):
                 "waiting_for_data": timed.waiting / timed.seconds,
                 "mfu": self.mfu_meter.of(timed),
             }
-        if dist.get_global_rank() == 0:
-            write_record(self.path, record)
+        self._write_file()
         return sums
+
+    def _write_file(self) -> None:
+        assert self.record is not None
+        self.record["checkpoint"] = newest_checkpoint(self.state) or self.record["checkpoint"]
+        may_write = self.has_begun or not self.was_there
+        if may_write and dist.get_global_rank() == 0:
+            write_record(self.path, self.record)
 
     def _sums(self) -> dict[str, Any]:
         """Return sums over all ranks and all processes that this run has had. A collective."""
@@ -264,21 +293,4 @@ class RunRecord(StepTimer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.past |= state
-
-
-class _Logged(LoggerDestination):
-    """Logger that keeps llm-foundry's configuration and the metrics of an evaluation."""
-
-    def __init__(self):
-        self.config: dict[str, Any] | None = None
-        self.metrics: dict[str, float] = {}
-
-    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        if "train_loader" in hyperparameters:  # Composer logs others, of versions and devices
-            self.config = hyperparameters
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            group, _, metric = name.partition("/")
-            if group == "metrics" and not metric.startswith("train/"):
-                self.metrics[metric] = float(value)
+        self.files.started = state.get("started")

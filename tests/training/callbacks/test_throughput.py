@@ -240,13 +240,15 @@ def test_callback_and_command_write_the_same_folder(world, finished, tmp_path, m
 
 
 def test_an_export_is_replaced_and_nothing_else(world, tmp_path):
-    settings = {"max_duration": "1ba", "save_folder": None}
+    settings = {"max_duration": "1ba", "save_overwrite": True}
     folder = tmp_path / "{run_name}-hf"
     settings["callbacks"] = {"spy": {}, "hf_export": {"folder": str(folder)}}
     kit.run(kit.run_config(world, tmp_path, **settings))
     kit.run(kit.run_config(world, tmp_path, "lora", **settings, run_name="full"))
     written = {path.name for path in (tmp_path / "full-hf").iterdir()}
     assert "adapter_config.json" in written and "config.json" not in written
+    with pytest.raises(ValueError, match=r"full-hf is there already, and would be replaced"):
+        kit.run(kit.run_config(world, tmp_path, **{**settings, "save_folder": None}))
     (tmp_path / "mine-hf").mkdir()
     (tmp_path / "mine-hf" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="mine-hf exists and is not an earlier export"):
