@@ -194,7 +194,7 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         self.digest = self._digest()
 
     def _digest(self) -> str:
-        """Return a digest of the encoded prompts and of the right answers, few-shot examples included."""
+        """Return a digest of the encoded prompts, few-shot examples included, and the answers."""
         golds = [question.golds for question in self.questions]
         return hashlib.sha256(repr((self.prompts, golds)).encode()).hexdigest()[:16]
 

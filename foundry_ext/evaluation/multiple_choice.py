@@ -146,7 +146,7 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         self.digest = self._digest()
 
     def _digest(self) -> str:
-        """Return a digest of the encoded choices and of the right answers, few-shot examples included."""
+        """Return a digest of the encoded choices, few-shot examples included, and the answers."""
         answers = [
             (one.gold, [len(choice.text) for choice in one.choices]) for one in self.questions
         ]
