@@ -116,10 +116,8 @@ def test_a_default_that_one_yaml_writes_out_is_no_difference(two):
     full, lora = two
     config = json.loads((full / "record.json").read_text())["config"]
     edit(full, config__optimizer={**config["optimizer"], "eps": 1e-8})
-    with pytest.raises(ValueError, match=r"optimizer\.eps: "):
-        check_comparable(
-            load_runs(map(str, two)).runs
-        )  # earlier records do not say what a missing key means
+    with pytest.raises(ValueError, match=r"optimizer\.eps: "):  # unknown in earlier records
+        check_comparable(load_runs(map(str, two)).runs)
     edit(lora, defaults={"optimizer.eps": 1e-08})
     assert check_comparable(load_runs(map(str, two)).runs) == []
     edit(lora, defaults={"optimizer.eps": 1e-6})
