@@ -14,6 +14,7 @@ from experiments.quickstart.story import (
     show_base,
     train_base,
 )
+from foundry_ext.utils.output import redact_output
 
 # Three would be enough for an interval. But with two degrees of freedom, hardly any difference is
 # distinguishable from chance after Holm's correction over six pairs.
@@ -58,4 +59,5 @@ def _run(seeds: list[int], *, fast: bool) -> None:
 
 
 if __name__ == "__main__":
+    redact_output()
     sys.exit(main())

@@ -10,6 +10,8 @@ from types import ModuleType
 
 from foundry_ext import __version__
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
+from foundry_ext.utils.output import redact_output, redacted_output
+from foundry_ext.utils.redaction import remember_secrets
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
 COMMANDS = {
@@ -30,7 +32,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return the exit code; 2 for a mistake of the user."""
-    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv is None:  # this process is the command: to its end, as a traceback comes after main
+        redact_output()
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    remember_secrets(arguments)
+    with redacted_output():
+        return _main(arguments)
+
+
+def _main(argv: list[str]) -> int:
     parser, chosen = build_parser(argv[0])
     arguments = parser.parse_args(argv)
     assert chosen is not None, "argparse accepted no command"

@@ -13,6 +13,7 @@ from typing import Any
 from foundry_ext.comparison import fairness, wandb_runs
 from foundry_ext.records.record import RECORD_NAME, items_path, read_items, read_record
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.output import printable_texts
 
 ANALYSIS_NAME = "analysis.json"
 _DIVERGED = "diverged: a loss that is not a number"
@@ -121,7 +122,8 @@ def load_runs(references: Sequence[str]) -> Loaded:
     loaded = Loaded()
     with tempfile.TemporaryDirectory() as downloads:
         for path in find_records(references, Path(downloads)):
-            record = read_record(path)
+            # Names and errors come from wherever the run was made, and end in terminals and pages.
+            record = printable_texts(read_record(path))
             fairness.check_sections(str(path), record["config"])
             reason = why_left_out(record)
             if reason:
@@ -133,7 +135,9 @@ def load_runs(references: Sequence[str]) -> Loaded:
             loaded.runs.append(
                 Run(
                     record,
-                    read_items(items) if items is not None and items.is_file() else (),
+                    printable_texts(read_items(items))
+                    if items is not None and items.is_file()
+                    else (),
                     _read_analysis(path.parent / ANALYSIS_NAME),
                 )
             )
@@ -171,7 +175,7 @@ def _read_analysis(path: Path) -> Mapping[str, Any] | None:
         raise UserError(f"{path}: not an analysis ({error})") from error
     if not isinstance(analysis, dict):
         raise UserError(f"{path}: not an analysis; write it again with `foundry-ext analyse`")
-    return analysis
+    return printable_texts(analysis)
 
 
 def labelled(runs: Sequence[Run], settings: Sequence[Mapping[str, Any]] | None = None) -> list[Run]:

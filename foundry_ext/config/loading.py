@@ -31,6 +31,7 @@ from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
 from foundry_ext.utils.nested import leaves
+from foundry_ext.utils.redaction import remember_secrets
 
 FILE_KEY = "config="
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -74,14 +75,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     path = Path(path)
     config = _read_yaml(path)
+    remember_secrets(OmegaConf.to_container(config, resolve=False))  # an error may come at once
     given: dict[str, Any] = {}
     for override in sorted(overrides, key=lambda one: goes_through_reference(config, one)):
         key, value = merge_override(config, override)
         given[key] = value
+    remember_secrets(OmegaConf.to_container(config, resolve=False))
     unset(config, [key for key, value in given.items() if value is None])
     _check_keys(path, config)
     _check_choices(path, config)
-    _check_values(path, drop_absent(config, _resolve(path, config)))
+    resolved = _resolve(path, config)
+    remember_secrets(resolved)
+    _check_values(path, drop_absent(config, resolved))
     _check_microbatch(path, config)
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:

@@ -23,7 +23,8 @@ from foundry_ext.launch.building import errors_name_their_section, no_questions
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
-from foundry_ext.utils.redaction import redact
+from foundry_ext.utils.output import redacted_output
+from foundry_ext.utils.redaction import redact, remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
 
@@ -49,6 +50,12 @@ def main(script: str, arguments: Sequence[str]) -> int:
         script: the path of train.py, which runs of several files are started with.
         arguments: its command line.
     """
+    remember_secrets(list(arguments))
+    with redacted_output(is_progress=True):
+        return _main(script, arguments)
+
+
+def _main(script: str, arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USAGE_EXIT
@@ -136,7 +143,10 @@ def train_here(path: Path, config: DictConfig) -> int:
 
 @contextlib.contextmanager
 def _log_without_secrets() -> Iterator[None]:
-    """Redact the YAML that llm-foundry prints and gives to every logger."""
+    """Redact the YAML that llm-foundry gives to every logger, and the command line.
+
+    W&B and other trackers take the command line from `sys.argv` and store it with a run.
+    """
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     whole = module.log_config
 
@@ -144,10 +154,11 @@ def _log_without_secrets() -> Iterator[None]:
         whole(logger, redact(config))
 
     module.log_config = log_config
+    arguments, sys.argv = sys.argv, redact(sys.argv)
     try:
         yield
     finally:
-        module.log_config = whole
+        module.log_config, sys.argv = whole, arguments
 
 
 def complain(path: Path, text: str) -> None:
@@ -157,7 +168,7 @@ def complain(path: Path, text: str) -> None:
     """
     rank = os.environ.get("RANK", "0")
     label = "train.py: error" if rank == "0" else f"train.py: error on rank {rank}"
-    print(f"{label}: {path}: {redact(text)}", file=sys.stderr)
+    print(f"{label}: {path}: {text}", file=sys.stderr)
 
 
 def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
