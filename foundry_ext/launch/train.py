@@ -23,7 +23,7 @@ from foundry_ext.launch.building import errors_name_their_section, no_questions
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
-from foundry_ext.utils.output import redacted_output
+from foundry_ext.utils.output import redacted_arguments, redacted_output
 from foundry_ext.utils.redaction import redact, remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
@@ -143,10 +143,7 @@ def train_here(path: Path, config: DictConfig) -> int:
 
 @contextlib.contextmanager
 def _log_without_secrets() -> Iterator[None]:
-    """Redact the YAML that llm-foundry gives to every logger, and the command line.
-
-    W&B and other trackers take the command line from `sys.argv` and store it with a run.
-    """
+    """Redact the YAML that llm-foundry gives to every logger, and the command line."""
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     whole = module.log_config
 
@@ -154,11 +151,11 @@ def _log_without_secrets() -> Iterator[None]:
         whole(logger, redact(config))
 
     module.log_config = log_config
-    arguments, sys.argv = sys.argv, redact(sys.argv)
     try:
-        yield
+        with redacted_arguments():
+            yield
     finally:
-        module.log_config, sys.argv = whole, arguments
+        module.log_config = whole
 
 
 def complain(path: Path, text: str) -> None:

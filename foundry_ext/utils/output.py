@@ -176,3 +176,13 @@ def redacted_output(*, is_progress: bool = False) -> Iterator[None]:
             if wrapped is not stream and isinstance(wrapped, SafeStream):
                 wrapped.flush()
                 setattr(sys, name, stream)
+
+
+@contextlib.contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """Redact `sys.argv`, which W&B and other trackers store with a run."""
+    arguments, sys.argv = sys.argv, redact(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = arguments

@@ -33,7 +33,31 @@ SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "planted8",
     "AWS_SECRET_ACCESS_KEY": "planted/in/the/environment",
     "MY_PASSWORD": "correct horse planted",
+    "PGPASSWORD": "planted+in/the environment",
 }
+COMMAND_LINE = [
+    "variables.other_api_key=planted-1",
+    "variables.command_line_url=https://user:planted%2Fpassword-2@example.org/x",
+    f"variables.hub_token=glpat-{'planted' * 4}",
+]
+# Prints secrets in many forms as a component of the user's would, and then ends the run.
+PRINTER = """
+import json, logging, os, sys
+from urllib.parse import quote
+from composer.core import Callback
+from llmfoundry.registry import callbacks
+
+@callbacks.register("printer")
+class Printer(Callback):
+    def fit_start(self, state, logger):
+        for name in ("AWS_SECRET_ACCESS_KEY", "PGPASSWORD"):
+            value = os.environ[name]
+            print(value, repr(value), quote(value, safe=""), json.dumps({"x": value}))
+            logging.getLogger("printer").warning("it is %s", value)
+        print("of the command line: planted-1, planted/password-2", end="")
+    def fit_end(self, state, logger):
+        raise RuntimeError(f"no answer of https://me:planted-7@host/x with {dict(os.environ)}")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -221,16 +245,29 @@ def test_secrets_are_in_no_file_and_no_output(world, tmp_path: Path):
         "variables": {
             "hub_token": SECRETS["HF_TOKEN"],
             "note": SECRETS["AWS_SECRET_ACCESS_KEY"],
+            "api_key": "planted of the YAML",
+            "other_api_key": "",
+            "command_line_url": "",
             "url": "https://someone:planted-login@example.org/x?api_key=planted-parameter",
         },
         "callbacks": {
             "run_record": {"path": str(tmp_path / "record.json"), "experiment": "x"},
             "exact_resume": {},
             "hf_export": {"folder": str(tmp_path / "hf")},
+            "printer": {},
         },
+        "code_paths": [str(tmp_path / "printer.py")],
         "loggers": {
             "metrics_file": {"path": str(tmp_path / "metrics.jsonl")},
-            "wandb_metrics": {"project": "x", "init_kwargs": {"dir": str(tmp_path)}},
+            "wandb_metrics": {
+                "project": "x",
+                "init_kwargs": {
+                    "dir": str(tmp_path),
+                    "notes": "planted of the YAML",
+                    "config": {"service_password": "planted-5"},
+                    "settings": {"console": "wrap", "disable_git": False},
+                },
+            },
         },
         "log_to_console": True,
         "log_config": True,
@@ -240,31 +277,37 @@ def test_secrets_are_in_no_file_and_no_output(world, tmp_path: Path):
         "eval_interval": "1ba",
     }
     (tmp_path / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    (tmp_path / "printer.py").write_text(PRINTER)
     environment = {
         **os.environ,
         **SECRETS,
         **{"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
     }
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "run.yaml"],
+        [sys.executable, str(ROOT / "train.py"), "run.yaml", *COMMAND_LINE],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.returncode == 1, done.stderr.decode()[-3000:]
+    assert b"RuntimeError: no answer of https://[redacted]@host/x with" in done.stderr
     (tmp_path / "run.yaml").unlink()
+    (tmp_path / "printer.py").unlink()
     (tmp_path / "output").write_bytes(done.stdout + done.stderr)
     assert b"run_name" in done.stdout + done.stderr, "the configuration was logged"
     searched = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     kinds = {path.suffix for path in searched}
-    assert {".pt", ".json", ".jsonl", ".safetensors", ".wandb"} <= kinds
+    assert {".pt", ".json", ".jsonl", ".safetensors", ".wandb", ".log"} <= kinds
+    metadata = next(tmp_path.rglob("wandb-metadata.json")).read_text(encoding="utf-8")
+    assert "variables.other_api_key=[redacted]" in metadata
+    assert b"of the command line: [redacted], [redacted]" in done.stdout
     shown = {
         f"{path.relative_to(tmp_path)}: {match.decode()}"
         for path in searched
         for match in re.findall(rb"[ -~]{0,40}planted[ -~]{0,20}", path.read_bytes())
     }
     assert not shown
-    assert json.loads((tmp_path / "record.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == "failed"
 
 
 # --- dependencies --------------------------------------------------------------------------------

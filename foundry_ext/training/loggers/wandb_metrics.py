@@ -14,6 +14,7 @@ from composer.loggers import Logger, WandBLogger
 from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.run_description import find_callback, method_of
+from foundry_ext.utils.output import redacted_arguments
 from foundry_ext.utils.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -37,14 +38,20 @@ PROMISED_KEYS = (
 PROMISED_CONFIG = ("experiment", "method", "seed")
 
 
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
+
+
 class WandBMetrics(WandBLogger):
     """Composer's WandBLogger for runs that are compared. The arguments are those of `wandb`.
 
     Runs are grouped by the experiment of `run_record`, then by method (W&B's job type) and seed (in
     the configuration), unless `group` or `init_kwargs.job_type` are given. Every value is logged
     with the real tokens so far. The run's files include its record and items. Secrets are redacted
-    from the configuration, and the run's output is not captured unless
-    `init_kwargs.settings.console` is set.
+    from the configuration, the command line and W&B's log. The run's output is not captured unless
+    `init_kwargs.settings.console` is set, and git's uncommitted changes are not saved unless
+    `init_kwargs.settings.disable_git` is false.
 
     It refuses to look for checkpoints: `autoresume` looks for the newest one on disk and then asks
     every logger. Composer's WandBLogger would ask the W&B server, which offline ends the run with
@@ -62,13 +69,21 @@ class WandBMetrics(WandBLogger):
             self._init_kwargs.setdefault("group", record.experiment)
         self._init_kwargs.setdefault("job_type", method)
         self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
+        settings = self._init_kwargs.pop("settings", {})
+        self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}
         defaults = {
             # Otherwise wandb 0.18 waits minutes for the server when a table is logged offline.
             "allow_offline_artifacts": False,
             # llm-foundry prints the configuration, secrets included, and W&B would upload that.
             "console": "off",
+            # A patch of uncommitted changes, or a job to repeat the run, may hold secrets.
+            "disable_git": True,
+            "disable_job_creation": True,
         }
-        self._init_kwargs["settings"] = {**defaults, **self._init_kwargs.get("settings", {})}
+        self._init_kwargs["settings"] = {**defaults, **settings}
+        if self._init_kwargs["settings"]["console"] != "off":
+            # Its other ways take the text before our output is redacted.
+            self._init_kwargs["settings"]["console"] = "redirect"
         self._start(state, logger)
         if self._enabled:
             import wandb
@@ -84,8 +99,11 @@ class WandBMetrics(WandBLogger):
         """Start W&B; without a key or network continue offline rather than end the run."""
         import wandb
 
+        # wandb writes the settings and the environment's variables into its debug.log.
+        logging.getLogger("wandb").addFilter(_without_secrets)
         try:
-            super().init(state, logger)
+            with redacted_arguments():
+                super().init(state, logger)
         except wandb.Error as error:  # no key, or no answer from the server
             log.warning(
                 "W&B cannot be reached (%s): this run continues offline, and `wandb sync %s`"
@@ -93,7 +111,8 @@ class WandBMetrics(WandBLogger):
                 *(shorten(str(error), 200, placeholder=" ..."), "wandb/offline-run-*"),
             )
             self._init_kwargs["mode"] = "offline"
-            super().init(state, logger)
+            with redacted_arguments():
+                super().init(state, logger)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.state is not None:
