@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main(report: Path) -> None:
     lines = []
-    for one in json.loads(report.read_text())["install"]:
+    for one in json.loads(report.read_text(encoding="utf-8"))["install"]:
         name = re.sub(r"[-_.]+", "-", one["metadata"]["name"]).lower()
         digest = one["download_info"]["archive_info"]["hashes"]["sha256"]
         lines.append(f"{name}=={one['metadata']['version']} --hash=sha256:{digest}")

@@ -38,7 +38,7 @@ def print_table(table: Table) -> None:
 
 def memory() -> dict[str, int]:
     """Return MiB in use: `anon` (the process's own), `file` (mapped files), `peak` (of both)."""
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     found = dict(line.split(":") for line in status if line.startswith(("Rss", "VmHWM")))
     names = {"anon": "RssAnon", "file": "RssFile", "peak": "VmHWM"}
     return {name: int(found[key].split()[0]) // 1024 for name, key in names.items()}

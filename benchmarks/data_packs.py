@@ -177,13 +177,13 @@ def _plan(send: Any, folder: Path, name: str, capacity: int) -> None:
         short = np.random.default_rng(0).integers(8, 25, num).astype(np.int32)
         path = make_store(folder / "many.arrow", short)
         del short
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         before, start = memory(), time.process_time()
         documents = open_store(path)
         opened, lengths = time.process_time() - start, documents.lengths
     else:
         lengths = make_lengths(name, num)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         before = memory()
     start = time.process_time()
     settings: Any = {"capacity": capacity, "batch_packs": 8, "rank": 0, "world_size": 1}

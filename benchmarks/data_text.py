@@ -25,7 +25,7 @@ def library_texts() -> list[str]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted([*folder.glob("*.py"), *folder.glob("[a-su-z]*/*.py")])
     paths = [path for path in paths if "site-packages" not in path.parts]
-    return [path.read_text(errors="ignore") for path in paths]
+    return [path.read_text(errors="ignore", encoding="utf-8") for path in paths]
 
 
 def make_tokenizer(name: str | None) -> Any:
@@ -66,7 +66,7 @@ def make_rows(num: int, kind: str) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def _tokenizing(folder: Path, arguments: argparse.Namespace) -> Iterator[list[st
         else:
             records = make_rows(arguments.num_rows, kind)
         path = folder / f"{kind.replace('/', '_')}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         rows = load_rows(str(path), "train")
         texts = [text for record in records for text in _texts(record)]
         settings = TokenizeSettings(max_seq_len=2048, text_key="text" if kind == "text" else None)

@@ -155,7 +155,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.draw:
-        draw(json.loads(options.draw.read_text()), options.draw.with_suffix(""))
+        draw(json.loads(options.draw.read_text(encoding="utf-8")), options.draw.with_suffix(""))
         return
     path = options.json or RESULTS / f"ladder_{options.device}.json"
     report = measure(options)

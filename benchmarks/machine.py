@@ -26,7 +26,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 def cpu_name() -> str:
     """Return the processor's name, and the extension that decides how fast bf16 is."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     found = {line.split(":")[0].strip(): line.split(":")[-1].strip() for line in lines if line}
     name = found.get("model name", platform.machine())
     fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in found.get("flags", "").split()]

@@ -84,7 +84,7 @@ def _rise_of_memory(function: Callable[..., None], arguments: Sequence[Any]) -> 
 
 
 def _kibibytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 

@@ -58,7 +58,7 @@ def draw_lengths(name: str, tokens: int, longest: int) -> list[int]:
 def write_rows(path: Path, lengths: Sequence[int], vocabulary: int = VOCABULARY) -> Path:
     """Write one row per length, the same every time, with every column that a YAML reads."""
     rng = np.random.default_rng(1)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for length in lengths:
             words = [f"w{id}" for id in rng.integers(3, vocabulary, length)]
             split = length - round(length * LABELLED)

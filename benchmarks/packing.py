@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="also pack 10M documents")
     arguments = parser.parse_args()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cpu = f"{len(models)} x {models[0]}" if models else platform.processor()
     print(f"{cpu}; Python {platform.python_version()}, numpy {np.__version__}")

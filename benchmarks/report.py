@@ -26,7 +26,7 @@ def new_report(device: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def markdown(results: Sequence[Mapping[str, Any]], device: str) -> str:

@@ -143,16 +143,16 @@ def _start(path: Path) -> dict[str, list[float]]:
     command = [sys.executable, "-c", code, str(path), str(time.perf_counter())]
     result = path.with_suffix(".json")
     done = subprocess.run(
-        [*command, str(result)], cwd=ROOT, env=os.environ, capture_output=True, text=True
+        [*command, str(result)], cwd=ROOT, env=os.environ, capture_output=True, encoding="utf-8"
     )
     if done.returncode:
         raise RuntimeError(f"the start failed:\n{done.stderr[-3000:]}")
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def answer(path: str, started: str, result: str) -> None:
     """Write the seconds of one start as JSON; called in the child process."""
-    Path(result).write_text(json.dumps(child(Path(path), float(started))))
+    Path(result).write_text(json.dumps(child(Path(path), float(started))), encoding="utf-8")
 
 
 def as_markdown(parts: dict[str, dict[str, float]]) -> str:
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(as_markdown(parts))
     if options.json:
         found = {"machine": machine, "yaml": str(options.yaml), "parts": parts}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -184,7 +184,9 @@ def _say(line: str) -> None:
 def main() -> None:
     options = parse()
     if options.draw:
-        scaling.draw(json.loads(options.draw.read_text()), options.draw.with_suffix(""))
+        scaling.draw(
+            json.loads(options.draw.read_text(encoding="utf-8")), options.draw.with_suffix("")
+        )
     elif options.scale:
         scaling.run(options, setup_of)
     elif options.check:

@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = measure(options, Path(folder))
     print(as_markdown(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,5 +36,5 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON lines; return how many were written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in rows]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
     return len(lines)

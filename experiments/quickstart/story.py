@@ -36,16 +36,16 @@ def train_base(folder: Path = FOLDER) -> None:
     base = folder / "base"
     data = sorted((folder / "data").glob("*.jsonl"))
     stamp = _fingerprint(BASE_YAML, folder / "tokenizer" / "tokenizer.json", *data)
-    if (base / _STAMP).is_file() and (base / _STAMP).read_text() == stamp:
+    if (base / _STAMP).is_file() and (base / _STAMP).read_text(encoding="utf-8") == stamp:
         print(f"{base}: already there, made by the same file from the same data")
         return
     begun = base / _BEGUN
-    if not (begun.is_file() and begun.read_text() == stamp):
+    if not (begun.is_file() and begun.read_text(encoding="utf-8") == stamp):
         for name in ("base", "runs", "sweeps", "report*"):
             for stale in folder.glob(name):
                 shutil.rmtree(stale)
         base.mkdir()
-        begun.write_text(stamp)
+        begun.write_text(stamp, encoding="utf-8")
     launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py", str(BASE_YAML)]
     # Without a terminal, a progress bar would print one line per step.
     bar = [] if sys.stderr.isatty() else ["progress_bar=false"]
@@ -58,7 +58,7 @@ def train_base(folder: Path = FOLDER) -> None:
             f"training the base model ended with exit code {code}, for the reason above; the same"
             " command continues where it stopped"
         )
-    (base / _STAMP).write_text(stamp)
+    (base / _STAMP).write_text(stamp, encoding="utf-8")
 
 
 def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> int:
@@ -108,7 +108,7 @@ def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> lis
 
 def read_grid() -> dict[str, Any]:
     """Return the sweep file's content."""
-    return yaml.safe_load(SWEEP_YAML.read_text())
+    return yaml.safe_load(SWEEP_YAML.read_text(encoding="utf-8"))
 
 
 def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str]:
@@ -122,7 +122,9 @@ def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str
         by_method[record["method"]].append(record)
     best: dict[str, str] = {}
     for config in configs:
-        grid = yaml.safe_load(Path(config).read_text())["variables"]["learning_rates"]
+        grid = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["variables"][
+            "learning_rates"
+        ]
         names = {float(value): name for name, value in grid.items()}
         best[config] = names[best_learning_rate(by_method[Path(config).stem]).learning_rate]
     return best
@@ -134,7 +136,7 @@ def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
 
     path = folder / "sweeps" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**content, "name": name}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**content, "name": name}, sort_keys=False), encoding="utf-8")
     print(f"\nfoundry-ext sweep {path}", flush=True)
     outcomes = run_sweep(path, parallel=min(os.cpu_count() or 1, 4), retry_failed=True)
     unfinished = [outcome for outcome in outcomes if outcome.status != "finished"]
@@ -165,7 +167,7 @@ def _foundry_ext(command: str, *arguments: Path | str) -> None:
 
 def show_base(folder: Path = FOLDER) -> None:
     """Print the base model's size, tokens, loss and throughput."""
-    record = json.loads((folder / "base" / "record.json").read_text())
+    record = json.loads((folder / "base" / "record.json").read_text(encoding="utf-8"))
     losses = [
         next(value for name, value in entry["metrics"].items() if "CrossEntropy" in name)
         for entry in record["evaluations"]

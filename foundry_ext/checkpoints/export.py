@@ -154,10 +154,10 @@ def write_folder(
 
 def _sort_targets(path: Path) -> None:
     """Sort what peft writes in the order of hashes, so that equal runs write equal files."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content["target_modules"], list):
         content["target_modules"].sort()
-        path.write_text(json.dumps(content, indent=2, sort_keys=True))
+        path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def refuse_folder_in_use(out: Path) -> None:
@@ -250,6 +250,6 @@ def describe_export(out: Path) -> str:
     """Return one line: what was written, and how to load it."""
     adapter = out / "adapter_config.json"
     if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         return f"{out}: adapter; PeftModel.from_pretrained(base, path), base model {base!r}"
     return f"{out}: full model; AutoModelForCausalLM.from_pretrained(path)"

@@ -57,7 +57,7 @@ def base_name(folder: Path, given: str | None) -> str:
     if name is None and is_adapter(folder):
         path = folder / "adapter_config.json"
         with naming(str(path)):
-            name = json.loads(path.read_text()).get("base_model_name_or_path")
+            name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder} does not name its base model; pass --base")
     if name in HUB_NAMES:

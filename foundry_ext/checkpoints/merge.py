@@ -132,7 +132,9 @@ def merge_adapter(
         ours = _logits(load_model(str(scratch)), windows)
         certificate["written"] = _certify(ours, unmerged, allowed, f"writing {dtype}")
         certificate["versions"] = {package: version(package) for package in _PACKAGES}
-        (scratch / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+        (scratch / CERTIFICATE).write_text(
+            json.dumps(certificate, indent=2) + "\n", encoding="utf-8"
+        )
     return certificate
 
 

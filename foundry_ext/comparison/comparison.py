@@ -246,7 +246,7 @@ def write_json(path: Path, comparison: Comparison) -> None:
             for pair in matched_pairs(comparison.matched.get(comparison.common_level or 0.0, {}))
         ],
     }
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _read_analysis(path: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        analysis = json.loads(path.read_text())
+        analysis = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not an analysis ({error})") from error
     if not isinstance(analysis, dict):

@@ -134,7 +134,7 @@ def _read_yaml(path: Path) -> DictConfig:
     if not path.exists():
         raise UserError(f"{path}: no such file{way_out(path)}")
     try:
-        config = copy.deepcopy(_parse(path.read_text()))
+        config = copy.deepcopy(_parse(path.read_text(encoding="utf-8")))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

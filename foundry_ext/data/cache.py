@@ -84,13 +84,13 @@ def _fill(folder: Path, write: Callable[[Path], None]) -> None:
     with replaced_folder(folder, partial=part):
         write(part)
         sizes = {path.name: path.stat().st_size for path in part.iterdir()}
-        (part / _WHOLE).write_text(json.dumps(sizes))
+        (part / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def _is_complete(folder: Path) -> bool:
     """Return whether all files have their size; a cleaned or truncated cache is rewritten."""
     try:
-        sizes = json.loads((folder / _WHOLE).read_text())
+        sizes = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (FileNotFoundError, NotADirectoryError):
         return False

@@ -63,7 +63,7 @@ def local_rank_zero_first() -> Iterator[None]:
         yield
     finally:
         if first:
-            with open(signal, "w"):
+            with open(signal, "w", encoding="utf-8"):
                 pass
         dist.barrier()
         if first:

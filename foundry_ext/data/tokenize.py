@@ -100,10 +100,10 @@ def tokenize_rows(
         )
         files = [Path(file["filename"]).name for file in table.cache_files]
         about = {"files": files, "fingerprint": Documents(table).fingerprint}
-        (folder / "about.json").write_text(json.dumps(about))
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     folder = cached(table_key(rows, tokenizer, asdict(settings), preprocess), write)
-    about = json.loads((folder / "about.json").read_text())
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     parts = [datasets.Dataset.from_file(str(folder / file)) for file in about["files"]]
     return Documents(datasets.concatenate_datasets(parts), fingerprint=about["fingerprint"])
 

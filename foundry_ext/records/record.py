@@ -114,7 +114,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
         ValueError: it is not a record of this schema version; names the file and the key.
     """
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
         validate(record)
     except (ValueError, RecursionError) as error:  # json's and Unicode's errors are ValueErrors
         raise UserError(f"{path}: {error}") from error

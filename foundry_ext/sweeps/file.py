@@ -60,7 +60,7 @@ def read_sweep(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such sweep file")
     try:
-        content = yaml.safe_load(path.read_text())  # as `wandb sweep` reads it
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # as `wandb sweep` reads it
     # An impossible date or undecodable bytes are a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML, {' '.join(str(error).split())}") from error

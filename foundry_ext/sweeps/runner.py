@@ -88,7 +88,7 @@ class SweepRunner:
         path = self.folder / "lock"
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS
         while (lock := claim(path)) is None:
-            holder = path.read_text().strip()
+            holder = path.read_text(encoding="utf-8").strip()
             if _is_alive(holder) or time.monotonic() > deadline:
                 raise UserError(
                     f"sweep {self.name} is running already, as process {holder or 'unknown'}; "
@@ -194,7 +194,7 @@ class SweepRunner:
         state.attempts += 1
         self._save()  # before there is a process, which a restarted sweep finds by its lock
         job = self.job(run, self.slots[slot])
-        with job.log.open("a") as log:
+        with job.log.open("a", encoding="utf-8") as log:
             print(f"--- attempt {state.attempts}, {state.started}", file=log)
         process = launcher.start(job)
         state.pid = process.pid

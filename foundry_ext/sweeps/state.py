@@ -56,7 +56,7 @@ def read_state(path: Path) -> dict[str, RunState]:
         return {}
     way_out = "move it away to start from the runs' records"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] != STATE_VERSION:
             raise UserError(f"schema_version {content['schema_version']}, not {STATE_VERSION}")
         runs = {str(name): RunState(**run) for name, run in content["runs"].items()}
@@ -95,7 +95,7 @@ def is_free(path: Path) -> bool:
 def read_run_record(path: Path) -> dict[str, Any]:
     """Return the run's record at `path`, or {} if it is missing or unreadable."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -65,7 +65,11 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 def _git(root: Path, *arguments: str) -> str | None:
     try:
         result = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # names of files are bytes
+            timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):  # git is not installed, or hangs
         return None
@@ -79,7 +83,7 @@ def device_name(device_kind: str) -> str:
 
         return torch.cuda.get_device_name()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:  # not Linux

@@ -4,11 +4,14 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from foundry_ext.utils.output import printable
+
 
 def render_page(package: str, template: str, **values: Any) -> str:
     """Fill a template that extends base.html.
 
-    Autoescape turns every value into plain text, except a `Markup`.
+    Autoescape turns every value into plain text, except a `Markup`. Terminal sequences and control
+    characters are left out.
 
     Args:
         package: the package whose `templates` folder holds the template.
@@ -23,4 +26,4 @@ def render_page(package: str, template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["thousands"] = "{:,}".format
-    return environment.get_template(template).render(values)
+    return printable(environment.get_template(template).render(values))

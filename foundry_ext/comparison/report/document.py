@@ -11,6 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from foundry_ext.utils.output import printable
 from foundry_ext.utils.pages import render_page
 
 _WIDE = 500  # points; the plots with two panels are wider
@@ -87,7 +88,7 @@ def format_markdown(document: ReportDocument) -> str:
 
 def _escape(text: str) -> str:
     """Return the text on one line, escaped for a Markdown that allows HTML."""
-    text = html.escape(" ".join(text.split()), quote=False)
+    text = html.escape(" ".join(printable(text).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", text).replace("://", ":\u200b//")
 
 
@@ -101,7 +102,7 @@ def format_html(document: ReportDocument, folder: Path) -> str:
     figures = {}
     for block in document.blocks:
         if isinstance(block, Figure):
-            svg = (folder / f"{block.name}.svg").read_text()
+            svg = (folder / f"{block.name}.svg").read_text(encoding="utf-8")
             # The only values that autoescape passes on as markup. matplotlib wrote them, and
             # draws or escapes every text in them.
             markup = Markup(inline_svg(svg, f"f{len(figures)}-"))

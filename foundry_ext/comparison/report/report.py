@@ -1,5 +1,8 @@
 """The report of a comparison: its text, and the folder with its pages, data and plots."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from foundry_ext.comparison.comparison import Comparison, write_json
@@ -25,12 +28,33 @@ from foundry_ext.comparison.report.wording import (
     join_names,
 )
 from foundry_ext.comparison.statistics import MIN_SEEDS
+from foundry_ext.utils.atomic import sync
 
 
 def write_report(comparison: Comparison, folder: Path | str) -> None:
-    """Write comparison.md, index.html, comparison.json and each plot as PNG and SVG."""
+    """Write comparison.md, index.html, comparison.json and each plot as PNG and SVG.
+
+    All files are complete before the first one reaches `folder`, so that an error leaves what was
+    there before.
+    """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+            _write_files(comparison, Path(scratch))
+            written = sorted(Path(scratch).iterdir())
+            for file in written:
+                sync(file)
+            for file in written:
+                os.replace(file, folder / file.name)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_files(comparison: Comparison, folder: Path) -> None:
     plots.plot_tradeoff(comparison, folder)
     plots.plot_curves(comparison, folder)
     plots.plot_learning_rates(comparison, folder)
@@ -52,8 +76,8 @@ def write_report(comparison: Comparison, folder: Path | str) -> None:
     title = join_names(list(comparison.groups))
     document = ReportDocument(f"{title}: learning and forgetting", blocks)
     write_json(folder / "comparison.json", comparison)
-    (folder / "comparison.md").write_text(format_markdown(document))
-    (folder / "index.html").write_text(format_html(document, folder))
+    (folder / "comparison.md").write_text(format_markdown(document), encoding="utf-8")
+    (folder / "index.html").write_text(format_html(document, folder), encoding="utf-8")
 
 
 def _opening(comparison: Comparison) -> list[Block]:

@@ -1,13 +1,18 @@
 """The report's files: their content, escaped markup, and how a browser shows them."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from markupsafe import escape
 
+from foundry_ext.cli.main import main
 from foundry_ext.comparison.comparison import Comparison, compare_runs
 from foundry_ext.comparison.report.document import (
     Paragraph,
@@ -301,3 +306,60 @@ def test_a_browser_shows_it(report: Path, tmp_path: Path):
             assert colours == (colours[0], 255) and colours[0] < 60
             margin = picture.convert("L").crop((width - 8, 0, width, picture.size[1]))
             assert margin.getextrema() == (255, 255)
+
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\u202e\udcff\x00\rc"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """Return a folder of two finished runs and a failed one with hostile texts everywhere."""
+    for seed in (17, 18):
+        for method in ("lora", "dora"):
+            folder = records.write_run(tmp_path / "runs", method, 1e-2, seed, num_items=20)
+            text = (folder / "record.json").read_text(encoding="utf-8")
+            record = json.loads(text)
+            record |= {"run_name": f"{record['run_name']} {HOSTILE}", "experiment": HOSTILE}
+            record["data"]["train"]["name"] = record["model"]["name"] = HOSTILE
+            (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    failed = shutil.copytree(folder, tmp_path / "runs" / "failed")
+    record |= {"status": "failed", "error": f"ValueError: {HOSTILE}", "run_name": f"x {HOSTILE}"}
+    (failed / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    return tmp_path / "runs"
+
+
+def test_no_terminal_sequence_of_a_record_is_shown(hostile: Path, tmp_path: Path, capsys):
+    assert main(["compare", str(hostile), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("*.[hmjs]*")]
+    assert "x abc" not in said and "x ab" in said and "\\udcff" in said and len(texts) == 7
+    ours = str.maketrans("", "", "\n\t\u200b\u00a0")  # the page keeps an interval on one line
+    for text in [said, *texts]:
+        assert text.translate(ours).isprintable()
+        assert "title" not in re.sub("</?title|title=", "", text)
+    assert "\\udcff" in texts[0] + texts[1]
+
+
+def test_a_report_is_utf_8_in_every_locale(hostile: Path, tmp_path: Path):
+    for name, variables in {"a": {"LC_ALL": "C", "PYTHONUTF8": "0"}, "b": {}}.items():
+        variables |= {"PYTHONCOERCECLOCALE": "0"} if name == "a" else {}
+        command = ["-m", "foundry_ext.cli", "compare", str(hostile), "--out", str(tmp_path / name)]
+        done = subprocess.run([sys.executable, *command], env={**os.environ, **variables})
+        assert done.returncode == 0
+    for name in ("comparison.md", "index.html", "comparison.json"):
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes() and content.decode("utf-8")
+
+
+def test_a_report_is_complete_or_as_before(comparison: Comparison, tmp_path: Path, monkeypatch):
+    def fail(*_: object) -> str:
+        raise UnicodeEncodeError("utf-8", "x", 0, 1, "planted")
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "comparison.md").write_text("before", encoding="utf-8")
+    monkeypatch.setattr("foundry_ext.comparison.report.report.format_html", fail)
+    for name in ("old", "new"):
+        with pytest.raises(UnicodeEncodeError):
+            write_report(comparison, tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["old", "comparison.md"]
+    assert (tmp_path / "old" / "comparison.md").read_text(encoding="utf-8") == "before"
