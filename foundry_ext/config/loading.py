@@ -31,7 +31,7 @@ from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.config.values import find_fault
 from foundry_ext.utils.errors import UserError, one_line, suggest
 from foundry_ext.utils.nested import leaves
-from foundry_ext.utils.redaction import remember_secrets
+from foundry_ext.utils.redaction import is_secret_name, redact, remember_secrets
 
 FILE_KEY = "config="
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -91,7 +91,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_compile(path, config)
     if under_sweep() and "run_name" not in given:
         named = choices_in_run_name(config)
-        others = {key: value for key, value in given.items() if key not in named}
+        others = {  # names of folders are in every log, so without secrets
+            key: redact(value)
+            for key, value in given.items()
+            if key not in named and not is_secret_name(key)
+        }
         config.run_name = sweep_run_name(str(config.get("run_name") or path.stem), others)
     return config
 

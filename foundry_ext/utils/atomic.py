@@ -41,9 +41,9 @@ def replaced_file(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` atomically, as UTF-8."""
+    r"""Write `path` atomically, as UTF-8; a lone surrogate becomes `\ud800`, JSON's escape."""
     with replaced_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -218,6 +218,15 @@ def test_runs_of_a_sweep_have_a_name_each(
     assert load_config(path, ["seed=18"]).run_name == "nameless-seed_18"
 
 
+def test_no_secret_is_in_a_sweep_run_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = VALID.replace("rows: 8", "rows: 8, api_key: x, url: y")
+    path = write(tmp_path / "lora.yaml", text)
+    monkeypatch.setenv(SWEEP_VARIABLES[0], "x1")
+    secrets = ["variables.api_key=planted-1", "variables.url=https://me:planted-2@host"]
+    name = load_config(path, ["seed=18", *secrets]).run_name
+    assert name.startswith("lora-seed_18") and "planted" not in name and "api_key" not in name
+
+
 def test_names_of_runs_are_short_safe_and_different():
     name = sweep_run_name
     assert name("a", {"model.peft_config": {"r": 16, "lora_alpha": 32}}) == "a-lora_alpha_32-r_16"

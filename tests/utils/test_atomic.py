@@ -1,5 +1,6 @@
 """Atomic writes of files and folders."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ def test_a_file_is_replaced(tmp_path: Path):
     write_text(path, "two é")
     assert path.read_text(encoding="utf-8") == "two é"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_lone_surrogate_is_written_as_json_escapes_it(tmp_path: Path):
+    write_text(tmp_path / "a", '{"a": "\ud800"}')
+    assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == {"a": "\ud800"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):

@@ -53,3 +53,23 @@ def test_files_of_one_name_are_told_apart(capsys, tmp_path):
 def test_mistakes_are_one_line(capsys, arguments, message):
     assert main(["check-fair", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_secret_is_printed(capsys, tmp_path):
+    """Of the YAMLs, the command line or a usage error, wherever in a line it stands."""
+    files = []
+    for name in ("a", "b"):
+        secret = f"planted-{name}-1"
+        text = read(FAMILY[0]).replace("\nvariables:", f"\nvariables:\n  hub_token: {secret}", 1)
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(f"{text}\ncode_paths: [{name}.py, {secret}]\n", encoding="utf-8")
+    words = ["check-fair", *map(str, files)]
+    main(words)
+    main([*words, "variables.hub_token=planted-2"])
+    main([*words, "modle.api_key=planted-3"])
+    main([*words, "https://me:planted-4@host/x"])
+    with pytest.raises(SystemExit):
+        main([*words, "--password", "planted-5", "--no-such-option"])
+    said = "".join(capsys.readouterr())
+    assert "planted" not in said and "[redacted]" in said
+    assert "code_paths: [a.py, [redacted]] in a.yaml" in said

@@ -70,10 +70,13 @@ def offline(world, tmp_path_factory):
     given["callbacks"]["packed_throughput"] = {}
     given["callbacks"] |= {"lr_monitor": {}, "guard": {}}
     given["callbacks"]["text_samples"] = {"prompts": ["one bird"], "max_new_tokens": 4}
-    logger = {"project": "trials", "name": "one", "init_kwargs": offline_in(folder)}
+    init_kwargs = {**offline_in(folder), "config": {"service_password": "planted"}}
+    logger = {"project": "trials", "name": "one", "init_kwargs": init_kwargs}
     given["loggers"] = {"inmemory": {}, "wandb_metrics": logger}
     given["variables"] = {"hub_token": "planted"}
-    run = kit.run(kit.run_config(world, folder, "dora", **given))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "variables.api_key=planted", "seed=1"])
+        run = kit.run(kit.run_config(world, folder, "dora", **given))
     (wandb_folder,) = (folder / "wandb").glob("offline-run-*")
     return run, folder, wandb_folder, read_back(wandb_folder)
 
@@ -145,9 +148,15 @@ def test_runs_are_grouped(offline):
     assert config["variables"] == {"hub_token": "[redacted]"}
 
 
-def test_no_secret_is_in_the_file(offline):
-    """Nor in the output, where llm-foundry prints the complete configuration."""
+def test_no_secret_is_in_any_file(offline):
+    """Of the YAML, the logger's own configuration or the command line."""
     assert not any("planted" in str(record) for record in offline[-1])
+    files = [path for path in offline[1].rglob("*") if path.is_file()]
+    assert {"wandb-metadata.json", "debug.log"} <= {path.name for path in files}
+    assert [path for path in files if b"planted" in path.read_bytes()] == []
+    metadata = json.loads((offline[2] / "files" / "wandb-metadata.json").read_text())
+    assert metadata["args"] == ["variables.api_key=[redacted]", "seed=1"]
+    assert "git" not in metadata
 
 
 def test_record_and_items_are_the_run_s_files(offline):
