@@ -70,7 +70,7 @@ _PLAIN: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
-_MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
+MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
 
 
 def check_components(config: Mapping[str, Any]) -> None:
@@ -105,7 +105,7 @@ def _run(path: str) -> None:
 
 def _components(key: str, content: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield (place in the YAML, name, settings) of each component of a section."""
-    if key in _MANY:
+    if key in MANY:
         for name, settings in _mapping(key, content or {}).items():
             yield f"{key}.{name}", str(name), _mapping(f"{key}.{name}", settings or {})
         return
