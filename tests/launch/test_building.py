@@ -59,3 +59,14 @@ def test_every_builder_is_there_and_every_section_checked():
         assert callable(getattr(train_module, section.builder))
         for registry in section.registries:
             assert getattr(llmfoundry.registry, registry).get_all()
+
+
+def test_an_argument_that_a_wrapper_hides_is_named_as_a_key():
+    """llm-foundry's experimental callbacks take any argument, and then miss one."""
+    with pytest.raises(UserError) as raised, errors_name_their_section():
+        train_module.build_callback(name="global_lr_scaling", kwargs={}, train_config={})
+    text = str(raised.value)
+    assert text.startswith(
+        "callbacks (global_lr_scaling): missing key, callbacks.global_lr_scaling.lr_scale; add it"
+    )
+    assert "\n" not in text

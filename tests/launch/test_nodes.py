@@ -132,25 +132,28 @@ def test_other_data_ends_both_nodes(config, world, tmp_path, case):
         assert "rank 1 (node 1, " in first
 
 
-def test_a_file_that_cannot_be_read_on_one_node_ends_both(config, tmp_path):
-    """The YAML, a checkpoint and the base model are read before, or after, the nodes compare."""
-    for given, says in (
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
         ("seed=x", "seed"),
         ("callbacks.run_record={path: /proc/x/record.json, experiment: a}", "/proc/x/record.json"),
         ("callbacks.gard={}", "callbacks.gard"),
-        (None, "tokenizer"),  # gone while node 0 waits in a collective of llm-foundry's
-    ):
-        first, second = config(), config()
-        if given is None:
-            (tmp_path / "code.py").write_text(WITHOUT_TOKENIZER)
-            first.code_paths = second.code_paths = [str(tmp_path / "code.py")]
-        ends = run_nodes(tmp_path, [first, second], ((), [given] if given else []))
-        assert [code != 0 for code, _ in ends] == [True, True], ends
-        assert says in ends[0][1] and says in ends[1][1], ends
-        assert "Traceback" not in ends[0][1], ends[0][1]
-        assert "rank 1 (node 1, " in ends[0][1]
-        for node in (0, 1):
-            (tmp_path / f"node{node}" / "log.txt").unlink()
+        # Gone while node 0 waits in a collective of llm-foundry's.
+        pytest.param(None, "no such tokenizer here", marks=pytest.mark.more),
+    ],
+    ids=["key", "path", "name", "tokenizer"],
+)
+def test_what_one_node_refuses_ends_both(config, tmp_path, given, says):
+    """It is found before, while or after the nodes compare."""
+    first, second = config(), config()
+    if given is None:
+        (tmp_path / "code.py").write_text(WITHOUT_TOKENIZER)
+        first.code_paths = second.code_paths = [str(tmp_path / "code.py")]
+    ends = run_nodes(tmp_path, [first, second], ((), [given] if given else []))
+    assert [code != 0 for code, _ in ends] == [True, True], ends
+    assert says in ends[0][1] and says in ends[1][1], ends
+    assert "Traceback" not in ends[0][1], ends[0][1]
+    assert "rank 1 (node 1, " in ends[0][1]
 
 
 def test_a_port_in_use_says_how_to_name_another(config, tmp_path):
