@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import datasets
 import pyarrow as pa
@@ -198,5 +198,5 @@ def _is_empty(rows: datasets.Dataset, name: str) -> bool:
     dtype = getattr(rows.features[name], "dtype", None)
     if dtype not in ("string", "large_string"):
         return dtype == "null"
-    batches: Iterable[Any] = rows.select_columns([name]).iter(_BATCH_ROWS)
+    batches = cast(Iterator[dict[str, Any]], rows.select_columns([name]).iter(_BATCH_ROWS))
     return not any(any(batch[name]) for batch in batches)
