@@ -4,11 +4,16 @@ import contextlib
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+<<<<<<< ours
 from foundry_ext.preflight.components import SECTIONS, Section, registered, without_remote_code
+=======
+from foundry_ext.preflight.components import MANY, SECTIONS, Section, registered
+>>>>>>> theirs
 from foundry_ext.utils.errors import UserError, naming, one_line
 
 _TOKENIZER = (
@@ -16,6 +21,8 @@ _TOKENIZER = (
     " on the hub where that can be reached"
 )
 
+
+_MISSING = re.compile(r"^\S+\(\) missing \d+ required [\w -]*arguments?: '(\w+)'")
 
 # Functions of llm-foundry's that check the rest of the YAML: batch sizes by ranks, what goes with
 # what, durations and the scheduler's units. All of them run before the first step.
@@ -112,6 +119,10 @@ def _is_ours(key: str, name: str) -> bool:
 
 def _describe(key: str, name: str, error: Exception) -> str:
     text = one_line(error).removesuffix(".")
+    missing = _MISSING.search(text) if isinstance(error, TypeError) else None
+    if missing:  # behind a wrapper that takes any argument, so check_components saw none
+        place = f"{key}.{name}" if key in MANY else key
+        text = f"missing key, {place}.{missing[1]}; add it ({text})"
     if key == "tokenizer":
         from huggingface_hub.errors import HFValidationError
 

@@ -72,8 +72,12 @@ _PLAIN: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
+<<<<<<< ours
 _REPLACED = dict.fromkeys(("use_flash_attention_2", "attn_implementation"), "attention_backend")
 _MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
+=======
+MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
+>>>>>>> theirs
 
 
 def check_components(config: Mapping[str, Any]) -> None:
@@ -112,7 +116,7 @@ def _run(path: str) -> None:
 
 def _components(key: str, content: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield (place in the YAML, name, settings) of each component of a section."""
-    if key in _MANY:
+    if key in MANY:
         for name, settings in _mapping(key, content or {}).items():
             yield f"{key}.{name}", str(name), _mapping(f"{key}.{name}", settings or {})
         return
