@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-<<<<<<< ours
-from foundry_ext.preflight.components import SECTIONS, Section, registered, without_remote_code
-=======
-from foundry_ext.preflight.components import MANY, SECTIONS, Section, registered
->>>>>>> theirs
+from foundry_ext.preflight.components import (
+    MANY,
+    SECTIONS,
+    Section,
+    registered,
+    without_remote_code,
+)
 from foundry_ext.utils.errors import UserError, naming, one_line
 
 _TOKENIZER = (

@@ -72,12 +72,8 @@ _PLAIN: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
-<<<<<<< ours
 _REPLACED = dict.fromkeys(("use_flash_attention_2", "attn_implementation"), "attention_backend")
-_MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
-=======
 MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
->>>>>>> theirs
 
 
 def check_components(config: Mapping[str, Any]) -> None:
