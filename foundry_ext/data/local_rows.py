@@ -194,6 +194,7 @@ def _read_by_datasets(
         data_files={"train": [str(path) for path in files]},
         split="train",
         cache_dir=_cache_of(key),
+        trust_remote_code=False,
         **options,
     )
     assert isinstance(rows, datasets.Dataset)

@@ -138,7 +138,7 @@ def test_refuses_what_is_no_checkpoint(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     refused(ValueError, "not a readable Composer checkpoint", tmp_path / "text.pt", tmp_path / "o")
     torch.save({"model": {}}, tmp_path / "other.pt")
-    refused(ValueError, "not a readable Composer checkpoint", tmp_path / "other.pt", tmp_path / "o")
+    refused(ValueError, "not the state of a run", tmp_path / "other.pt", tmp_path / "o")
     torch.save({"state": {"model": {}}}, tmp_path / "other.pt")
     refused(
         ValueError,

@@ -17,14 +17,15 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from foundry_ext.config.loading import load_config, split_arguments
+from foundry_ext.config.spelling import EXPONENT
 from foundry_ext.sweeps.file import command_line, expand, read_sweep
 from tests.sweeps.kit import RUN_YAML
 
 # What a YAML file can hold; text with ${ is a reference, as everywhere in a run's YAML.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(
-    lambda text: "${" not in text
+    lambda text: "${" not in text and not EXPONENT.fullmatch(text)  # 1e4 without quotes is a number
 )
-PLAIN = TEXTS | st.booleans() | st.integers() | st.floats(allow_nan=False)
+PLAIN = TEXTS | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 KEYS = st.text("ab c:#'\"1", min_size=1, max_size=4)
 VALUES = st.recursive(
     PLAIN,

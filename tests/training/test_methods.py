@@ -97,10 +97,10 @@ def test_attention_dropout_from_the_yaml(world):
 
 
 def test_size_and_scale_are_logged_with_a_run(world, tmp_path):
-    callbacks = {"spy": {}, "run_record": {"path": str(tmp_path / "x.json"), "experiment": "x"}}
-    settings = {"callbacks": callbacks, "max_duration": "1ba", "save_folder": None}
-    settings |= {"log_config": True}
+    settings = {"max_duration": "1ba", "save_folder": None, "log_config": True}
     for method, scale in {"full": None, "lora": 2.0, "rslora": 4.0}.items():
+        record = {"path": str(tmp_path / f"{method}.json"), "experiment": "x"}
+        settings["callbacks"] = {"spy": {}, "run_record": record}
         run = kit.run(kit.run_config(world, tmp_path, method, **settings))
         trained = sum(p.numel() for p in run.trainer.state.model.parameters() if p.requires_grad)
         assert run.logged("model/trainable_parameters") == [trained]

@@ -242,10 +242,7 @@ TASKS = {
 
 def load_dataset(path: str, *, split: str, data_files: Any = None, **_: Any) -> datasets.Dataset:
     """Stand in for the hub's data sets, with other rows for another file."""
-    files = str(data_files)
-    if path == "json":
-        path = next(name for name in ROWS if name in files)
-    first = 1000 if "shard_01822" in files or "_eval" in files else 0
+    first = 1000 if "shard_01822" in str(data_files) else 0
     return datasets.Dataset.from_list([ROWS[path](first + i) for i in range(160)])
 
 
@@ -291,8 +288,12 @@ def cut_down(config: DictConfig, tokenizer: Path) -> None:
 
 
 def touch(path: str) -> Path:
+    """Write a file of the rows that its name stands for, or of an empty one."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("{}\n")  # of which only the beginning is looked at
+    row = next((row for name, row in ROWS.items() if name in path), lambda i: {})
+    first = 1000 if "_eval" in path else 0
+    lines = (json.dumps(row(first + i)) + "\n" for i in range(160))
+    Path(path).write_text("".join(lines))
     return Path(path)
 
 
