@@ -115,7 +115,25 @@ def test_a_tokenizer_s_code_runs_if_the_yaml_says_so(world, tmp_path: Path, made
 def test_a_run_s_model_brings_no_code(world, tmp_path: Path, made: Path, capsys, name: str):
     folder = trap_model(world.base, tmp_path / "base", made)
     model = {"name": name, "pretrained_model_name_or_path": str(folder)}
-    path = write(world, tmp_path, model=model)
+    loader: Any = {}
+    if name == "hf_causal_lm":  # which has no packs
+        rows = {
+            "hf_name": str(world.rows),
+            "split": "train",
+            "max_seq_len": 64,
+            "decoder_only_format": True,
+        }
+        rows["shuffle"] = True
+        loader = {
+            "train_loader": {
+                "name": "finetuning",
+                "dataset": rows,
+                "num_workers": 0,
+                "drop_last": True,
+            }
+        }
+        loader["eval_loader"] = None
+    path = write(world, tmp_path, model=model, **loader)
     try:
         code = launch.main("train.py", [path])
     except ValueError as error:  # of llm-foundry's own model, which keeps its traceback
