@@ -117,22 +117,10 @@ def test_a_run_s_model_brings_no_code(world, tmp_path: Path, made: Path, capsys,
     model = {"name": name, "pretrained_model_name_or_path": str(folder)}
     loader: Any = {}
     if name == "hf_causal_lm":  # which has no packs
-        rows = {
-            "hf_name": str(world.rows),
-            "split": "train",
-            "max_seq_len": 64,
-            "decoder_only_format": True,
-        }
-        rows["shuffle"] = True
-        loader = {
-            "train_loader": {
-                "name": "finetuning",
-                "dataset": rows,
-                "num_workers": 0,
-                "drop_last": True,
-            }
-        }
-        loader["eval_loader"] = None
+        rows = {"hf_name": "json", "hf_kwargs": {"data_files": {"train": str(world.rows)}}}
+        rows |= {"split": "train", "max_seq_len": 64, "decoder_only_format": True, "shuffle": True}
+        stock = {"name": "finetuning", "dataset": rows, "num_workers": 1, "drop_last": True}
+        loader = {"train_loader": stock, "eval_loader": None}
     path = write(world, tmp_path, model=model, **loader)
     try:
         code = launch.main("train.py", [path])
