@@ -242,11 +242,12 @@ TASKS = {
 
 def load_dataset(path: str, *, split: str, data_files: Any = None, **_: Any) -> datasets.Dataset:
     """Stand in for the hub's data sets, with other rows for another file."""
-    files = str(data_files)
-    if path == "json":
-        path = next(name for name in ROWS if name in files)
-    first = 1000 if "shard_01822" in files or "_eval" in files else 0
-    return datasets.Dataset.from_list([ROWS[path](first + i) for i in range(160)])
+    return datasets.Dataset.from_list(rows_of(path, str(data_files)))
+
+
+def rows_of(name: str, file: str) -> list[dict[str, Any]]:
+    first = 1000 if "shard_01822" in file or "_eval" in file else 0
+    return [ROWS[name](first + i) for i in range(160)]
 
 
 def loaders(config: DictConfig) -> Iterator[DictConfig]:
@@ -280,7 +281,7 @@ def cut_down(config: DictConfig, tokenizer: Path) -> None:
             if (source.get("holdout") or {}).get("by"):
                 source.holdout.fraction = 0.2
             if source.hf_name.startswith("outputs/"):
-                touch(source.hf_name)
+                write_rows(source.hf_name)
     for one in sets(config).values():
         if one.type != "documents":
             touch(one.path).write_text((json.dumps(TASKS[one.type]) + "\n") * 7)
@@ -288,6 +289,13 @@ def cut_down(config: DictConfig, tokenizer: Path) -> None:
             one.max_new_tokens = 3
     if "text_samples" in config.callbacks:
         config.callbacks.text_samples.max_new_tokens = 3
+
+
+def write_rows(path: str) -> None:
+    """Write the rows of a file of ROWS."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(next(name for name in ROWS if path.startswith(name)), path)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def touch(path: str) -> Path:
