@@ -114,6 +114,8 @@ def _column_kinds(rows: Iterable[Row]) -> dict[str, Any]:
             if kind is not None:
                 _check_same(row.place, name, value, kind, firsts)
             kinds[name] = _merge(kinds.get(name), kind)
+        if not kinds:
+            raise UserError(f"{row.place}: a row without keys; correct or remove it")
     return kinds
 
 

@@ -250,6 +250,7 @@ BAD = {
     "open quote": ("a.csv", b'a,b\n1,2\n"3,4\n', {}, r"line 3: not CSV .*written twice"),
     "a cell too many": ("a.csv", b"a,b\n1,2\n1,2,3\n", {}, r"line 3: 3 cells, but 2 columns"),
     "no header": ("a.csv", b"1,2\n", {"header": 1}, "hf_kwargs.header: 1; .*column_names"),
+    "no keys": ("a.jsonl", b"{}\n{}\n", {}, r"line 1: a row without keys"),
     "unknown key": ("a.csv", b"a\n", {"delimeter": ";"}, "hf_kwargs.delimeter is not read .*sep"),
     "key of another kind": ("a.jsonl", b"{}", {"sep": ";"}, "hf_kwargs.sep .* field"),
     "unknown field": ("a.json", b'{"x": []}', {"field": "data"}, "hf_kwargs.field: .*'data'"),

@@ -242,8 +242,12 @@ TASKS = {
 
 def load_dataset(path: str, *, split: str, data_files: Any = None, **_: Any) -> datasets.Dataset:
     """Stand in for the hub's data sets, with other rows for another file."""
-    first = 1000 if "shard_01822" in str(data_files) else 0
-    return datasets.Dataset.from_list([ROWS[path](first + i) for i in range(160)])
+    return datasets.Dataset.from_list(rows_of(path, str(data_files)))
+
+
+def rows_of(name: str, file: str) -> list[dict[str, Any]]:
+    first = 1000 if "shard_01822" in file or "_eval" in file else 0
+    return [ROWS[name](first + i) for i in range(160)]
 
 
 def loaders(config: DictConfig) -> Iterator[DictConfig]:
@@ -277,7 +281,7 @@ def cut_down(config: DictConfig, tokenizer: Path) -> None:
             if (source.get("holdout") or {}).get("by"):
                 source.holdout.fraction = 0.2
             if source.hf_name.startswith("outputs/"):
-                touch(source.hf_name)
+                write_rows(source.hf_name)
     for one in sets(config).values():
         if one.type != "documents":
             touch(one.path).write_text((json.dumps(TASKS[one.type]) + "\n") * 7)
@@ -287,13 +291,16 @@ def cut_down(config: DictConfig, tokenizer: Path) -> None:
         config.callbacks.text_samples.max_new_tokens = 3
 
 
-def touch(path: str) -> Path:
-    """Write a file of the rows that its name stands for, or of an empty one."""
+def write_rows(path: str) -> None:
+    """Write the rows of a file of ROWS."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    row = next((row for name, row in ROWS.items() if name in path), lambda i: {})
-    first = 1000 if "_eval" in path else 0
-    lines = (json.dumps(row(first + i)) + "\n" for i in range(160))
-    Path(path).write_text("".join(lines))
+    rows = rows_of(next(name for name in ROWS if path.startswith(name)), path)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def touch(path: str) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("{}\n")  # of which only the beginning is looked at
     return Path(path)
 
 
