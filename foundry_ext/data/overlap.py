@@ -75,4 +75,4 @@ def _digests(
 ) -> Iterator[bytes]:
     for start in range(0, len(indices), _BLOCK):
         for document in dataset.documents.read(indices[start : start + _BLOCK]):
-            yield xxhash.xxh3_128_digest(document.input_ids[:most_tokens])
+            yield xxhash.xxh3_128_digest(document.input_ids[:most_tokens].tobytes())

@@ -72,7 +72,10 @@ _PLAIN: dict[Any, str] = {
     str: "text",
     type(None): "null",
 }
-_REPLACED = dict.fromkeys(("use_flash_attention_2", "attn_implementation"), "attention_backend")
+_REPLACED: dict[str, str] = {
+    "use_flash_attention_2": "attention_backend",
+    "attn_implementation": "attention_backend",
+}
 MANY = ("loggers", "callbacks", "algorithms")  # {name: settings}; the others say `name` inside
 
 
