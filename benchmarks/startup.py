@@ -142,6 +142,8 @@ def _start(path: Path) -> dict[str, list[float]]:
     code = "import sys; from benchmarks.startup import answer; answer(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(path), str(time.perf_counter())]
     result = path.with_suffix(".json")
+    for name in ("record.json", "metrics.jsonl"):  # of the start before, which none may replace
+        path.with_name(name).unlink(missing_ok=True)
     done = subprocess.run(
         [*command, str(result)], cwd=ROOT, env=os.environ, capture_output=True, encoding="utf-8"
     )

@@ -115,38 +115,45 @@ def _named_like(
 def has_any(folder: Path, template: str, *, besides: Path | None) -> bool:
     """Return whether there are checkpoints, or links to deleted ones, other than `besides`.
 
-    Looked for where `template` would put them, not in folders of other runs below.
+    Looked for where `template` would put them, not in folders of other runs below. What a killed
+    process had begun to write is none.
     """
     above = template.rpartition("/")[0]
     places = [folder, *(folder.glob(re.sub(r"\{\w+\}", "*", above)) if above else [])]
-    paths = [path for place in places for path in place.glob("*.pt")]
+    begun = {path for path, _ in _named_like(folder, template, PARTIAL)}
+    paths = {path for place in places for path in place.glob("*.pt")} - begun
     return any(besides is None or path.resolve() != besides.resolve() for path in paths)
 
 
 def newest_intact(paths: list[Path]) -> tuple[list[Path], dict[Path, str]]:
     """Return `paths`, oldest first, up to the newest intact one, and what is wrong with later ones.
 
+    One that cannot be read, for lack of permission, is named and passed over; nothing is known
+    about it.
+
     Raises:
-        UserError: all are damaged, or one cannot be read.
+        UserError: none is intact.
     """
     problems: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}
     intact = list(paths)
     while intact:
         try:
             problem = damage(intact[-1])
         except OSError as error:
-            raise UserError(
-                f"{intact[-1]} cannot be read ({error.strerror or error}), so nothing is known"
-                " about it; make it readable, or move it away to continue from the one before"
-            ) from error
+            path = intact.pop()
+            unreadable[path] = f"cannot be read ({error.strerror or error})"
+            log.warning("checkpoint %s %s: passed over", path, unreadable[path])
+            continue
         if problem is None:
             break
         problems[intact.pop()] = problem
     if paths and not intact:
-        details = ", ".join(f"{path.name} {problem}" for path, problem in problems.items())
+        faults = problems | unreadable
+        details = ", ".join(f"{path.name} {problem}" for path, problem in faults.items())
         raise UserError(
-            f"{paths[0].parent}: all checkpoints are damaged, so the run cannot continue"
-            f" ({details}); restore one, or move the folder away to start again"
+            f"{paths[0].parent}: no checkpoint is intact, so the run cannot continue ({details});"
+            " restore one, or move the folder away to start again"
         )
     return intact, problems
 

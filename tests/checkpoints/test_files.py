@@ -113,9 +113,18 @@ def test_none_whole_is_an_error_and_stays_one(whole):
     """No new run starts, not even at the second attempt, which must not find an empty folder."""
     whole.write_bytes(whole.read_bytes()[:-1])
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"all checkpoints are damaged.*{whole.name} cannot"):
+        with pytest.raises(ValueError, match=rf"no checkpoint is intact.*{whole.name} cannot"):
             newest_intact(find_checkpoints(whole.parent, TEMPLATE))
     assert newest_intact([]) == ([], {})
+
+
+def test_what_a_killed_saver_began_is_no_checkpoint(whole):
+    """A run killed in its first save starts again from the beginning."""
+    begun = whole.with_name(f"partial-{whole.name}")
+    whole.rename(begun)
+    assert not has_any(begun.parent, TEMPLATE, besides=None)
+    begun.rename(whole.with_name("partial-other.pt"))
+    assert has_any(begun.parent, TEMPLATE, besides=None)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {"state": 3}, "text", torch.zeros(2)])
@@ -130,7 +139,8 @@ def test_what_is_no_run_s_state_is_passed_over(whole, content):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO])
-def test_a_file_that_cannot_be_read_is_not_called_damaged(whole, monkeypatch, number):
+def test_a_file_that_cannot_be_read_is_passed_over(whole, monkeypatch, caplog, number):
+    """It is named, not called damaged, and not renamed."""
     newest = whole.with_name("ep0-ba2-rank0.pt")
     newest.write_bytes(whole.read_bytes())
 
@@ -141,11 +151,15 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(whole, monkeypatch, nu
 
     original = checkpoint_files.Path.open
     monkeypatch.setattr(checkpoint_files.Path, "open", opened)
-    for check in (lambda: newest_intact([whole, newest]), lambda: check_load_path(str(newest))):
+    assert newest_intact([whole, newest]) == ([whole], {})
+    said = [record.getMessage() for record in caplog.records]
+    for check in (lambda: newest_intact([newest]), lambda: check_load_path(str(newest))):
         with pytest.raises(UserError) as refused:
             check()
-        assert str(newest) in str(refused.value) and "the system's reason" in str(refused.value)
-        assert "damaged" not in str(refused.value) and "\n" not in str(refused.value)
+        said.append(str(refused.value))
+    for text in said:
+        assert newest.name in text and "the system's reason" in text
+        assert "damaged" not in text and "\n" not in text
     assert newest.exists() and len(list(whole.parent.iterdir())) == 2
 
 

@@ -141,6 +141,8 @@ def odd_runs(world, odd, num_ranks):
         }
         if name == "long":
             runs[name] |= {"max_seq_len": 256, "tokenizer__kwargs__model_max_length": 256}
+            positions = {"max_position_embeddings": 256}
+            runs[name]["model__config_overrides"] = positions
     runs["long_split"] = {
         **runs["long"],
         "train_loader": kit.loader_config(odd["long"], shuffle=True, overlong="split"),

@@ -180,7 +180,7 @@ def test_no_intact_checkpoint_does_not_start_from_the_beginning(world, finished,
     path = tmp_path / "checkpoints" / "ep0-ba2-rank0.pt"
     path.write_bytes(path.read_bytes()[:1000])
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"all checkpoints are damaged.*ep0-ba2-rank0.pt"):
+        with pytest.raises(ValueError, match=r"no checkpoint is intact.*ep0-ba2-rank0.pt"):
             kit.run(config(world, reference, tmp_path))
 
 
