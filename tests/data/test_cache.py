@@ -426,6 +426,7 @@ def test_writers_without_locks_leave_each_other_alone(store: Path, tmp_path: Pat
             (tmp_path / f"{me} writes").touch()
             if ends_after:
                 wait_for(ends_after)
+                assert (folder / "a").exists(), "the second writer has removed it"
             (folder / "b").write_text("two")
 
         if begins_after:
