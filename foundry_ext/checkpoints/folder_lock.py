@@ -1,5 +1,6 @@
 """Lock that lets one run at a time use a folder."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -18,6 +19,8 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.path = folder / ".lock"
         self._file: int | None = None
+        self._is_new = False
+        self._new_folders: list[Path] = []
 
     def take(self) -> None:
         """Take the lock; a UserError names the process that holds it already.
@@ -26,8 +29,10 @@ class FolderLock:
         """
         if self._file is not None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists()
+        folder = self.path.parent
+        self._new_folders = [x for x in (folder, *folder.parents) if not x.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._is_new = not self.path.exists()
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,8 +46,11 @@ class FolderLock:
         except OSError:  # a file system without locks
             os.close(file)
             return
+        if os.fstat(file).st_nlink == 0:  # its holder removed it before the lock was taken
+            os.close(file)
+            return self.take()
         self._file = file
-        if is_new:
+        if self._is_new:
             self.sign()
 
     def sign(self) -> None:
@@ -53,9 +61,16 @@ class FolderLock:
             os.pwrite(self._file, name.encode(), 0)
 
     def release(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Release the lock; a folder in which nothing was saved is left as it was found."""
+        if self._file is None:
+            return
+        if self._is_new and os.listdir(self.path.parent) == [self.path.name]:
+            self.path.unlink()
+            with contextlib.suppress(OSError):  # another process uses it by now
+                for folder in self._new_folders:
+                    folder.rmdir()
+        os.close(self._file)
+        self._file = None
 
 
 def _holder(file: int) -> str:

@@ -25,7 +25,7 @@ from foundry_ext.launch.nodes import check_configurations, share_fault, signals_
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.launch.trainer_checks import trainer_is_checked
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
-from foundry_ext.utils.output import redacted_arguments, redacted_output
+from foundry_ext.utils.output import quiet_bars, redacted_arguments, redacted_output
 from foundry_ext.utils.redaction import redact, remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
@@ -53,6 +53,7 @@ def main(script: str, arguments: Sequence[str]) -> int:
         arguments: its command line.
     """
     remember_secrets(list(arguments))
+    quiet_bars()
     with redacted_output(is_progress=True):
         return _main(script, arguments)
 

@@ -6,6 +6,7 @@ what C code writes to the file descriptors, does not pass here.
 """
 
 import contextlib
+import os
 import re
 import sys
 import threading
@@ -148,6 +149,16 @@ class _Bytes:
 
     def flush(self) -> None:
         self._stream.flush()
+
+
+def quiet_bars() -> None:
+    """Make the libraries' progress bars write a line a minute, and none before, into a log.
+
+    To be called before tqdm is imported, which reads these variables then.
+    """
+    if not sys.stderr.isatty():
+        for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):
+            os.environ.setdefault(name, "60")
 
 
 def redact_output(*, is_progress: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import subprocess
+import sys
 
 import pytest
 import tqdm.std
@@ -49,3 +51,15 @@ def test_work_that_fails_closes_the_bar(monkeypatch):
         for _ in progress(range(2), "x", total=2, unit="packs"):
             raise ZeroDivisionError
     assert list(progress(range(3), "x", total=3, unit="packs")) == [0, 1, 2]
+
+
+def test_bars_of_libraries_are_quiet_in_a_log():
+    code = (
+        "from foundry_ext.utils.output import quiet_bars; quiet_bars()\n"
+        "from datasets import Dataset\n"
+        "import datasets.utils.tqdm, tqdm, tqdm.auto\n"
+        "for bar in (tqdm.tqdm, tqdm.auto.tqdm, datasets.utils.tqdm):\n"
+        "    list(bar(range(1000)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
