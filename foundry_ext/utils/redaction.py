@@ -63,6 +63,7 @@ _NAMED = [
         (r"\blogin\s+\S+\s+(?P<name>password)\s+", r"\S+"),
     )
 ]
+_INTERPOLATION = re.compile(r"\$\{[^{}]+\}")  # OmegaConf's, whose value is found elsewhere
 _CODE = re.compile(r"[A-Za-z_][\w.]*")
 _NUMBER = re.compile(r"[-+]?\d{1,15}(?:[\d,_]*\.?\d*(?:[eE][-+]?\d+)?)%?")
 
@@ -200,7 +201,7 @@ def _secrets_in(value: Any, *, is_secret: bool = False) -> Iterator[str]:
 
 def _forms_given(text: str) -> Iterator[str]:
     """Yield a value, and without the quotes that YAML takes away."""
-    if "${" not in text:
+    if not _INTERPOLATION.search(text):
         yield from (text, text.strip().strip("\"'"))
 
 
