@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 
 _HOME = tempfile.mkdtemp(prefix="foundry-ext-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
@@ -41,6 +42,16 @@ WORDS = [
     *("a", "the", "one", "two", "bird", "stone", "river", "count", "slowly", "towards", "seven"),
     *("because", "light", "of", "12", "3.5"),
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU from tests that are not about one, and from the processes that they start.
+
+    They would train on it, in shapes and precisions that only a CPU takes.
+    """
+    expression = Expression.compile(config.option.markexpr or "gpu")
+    if not expression.evaluate(lambda name, **_: name == "gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_every_test_is_in_a_tier():
     assert tiers.keys() == {"test-all", "test-slow", "test-gpu"}
     expressions = [options["addopts"][options["addopts"].index("-m") + 1], *tiers.values()]
     names = [mark.partition(":")[0] for mark in options["markers"]]
-    assert set(names) == {"gpu", "more", "slow"}
+    assert set(names) == {"gpu", "more", "nullgpu", "slow"}
     for values in itertools.product([False, True], repeat=len(names)):
         marks = dict(zip(names, values, strict=True))
         assert any(eval(expression, {}, marks) for expression in expressions), marks

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "flex", "blockwise", "sdpa")
 _HALF = (torch.float16, torch.bfloat16)
+_LEAST_FLEX_HEAD = 16  # dimensions, which its compiled kernel requires
 
 
 def varlen_attention(
@@ -57,42 +58,63 @@ def varlen_attention(
         UserError: the backend is unknown or unusable.
     """
     device, dtype = q_THN.device.type, v_TKN.dtype
-    dropout = bool(dropout_p > 0)  # torch 2.13's compiler keeps the comparison as a symbol
-    backend = resolve_backend(backend, device=device, dtype=dtype, dropout=dropout)
+    # The compiler may keep a comparison as a symbol, and resolve_backend needs its value.
+    dropout, narrow = bool(dropout_p > 0), bool(q_THN.shape[-1] < _LEAST_FLEX_HEAD)
+    backend = resolve_backend(
+        backend, device=device, dtype=dtype, dropout=dropout, narrow_heads=narrow
+    )
     return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p)
 
 
 @torch.compiler.assume_constant_result  # the compiler need not trace the choice
-def resolve_backend(backend: str, *, device: str, dtype: torch.dtype, dropout: bool = False) -> str:
+def resolve_backend(
+    backend: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    dropout: bool = False,
+    narrow_heads: bool = False,
+) -> str:
     """Return the best backend for this device and dtype if "auto", else check the named one.
 
+    Args:
+        backend: one of `BACKENDS`.
+        device: a type, such as "cuda".
+        dtype: of the values.
+        dropout: whether attention weights are dropped.
+        narrow_heads: whether a head has fewer than 16 dimensions.
+
     Raises:
-        UserError: the backend is unknown, not installed, or does not support this device, dtype or
-            dropout.
+        UserError: the backend is unknown, not installed, or does not support one of the above.
     """
     if backend == "auto":
-        return _best_backend(device, dtype, dropout)
+        return _best_backend(device, dtype, dropout, narrow_heads)
     if backend not in BACKENDS:
         raise UserError(
             f"attention_backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
         )
-    problem = _why_not(backend, device, dtype, dropout)
+    problem = _why_not(backend, device, dtype, dropout, narrow_heads)
     if problem:
         raise UserError(f"attention_backend: {backend!r} {problem}")
     return backend
 
 
 @functools.cache
-def _best_backend(device: str, dtype: torch.dtype, dropout: bool) -> str:
-    usable = (name for name in BACKENDS[1:] if not _why_not(name, device, dtype, dropout, True))
-    best = next(usable)
+def _best_backend(device: str, dtype: torch.dtype, dropout: bool, narrow_heads: bool) -> str:
+    settings = (device, dtype, dropout, narrow_heads)
+    best = next(name for name in BACKENDS[1:] if not _why_not(name, *settings, auto=True))
     log.info("attention_backend: auto chose %r for %s on %s", best, dtype, device)
     return best
 
 
 @functools.cache
 def _why_not(
-    backend: str, device: str, dtype: torch.dtype, dropout: bool, auto: bool = False
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    dropout: bool,
+    narrow_heads: bool,
+    auto: bool = False,
 ) -> str:
     """Return why a backend cannot run here, and the way out; "" if it can."""
     if backend == "sdpa":
@@ -105,8 +127,11 @@ def _why_not(
             return f"runs on a CPU only, but this tensor is on {device}; use 'sdpa'"
         return f"computes in fp32, not in {dtype}; use 'sdpa'" if dtype == torch.float64 else ""
     if backend == "flex":
-        # Without a GPU it runs uncompiled, with all T x T scores: useful only as a reference.
-        return "needs a GPU; use 'sdpa'" if auto and device != "cuda" else ""
+        if device != "cuda":
+            # It runs uncompiled, with all T x T scores: useful only as a reference.
+            return "needs a GPU; use 'sdpa'" if auto else ""
+        least = f"takes heads of {_LEAST_FLEX_HEAD} dimensions or more on a GPU; use 'sdpa'"
+        return least if narrow_heads else ""
     if device != "cuda":
         return f"needs a GPU, but this tensor is on {device}; use 'sdpa'"
     if dtype not in _HALF:
@@ -117,7 +142,7 @@ def _why_not(
 def _why_no_flash() -> str:
     """Return why flash-attn cannot be imported; its binary fits one torch and one CUDA only."""
     if importlib.util.find_spec("flash_attn") is None:
-        return "is not installed; pip install 'foundry-ext[gpu]', or use 'torch_varlen'"
+        return "is not installed; use 'torch_varlen', torch's own copy of its kernels"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401 # pyright: ignore
     except (ImportError, OSError, RuntimeError) as error:

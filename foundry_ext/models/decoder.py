@@ -103,8 +103,15 @@ def decoder_layer(
     This is a function, not a method, so compiling it leaves out the hooks that FSDP puts on the
     module.
     """
-    x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, attend)
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    x = _add(x, layer.self_attn(layer.input_layernorm(x), cos, sin, attend))
+    return _add(x, layer.mlp(layer.post_attention_layernorm(x)))
+
+
+def _add(x: Tensor, change: Tensor) -> Tensor:
+    """Add a change to the residual stream, which autocast keeps in fp32."""
+    # Inductor fuses a sum and the product before it into one addmm without looking at their dtypes
+    # (pytorch#159492, torch 2.7), and addmm takes no two. The cast stands between them.
+    return x + (change.to(x.dtype) if torch.compiler.is_compiling() else change)
 
 
 class SmolLM2PreTrainedModel(PreTrainedModel):

@@ -139,7 +139,8 @@ def linear_cross_entropy(
         weight: [V, D].
         target: [L] int64, without -100.
         implementation: "chunked" (any device), "compiled" (the same with its softmax fused by
-            torch.compile) or "liger" (Triton, GPU only).
+            torch.compile) or "liger" (experimental: Triton, GPU only; the host waits in it
+            three times a call, to read the number of labels and to compare a gradient).
 
     Returns:
         fp32 scalar, nats summed over L.
@@ -161,8 +162,10 @@ def _liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
     if target.numel() == 0:  # its kernel divides by the number of rows
         return (hidden.sum() + weight.sum()).float() * 0.0
+    options = (None, None, IGNORE_INDEX, 0.0, 0.0, "sum", None, False)
+    accumulate_in = torch.float32  # by default its sum over chunks is in bf16
     return LigerFusedLinearCrossEntropyFunction.apply(
-        hidden, weight.to(hidden.dtype), target, None, None, IGNORE_INDEX, 0.0, 0.0, "sum"
+        hidden, weight.to(hidden.dtype), target, *options, accumulate_in
     )[0].float()
 
 

@@ -41,7 +41,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         attention_backend: auto, flash_attn, torch_varlen, flex, blockwise (CPU) or sdpa. With
             attention_dropout in config_overrides it must be flash_attn or sdpa, or torch_varlen
             before torch 2.10.
-        loss: chunked (any device), compiled (the same, fused by torch.compile) or liger (GPU).
+        loss: chunked (any device), compiled (the same, fused by torch.compile) or liger
+            (GPU, experimental).
         compile: none, layers or model: torch.compile of the training forward pass. It needs packs
             of one shape, `fixed_shape: true` in the train loader. Evaluation is not compiled.
         compile_mode: torch.compile's mode, e.g. reduce-overhead for CUDA graphs.

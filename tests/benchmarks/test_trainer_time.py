@@ -180,10 +180,11 @@ def test_waits_on_a_gpu_are_torch_s_warnings(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_only_composer_waits(measured):
-    """The core never waits, and all waits of the trainer are Composer's own."""
+    """The core never waits. In the trainer Composer does, and the guard once, on purpose."""
     result, core = measured
     assert result["host_waits"]
-    assert not [place for place in result["host_waits"] if place.startswith("foundry_ext")]
+    ours = [place for place in result["host_waits"] if place.startswith("foundry_ext")]
+    assert all("callbacks/guard.py" in place for place in ours) and len(ours) <= 1
     packs = Snapshots.packs
     with HostWaits("cuda") as waits:
         core(packs)

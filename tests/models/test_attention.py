@@ -267,12 +267,20 @@ def test_auto(device, dtype, flash_attn, expected, fresh_choice, monkeypatch, ca
     assert resolve_backend(expected, device=device, dtype=dtype) == expected
 
 
+def test_flex_takes_no_narrow_heads_on_a_gpu(fresh_choice):
+    on_a_gpu = {"device": "cuda", "dtype": torch.float32}
+    assert resolve_backend("auto", **on_a_gpu, narrow_heads=True) == "sdpa"
+    with pytest.raises(ValueError, match=r"'flex' takes heads of 16 dimensions.* use 'sdpa'"):
+        resolve_backend("flex", **on_a_gpu, narrow_heads=True)
+    assert resolve_backend("flex", device="cpu", dtype=torch.float32, narrow_heads=True) == "flex"
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "way_out"),
     [
         ("flash_attn", "cpu", torch.bfloat16, "needs a GPU.*use 'sdpa'"),
         ("torch_varlen", "cpu", torch.bfloat16, "needs a GPU.*use 'sdpa'"),
-        ("flash_attn", "cuda", torch.bfloat16, r"pip install 'foundry-ext\[gpu\]'"),
+        ("flash_attn", "cuda", torch.bfloat16, "is not installed; use 'torch_varlen'"),
         ("flash_attn", "cuda", torch.float32, "amp_bf16"),
         ("torch_varlen", "cuda", torch.float32, "amp_bf16"),
         ("flash", "cpu", torch.float32, "choose one of auto, flash_attn"),

@@ -212,6 +212,20 @@ def test_generated_code(tiny_config):
 
 
 @pytest.mark.more
+def test_generated_code_under_autocast(tiny_config):
+    """The residual stream is fp32 and what is added to it bf16, which Inductor's addmm refuses."""
+    (pack,) = packs(tiny_config(), SHAPES[0])
+    losses = []
+    for scope in ("none", "layers"):
+        torch.manual_seed(0)
+        model = SmolLM2ForCausalLM(tiny_config(num_hidden_layers=1)).train()
+        compile_model(model, scope=scope)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(train_step(model, pack)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_loss(dtype, monkeypatch):
     """Chunks of three sizes, the last of one row; one graph, or two for the first size."""

@@ -122,8 +122,9 @@ def test_wrong_ids_on_a_gpu(ids, labels, succeeds):
     code = f"""
 import torch
 from foundry_ext.models.checks import check_ids
+ids, labels = torch.tensor({ids}).cuda(), torch.tensor({labels}).cuda()  # which waits
 torch.cuda.set_sync_debug_mode("error")
-check_ids(torch.tensor({ids}).cuda(), torch.tensor({labels}).cuda(), 10)
+check_ids(ids, labels, 10)
 torch.cuda.set_sync_debug_mode("default")
 torch.cuda.synchronize()
 """
