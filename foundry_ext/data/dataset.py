@@ -16,6 +16,7 @@ from foundry_ext.data.ranks import check_same
 from foundry_ext.packing.batch import Pack
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.packing.sampler import PackedBatchSampler
+from foundry_ext.utils.constants import NEW_RUN
 from foundry_ext.utils.errors import UserError
 
 
@@ -121,7 +122,7 @@ class PackedDataset(Dataset):
             # Composer would assume that the position was restored, and skip no batches itself.
             raise UserError(
                 "the checkpoint was made with another loader and does not store its position in the"
-                " data; restore that loader, or start again with load_weights_only: true"
+                f" data; restore that loader; {NEW_RUN}"
             )
         self._check_same_plan(state)
         packs = state["batch"] * state["global_batch_packs"]
@@ -145,7 +146,7 @@ class PackedDataset(Dataset):
     def _check_same_plan(self, state: dict[str, Any]) -> None:
         saved, current = state["fingerprint"], self.fingerprint
         by_earlier_version = "order" not in state
-        if saved != current:
+        if _plan_of(saved) != _plan_of(current):
             hint = ""
             if by_earlier_version and saved.rsplit("-", 3)[0] != current.rsplit("-", 3)[0]:
                 hint = (
@@ -153,17 +154,18 @@ class PackedDataset(Dataset):
                     f" began it: foundry_ext {__version__} adds a tokenizer's special tokens once"
                     " per document, and closes a chat once"
                 )
+            data = self.describe_sources("name") or "the data"
             raise UserError(
                 "the checkpoint was made with other data or packing"
-                f" ({describe_change(saved, current)}); restore the YAML, or start again with"
-                f" load_weights_only: true{hint}"
+                f" ({describe_change(saved, current)}); restore {data} and the YAML;"
+                f" {NEW_RUN}{hint}"
             )
         if by_earlier_version and not self.sampler.shuffle:
             raise UserError(
                 "the checkpoint was made by an earlier version, which shuffled the documents once"
                 f" under shuffle: false; foundry_ext {__version__} keeps their order, so the run"
-                " would not continue as it began; finish it with the version that began it, or"
-                " start again with load_weights_only: true"
+                " would not continue as it began; finish it with the version that began it;"
+                f" {NEW_RUN}"
             )
 
     def restore_rng(self) -> None:
@@ -207,6 +209,12 @@ class PackedDataLoader(DataLoader):
             raise UserError(str(error).rpartition("UserError: ")[2]) from error
         dataset.restore_rng()  # the epoch had no batch left
         dataset.epoch, dataset.next_batch = sampler.epoch + 1, 0
+
+
+def _plan_of(fingerprint: str) -> list[str]:
+    """Return what decides the packs: the seed does not, if nothing is shuffled."""
+    parts = fingerprint.rsplit("-", 3)
+    return [*parts[:2], parts[3]] if parts[3:] == ["0"] else parts
 
 
 def describe_change(saved: str, current: str) -> str:

@@ -1,3 +1,9 @@
 """Constants that several packages share."""
 
 IGNORE_INDEX = -100  # label of a position without loss, as in torch's cross_entropy
+
+NEW_RUN = (
+    "give the run another name and save_folder; or start a new run from the checkpoint's weights"
+    " with load_path, load_weights_only: true and another save_folder"
+)
+"""Ways out for a checkpoint that a start may not continue."""

@@ -250,12 +250,23 @@ def test_in_order_resuming_gives_the_rest(documents):
         assert_batches_equal([[one[0], other[0], one[1], other[1]]], [both])
 
 
+def test_in_order_the_seed_decides_nothing(documents):
+    state = stop_after(loader_of(documents, shuffle=False), 0, 3)
+    state["fingerprint"] = state["fingerprint"].replace("-17-0", "-18-0")
+    resumed = loader_of(documents, shuffle=False)
+    resumed.dataset.load_state_dict(state)
+    assert_batches_equal(
+        walk_loader(resumed, 0), walk_loader(loader_of(documents, shuffle=False), 0)[3:]
+    )
+
+
 def test_other_rows_are_an_error(tokenizer, dataset, make_rows, write_jsonl):
     state = stop_after(build(tokenizer, dataset).dataloader, 0, 2)
     rows = make_rows(90)
     rows[7]["response"] = rows[7]["response"][:-1] + "?"  # as long, but not the same
     dataset["hf_name"] = str(write_jsonl(rows, "other.jsonl"))
-    with pytest.raises(ValueError, match="made with other data or packing"):
+    way_out = r"made with other data or packing .*; restore .*other\.jsonl and the YAML; give"
+    with pytest.raises(ValueError, match=way_out):
         build(tokenizer, dataset).dataloader.dataset.load_state_dict(state)
 
 

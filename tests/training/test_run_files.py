@@ -27,6 +27,10 @@ from tests.training import kit
 WRITERS = ("run_record", "forgetting", "hf_export", "metrics_file")
 
 
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("ep*")}
+
+
 def config(world, folder: Path, *, without: tuple[str, ...] = (), **overrides: Any):
     """Return a run that writes every kind of file; `without` leaves out some of their writers."""
     evaluated = kit.loader_config(world.eval_rows, eval_packs=1)
@@ -362,6 +366,17 @@ def test_a_finished_run_says_so_when_it_is_started_again(world, earlier, capfd):
     after = read_record(folder / "record.json")
     assert after["evaluations"] == before["evaluations"] and after["status"] == "finished"
     assert [path.read_bytes() for path in weights] == contents
+
+
+def test_a_finished_run_keeps_its_checkpoints_when_it_is_started_again(world, tmp_path, capfd):
+    """The last checkpoint is of an epoch's last batch, and its name has the epoch."""
+    given = config(world, tmp_path / "run", max_duration="1ep", save_interval="1ba")
+    kit.run(given)
+    before = contents_of(tmp_path / "run/checkpoints")
+    assert len(before) >= 2
+    kit.run(given)
+    assert "had already reached max_duration, 1ep" in capfd.readouterr().err
+    assert contents_of(tmp_path / "run/checkpoints") == before
 
 
 def test_save_overwrite_replaces_and_says_so(world, earlier, capfd):

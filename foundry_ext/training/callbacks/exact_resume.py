@@ -33,6 +33,7 @@ from foundry_ext.training.resumed_settings import changed_data, evaluation_data,
 from foundry_ext.training.run_description import find_callback
 from foundry_ext.training.run_files import run_files
 from foundry_ext.training.signals import StopSignals
+from foundry_ext.utils.constants import NEW_RUN
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -157,9 +158,7 @@ class ExactResume(CheckpointSaver):
             name = self.resumed_from or self.load_path or f"in {self.folder}"
             raise UserError(
                 f"the checkpoint {name} is of a run with another"
-                f" {'; another '.join(changed)}. Restore the YAML and the data; give the run"
-                " another name and save_folder; or start a new run from the checkpoint's weights"
-                " with load_path, load_weights_only: true and another save_folder"
+                f" {'; another '.join(changed)}. Restore the YAML and the data; {NEW_RUN}"
             )
         self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
