@@ -28,7 +28,7 @@ from foundry_ext.sweeps.state import (
     wall_seconds,
     write_state,
 )
-from foundry_ext.sweeps.text import duration, target_loss
+from foundry_ext.sweeps.text import duration, last_error, target_loss
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.processes import handling_signals
 
@@ -225,9 +225,9 @@ class SweepRunner:
         state.pid = None
         state.seconds = time.monotonic() - active.begin if is_ours else wall_seconds(record)
         if state.status == "failed":
-            state.error = str(record.get("error") or "") or (
-                f"exit code {code}" if code else "exit code 0, but its record is not finished"
-            )
+            ending = f"exit code {code}" if code else "exit code 0, but its record is not finished"
+            log = self.job(active.run).log
+            state.error = str(record.get("error") or "") or last_error(log) or ending
         elif state.status == "finished":
             self._finished_seconds.append(state.seconds)
         self._save()

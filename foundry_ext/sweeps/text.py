@@ -5,6 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from foundry_ext.records.schema import LARGEST_COUNT
@@ -64,6 +65,13 @@ def _format_time(cost_estimates: Sequence[CostEstimate], parallel: int) -> str:
     if any(cost.tokens is None for cost in cost_estimates):
         return "unknown until the first runs have finished"
     return "unknown, no finished run of each model and method to go by (--tokens-per-second)"
+
+
+def last_error(log: Path) -> str:
+    """Return what train.py's error line says in the last attempt of a log, or an empty string."""
+    text = log.read_text(encoding="utf-8", errors="replace").rpartition("--- attempt ")[2]
+    _, found, said = text.rpartition("train.py: error: ")
+    return shorten(said.partition("\n")[0], 400, placeholder=" ...") if found else ""
 
 
 def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]:

@@ -42,7 +42,7 @@ callbacks:
 """
 # Says in `starts` that it runs and in `ends` that it finished; in `overlaps` if another one of its
 # run is there too. Behaviours: good, old (a record of an earlier version), fail (until the file
-# `mended` is there), silent (no record), stubborn (deaf to Ctrl-C).
+# `mended` is there), silent (no record), refused, stubborn (deaf to Ctrl-C).
 PROGRAM = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
@@ -75,6 +75,8 @@ note("starts", json.dumps({k: v for k, v in os.environ.items()
                            if k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK")}))
 behaviour = config.variables.behaviour
 print("the log of", config.run_name)
+if behaviour == "refused":
+    sys.exit("train.py: error: a.yaml: unknown key, optimizer.lrr")
 if behaviour == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 if behaviour != "silent":

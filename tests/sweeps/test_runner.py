@@ -63,6 +63,12 @@ def test_a_failed_run_is_reported_and_retried_on_demand_alone(folder: Path):
     assert [len(lines(folder, name, "starts")) for name in failed] == [2] * 4
 
 
+def test_what_a_refused_run_says_is_shown(folder: Path):
+    path = write_sweep(folder, {"variables.behaviour": {"value": "refused"}})
+    _, said = run(path)
+    assert any("failed in" in line and "unknown key, optimizer.lrr; see" in line for line in said)
+
+
 def test_exit_code_0_without_a_record_is_a_failure(folder: Path):
     path = write_sweep(folder, {"variables.behaviour": {"value": "silent"}})
     statuses, said = run(path)
