@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.utils.nested import get
+from foundry_ext.utils.redaction import redact
 
 SAVE_FOLDER = "save_folder"
 RECORD = "callbacks.run_record.path"
@@ -60,6 +61,8 @@ def find_name_fault(name: str) -> str | None:
         return f"is no file's name; {way_out}, and say in save_folder and the paths where to write"
     if not name.isprintable() or re.search(r"[{}]", name):
         return f"holds control characters or braces; {way_out}"
+    if redact(name) != name:
+        return f"looks like a secret, so records would say {redact(name)!r}; {way_out}"
     if len(os.fsencode(name)) > _LONGEST_NAME:
         return f"is longer than {_LONGEST_NAME} bytes; shorten it"
     return None

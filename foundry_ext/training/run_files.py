@@ -142,7 +142,7 @@ class RunFiles:
             reason = "as save_overwrite: true allows"
         elif (
             record is not None
-            and record["run_name"] == self.run_name
+            and self._is_name(record["run_name"])
             and SAVE_FOLDER not in found
             and _saved_nothing(record)
             and self._foreign(found, record) is None
@@ -155,7 +155,12 @@ class RunFiles:
 
     def _is_of_another(self, record: dict[str, Any]) -> bool:
         known = self.started is not None
-        return record["run_name"] != self.run_name or (known and record["started"] != self.started)
+        other = not self._is_name(record["run_name"])
+        return other or (known and record["started"] != self.started)
+
+    def _is_name(self, recorded: str) -> bool:
+        """Return whether a record's name is this run's; a name may have looked like a secret."""
+        return recorded == self.run_name or REDACTED in recorded
 
     def _foreign(self, found: dict[str, Path], record: dict[str, Any]) -> str | None:
         """Return the key of a file that is there, but not where the record's run wrote, or None."""
@@ -234,11 +239,9 @@ def _is_own_checkpoint(state: State, saver: CheckpointSaver, folder: Path) -> bo
     """Return whether the state was loaded from a checkpoint of this run's own folder."""
     if state.timestamp.batch == 0 or state.load_path is None:
         return False
-    path = Path(os.path.abspath(state.load_path))
+    path, folder = (Path(os.path.abspath(x)) for x in (state.load_path, folder))
     depth = len(Path(saver.filename.filename).parts)  # a run below saves in a folder of its own
-    return path.is_relative_to(folder.absolute()) and (
-        len(path.relative_to(folder.absolute()).parts) <= depth
-    )
+    return path.is_relative_to(folder) and len(path.relative_to(folder).parts) <= depth
 
 
 def _checkpoints(state: State, saver: CheckpointSaver, folder: Path) -> list[Path]:

@@ -105,8 +105,9 @@ SHAPES = re.compile(
         | npm_[A-Za-z0-9]{16,}
         | pypi-(?:[A-Za-z0-9_]{16,}|Ag[\w-]{14,})[\w-]*      # a macaroon, base64
         | rubygems_[0-9a-f]{32,} | dckr_[a-z]+_[\w-]{16,}
-        | sk-(?:[A-Za-z0-9]{16,}|(?=[\w-]*\d)[\w-]{16,})     # OpenAI, Anthropic
-        | (?:gsk_|xai-|r8_|pplx-|nvapi-|fw_|tgp_v1_|csk-|jina_)[A-Za-z0-9][\w-]{19,}  # inference
+        # OpenAI, Anthropic, inference. 16 characters without a dash tell them from names of runs.
+        | (?:sk-|gsk_|xai-|r8_|pplx-|nvapi-|fw_|tgp_v1_|csk-|jina_)(?=[\w-]{0,400}?[A-Za-z0-9]{16})
+          [\w-]{16,}
         | lsv2_[a-z]{2}_\w{16,}                              # LangSmith
         | [prs]k_(?:live|test)_[A-Za-z0-9]{10,} | whsec_[A-Za-z0-9+/=]{16,}  # Stripe
         | xox[a-z]-[\w-]{10,} | xapp-[\w-]{16,}              # Slack

@@ -16,6 +16,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from foundry_ext.config.outputs import find_name_fault
 from foundry_ext.config.run_name import SWEEP_VARIABLES
 from foundry_ext.launch.train import main
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
@@ -377,6 +378,24 @@ def test_a_finished_run_keeps_its_checkpoints_when_it_is_started_again(world, tm
     kit.run(given)
     assert "had already reached max_duration, 1ep" in capfd.readouterr().err
     assert contents_of(tmp_path / "run/checkpoints") == before
+
+
+@pytest.mark.parametrize("change", ["folder above", "redacted name"])
+def test_a_run_is_known_again(world, earlier, monkeypatch, change):
+    """By a path with `..`, and by a record of when a name that looks like a secret was allowed."""
+    folder = earlier("crashed")
+    if change == "redacted name":
+        record = json.loads((folder / "record.json").read_text())
+        (folder / "record.json").write_text(json.dumps({**record, "run_name": "[redacted]"}))
+    else:
+        (folder / "below").mkdir()
+        folder = folder / "below" / ".."
+    kit.run(config(world, folder))
+    assert read_record(folder / "record.json")["status"] == "finished"
+
+
+def test_a_name_that_looks_like_a_secret_is_refused():
+    assert "looks like a secret" in str(find_name_fault(f"gsk_{'a1B2' * 8}"))
 
 
 def test_save_overwrite_replaces_and_says_so(world, earlier, capfd):

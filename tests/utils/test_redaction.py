@@ -111,6 +111,8 @@ def test_secrets_beside_their_names(text: str, left: str):
 @pytest.mark.parametrize(
     "text",
     [
+        *("sk-learn-baseline-lora-17", "r8_lora_smollm2_135m_seed_17_gs"),  # names of runs
+        *("xai-lora-smollm2-135m-seed17-x", "fw_lora_r16_seed17_gsm8k_lr1e-3"),
         *("eos_token=<|endoftext|>", "hf://datasets/a/b@main", "outputs/hf_export", "task-list"),
         *("token=token", "f(token=self.token)", "use_auth_token: true", "token=None", "token: 512"),
         *("time/token: 81920", "Train time/token: 81920", "pass@1=0.25", "https://host:8080/a@b"),

@@ -185,6 +185,8 @@ class ExactResume(CheckpointSaver):
             UserError: no batch is left because max_duration was shortened.
         """
         run_files(state).settle(state)
+        if self.resumed_from:  # saved again under another name, it would push out an earlier one
+            self.last_checkpoint_batch = state.timestamp.batch
         end, before = state.max_duration, self.saved_duration
         if end is None:
             return
@@ -203,10 +205,10 @@ class ExactResume(CheckpointSaver):
                 "max_duration: %s, now %s. A schedule that depends on it changes from here on",
                 *texts,
             )
+        if (reached >= end or _ends_last_epoch(state, end)) and dist.get_global_rank() == 0:
+            text = f"this run had already reached max_duration, {end.to_timestring()}: no step"
+            print(f"{text} is left, and what follows the last is repeated", file=sys.stderr)
         if reached >= end:
-            if dist.get_global_rank() == 0:
-                text = f"this run had already reached max_duration, {end.to_timestring()}: no step"
-                print(f"{text} is left, and what follows the last is repeated", file=sys.stderr)
             self.ended_at = end
             state.max_duration = state.timestamp.get(end.unit) + 1
 
@@ -292,6 +294,13 @@ class ExactResume(CheckpointSaver):
             f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
             f" {earlier}. Free some space and run the same command again"
         )
+
+
+def _ends_last_epoch(state: State, end: Time) -> bool:
+    """Return whether the checkpoint is of the last batch, at which its epoch had not ended yet."""
+    now, length = state.timestamp, state.dataloader_len
+    is_last = end.unit == TimeUnit.EPOCH and now.epoch + 1 == end
+    return is_last and length is not None and now.batch_in_epoch >= length
 
 
 load_what_is_chosen(ExactResume)
