@@ -199,7 +199,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of every leaf.
 
     Lists of mappings are entered; any other list is one value. Null means the same as a missing
-    key.
+    key, and so does a section without content, but not a component without settings.
     """
     if isinstance(node, Mapping) and node:
         for name, child in node.items():
@@ -207,7 +207,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(node, list | tuple) and any(isinstance(child, Mapping) for child in node):
         for index, child in enumerate(node):
             yield from _leaves(child, f"{key}[{index}]")
-    elif node is not None and node != []:
+    elif node is not None and node != [] and not (node == {} and "." not in key):
         yield key, node
 
 

@@ -181,6 +181,13 @@ def test_the_order_of_modules_is_none(family):
     assert differences(family) == []
 
 
+def test_an_empty_section_is_absent_but_a_component_is_not(family):
+    next(iter(family.values()))["algorithms"] = {}
+    assert differences(family) == []
+    next(iter(family.values()))["algorithms"] = {"gradient_clipping_x": {}}
+    assert [one.key for one in differences(family)] == ["algorithms.gradient_clipping_x"]
+
+
 def test_null_is_absent_and_1_is_1_0_but_true_is_not_1(family):
     family["full.yaml"]["load_path"] = None
     family["full.yaml"]["global_train_batch_size"] = 8.0
