@@ -161,10 +161,14 @@ def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets
             raise UserError(f"{names} changed while it was read; start again")
 
     def write(path: Path) -> None:
-        if kind in ("parquet", "arrow"):
-            write_tables(path, files, kind, **options)
-        else:
-            write_rows(path, _reader(files, kind, options))
+        try:
+            if kind in ("parquet", "arrow"):
+                write_tables(path, files, kind, **options)
+            else:
+                write_rows(path, _reader(files, kind, options))
+        except Exception:
+            check_unchanged()  # a change may be the cause, and then it is what to say
+            raise
         check_unchanged()
 
     return cached_rows(f"rows-{key}", write)

@@ -112,6 +112,22 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
 
 
+def test_a_change_that_makes_reading_fail_is_named(tmp_path, monkeypatch):
+    """Between the two readings, of types and of rows, a text becomes a number."""
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    read_json, readings = local_rows.read_json, []
+
+    def change_and_read(*arguments):
+        if readings:
+            write(tmp_path / "a.jsonl", lines({"a": 1}))
+        readings.append(1)
+        return read_json(*arguments)
+
+    monkeypatch.setattr(local_rows, "read_json", change_and_read)
+    with pytest.raises(UserError, match=r"a.jsonl changed while it was read; start again"):
+        read(path)
+
+
 # --- the cache is checked -------------------------------------------------------------------------
 
 CACHED = (".jsonl", ".csv", ".parquet", ".arrow", ".txt")
