@@ -18,10 +18,10 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import datasets.config
 import filelock
@@ -32,9 +32,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.preprocessing import module_sources
-from foundry_ext.utils.atomic import replaced_folder, write_text
+from foundry_ext.utils.atomic import replaced_folder
+from foundry_ext.utils.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _FORMAT_VERSION = 2  # of the table and of the key
 _DECIDING_PACKAGES = ("llm-foundry", "tokenizers", "transformers")
@@ -45,6 +47,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Rows per hashed batch. Measured: 5 GB/s with 1,000 to 10,000 short rows, 1 GB/s with 100,000,
 # which no longer fit the CPU's caches.
 _HASHED_ROWS = 1000
+
+
+class DamagedTableError(Exception):
+    """A table in the cache that is not what was written; it can be made anew."""
 
 
 def table_key(
@@ -71,15 +77,46 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
         OSError: the disk is full; names the folder, the space left and the variable that moves it.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", key)
-    if _find_fault(folder) is None:
-        return folder
-    with naming_full_disk():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            fault = _find_fault(folder)
-            if fault is not None:
-                _fill(folder, write, fault)
+    if _find_fault(folder) is not None:
+        with _filled(folder, write):
+            pass
     return folder
+
+
+def read_cached(key: str, write: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """Return what `read` makes of the folder of a key; a missing or damaged one is made anew.
+
+    Args:
+        key: as in `cached`.
+        write: fills the folder.
+        read: reads it, and raises DamagedTableError if it is not what was written. Any other error
+            has the same effect, except those of the machine, such as too many open files.
+
+    Raises:
+        UserError: the folder is damaged and cannot be changed.
+        DamagedTableError: it is damaged as soon as it has been made.
+    """
+    folder = cached(key, write)
+    try:
+        return _read(folder, read)
+    except DamagedTableError as error:
+        if not discard(folder, str(error)):
+            raise UserError(f"cache {folder}: {error}; delete this folder") from error
+    # Read before the lock is released, so that no other process replaces it in between.
+    with _filled(folder, write):
+        return _read(folder, read)
+
+
+def _read(folder: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(folder)
+    except (DamagedTableError, MemoryError):
+        raise
+    except Exception as error:  # whatever a reader makes of damaged bytes
+        # Arrow's errors about the content have no number.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EIO):
+            raise
+        raise DamagedTableError(f"it cannot be read ({one_line(error)})") from error
 
 
 def discard(folder: Path, reason: str) -> bool:
@@ -87,11 +124,27 @@ def discard(folder: Path, reason: str) -> bool:
 
     Its files stay until then, because other runs may read them.
     """
+    partial = folder / f"{_WHOLE}.{uuid.uuid4().hex}.partial"
     try:
-        write_text(folder / _WHOLE, json.dumps({_DAMAGED: reason}))
+        partial.write_text(json.dumps({_DAMAGED: reason}), encoding="utf-8")
+        partial.replace(folder / _WHOLE)
+    except FileNotFoundError:  # another process has removed the folder to make it anew
+        return True
     except OSError:  # such as a read-only file system
         return False
     return True
+
+
+@contextlib.contextmanager
+def _filled(folder: Path, write: Callable[[Path], None]) -> Iterator[None]:
+    """Fill the folder if it is not whole, and keep other writers out until the block ends."""
+    with naming_full_disk():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            fault = _find_fault(folder)
+            if fault is not None:
+                _fill(folder, write, fault)
+            yield
 
 
 def _locked(path: Path) -> contextlib.AbstractContextManager[Any]:
@@ -114,7 +167,7 @@ def _locked(path: Path) -> contextlib.AbstractContextManager[Any]:
 def _fill(folder: Path, write: Callable[[Path], None], fault: str) -> None:
     """Fill the folder, unless another writer, which no lock kept out, completes it earlier."""
     if fault != _MISSING:
-        log.warning("%s: %s; tokenizing its rows again", folder, fault)
+        log.warning("%s: %s; making it anew", folder, fault)
         shutil.rmtree(folder, ignore_errors=True)
     for part in folder.parent.glob(f"{folder.name}.*.part"):
         if _is_dead(part, folder.name):
@@ -125,6 +178,8 @@ def _fill(folder: Path, write: Callable[[Path], None], fault: str) -> None:
             write(part)
             sizes = {path.name: path.stat().st_size for path in part.iterdir()}
             (part / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
+            if folder.exists() and _find_fault(folder) is not None:  # marked while it was removed
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         if _find_fault(folder) is not None:
             raise

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import datasets
 
-from foundry_ext.data.cache import cached, discard
-from foundry_ext.data.documents import DamagedTableError, Documents, Stored
-from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.data.cache import DamagedTableError, read_cached
+from foundry_ext.data.documents import Documents, Stored
 
 _ABOUT = "about.json"
 
@@ -31,13 +30,7 @@ def cached_documents(key: str, write: Callable[[Path], datasets.Dataset]) -> Doc
         text = json.dumps({**about, "checksums": documents.checksums()})
         (folder / _ABOUT).write_text(text, encoding="utf-8")
 
-    folder = cached(key, fill)
-    try:
-        return _read(folder)
-    except DamagedTableError as error:
-        if not discard(folder, str(error)):
-            raise UserError(f"token cache {folder}: {error}; delete this folder") from error
-    return _read(cached(key, fill))
+    return read_cached(key, fill, _read)
 
 
 def _read(folder: Path) -> Documents:
@@ -46,17 +39,12 @@ def _read(folder: Path) -> Documents:
     Raises:
         DamagedTableError: it holds something else.
     """
-    try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        if "checksums" not in about:
-            raise DamagedTableError("an earlier version wrote it, without checksums")
-        table = _read_table(folder, about["files"])
-        known = {name: about[name] for name in ("fingerprint", "checksums")}
-        return Documents(table, stored=Stored(folder=folder, **known))
-    except DamagedTableError:
-        raise
-    except Exception as error:  # whatever a reader makes of damaged bytes
-        raise DamagedTableError(f"it cannot be read ({one_line(error)})") from error
+    about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    if "checksums" not in about:
+        raise DamagedTableError("an earlier version wrote it, without checksums")
+    table = _read_table(folder, about["files"])
+    known = {name: about[name] for name in ("fingerprint", "checksums")}
+    return Documents(table, stored=Stored(folder=folder, **known))
 
 
 def _read_table(folder: Path, files: Sequence[str]) -> datasets.Dataset:

@@ -46,20 +46,21 @@ def content_digest(paths: Sequence[Path]) -> str:
 
 def _file_digest(path: Path) -> str:
     if not _is_local(path):
-        return _read_digest(path)
+        return read_digest(path)
     note = _note_path(path)
     before = _describe(path)
     noted = _read_note(note)
     if all(noted.get(key) == value for key, value in before.items()) and "digest" in noted:
         return noted["digest"]
-    digest = _read_digest(path)
+    digest = read_digest(path)
     changed = max(before["mtime_ns"], before["ctime_ns"])
     if _describe(path) == before and changed < time.time_ns() - _SETTLED_SECONDS * 10**9:
         _write_note(note, {**before, "digest": digest})
     return digest
 
 
-def _read_digest(path: Path) -> str:
+def read_digest(path: Path) -> str:
+    """Return a digest of a file's bytes, which are always read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore
 

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from foundry_ext.data.cache import discard
+from foundry_ext.data.cache import DamagedTableError, discard
 from foundry_ext.packing.collator import Document
 from foundry_ext.utils.errors import UserError
 
@@ -75,10 +75,6 @@ class Stored:
     """The property of `Documents`."""
     checksums: dict[str, Any]
     """The result of `Documents.checksums`."""
-
-
-class DamagedTableError(Exception):
-    """A table in the cache that is not what was written; it can be made anew."""
 
 
 class Documents:

@@ -1,6 +1,6 @@
 """Rows of local files, cached as Arrow by the files' content.
 
-<cache folder of `datasets`>/foundry_ext/<rows-key>/rows.arrow
+<cache folder of `datasets`>/foundry_ext/rows-<key>/   rows.arrow and its digest
 
 `datasets` has a cache of its own, keyed by a file's path and mtime, so it would return old rows of
 a changed file whose time was put back.
@@ -13,12 +13,10 @@ from typing import Any
 
 import datasets
 import datasets.config
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.fingerprint import Hasher
-from datasets.table import table_cast
 
-from foundry_ext.data.cache import cached
+from foundry_ext.data.cached_rows import cached_rows
+from foundry_ext.data.columnar import write_tables
 from foundry_ext.data.content import content_digest
 from foundry_ext.data.csv_rows import DIALECT, read_csv
 from foundry_ext.data.files import (
@@ -30,9 +28,9 @@ from foundry_ext.data.files import (
 )
 from foundry_ext.data.json_lines import read_json
 from foundry_ext.data.rows import Row, write_rows
-from foundry_ext.utils.errors import UserError, naming
+from foundry_ext.data.text_lines import read_text
+from foundry_ext.utils.errors import UserError
 
-_PARQUET_ERRORS = (pa.ArrowException, OSError, NotImplementedError)
 _FORMAT_VERSION = 1  # of the readers
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 # Of load_dataset, about downloads and its cache, of which there are none here.
@@ -151,6 +149,8 @@ def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets
             f"hf_kwargs.{unknown[0]} is not read for {files[0]}; the keys for {kind} files are"
             f" data_files, data_dir, {', '.join(sorted(_OPTIONS[kind]))}"
         )
+    if kind == "text" and not any(path.stat().st_size for path in files):
+        raise UserError(f"dataset file {files[0]} is empty; write text to it, or name another")
     digest = content_digest(files)
     suffixes = ["".join(path.suffixes[-2:]).lower() for path in files]
     key = Hasher.hash([_FORMAT_VERSION, kind, sorted(options.items()), suffixes, digest])
@@ -160,19 +160,18 @@ def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets
             names = ", ".join(map(str, files[:3]))
             raise UserError(f"{names} changed while it was read; start again")
 
-    if kind in ("text", "arrow"):
-        rows = _read_by_datasets(files, kind, options, key)
+    def write(path: Path) -> None:
+        try:
+            if kind in ("parquet", "arrow"):
+                write_tables(path, files, kind, **options)
+            else:
+                write_rows(path, _reader(files, kind, options))
+        except Exception:
+            check_unchanged()  # a change may be the cause, and then it is what to say
+            raise
         check_unchanged()
-        return rows
 
-    def write(folder: Path) -> None:
-        if kind == "parquet":
-            _write_parquet(folder / "rows.arrow", files, **options)
-        else:
-            write_rows(folder / "rows.arrow", _reader(files, kind, options))
-        check_unchanged()
-
-    return datasets.Dataset.from_file(str(cached(f"rows-{key}", write) / "rows.arrow"))
+    return cached_rows(f"rows-{key}", write)
 
 
 def _reader(
@@ -181,72 +180,14 @@ def _reader(
     """Return a function that reads the files' rows, one file after the other."""
     same = {"delimiter": "sep", "column_names": "names"}  # `datasets` has two names for some
     arguments = {same.get(key, key): value for key, value in options.items() if value is not None}
-    read: Callable[..., Iterator[Row]] = read_json if kind == "json" else read_csv
+    readers = {"json": read_json, "csv": read_csv, "text": read_text}
+    read: Callable[..., Iterator[Row]] = readers[kind]
     return lambda: itertools.chain.from_iterable(read(path, **arguments) for path in files)
-
-
-def _read_by_datasets(
-    files: Sequence[Path], kind: str, options: dict[str, Any], key: str
-) -> datasets.Dataset:
-    """Read with a builder of `datasets`."""
-    rows = datasets.load_dataset(
-        kind,
-        data_files={"train": [str(path) for path in files]},
-        split="train",
-        cache_dir=_cache_of(key),
-        trust_remote_code=False,
-        **options,
-    )
-    assert isinstance(rows, datasets.Dataset)
-    return rows
-
-
-def _cache_of(key: str) -> str:
-    """Return a cache folder for `datasets` that is the content's own."""
-    return str(Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", f"datasets-{key}"))
 
 
 def cache_of_folder(folder: Path) -> str:
     """Return a cache folder for what `datasets` makes of a folder, named by its files' content."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
-    return _cache_of(Hasher.hash([names, content_digest(files)]))
-
-
-def _write_parquet(path: Path, files: Sequence[Path], columns: Sequence[str] | None = None) -> None:
-    schema = _parquet_features(files, columns).arrow_schema
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for file in files:
-            with naming(str(file), _PARQUET_ERRORS):
-                for batch in pq.ParquetFile(file).iter_batches(1000, columns=schema.names):
-                    writer.write_table(table_cast(pa.Table.from_batches([batch]), schema))
-
-
-def _parquet_features(files: Sequence[Path], columns: Sequence[str] | None) -> datasets.Features:
-    """Return the columns of all files.
-
-    Raises:
-        UserError: a column is text in one file and something else in another.
-    """
-    features: dict[str, tuple[Path, Any]] = {}
-    for file in files:
-        with naming(str(file), _PARQUET_ERRORS):
-            found = datasets.Features.from_arrow_schema(pq.read_schema(file))
-        for name, feature in found.items():
-            first, before = features.setdefault(name, (file, feature))
-            if _type_name(before) == "null":
-                features[name] = (file, feature)
-            elif _type_name(feature) not in ("null", _type_name(before)):
-                raise UserError(
-                    f"{file}: column {name!r} is {_type_name(feature)}, but {_type_name(before)} in"
-                    f" {first}; write it as one type in all files"
-                )
-    wanted = [name for name in features if columns is None or name in columns]
-    return datasets.Features({name: features[name][1] for name in wanted})
-
-
-def _type_name(feature: Any) -> str:
-    dtype = str(getattr(feature, "dtype", feature))
-    if dtype in ("string", "large_string"):
-        return "text"
-    return "integer" if dtype.lstrip("u").startswith("int") else dtype
+    key = Hasher.hash([names, content_digest(files)])
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", f"datasets-{key}"))

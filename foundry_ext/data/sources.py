@@ -167,7 +167,15 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
     def is_wanted(values: list[Any]) -> list[bool]:
         return [(_share(str(value)) < fraction) == (part == "eval") for value in values]
 
-    return rows.filter(is_wanted, input_columns=[by], batched=True, desc=f"holdout: {part}")
+    return rows.filter(
+        is_wanted,
+        input_columns=[by],
+        batched=True,
+        desc=f"holdout: {part}",
+        # Kept in a file, the rows' numbers would be read back without a check for damage.
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
 
 
 def _share(value: str) -> float:

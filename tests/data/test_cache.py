@@ -312,6 +312,20 @@ def test_a_damaged_table_is_made_anew(store: Path, damage: str):
     assert (cache.cached("key", write_two_files) / "b").read_text() == "two"
 
 
+def test_a_folder_marked_while_it_is_removed_does_not_stop_its_writer(store: Path):
+    folder = cache.cached("key", write_two_files)
+    assert cache.discard(folder, "damaged")
+
+    def write(part: Path) -> None:
+        write_two_files(part)
+        folder.mkdir()
+        assert cache.discard(folder, "damaged")
+
+    assert (cache.cached("key", write) / "b").read_text() == "two"
+    assert cache.cached("key", pytest.fail) == folder
+    assert {path.name for path in folder.iterdir()} == {"a", "b", "whole.json"}
+
+
 def test_processes_at_once_write_once(store: Path, tmp_path: Path):
     def write(folder: Path) -> None:
         with (tmp_path / "written").open("a") as file:

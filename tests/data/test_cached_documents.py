@@ -1,7 +1,9 @@
 """A damaged table of tokens is found when it is first read, and made anew."""
 
+import errno
 import json
 import random
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,6 +11,7 @@ import datasets.config
 import numpy as np
 import pytest
 
+from foundry_ext.data import cache
 from foundry_ext.data import cached_documents as module
 from foundry_ext.data import documents as documents_module
 from foundry_ext.data.documents import FEATURES, Documents
@@ -91,7 +94,7 @@ def test_no_flipped_byte_is_trained_on(read, folder, made, caplog):
             if len(made) == before:
                 flip(folder / "part.arrow", place)
         if len(made) > before:
-            assert caplog.text.count("tokenizing its rows again") == 1
+            assert caplog.text.count("making it anew") == 1
     # Padding, and names and sizes that no reader uses, are in no checksum.
     assert found["start"] > 5 and found["first read"] > 5, found
 
@@ -130,7 +133,7 @@ def test_a_damaged_description_is_made_anew_with_a_line(read, folder, made, capl
     (folder / name).write_text(text)
     assert contents(read()) == whole
     assert len(made) == 2
-    assert caplog.text.count("tokenizing its rows again") == 1
+    assert caplog.text.count("making it anew") == 1
     assert str(folder) in caplog.text
     assert (folder / name).stat().st_size == size
 
@@ -173,9 +176,57 @@ def test_a_table_that_cannot_be_marked_is_named(read, folder, monkeypatch):
         raise PermissionError("read-only")
 
     documents = read()
-    monkeypatch.setattr("foundry_ext.data.cache.write_text", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(UserError, match="delete the folder and start the same command again"):
         documents[0]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=repr
+)
+def test_a_passing_fault_of_the_machine_discards_nothing(read, made, monkeypatch, error):
+    whole = contents(read())
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_read_table", fail)
+        with pytest.raises(type(error)):
+            read()
+    assert contents(read()) == whole
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("error", [OSError("Expected to read 9 bytes"), OSError(errno.EIO, "")])
+def test_a_fault_of_the_bytes_is_made_anew(read, made, monkeypatch, error):
+    whole, read_table = contents(read()), module._read_table
+    errors = [error]
+
+    def fail_once(*arguments):
+        if errors:
+            raise errors.pop()
+        return read_table(*arguments)
+
+    monkeypatch.setattr(module, "_read_table", fail_once)
+    assert contents(read()) == whole
+    assert len(made) == 2
+
+
+def test_a_table_made_anew_by_another_process_meanwhile_is_read(read, folder, made, monkeypatch):
+    """The other one has removed the damaged folder when this one wants to mark it."""
+    whole, discard = contents(read()), cache.discard
+    flip(folder / "about.json", 3)
+
+    def remove_and_discard(*arguments):
+        shutil.rmtree(folder)
+        assert discard(*arguments)
+        assert not folder.exists()
+        return True
+
+    monkeypatch.setattr(cache, "discard", remove_and_discard)
+    assert contents(read()) == whole
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

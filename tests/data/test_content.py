@@ -31,9 +31,9 @@ def settle(monkeypatch):
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """Return the names of files whose content is read, as it happens."""
-    read, names = content._read_digest, []
+    read, names = content.read_digest, []
     monkeypatch.setattr(
-        content, "_read_digest", lambda path: [names.append(path.name), read(path)][1]
+        content, "read_digest", lambda path: [names.append(path.name), read(path)][1]
     )
     return names
 
@@ -109,7 +109,7 @@ def test_a_file_that_has_just_changed_is_not_noted(path: Path, reads, notes: Pat
 
 def test_a_file_that_changes_while_it_is_read_is_not_noted(path: Path, settle, monkeypatch, notes):
     settle()
-    read = content._read_digest
+    read = content.read_digest
 
     def read_and_append(path: Path) -> str:
         digest = read(path)
@@ -117,7 +117,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_noted(path: Path, settle, m
             file.write("more\n")
         return digest
 
-    monkeypatch.setattr(content, "_read_digest", read_and_append)
+    monkeypatch.setattr(content, "read_digest", read_and_append)
     content_digest([path])
     assert not notes.exists()
 

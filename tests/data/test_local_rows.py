@@ -112,6 +112,95 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
 
 
+def test_a_change_that_makes_reading_fail_is_named(tmp_path, monkeypatch):
+    """Between the two readings, of types and of rows, a text becomes a number."""
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    read_json, readings = local_rows.read_json, []
+
+    def change_and_read(*arguments):
+        if readings:
+            write(tmp_path / "a.jsonl", lines({"a": 1}))
+        readings.append(1)
+        return read_json(*arguments)
+
+    monkeypatch.setattr(local_rows, "read_json", change_and_read)
+    with pytest.raises(UserError, match=r"a.jsonl changed while it was read; start again"):
+        read(path)
+
+
+# --- the cache is checked -------------------------------------------------------------------------
+
+CACHED = (".jsonl", ".csv", ".parquet", ".arrow", ".txt")
+
+
+def write_rows_of(folder: Path, suffix: str) -> None:
+    table = pa.table({"text": ["a stone", "a river"]})
+    if suffix == ".arrow":
+        with pa.ipc.new_stream(folder / f"train{suffix}", table.schema) as writer:
+            writer.write_table(table)
+    elif suffix == ".parquet":
+        pq.write_table(table, folder / f"train{suffix}")
+    elif suffix == ".jsonl":
+        write(folder / f"train{suffix}", lines(*table.to_pylist()))
+    else:
+        header = "text\n" if suffix == ".csv" else ""
+        write(folder / f"train{suffix}", f"{header}a stone\na river\n".encode())
+
+
+@pytest.mark.parametrize("suffix", CACHED)
+def test_damaged_rows_of_the_cache_are_read_from_the_file_again(tmp_path, suffix: str, caplog):
+    """A word, the header, and a whole other file of the same size."""
+    write_rows_of(tmp_path, suffix)
+    rows = read(tmp_path)
+    assert rows == [{"text": "a stone"}, {"text": "a river"}]
+    (cached,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")
+    whole = cached.read_bytes()
+    flipped = whole.replace(b"river", b"rives")
+    assert flipped != whole
+    for damaged in (flipped, bytes(200) + whole[200:], bytes(len(whole))):
+        cached.unlink()
+        cached.write_bytes(damaged)
+        caplog.clear()
+        assert read(tmp_path) == rows
+        assert caplog.text.count("making it anew") == 1
+        assert str(cached.parent) in caplog.text and "rows.arrow" in caplog.text
+        assert cached.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", ["cut", "gone", "other"])
+def test_a_damaged_digest_does_not_matter(tmp_path, change: str):
+    write_rows_of(tmp_path, ".jsonl")
+    rows = read(tmp_path)
+    (digest,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("rows.digest")
+    text = digest.read_text()
+    changed = {"cut": text[:-1], "other": text[::-1]}
+    digest.unlink() if change == "gone" else digest.write_text(changed[change])
+    assert read(tmp_path) == rows
+    assert digest.read_text() == text
+
+
+def test_rows_of_an_earlier_version_are_read_from_the_file_again(tmp_path, caplog):
+    """It wrote no digest."""
+    write_rows_of(tmp_path, ".jsonl")
+    rows = read(tmp_path)
+    (digest,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("rows.digest")
+    digest.unlink()
+    size = {"rows.arrow": digest.with_name("rows.arrow").stat().st_size}
+    digest.with_name("whole.json").write_text(json.dumps(size))
+    assert read(tmp_path) == rows
+    assert "an earlier version wrote it, without a digest; making it anew" in caplog.text
+
+
+def test_damaged_rows_that_cannot_be_made_anew_are_named(tmp_path, monkeypatch):
+    write_rows_of(tmp_path, ".jsonl")
+    read(tmp_path)
+    (cached,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("rows.arrow")
+    cached.write_bytes(bytes(cached.stat().st_size))
+    monkeypatch.setattr("foundry_ext.data.cache.discard", lambda *_: False)
+    with pytest.raises(UserError, match=rf"{cached.parent}: the bytes of rows.arrow .* delete"):
+        read(tmp_path)
+
+
 # --- text is text ---------------------------------------------------------------------------------
 
 ODD = ["42", "007", "null", "NA", "", "2021-05-03", "1e3", "true", " x ", 'a "b"', "a\r\nb", "None"]
@@ -188,6 +277,61 @@ def test_parquet_files_may_lack_columns(tmp_path):
     rows = [{"a": "1", "b": None}, {"a": "2", "b": "3"}, {"a": None, "b": "4"}]
     assert read(tmp_path) == rows
     assert read(tmp_path, columns=["a"]) == [{"a": row["a"]} for row in rows]
+
+
+TEXT = "a\r\n\n\nb \u2028 c\rd\n\ne\n"
+
+
+@pytest.mark.parametrize(
+    "hf_kwargs",
+    [
+        {},
+        {"keep_linebreaks": True},
+        {"sample_by": "paragraph"},
+        {"sample_by": "document"},
+        {"encoding": "utf-16"},
+    ],
+    ids=str,
+)
+def test_text_is_read_as_datasets_reads_it(tmp_path, hf_kwargs: dict[str, Any]):
+    encoding = hf_kwargs.get("encoding", "utf-8")
+    files = [str(tmp_path / "a.txt"), write(tmp_path / "b.txt", "\n\nx".encode(encoding))]
+    write(tmp_path / "a.txt", TEXT.encode(encoding))
+    theirs = datasets.load_dataset(
+        "text", data_files=files, split="train", cache_dir=str(tmp_path), **hf_kwargs
+    )
+    assert len(theirs) > 1
+    assert read("text", data_files=files, **hf_kwargs) == list(theirs)
+
+
+def test_compressed_text_and_a_byte_order_mark_are_read(tmp_path):
+    path = write(tmp_path / "a.txt.gz", gzip.compress(b"\xef\xbb\xbfa\nb\n"))
+    assert read("text", data_files=path) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "hf_kwargs", "message"),
+    [
+        (b"a\ncaf\xe9\n", {}, "a.txt, line 2: byte 4, 0xe9, is not UTF-8"),
+        (b"", {}, "a.txt is empty"),
+        (b"a\n", {"sample_by": "word"}, "hf_kwargs.sample_by: 'word'; give line, paragraph, doc"),
+    ],
+)
+def test_a_fault_of_text_is_named(tmp_path, content: bytes, hf_kwargs, message: str):
+    with pytest.raises(UserError, match=message):
+        read("text", data_files=write(tmp_path / "a.txt", content), **hf_kwargs)
+
+
+def test_both_forms_of_arrow_files_are_read(tmp_path):
+    table = pa.table({"a": ["1"], "n": pa.array([1], pa.int32())})
+    with pa.ipc.new_stream(tmp_path / "train-1.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pa.ipc.new_file(tmp_path / "train-2.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert read(tmp_path) == [{"a": "1", "n": 1}] * 2
+    write(tmp_path / "train-3.arrow", b"no arrow")
+    with pytest.raises(UserError, match=r"train-3.arrow: .*Arrow"):
+        read(tmp_path)
 
 
 # --- forms of files -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import random
 
 import datasets
+import datasets.config
 import numpy as np
 import pytest
 from streaming import MDSWriter
@@ -164,6 +165,13 @@ def test_hold_out_when_loading(tmp_path):
     for part, expected in zip(("train", "eval"), parts(rows), strict=True):
         holdout = {"by": "original_question", "fraction": 0.2, "part": part}
         assert load_rows(str(path), "train", holdout=holdout).to_list() == expected
+
+
+def test_hold_out_leaves_no_file_that_could_be_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write(tmp_path / "rows.jsonl", [{"a": str(i)} for i in range(20)])
+    load_rows(str(path), "train", holdout={"by": "a", "fraction": 0.5, "part": "train"})
+    assert [one.name for one in (tmp_path / "cache").rglob("*.arrow")] == ["rows.arrow"]
 
 
 @pytest.mark.parametrize(
