@@ -10,8 +10,9 @@ import glob
 import logging
 import os
 import re
+import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,13 @@ def is_disk_full(error: BaseException) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     said = ("file write failed", "unexpected pos", "No space left")  # of torch, of safetensors
     return any(text in str(error) for text in said)
+
+
+def describe_full(path: Path, saved: Sequence[str]) -> str:
+    """Return an error for a disk without room for the checkpoint `path`, after those in `saved`."""
+    earlier = f"{saved[-1]} is intact" if saved else "there is no earlier checkpoint"
+    free = shutil.disk_usage(path.parent).free / 1e9
+    return (
+        f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
+        f" {earlier}. Free some space and run the same command again"
+    )
