@@ -107,6 +107,9 @@ class ExactResume(CheckpointSaver):
     def init(self, state: State, logger: Logger) -> None:
         super().init(state, logger)
         self.run_name = state.run_name
+        folder = Path(format_name_with_dist(self.folder, state.run_name))
+        template = partial_format(self.filename.filename, run_name=state.run_name)
+        self.place = folder, template  # where the run's checkpoints are, and how they are named
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Choose the newest intact checkpoint, which Composer loads next; change no file.
@@ -127,7 +130,7 @@ class ExactResume(CheckpointSaver):
         """Lock the folder and return the checkpoint to continue from, on rank 0, or None."""
         if state.fsdp_sharded_state_dict_enabled:
             return None
-        self.run_folder = RunFolder(*self._place(state), self._latest(state))
+        self.run_folder = RunFolder(*self.place, self._latest(state))
         self.run_folder.lock.take()
         if not self.autoresume:
             return None
@@ -142,11 +145,6 @@ class ExactResume(CheckpointSaver):
         elif self.load_path is not None:
             name = format_name_with_dist(self.load_path, state.run_name)
             check_load_path(name, thoroughly=dist.get_local_rank() == 0)
-
-    def _place(self, state: State) -> tuple[Path, str]:
-        """Return the run's folder and the template of its checkpoints' names."""
-        folder = Path(format_name_with_dist(self.folder, state.run_name))
-        return folder, partial_format(self.filename.filename, run_name=state.run_name)
 
     def _latest(self, state: State) -> Path:
         assert self.latest_filename is not None
@@ -223,13 +221,14 @@ class ExactResume(CheckpointSaver):
             state.max_duration = state.timestamp.get(end.unit) + 1
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuse later checkpoints in the folder; after autoresume they are damaged ones."""
         if self.ended_at is not None:
             state.max_duration = self.ended_at
             state.previous_timestamp = state.timestamp  # without it no evaluation would be due
-        if self.resumed_from is None:
-            super().fit_start(state, logger)  # refuses later checkpoints in the folder
-        else:  # they are damaged ones, which are renamed later
-            self.start_batch = state.timestamp.batch
+        if self.resumed_from is None and not self.overwrite:
+            next_name = self.filename.format(state)
+            on_rank_zero(lambda: checkpoint_files.check_none_later(*self.place, next_name))
+        self.start_batch = state.timestamp.batch
         self.signals.install()
 
     def batch_end(self, state: State, logger: Logger) -> None:
