@@ -123,7 +123,7 @@ def _numbers(name: str, template: str) -> tuple[int, ...] | None:
 def check_none_later(folder: Path, template: str, now: str) -> None:
     """Check that a run that starts from a checkpoint in its own folder overwrites no later one.
 
-    Composer's own check fails on {run_name} and {iteration} in the template.
+    Composer's own check fails on {run_name} in the template.
 
     Args:
         folder: the run's folder.

@@ -118,7 +118,6 @@ class ExactResume(CheckpointSaver):
             UserError: no checkpoint is intact, another run saves there, or load_path names a file
                 that is damaged or could run code.
         """
-        # Every rank must know, so that all refuse a checkpoint together.
         self.resumed_from = on_rank_zero(lambda: self._choose(state))
         on_every_rank(lambda: self._check_here(state))
         self.evaluated = evaluation_data(state)

