@@ -10,8 +10,9 @@ import glob
 import logging
 import os
 import re
+import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 PARTIAL = "partial-"  # a prefix, because the suffix tells Composer how to compress
 DAMAGED = "damaged-"
+_PLACEHOLDER = re.compile(r"\{\w+\}")
 ZIP_START = b"PK\x03\x04"
 
 
@@ -104,12 +106,44 @@ def _named_like(
 ) -> Iterator[tuple[Path, tuple[int, ...]]]:
     """Yield (path, its numbers) of what is named like the template, with a prefix to its name."""
     above, _, name = template.rpartition("/")
-    parts = re.split(r"\{\w+\}", f"{above}/{prefix}{name}" if above else prefix + name)
-    pattern = re.compile(r"(\d+)".join(map(re.escape, parts)))
-    for path in folder.glob("*".join(map(glob.escape, parts))):
-        match = pattern.fullmatch(path.relative_to(folder).as_posix())
-        if match:
-            yield path, tuple(map(int, match.groups()))
+    template = f"{above}/{prefix}{name}" if above else prefix + name
+    for path in folder.glob("*".join(map(glob.escape, _PLACEHOLDER.split(template)))):
+        numbers = _numbers(path.relative_to(folder).as_posix(), template)
+        if numbers is not None:
+            yield path, numbers
+
+
+def _numbers(name: str, template: str) -> tuple[int, ...] | None:
+    """Return the numbers in a name, or None if it is not named like the template."""
+    pattern = r"(\d+)".join(map(re.escape, _PLACEHOLDER.split(template)))
+    match = re.fullmatch(pattern, name)
+    return tuple(map(int, match.groups())) if match else None
+
+
+def check_none_later(folder: Path, template: str, now: str) -> None:
+    """Check that a run that starts from a checkpoint in its own folder overwrites no later one.
+
+    Composer's own check fails on {run_name} in the template.
+
+    Args:
+        folder: the run's folder.
+        template: the names of its checkpoints, such as "ep{epoch}-ba{batch}.pt".
+        now: the path under which the run would save its present state.
+
+    Raises:
+        UserError: there is a later checkpoint.
+    """
+    paths = find_checkpoints(folder, template)
+    newest, present = (
+        _numbers(path.relative_to(folder).as_posix(), template) or ()
+        for path in (paths[-1] if paths else Path(now), Path(now))
+    )
+    if newest > present:
+        raise UserError(
+            f"save_folder: {paths[-1]} is later than the checkpoint that load_path names, and would"
+            " be overwritten; continue from it with autoresume: true, name another save_folder, or"
+            " set save_overwrite: true"
+        )
 
 
 def has_any(folder: Path, template: str, *, besides: Path | None) -> bool:
@@ -201,3 +235,13 @@ def is_disk_full(error: BaseException) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     said = ("file write failed", "unexpected pos", "No space left")  # of torch, of safetensors
     return any(text in str(error) for text in said)
+
+
+def describe_full(path: Path, saved: Sequence[str]) -> str:
+    """Return an error for a disk without room for the checkpoint `path`, after those in `saved`."""
+    earlier = f"{saved[-1]} is intact" if saved else "there is no earlier checkpoint"
+    free = shutil.disk_usage(path.parent).free / 1e9
+    return (
+        f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
+        f" {earlier}. Free some space and run the same command again"
+    )

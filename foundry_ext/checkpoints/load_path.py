@@ -2,11 +2,24 @@
 
 from pathlib import Path
 
-from composer.utils import parse_uri
+from composer.utils import dist, parse_uri
 
 from foundry_ext.checkpoints.files import damage, foreign_content
 from foundry_ext.checkpoints.safe_load import load_checkpoint
 from foundry_ext.utils.errors import UserError
+
+
+def check_is_seen(name: str) -> None:
+    """Check that the checkpoint that rank 0 has chosen is on this node's disk too.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not Path(name).exists():
+        raise UserError(
+            f"save_folder: node {dist.get_node_rank()} does not see {name}; use a shared folder, or"
+            " copy it there"
+        )
 
 
 def check_load_path(name: str, *, thoroughly: bool = True) -> None:

@@ -96,7 +96,8 @@ def telling_others() -> Iterator[None]:
 def tell_others(error: BaseException | str) -> None:
     """Let other ranks' next meeting, where they may wait already, end with this rank's error."""
     if _can_meet():
-        with contextlib.suppress(_ToldError), _Meeting():
+        # Without the store, which rank 0's process holds, there is nobody to tell.
+        with contextlib.suppress(_ToldError, UserError, DistError), _Meeting():
             raise _ToldError(error)
 
 

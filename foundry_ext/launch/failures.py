@@ -1,4 +1,4 @@
-"""One-line explanations of known failures: memory, disk, wrong GPU, numbers not finite."""
+"""One-line explanations of known failures: memory, disk, wrong GPU, no step left."""
 
 import errno
 import os
@@ -56,6 +56,12 @@ def explain(error: BaseException, config: dict[str, Any]) -> str | None:
                 " WORLD=current` has kernels for newer cards, see CONTRIBUTING.md, Two worlds"
                 f" ({said})"
             )
+        if "No training would occur" in text:  # of Composer's, where exact_resume is not used
+            return (
+                f"max_duration, {config.get('max_duration')}: the loaded checkpoint has reached it,"
+                " so no step is left; extend max_duration, or add callbacks.exact_resume, with"
+                f" which a finished run repeats its last evaluation and its export ({said})"
+            )
         if "FlashAttention only supports" in text:
             backend = get(config, "model.attention_backend") or "auto"
             return (
@@ -84,7 +90,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and the errors that caused it."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__  # `raise ... from`
+        error = error.__cause__ if hidden else error.__context__
 
 
 def _memory(config: dict[str, Any]) -> str:

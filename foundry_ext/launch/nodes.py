@@ -12,8 +12,8 @@ from foundry_ext.utils.absent import run_settings
 from foundry_ext.utils.nested import leaves
 from foundry_ext.utils.redaction import redact
 
-# Keys that may differ from node to node, by their last part. The loader compares the data itself.
-_SOURCES = ("hf_name", "local", "remote")
+# Keys that may differ from node to node, by their last part. The readers compare the data itself.
+_SOURCES = ("cache_dir", "data_dir", "hf_name", "local", "remote")
 _OUTPUTS = ("filename", "folder", "items", "path")
 _READING = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "timeout")
 _WAY_OUT = (
@@ -78,7 +78,11 @@ def _may_differ(key: str) -> bool:
         return True
     if ".dataset" in above:
         return name in _SOURCES or ".data_files" in key
-    return key.startswith(("callbacks.", "loggers.")) and ".sets." not in key and name in _OUTPUTS
+    if above.startswith("callbacks.forgetting.sets."):
+        return name == "path"  # the callback compares the rows themselves
+    if above.startswith("loggers.") and above.endswith(".init_kwargs"):
+        return name == "dir"
+    return key.startswith(("callbacks.", "loggers.")) and name in _OUTPUTS
 
 
 def join(timeout: float) -> None:

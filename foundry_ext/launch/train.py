@@ -70,6 +70,8 @@ def _main(script: str, arguments: Sequence[str]) -> int:
         configs, complaints = check_all(files, overrides)
     except UserError as error:
         if wants_traceback():
+            if not dry_run:
+                share_fault(error)
             raise
         configs, complaints = [], [str(error)]
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks find the same errors

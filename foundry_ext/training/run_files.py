@@ -16,7 +16,7 @@ from typing import Any
 
 from composer.callbacks import CheckpointSaver
 from composer.core import State
-from composer.utils import dist, format_name_with_dist, partial_format
+from composer.utils import format_name_with_dist, partial_format
 
 from foundry_ext.checkpoints.files import find_checkpoints
 from foundry_ext.config.outputs import (
@@ -30,6 +30,7 @@ from foundry_ext.config.outputs import (
     output_paths,
 )
 from foundry_ext.records.record import read_record
+from foundry_ext.training.refusals import on_rank_zero
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.nested import get
 from foundry_ext.utils.redaction import REDACTED
@@ -79,16 +80,7 @@ class RunFiles:
         """
         if self._is_settled:
             return
-        verdict: list[Any] = [False, None]
-        if dist.get_global_rank() == 0:
-            try:
-                verdict = [self._decide(state), None]
-            except (UserError, OSError) as error:
-                verdict = [False, str(error)]
-        dist.broadcast_object_list(verdict, src=0)
-        self.continues, refusal = verdict
-        if refusal is not None:
-            raise UserError(refusal)
+        self.continues = on_rank_zero(lambda: self._decide(state))
         self._is_settled = True
 
     def _decide(self, state: State) -> bool:

@@ -149,6 +149,17 @@ def test_differences_are_named_on_all_ranks(tmp_path):
     assert "a: " not in first and "b: " not in first and "nan" not in first
 
 
+def test_an_error_stays_when_the_store_of_rank_0_is_gone(monkeypatch):
+    def gone(meeting):
+        raise UserError("rank 0 (on node 0) has ended")
+
+    monkeypatch.setattr(ranks, "_can_meet", lambda: True)
+    monkeypatch.setattr(ranks, "_get_default_store", torch.distributed.HashStore)
+    monkeypatch.setattr(ranks._Meeting, "__enter__", gone)
+    with pytest.raises(OSError, match="no such rows"), ranks.telling_others():
+        raise OSError("no such rows")
+
+
 def test_one_process_waits_for_nobody():
     with ranks.local_rank_zero_first():
         pass

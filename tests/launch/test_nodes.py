@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from foundry_ext.launch import nodes
@@ -135,25 +136,44 @@ def test_other_data_ends_both_nodes(config, world, tmp_path, case):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("seed=x", "seed"),
-        ("callbacks.run_record={path: /proc/x/record.json, experiment: a}", "/proc/x/record.json"),
-        ("callbacks.gard={}", "callbacks.gard"),
+        (["seed=x"], "seed"),
+        (["seed=x", "--traceback"], "seed"),
+        (["callbacks.run_record={path: /proc/x/r.json, experiment: a}"], "/proc/x/r.json"),
+        (["callbacks.gard={}"], "callbacks.gard"),
         # Gone while node 0 waits in a collective of llm-foundry's.
-        pytest.param(None, "no such tokenizer here", marks=pytest.mark.more),
+        pytest.param([], "no such tokenizer here", marks=pytest.mark.more),
     ],
-    ids=["key", "path", "name", "tokenizer"],
+    ids=["key", "traceback", "path", "name", "tokenizer"],
 )
 def test_what_one_node_refuses_ends_both(config, tmp_path, given, says):
     """It is found before, while or after the nodes compare."""
     first, second = config(), config()
-    if given is None:
+    if not given:
         (tmp_path / "code.py").write_text(WITHOUT_TOKENIZER)
         first.code_paths = second.code_paths = [str(tmp_path / "code.py")]
-    ends = run_nodes(tmp_path, [first, second], ((), [given] if given else []))
+    ends = run_nodes(tmp_path, [first, second], ((), given))
     assert [code != 0 for code, _ in ends] == [True, True], ends
     assert says in ends[0][1] and says in ends[1][1], ends
     assert "Traceback" not in ends[0][1], ends[0][1]
     assert "rank 1 (node 1, " in ends[0][1]
+
+
+@pytest.mark.parametrize("case", ["damaged", "seen by one node"])
+def test_a_checkpoint_that_cannot_be_continued_ends_both_nodes(config, tmp_path, case):
+    folder = tmp_path / "node0" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / "ep0-ba1-rank0.pt"
+    if case == "damaged":
+        path.write_bytes(b"no checkpoint")
+        says, place = "ep0-ba1-rank0.pt does not begin as a checkpoint", str(folder)
+    else:
+        torch.save({"state": {}}, path)
+        says, place = "save_folder: node 1 does not see checkpoints/ep0-ba1-rank0.pt", "checkpoints"
+    callbacks = {"guard": {}, "exact_resume": {}}
+    saving = {"save_folder": place, "save_num_checkpoints_to_keep": 2, "autoresume": True}
+    given = config(callbacks=callbacks, **saving, dist_timeout=60)
+    first, second = reasons(run_nodes(tmp_path, [given, given]))
+    assert first == second and says in first
 
 
 def test_a_port_in_use_says_how_to_name_another(config, tmp_path):
@@ -220,9 +240,21 @@ def test_what_is_compared():
         "variables": {"x": 1},
         "train_loader": {
             "num_workers": 2,
-            "dataset": {"hf_name": "/node0/a.jsonl", "hf_kwargs": {"token": "hf_x", "name": "n"}},
+            "dataset": {
+                "hf_name": "/node0/a.jsonl",
+                "hf_kwargs": {
+                    "token": "hf_x",
+                    "name": "n",
+                    "data_dir": "/node0",
+                    "cache_dir": "/a",
+                },
+            },
         },
-        "callbacks": {"run_record": {"path": "/node0/record.json", "experiment": "a"}},
+        "callbacks": {
+            "run_record": {"path": "/node0/record.json", "experiment": "a"},
+            "forgetting": {"sets": {"arc.easy": {"path": "/node0/arc.jsonl", "limit": 9}}},
+        },
+        "loggers": {"wandb_metrics": {"init_kwargs": {"dir": "/node0", "mode": "offline"}}},
         "load_path": "/node0/last-rank{rank}.pt",
     }
     assert nodes.comparable(settings) == {
@@ -230,6 +262,8 @@ def test_what_is_compared():
         "train_loader.dataset.hf_kwargs.token": "[redacted]",
         "train_loader.dataset.hf_kwargs.name": "n",
         "callbacks.run_record.experiment": "a",
+        "callbacks.forgetting.sets.arc.easy.limit": 9,
+        "loggers.wandb_metrics.init_kwargs.mode": "offline",
         "load_path": "/node0/last-rank{rank}.pt",
     }
 

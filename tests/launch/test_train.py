@@ -355,6 +355,24 @@ def test_a_full_disk_names_the_key_of_the_file():
         assert said is not None and path in said and f"another disk in {key}," in said
 
 
+def test_a_run_without_a_step_left_says_what_to_do():
+    said = explain(
+        ValueError("... elapsed (4). No training would occur. "), {"max_duration": "4ba"}
+    )
+    assert said is not None and said.startswith("max_duration, 4ba: ")
+    assert "extend max_duration, or add callbacks.exact_resume" in said
+
+
+def test_a_hidden_error_explains_nothing():
+    try:
+        try:
+            raise FloatingPointError("hidden")
+        except FloatingPointError:
+            raise KeyError("shown") from None
+    except KeyError as error:
+        assert explain(error, {}) is None
+
+
 def test_several_files_on_several_nodes_are_refused(
     valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

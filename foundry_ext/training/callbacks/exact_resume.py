@@ -7,7 +7,6 @@ beginning. This is that saver with atomic writes, and it chooses what Composer l
 
 import errno
 import logging
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from composer.utils import checkpoint, dist, format_name_with_dist, partial_form
 from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 
 from foundry_ext.checkpoints import files as checkpoint_files
-from foundry_ext.checkpoints.load_path import check_load_path
+from foundry_ext.checkpoints.load_path import check_is_seen, check_load_path
 from foundry_ext.checkpoints.run_folder import RunFolder
 from foundry_ext.checkpoints.setting_defaults import setting_defaults
 from foundry_ext.evaluation.base_model import weights_fingerprint
@@ -29,6 +28,7 @@ from foundry_ext.records.result_settings import Saved, digest_settings, result_s
 from foundry_ext.training.autoresume import load_what_is_chosen
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.meter import unwrapped
+from foundry_ext.training.refusals import on_every_rank, on_rank_zero
 from foundry_ext.training.resumed_settings import changed_data, evaluation_data, judge
 from foundry_ext.training.run_description import find_callback
 from foundry_ext.training.run_files import run_files
@@ -107,6 +107,9 @@ class ExactResume(CheckpointSaver):
     def init(self, state: State, logger: Logger) -> None:
         super().init(state, logger)
         self.run_name = state.run_name
+        folder = Path(format_name_with_dist(self.folder, state.run_name))
+        template = partial_format(self.filename.filename, run_name=state.run_name)
+        self.place = folder, template  # where the run's checkpoints are, and how they are named
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Choose the newest intact checkpoint, which Composer loads next; change no file.
@@ -115,26 +118,32 @@ class ExactResume(CheckpointSaver):
             UserError: no checkpoint is intact, another run saves there, or load_path names a file
                 that is damaged or could run code.
         """
-        if dist.get_global_rank() == 0 and not state.fsdp_sharded_state_dict_enabled:
-            folder = Path(format_name_with_dist(self.folder, state.run_name))
-            template = partial_format(self.filename.filename, run_name=state.run_name)
-            self.run_folder = RunFolder(folder, template, self._latest(state))
-            self.run_folder.lock.take()
-            if self.autoresume:
-                intact = self.run_folder.choose(overwrite=self.overwrite, load_path=self.load_path)
-                self.saved_checkpoints = [str(path) for path in intact]
-                self.resumed_from = str(intact[-1]) if intact else None
-        # Every rank must know, so that all refuse a checkpoint together.
-        decision = [self.resumed_from]
-        dist.broadcast_object_list(decision, src=0)
-        self.resumed_from = decision[0]
-        if self.load_path is not None and not self.resumed_from:
-            name = format_name_with_dist(self.load_path, state.run_name)
-            check_load_path(name, thoroughly=dist.get_local_rank() == 0)
+        self.resumed_from = on_rank_zero(lambda: self._choose(state))
+        on_every_rank(lambda: self._check_here(state))
         self.evaluated = evaluation_data(state)
         model: Any = unwrapped(state)
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
+
+    def _choose(self, state: State) -> str | None:
+        """Lock the folder and return the checkpoint to continue from, on rank 0, or None."""
+        if state.fsdp_sharded_state_dict_enabled:
+            return None
+        self.run_folder = RunFolder(*self.place, self._latest(state))
+        self.run_folder.lock.take()
+        if not self.autoresume:
+            return None
+        intact = self.run_folder.choose(overwrite=self.overwrite, load_path=self.load_path)
+        self.saved_checkpoints = [str(path) for path in intact]
+        return str(intact[-1]) if intact else None
+
+    def _check_here(self, state: State) -> None:
+        """Check what this rank would load; nodes may have disks of their own."""
+        if self.resumed_from:
+            check_is_seen(self.resumed_from)
+        elif self.load_path is not None:
+            name = format_name_with_dist(self.load_path, state.run_name)
+            check_load_path(name, thoroughly=dist.get_local_rank() == 0)
 
     def _latest(self, state: State) -> Path:
         assert self.latest_filename is not None
@@ -213,13 +222,14 @@ class ExactResume(CheckpointSaver):
             state.max_duration = state.timestamp.get(end.unit) + 1
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuse later checkpoints in the folder; after autoresume they are damaged ones."""
         if self.ended_at is not None:
             state.max_duration = self.ended_at
             state.previous_timestamp = state.timestamp  # without it no evaluation would be due
-        if self.resumed_from is None:
-            super().fit_start(state, logger)  # refuses later checkpoints in the folder
-        else:  # they are damaged ones, which are renamed later
-            self.start_batch = state.timestamp.batch
+        if self.resumed_from is None and not self.overwrite:
+            next_name = self.filename.format(state)
+            on_rank_zero(lambda: checkpoint_files.check_none_later(*self.place, next_name))
+        self.start_batch = state.timestamp.batch
         self.signals.install()
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -272,7 +282,8 @@ class ExactResume(CheckpointSaver):
             checkpoint_files.link_to(path, self._latest(state))
         except (OSError, RuntimeError) as error:
             if checkpoint_files.is_disk_full(error):
-                raise OSError(errno.ENOSPC, self._describe_full(path)) from error
+                described = checkpoint_files.describe_full(path, self.saved_checkpoints)
+                raise OSError(errno.ENOSPC, described) from error
             raise
         assert self.remote_file_name is not None
         logger.upload_file(  # for loggers that keep artifacts
@@ -285,15 +296,6 @@ class ExactResume(CheckpointSaver):
         if self.num_checkpoints_to_keep > 0:
             while len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
                 Path(self.saved_checkpoints.pop(0)).unlink(missing_ok=True)
-
-    def _describe_full(self, path: Path) -> str:
-        saved = self.saved_checkpoints
-        earlier = f"{saved[-1]} is intact" if saved else "there is no earlier checkpoint"
-        free = shutil.disk_usage(path.parent).free / 1e9
-        return (
-            f"no space left on the disk of save_folder for {path.name} ({free:.2f} GB free);"
-            f" {earlier}. Free some space and run the same command again"
-        )
 
 
 def _ends_last_epoch(state: State, end: Time) -> bool:

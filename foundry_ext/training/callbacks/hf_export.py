@@ -8,7 +8,6 @@ from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from foundry_ext.checkpoints.export import write_folder
@@ -16,6 +15,7 @@ from foundry_ext.checkpoints.files import is_disk_full
 from foundry_ext.config.outputs import EXPORT
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
+from foundry_ext.training.refusals import on_rank_zero
 from foundry_ext.training.run_files import run_files
 from foundry_ext.training.weight_checks import check_final_weights
 from foundry_ext.utils.atomic import replaced_folder
@@ -93,12 +93,10 @@ class HFExport(Callback):
         weights = get_model_state_dict(model.model, options=options)
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # once gathered from shards, it is a second copy
-        if dist.get_global_rank() == 0:
-            self._check_folder()  # again, because training takes long
-            self._write(model, weights)
-        dist.barrier()
+        on_rank_zero(lambda: self._write(model, weights))
 
     def _write(self, model: ComposerSmolLM2, weights: dict[str, Any]) -> None:
+        self._check_folder()  # again, because training takes long
         try:
             with replaced_folder(self.path) as partial:
                 write_folder(model.model, model.tokenizer, partial, weights)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from foundry_ext.checkpoints import files as checkpoint_files
 from foundry_ext.records.record import read_record
 from foundry_ext.records.result_settings import EFFECTS, Effect
+from foundry_ext.utils.errors import UserError
 from tests.training import kit
 from tests.training.test_resume import assert_ends_like
 
@@ -182,6 +183,21 @@ def test_no_intact_checkpoint_does_not_start_from_the_beginning(world, finished,
     for _ in range(2):
         with pytest.raises(ValueError, match=r"no checkpoint is intact.*ep0-ba2-rank0.pt"):
             kit.run(config(world, reference, tmp_path))
+
+
+def test_a_later_checkpoint_named_after_the_run_is_not_overwritten(world, finished, tmp_path):
+    reference = finished("full")
+    named = {"save_filename": "{run_name}-ba{batch}.pt", "autoresume": False}
+    kit.run(config(world, reference, tmp_path, **named, max_duration="3ba"))
+    assert names(tmp_path)[:2] == ["full-ba2.pt", "full-ba3.pt"]
+    for batch in (2, 3):
+        start = f"{tmp_path}/checkpoints/full-ba{batch}.pt"
+        given = config(world, reference, tmp_path, **named, load_path=start)
+        if batch == 2:
+            with pytest.raises(UserError, match=r"full-ba3.pt is later than"):
+                kit.run(given)
+        else:
+            kit.run(given)
 
 
 def test_a_corrupted_load_path_is_named(world, finished, tmp_path):
