@@ -1,56 +1,109 @@
 """Preprocessing functions: what their source depends on, and what they must not do with a null."""
 
 import ast
+import copy
 import functools
 import inspect
+import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from importlib.util import resolve_name
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from foundry_ext.data import prompts
 from foundry_ext.utils.errors import UserError
 
 _INSTALLED = ("site-packages", "dist-packages")
+# Characters for private use, as many as "None" has: a function may cut or fill its texts.
+_WRITTEN, _KEPT = "\ue000\ue001\ue002\ue003", "\ue004\ue005\ue006\ue007"
+
+
+class _Null(str):
+    """Stand-in for a null: false like None, and written into a text as `_WRITTEN`.
+
+    A text that it is added to or joined with, where None is an error, holds `_KEPT` instead.
+    """
+
+    def __new__(cls) -> "_Null":
+        return super().__new__(cls, _KEPT)
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _WRITTEN
+
+    def __format__(self, spec: str) -> str:
+        return format(_WRITTEN, spec)
+
+    __repr__ = __str__  # as None in a list that is written
 
 
 def format_row(preprocess: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
     """Return preprocess(row).
 
     Raises:
-        UserError: the function wrote a null of the row as the text "None".
+        UserError: the function wrote a null, of the row or inside one of its values, as the text
+            "None".
     """
-    nulls = [name for name, value in row.items() if value is None]
+    nulls = list(_nulls(row))
     if not nulls:
         return preprocess(row)
-    original = dict(row)  # the function may change its row
+    original = copy.deepcopy(row)  # the function may change its row
     formatted = preprocess(row)
-    if _count_none(formatted) and _count_none(formatted) > _without_nulls(preprocess, original):
-        raise UserError(
-            f"preprocessing_fn writes null as the text 'None'; {' and '.join(map(repr, nulls))} is"
-            " null, or missing: correct or remove the row, or let the function handle it"
-        )
+    texts = list(_texts(formatted))
+    if any("None" in text for text in texts):
+        for path in nulls:
+            if _writes(preprocess, original, path, texts):
+                raise UserError(
+                    f"preprocessing_fn writes null as the text 'None'; {_name(path)!r} is null, or"
+                    " missing: correct or remove the row, or let the function handle it"
+                )
     return formatted
 
 
-def _count_none(formatted: Any) -> int:
+def _nulls(value: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the keys and positions that lead to each null."""
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            if one is None:
+                yield (key,)
+            elif isinstance(one, dict | list):
+                yield from ((key, *path) for path in _nulls(one))
+
+
+def _texts(formatted: Any) -> Iterator[str]:
     if isinstance(formatted, str):
-        return formatted.count("None")
-    if isinstance(formatted, dict):
-        return sum(map(_count_none, formatted.values()))
-    return sum(map(_count_none, formatted)) if isinstance(formatted, list | tuple) else 0
+        yield formatted
+    elif isinstance(formatted, dict | list | tuple):
+        for one in formatted.values() if isinstance(formatted, dict) else formatted:
+            yield from _texts(one)
 
 
-def _without_nulls(preprocess: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> float:
-    """Return how many "None" the function writes if each null is an empty text."""
+def _writes(
+    preprocess: Callable[[dict[str, Any]], Any],
+    row: dict[str, Any],
+    path: Sequence[Any],
+    texts: list[str],
+) -> bool:
+    """Return whether the stand-in for this null comes where the function's texts have "None"."""
+    row = copy.deepcopy(row)
+    functools.reduce(operator.getitem, path[:-1], cast(Any, row))[path[-1]] = _Null()
     try:
-        return _count_none(
-            preprocess({name: "" if value is None else value for name, value in row.items()})
-        )
-    except Exception:  # it handles nulls, and not empty texts
-        return float("inf")
+        marked = list(_texts(preprocess(row)))
+    except Exception:  # it handles nulls, and not every text
+        return False
+    return any(
+        _WRITTEN in new and new.replace(_WRITTEN, "None") == old
+        for new, old in zip(marked, texts, strict=False)
+    )
+
+
+def _name(path: Sequence[Any]) -> str:
+    """Return qa.answers[1] for ("qa", "answers", 1)."""
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)[1:]
 
 
 def module_sources(function: Callable[..., Any] | None) -> dict[str, bytes]:

@@ -130,6 +130,49 @@ def test_a_null_that_a_users_function_writes_as_text_is_refused(function):
     assert format_row(function, kept) == function(kept)
 
 
+WRITES = {
+    "in an object": (lambda row: f" {row['qa']['a']}", {"qa": {"q": "x", "a": None}}, "qa.a"),
+    "in a list": (lambda row: " ".join(map(str, row["a"])), {"a": ["x", None]}, r"a\[1\]"),
+    "in objects of a list": (
+        lambda row: "\n".join("- {}".format(one["b"]) for one in row["a"]),
+        {"a": [{"b": "x"}, {"b": None}]},
+        r"a\[1\].b",
+    ),
+    "a whole list": (lambda row: f"{row['a']}", {"a": ["x", None]}, r"a\[1\]"),
+    "cut and with %": (lambda row: ("%s" % row["a"] + "x" * 99)[:20], {"a": None}, "a"),
+    "beside one that is handled": (
+        lambda row: f"{'None given' if row['c'] is None else row['c']}, {row['a']}",
+        {"c": None, "a": None},
+        "a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_a_null_inside_a_value_that_becomes_text_is_refused(case: str):
+    function, row, name = WRITES[case]
+    with pytest.raises(UserError, match=f"null as the text 'None'; '{name}' is null"):
+        format_row(lambda row: {"prompt": "None?", "response": function(row)}, row)
+
+
+HANDLES = [
+    lambda row: "None given" if row["c"] is None else row["c"],
+    lambda row: "None" if row["c"] is None else row["c"],
+    lambda row: "None given" if row["c"] is None else f"{row['c']}",
+    lambda row: f"Context: {row['c']}" if row["c"] else "x = None",
+    lambda row: row["c"] or "None",
+    lambda row: "None" if row["c"] is None else row["c"]["missing"],
+    lambda row: "None of " + ", ".join(one for one in row["l"] if one is not None),
+    lambda row: f"None {json.dumps(row)}",
+]
+
+
+@pytest.mark.parametrize("function", HANDLES)
+def test_a_function_that_handles_null_may_write_none(function):
+    row = {"c": None, "l": ["x", None]}
+    assert format_row(function, row) == function(row)
+
+
 def test_nulls_that_a_function_handles_are_its_own():
     def handles(row):
         if row.pop("a") is None:
