@@ -83,6 +83,8 @@ def tokenize_rows(
         )
 
     deciding = asdict(settings) | reader.version
+    if preprocess is not None:  # earlier ones let nulls inside values become text
+        deciding["nulls"] = 1
     return cached_documents(table_key(rows, tokenizer, deciding, preprocess), write)
 
 

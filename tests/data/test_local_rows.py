@@ -146,6 +146,11 @@ NUMBERS = [
     [{"a": "x"}, {"a": 1}],
     [{}, {"a": 1}],
     [[{"a": [1]}, {"a": ["x"]}]],
+    [{"height": "3m"}, {"age": "7"}],
+    [{"a": "1", "b": "2"}, {"b": "2", "a": "1"}],
+    [{"a": {"b": None}}, {"a": {}}],
+    [[{"role": "user"}, {"role": "user", "name": "x"}]],
+    [{"a": {"b": "1"}}, None, {"a": None}, {"a": {"b": None}}],
 ]
 
 
@@ -161,9 +166,18 @@ def test_a_key_that_only_some_rows_have_is_null_in_others(tmp_path):
     rows = lines({"a": "1", "b": None}, {"a": "2", "c": {"x": "3"}}, {"c": {"y": "4"}})
     assert read(write(tmp_path / "a.jsonl", rows)) == [
         {"a": "1", "b": None, "c": None},
-        {"a": "2", "b": None, "c": {"x": "3", "y": None}},
-        {"a": None, "b": None, "c": {"x": None, "y": "4"}},
+        {"a": "2", "b": None, "c": {"x": "3"}},
+        {"a": None, "b": None, "c": {"y": "4"}},
     ]
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+@pytest.mark.parametrize("levels", [49, 50, 51, 52, 400])
+def test_a_value_of_many_levels_stays_as_it_is(tmp_path, opening: str, levels: int):
+    """Arrow cannot read back what it wrote with more than 64."""
+    text = opening * levels + "1" + ("]" if opening == "[" else "}") * levels
+    rows = read(write(tmp_path / "a.jsonl", f'{{"a": {text}}}\n'.encode()))
+    assert json.dumps(rows[0]["a"], separators=(",", ":")) == text
 
 
 def test_batches_of_a_long_file_are_read_alike(tmp_path, monkeypatch):

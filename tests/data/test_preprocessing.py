@@ -5,11 +5,14 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import datasets.config
+import pyarrow as pa
 import pytest
 
 from foundry_ext.data import prompts
 from foundry_ext.data.preprocessing import format_row, module_sources
+from foundry_ext.data.rows import JsonValue, without_empty_columns
 from foundry_ext.utils.errors import UserError
 from tests.data.kit import build
 
@@ -215,6 +218,14 @@ def test_a_column_without_anything_in_it_does_not_hurt(tmp_path, tokenizer, suff
     path.write_text(path.read_text() + more)
     with pytest.raises(UserError, match="row 0: UnknownExampleTypeError"):
         build(tokenizer, dataset)
+
+
+@pytest.mark.parametrize("values", [(0, 0.0), (False, 0), ([0], [0.0])])
+def test_a_column_of_zeros_is_not_an_empty_one(values):
+    table = pa.table({"prompt": ["a"] * 2, "x": list(map(json.dumps, values)), "e": ["{}", "[]"]})
+    features = {"prompt": datasets.Value("string"), "x": JsonValue(), "e": JsonValue()}
+    rows = datasets.Dataset(table, datasets.DatasetInfo(features=datasets.Features(features)))
+    assert without_empty_columns(rows).column_names == ["prompt", "x"]
 
 
 def test_a_null_response_is_named_for_what_it_is(tmp_path, tokenizer):
