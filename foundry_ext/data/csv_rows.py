@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.data.opening import decoding_fault, open_binary
+from foundry_ext.data.opening import check_encoding, decoding_fault, open_binary
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -41,8 +41,9 @@ def read_csv(
 
     Raises:
         UserError: a line has more cells than there are columns, is not CSV, or is not in the
-            encoding; names the line.
+            encoding; names the line. Or Python does not know the encoding.
     """
+    check_encoding(path, encoding)
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
     sep = sep or ("\t" if ".tsv" in (one.lower() for one in path.suffixes) else ",")
     has_names = header == 0 or names is None

@@ -50,7 +50,12 @@ class JsonValue:
         return json.dumps(value)
 
     def decode_example(self, value: str, token_per_repo_id: Any = None) -> Any:
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except RecursionError as error:
+            raise UserError(
+                f"a value is nested too deeply, {value[:40]}...; write it with fewer levels"
+            ) from error
 
 
 with warnings.catch_warnings():

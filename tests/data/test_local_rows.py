@@ -261,6 +261,24 @@ BAD = {
         "a.jsonl.gz cannot be decompressed",
     ),
     "no gz": ("a.jsonl.gz", lines({"a": "x"}), {}, "a.jsonl.gz cannot be decompressed"),
+    "no bz2": ("a.jsonl.bz2", lines({"a": "x"}), {}, "a.jsonl.bz2 cannot be decompressed"),
+    "broken bz2": (
+        *("a.jsonl.bz2", bz2.compress(lines({"a": "x"}))[:-9] + b"123456789", {}),
+        "a.jsonl.bz2 cannot be decompressed",
+    ),
+    "no xz": ("a.csv.xz", b"a\n1\n", {}, "a.csv.xz cannot be decompressed"),
+    **{
+        f"encoding {encoding}, {name}": (
+            *(name, content, {"encoding": encoding}),
+            f"hf_kwargs.encoding: {encoding!r} is not .* latin-1",
+        )
+        for name, content in (("a.csv", b"a\n1\n"), ("a.jsonl", b"{}"), ("a.json", b"[{}]"))
+        for encoding in ("latin9000", "base64", 8859)
+    },
+    "nested too deeply": (
+        *("a.jsonl", b'{"a": %s1%s}' % (b"[" * 2000, b"]" * 2000), {}),
+        "line 1: nested too deeply",
+    ),
     "open quote": ("a.csv", b'a,b\n1,2\n"3,4\n', {}, r"line 3: not CSV .*written twice"),
     "a cell too many": ("a.csv", b"a,b\n1,2\n1,2,3\n", {}, r"line 3: 3 cells, but 2 columns"),
     "no header": ("a.csv", b"1,2\n", {"header": 1}, "hf_kwargs.header: 1; .*column_names"),
