@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.data.opening import check_encoding, decoding_fault, open_binary
+from foundry_ext.data.row_errors import separator_hint
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -82,10 +83,11 @@ def _read(
             if not cells:  # a blank line
                 continue
             if len(cells) > len(names):
-                raise UserError(
-                    f"{place()}: {len(cells)} cells, but {len(names)} columns; put a cell that"
-                    ' contains the separator in quotes, "..."'
+                hint = separator_hint(names) or (
+                    '; put a cell that contains the separator in quotes, "..."'
                 )
+                fault = f"{len(cells)} cells, but {len(names)} column{'s' * (len(names) > 1)}"
+                raise UserError(f"{place()}: {fault}{hint}")
             values: dict[str, Any] = dict(zip_longest(names, cells))
             yield Row(place(), values, sum(map(len, cells)))
     except csv.Error as error:

@@ -4,11 +4,13 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import datasets.config
 import pyarrow as pa
 import pytest
+import yaml
 
 from foundry_ext.data import prompts
 from foundry_ext.data.preprocessing import format_row, module_sources
@@ -142,7 +144,8 @@ WRITES = {
         r"a\[1\].b",
     ),
     "a whole list": (lambda row: f"{row['a']}", {"a": ["x", None]}, r"a\[1\]"),
-    "cut and with %": (lambda row: ("%s" % row["a"] + "x" * 99)[:20], {"a": None}, "a"),
+    "cut": (lambda row: (str(row["a"]) + "x" * 99)[:20], {"a": None}, "a"),
+    "with %": (lambda row: "%s" % row["a"], {"a": None}, "a"),  # noqa: UP031
     "beside one that is handled": (
         lambda row: f"{'None given' if row['c'] is None else row['c']}, {row['a']}",
         {"c": None, "a": None},
@@ -218,6 +221,48 @@ def test_a_column_without_anything_in_it_does_not_hurt(tmp_path, tokenizer, suff
     path.write_text(path.read_text() + more)
     with pytest.raises(UserError, match="row 0: UnknownExampleTypeError"):
         build(tokenizer, dataset)
+
+
+def test_columns_too_many_are_named_with_those_allowed(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "response": "b", "score": 1}\n' * 2)
+    dataset = {"hf_name": str(path), "split": "train", "max_seq_len": 32}
+    with pytest.raises(UserError) as error:
+        build(tokenizer, dataset)
+    for part in (
+        "columns 'prompt', 'response', 'score';",
+        "response or completion",
+        "messages alone",
+    ):
+        assert part in str(error.value)
+    assert "remove the others, or set preprocessing_fn" in str(error.value)
+    assert "{" not in str(error.value)
+    path.write_text('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}\n')
+    with pytest.raises(UserError, match=r"row 0: UnknownExampleTypeError: .*'role'"):
+        build(tokenizer, dataset)
+
+
+@pytest.mark.parametrize(
+    ("separator", "hint"), [(";", "{sep: ';'}"), ("\t", '{sep: "\\t"}'), ("|", "{sep: '|'}")]
+)
+def test_another_separator_is_named_with_the_key_that_sets_it(tmp_path, tokenizer, separator, hint):
+    path = tmp_path / "rows.csv"
+    dataset: dict[str, Any] = {"hf_name": str(path), "split": "train", "max_seq_len": 32}
+    gsm8k = {"preprocessing_fn": "foundry_ext.data.prompts:gsm8k"}
+    cases = [
+        ("packed_finetuning", ("prompt", "response"), {}, "a"),
+        ("packed_finetuning", ("prompt", "response"), {}, "a, with a comma"),
+        ("packed_finetuning", ("question", "answer"), gsm8k, "a"),
+        ("packed_text", ("text", "id"), {}, "a"),
+    ]
+    for name, columns, more, cell in cases:
+        path.write_text(f"{separator.join(columns)}\n{cell}{separator}b\n")
+        with pytest.raises(UserError) as error:
+            build(tokenizer, {**dataset, **more}, name=name)
+        assert f"hf_kwargs: {hint}" in str(error.value)
+        way_out = yaml.safe_load(str(error.value).rpartition("hf_kwargs: ")[2])
+        loader = build(tokenizer, {**dataset, **more, "hf_kwargs": way_out}, name=name)
+        assert loader.dataloader.dataset.documents.counts["kept"] == 1
 
 
 @pytest.mark.parametrize("values", [(0, 0.0), (False, 0), ([0], [0.0])])
