@@ -42,7 +42,8 @@ def _explain(error: Exception, row: dict[str, Any]) -> str:
     if isinstance(error, UnknownExampleTypeError) and not _are_known({*row}):
         # Arrow has one column for each key of any row.
         lacks = f"; it has no {' or '.join(nulls)}, which others have" if nulls else ""
-        return f"the row has the columns {', '.join(map(repr, row))}{lacks}{separator or _columns(row)}"
+        names = ", ".join(map(repr, row))
+        return f"the row has the columns {names}{lacks}{separator or _columns(row)}"
     lacks = f"; its {' and '.join(nulls)} is null, or missing" if nulls else ""
     return f"{error}{lacks}{separator or _ROWS}"
 
