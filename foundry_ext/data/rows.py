@@ -208,8 +208,9 @@ def without_empty_columns(rows: datasets.Dataset) -> datasets.Dataset:
 
 def _is_empty(rows: datasets.Dataset, name: str) -> bool:
     feature = rows.features[name]
-    is_json = isinstance(feature, JsonValue)
-    if not is_json and getattr(feature, "dtype", None) not in ("string", "large_string"):
+    no_items = datasets.Sequence(datasets.Value("null"))
+    may_be_empty = isinstance(feature, JsonValue) or feature == no_items
+    if not may_be_empty and getattr(feature, "dtype", None) not in ("string", "large_string"):
         return getattr(feature, "dtype", None) == "null"
     batches = cast(Iterator[dict[str, Any]], rows.select_columns([name]).iter(_BATCH_ROWS))
     return all(value in (None, "", [], {}) for batch in batches for value in batch[name])

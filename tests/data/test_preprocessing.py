@@ -15,6 +15,7 @@ import yaml
 from foundry_ext.data import prompts
 from foundry_ext.data.preprocessing import format_row, module_sources
 from foundry_ext.data.rows import JsonValue, without_empty_columns
+from foundry_ext.data.sources import load_rows
 from foundry_ext.utils.errors import UserError
 from tests.data.kit import build
 
@@ -205,6 +206,14 @@ def test_the_row_is_named(tmp_path, tokenizer, answer):
     mapping = {"prompt": "question", "response": "answer"}
     with pytest.raises(UserError, match="row 0: InvalidResponseTypeError"):
         build(tokenizer, {**dataset, "preprocessing_fn": mapping})
+
+
+@pytest.mark.parametrize(("tags", "is_left"), [([[], []], False), ([[], [None]], True)])
+def test_a_column_of_lists_without_items_is_an_empty_one(tmp_path, tags, is_left: bool):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "tags": one}) + "\n" for one in tags))
+    rows = without_empty_columns(load_rows(str(path), "train"))
+    assert ("tags" in rows.column_names) == is_left
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
