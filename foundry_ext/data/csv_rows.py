@@ -8,7 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.data.opening import decoding_fault, open_binary
+from foundry_ext.data.opening import check_encoding, decoding_fault, open_binary
+from foundry_ext.data.row_errors import separator_hint
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -41,8 +42,9 @@ def read_csv(
 
     Raises:
         UserError: a line has more cells than there are columns, is not CSV, or is not in the
-            encoding; names the line.
+            encoding; names the line. Or Python does not know the encoding.
     """
+    check_encoding(path, encoding)
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
     sep = sep or ("\t" if ".tsv" in (one.lower() for one in path.suffixes) else ",")
     has_names = header == 0 or names is None
@@ -81,10 +83,11 @@ def _read(
             if not cells:  # a blank line
                 continue
             if len(cells) > len(names):
-                raise UserError(
-                    f"{place()}: {len(cells)} cells, but {len(names)} columns; put a cell that"
-                    ' contains the separator in quotes, "..."'
+                hint = separator_hint(names) or (
+                    '; put a cell that contains the separator in quotes, "..."'
                 )
+                fault = f"{len(cells)} cells, but {len(names)} column{'s' * (len(names) > 1)}"
+                raise UserError(f"{place()}: {fault}{hint}")
             values: dict[str, Any] = dict(zip_longest(names, cells))
             yield Row(place(), values, sum(map(len, cells)))
     except csv.Error as error:

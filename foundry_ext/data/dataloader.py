@@ -1,7 +1,6 @@
 """Registry builders `packed_finetuning` and `packed_text`: YAML keys -> Composer DataSpec."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -22,11 +21,13 @@ from foundry_ext.data.config import (
     stream_key,
     tokenize_settings,
 )
+from foundry_ext.data.count_text import describe_nothing_left, log_counts, log_mixture
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.mixture import MixedDocuments, draw
 from foundry_ext.data.ranks import local_rank_zero_first, telling_others
+from foundry_ext.data.row_errors import separator_hint
 from foundry_ext.data.sources import (
     fetch,
     find_revision,
@@ -40,8 +41,6 @@ from foundry_ext.packing.collator import PackCollator
 from foundry_ext.utils.absent import dataset_settings
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.processes import num_cores
-
-log = logging.getLogger(__name__)
 
 
 def build_packed_finetuning_dataloader(
@@ -139,7 +138,7 @@ def _plan_packs(
     else:
         documents, descriptions = _read_streams(dataset, tokenizer)
     if not documents.lengths.any():
-        raise UserError(_nothing_left(documents, descriptions, dataset["max_seq_len"]))
+        raise UserError(describe_nothing_left(documents, descriptions, dataset["max_seq_len"]))
     packed = PackedDataset(
         documents,
         PackCollator(
@@ -174,7 +173,7 @@ def _read_sources(
     read, descriptions = [], []
     for source in sources:
         documents, revision = _read_source(source, tokenizer)
-        _log_counts(source.hf_name, documents, source.settings.max_seq_len)
+        log_counts(source.hf_name, documents, source.settings)
         read.append(documents)
         descriptions.append({"name": source.hf_name, "split": source.split, "revision": revision})
     parts = draw(read, [source.share for source in sources])
@@ -182,7 +181,7 @@ def _read_sources(
         description |= part.describe()
     if len(parts) == 1:
         return read[0], descriptions
-    _log_mixture(descriptions)
+    log_mixture(descriptions)
     return MixedDocuments(parts), descriptions
 
 
@@ -199,7 +198,8 @@ def _read_source(
             if text_key not in rows.column_names:
                 raise UserError(
                     f"no column {text_key!r} in {source.hf_name}; there are"
-                    f" {', '.join(rows.column_names)}: set text_key"
+                    f" {', '.join(rows.column_names)}"
+                    f"{separator_hint(rows.column_names) or ': set text_key'}"
                 )
             rows = rows.select_columns([text_key])
         documents = tokenize_rows(
@@ -230,7 +230,7 @@ def _read_streams(
     settings = tokenize_settings(dataset, dataset["max_seq_len"])
     stream = load_streams(dataset, tokenizer)
     documents = tokenize_stream(stream, tokenizer, settings)
-    _log_counts("streams", documents, settings.max_seq_len)
+    log_counts("streams", documents, settings)
     name = {"name": "streams", "split": dataset.get("split"), "revision": None}
     return documents, [name | draw([documents], [None])[0].describe()]
 
@@ -259,39 +259,6 @@ def _load_packs(
     )
 
 
-def _nothing_left(
-    documents: Documents | MixedDocuments, description: list[dict[str, Any]], max_seq_len: int
-) -> str:
-    names = " + ".join(str(source["name"]) for source in description)
-    counts = ", ".join(f"{count} {kind}" for kind, count in documents.counts.items() if count)
-    return (
-        f"no document of {names} is left to train on: {counts}, with max_seq_len {max_seq_len};"
-        " for overlong rows raise max_seq_len or set overlong: truncate; no_loss rows have a prompt"
-        " that fills max_seq_len; empty ones lack a prompt or a response"
-    )
-
-
 def _num_proc() -> int:
     """Return the processes to tokenise with: the cores that are ours, at most $MAX_NUM_PROC."""
     return min(num_cores(), int(os.environ.get("MAX_NUM_PROC", 64)))
-
-
-def _log_counts(name: str, documents: Documents, max_seq_len: int) -> None:
-    """Log the counts; what is not trained or not whole is a warning, seen at any log level."""
-    counts = {kind: count for kind, count in documents.counts.items() if count}
-    log.info("%s: %d tokens; documents: %s", name, documents.lengths.sum(), counts)
-    if set(counts) - {"kept"} and dist.get_global_rank() == 0:
-        text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        if "responses_not_trained" in counts:
-            text += " (target_responses: all trains those too)"
-        log.warning("%s (max_seq_len %d): %s", name, max_seq_len, text)
-
-
-def _log_mixture(descriptions: Sequence[dict[str, Any]]) -> None:
-    total = sum(source["tokens"] for source in descriptions)
-    for source in descriptions:
-        share = 100 * source["tokens"] / max(total, 1)
-        log.info(
-            "%s: %.2f %% of an epoch's tokens, %d in %d documents",
-            *(source["name"], share, source["tokens"], source["documents"]),
-        )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from foundry_ext.data.opening import decoding_fault, open_binary
+from foundry_ext.data.opening import check_encoding, decoding_fault, open_binary
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -30,9 +30,10 @@ def read_json(
         encoding: UTF-8 by default, with or without a byte order mark.
 
     Raises:
-        UserError: a line is not an object, is not in the encoding, or repeats a key; or there are
-            no rows.
+        UserError: a line is not an object, is not in the encoding, or repeats a key; there are no
+            rows; or Python does not know the encoding.
     """
+    check_encoding(path, encoding)
     with open_binary(path) as file:
         if field is None and (_is_of_lines(path) or _begins_with_a_row(file, encoding)):
             rows = _read_lines(path, file, encoding)

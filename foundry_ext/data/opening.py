@@ -1,6 +1,7 @@
 """Opening of data files, which may be compressed, and the place of a byte that cannot be read."""
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import lzma
@@ -25,9 +26,28 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     try:
         with opener(path, "rb") as file:
             yield file
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the data
+            raise
         raise UserError(
-            f"{path} cannot be decompressed ({one_line(error)}); it may be cut: compress it again"
+            f"{path} cannot be decompressed ({one_line(error)}); it may be cut, or not compressed:"
+            f" compress it again, or name it without {path.suffix}"
+        ) from error
+
+
+def check_encoding(path: Path, encoding: Any) -> None:
+    """Check that Python knows the encoding of a file.
+
+    Raises:
+        UserError: otherwise.
+    """
+    try:
+        if encoding is not None and codecs.lookup(encoding):
+            " ".encode(encoding)  # others, such as base64, are not of texts
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: hf_kwargs.encoding: {encoding!r} is not a text encoding that Python knows;"
+            " give the file's own, such as utf-8, latin-1, cp1252 or utf-16"
         ) from error
 
 

@@ -50,7 +50,12 @@ class JsonValue:
         return json.dumps(value)
 
     def decode_example(self, value: str, token_per_repo_id: Any = None) -> Any:
-        return json.loads(value)
+        try:
+            return json.loads(value)
+        except RecursionError as error:
+            raise UserError(
+                f"a value is nested too deeply, {value[:40]}...; write it with fewer levels"
+            ) from error
 
 
 with warnings.catch_warnings():
@@ -59,6 +64,7 @@ with warnings.catch_warnings():
 
 _ROLES = {*ALLOWED_MESSAGES_KEYS, *ALLOWED_PROMPT_KEYS, *ALLOWED_RESPONSE_KEYS}
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**24
+_MOST_LEVELS = 50  # of a value with an Arrow type; Arrow reads files of at most 64
 _NAMES = {"string": "text", "bool": "true or false", "int64": "a number", "float64": "a number"}
 
 
@@ -100,7 +106,8 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[dict[str, Any]]]:
 
 
 # A kind is None (null so far), the name of an Arrow type, [kind] for a list, {name: kind} for an
-# object, or "json" for values that no Arrow type holds as they are.
+# object, or "json" for values that no Arrow type holds as they are. Objects with other keys, or in
+# another order, are such values: Arrow would give each of them the keys of all, as nulls.
 
 
 def _column_kinds(rows: Iterable[Row]) -> dict[str, Any]:
@@ -140,16 +147,18 @@ def _check_same(
         )
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Any, level: int = 0) -> Any:
     if value is None:
         return None
+    if level > _MOST_LEVELS:
+        return "json"
     if isinstance(value, dict):
-        kinds = {name: _kind(one) for name, one in value.items()}
+        kinds = {name: _kind(one, level + 1) for name, one in value.items()}
         return "json" if not kinds or "json" in kinds.values() else kinds
     if isinstance(value, list):
         child = None
         for one in value:
-            child = _merge(child, _kind(one))
+            child = _merge(child, _kind(one, level + 1))
         return "json" if child == "json" else [child]
     if isinstance(value, int) and not isinstance(value, bool):
         return "int64" if -(2**63) <= value < 2**63 else "json"
@@ -157,16 +166,17 @@ def _kind(value: Any) -> Any:
 
 
 def _merge(one: Any, other: Any) -> Any:
-    if one is None or other is None or one == other:
+    if one is None or other is None:
         return other if one is None else one
     if isinstance(one, list) and isinstance(other, list):
         child = _merge(one[0], other[0])
         return "json" if child == "json" else [child]
     if isinstance(one, dict) and isinstance(other, dict):
-        names = dict.fromkeys([*one, *other])
-        kinds = {name: _merge(one.get(name), other.get(name)) for name in names}
+        if list(one) != list(other):
+            return "json"
+        kinds = {name: _merge(kind, other[name]) for name, kind in one.items()}
         return "json" if "json" in kinds.values() else kinds
-    return "json"
+    return one if one == other else "json"
 
 
 def _features(kinds: dict[str, Any]) -> datasets.Features:
@@ -197,8 +207,10 @@ def without_empty_columns(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _is_empty(rows: datasets.Dataset, name: str) -> bool:
-    dtype = getattr(rows.features[name], "dtype", None)
-    if dtype not in ("string", "large_string"):
-        return dtype == "null"
+    feature = rows.features[name]
+    no_items = datasets.Sequence(datasets.Value("null"))
+    may_be_empty = isinstance(feature, JsonValue) or feature == no_items
+    if not may_be_empty and getattr(feature, "dtype", None) not in ("string", "large_string"):
+        return getattr(feature, "dtype", None) == "null"
     batches = cast(Iterator[dict[str, Any]], rows.select_columns([name]).iter(_BATCH_ROWS))
-    return not any(any(batch[name]) for batch in batches)
+    return all(value in (None, "", [], {}) for batch in batches for value in batch[name])

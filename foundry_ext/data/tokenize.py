@@ -21,7 +21,6 @@ from llmfoundry.data.finetuning.tasks import (
     _slice_chat_formatted_example,
     tokenize_formatted_example,
 )
-from llmfoundry.utils.exceptions import BaseContextualError, UnknownExampleTypeError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.cache import table_key
@@ -29,6 +28,7 @@ from foundry_ext.data.cached_documents import cached_documents
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.full_disk import check_space
 from foundry_ext.data.preprocessing import format_row
+from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.rows import without_empty_columns
 from foundry_ext.data.settings import TokenizeSettings
 from foundry_ext.data.special_tokens import SpecialTokens, WithoutSpecialTokens
@@ -38,10 +38,6 @@ from foundry_ext.utils.errors import UserError
 
 Preprocess = Callable[[dict[str, Any]], Any]
 
-_ROWS = (
-    "; a row has a prompt and a response, both text, or messages: correct it, or set"
-    " preprocessing_fn to a function that makes such rows"
-)
 # Characters per call of the tokenizer: its encodings take some hundred bytes per token.
 _BATCH_CHARACTERS = 2**20
 
@@ -83,6 +79,8 @@ def tokenize_rows(
         )
 
     deciding = asdict(settings) | reader.version
+    if preprocess is not None:  # earlier ones let nulls inside values become text
+        deciding["nulls"] = 1
     return cached_documents(table_key(rows, tokenizer, deciding, preprocess), write)
 
 
@@ -96,7 +94,7 @@ def tokenize_stream(
 
     def table(batch: dict[str, list[int]]) -> pa.Table:
         indices = batch["index"]
-        stored = [_named(index, rows.__getitem__, index) for index in indices]
+        stored = [naming_row(index, rows.__getitem__, index) for index in indices]
         return reader.table(indices, _read(reader, stored, indices, reader.read_stored))
 
     indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
@@ -121,7 +119,7 @@ def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[...,
         rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         if preprocess is not None and reader.settings.text_key is None:
             formatted = partial(format_row, preprocess)
-            rows = [_named(i, formatted, row) for i, row in zip(indices, rows, strict=True)]
+            rows = [naming_row(i, formatted, row) for i, row in zip(indices, rows, strict=True)]
         return reader.table(indices, _read(reader, rows, indices, reader.read))
 
     return table
@@ -136,25 +134,8 @@ def _read(
     """Return the tokens of rows, read together if that is possible, otherwise by `read`."""
     tokens = reader.read_batch(rows)
     if tokens is None:
-        tokens = [_named(i, read, row) for i, row in zip(indices, rows, strict=True)]
+        tokens = [naming_row(i, read, row) for i, row in zip(indices, rows, strict=True)]
     return tokens
-
-
-def _named(index: int, function: Callable[[Any], Any], row: Any) -> Any:
-    """Return function(row); errors name the row, and say which rows can be read."""
-    try:
-        return function(row)
-    except Exception as error:
-        way_out = _ROWS if isinstance(error, BaseContextualError | KeyError) else ""
-        items = row.items() if way_out and isinstance(row, dict) else ()
-        lacks = [repr(key) for key, value in items if value is None]
-        if lacks and isinstance(error, UnknownExampleTypeError):
-            # Arrow has one column for each key of any row.
-            way_out = f"; it has no {' or '.join(lacks)}, which others have{way_out}"
-        elif lacks:
-            way_out = f"; its {' and '.join(lacks)} is null, or missing{way_out}"
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"row {index}: {kind}{error}{way_out}") from error
 
 
 class _Reader:

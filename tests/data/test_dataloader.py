@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -267,9 +268,29 @@ def test_what_is_dropped_or_cut_is_said(tokenizer, dataset, write_jsonl, make_ro
     (message,) = [record.getMessage() for record in caplog.records]
     assert "(max_seq_len 40)" in message
     assert "1 dropped_empty" in message
+    assert "1 row dropped, with an empty prompt or response; the first is row 10," in message
     assert "1 dropped_no_loss" in message
     assert "truncated" in message
     assert "tokens_cut" in message
+
+
+@pytest.mark.parametrize(
+    ("overlong", "texts", "what"),
+    [
+        ("truncate", ["a", "", "a" * 50, ""], "2 rows dropped, with an empty 'text'; .* is row 1,"),
+        ("truncate", ["a" * 50, ""], "1 row dropped, with an empty 'text'; .* is row 1,"),
+        ("split", ["a", "", "a" * 50], "1 row dropped, .* is row 1,"),
+        ("split", ["a" * 50, ""], "1 row dropped, .* is document 2,"),
+    ],
+)
+def test_the_first_empty_row_is_named(
+    tokenizer, dataset, write_jsonl, caplog, overlong, texts, what
+):
+    more = {"hf_name": str(write_jsonl([{"text": one} for one in texts])), "max_seq_len": 32}
+    with caplog.at_level(logging.WARNING, "foundry_ext"):
+        build(tokenizer, {**dataset, **more, "overlong": overlong}, name="packed_text")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.search(what, message)
 
 
 def test_nothing_is_said_where_nothing_is_lost(tokenizer, dataset, caplog):

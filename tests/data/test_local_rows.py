@@ -235,6 +235,11 @@ NUMBERS = [
     [{"a": "x"}, {"a": 1}],
     [{}, {"a": 1}],
     [[{"a": [1]}, {"a": ["x"]}]],
+    [{"height": "3m"}, {"age": "7"}],
+    [{"a": "1", "b": "2"}, {"b": "2", "a": "1"}],
+    [{"a": {"b": None}}, {"a": {}}],
+    [[{"role": "user"}, {"role": "user", "name": "x"}]],
+    [{"a": {"b": "1"}}, None, {"a": None}, {"a": {"b": None}}],
 ]
 
 
@@ -250,9 +255,18 @@ def test_a_key_that_only_some_rows_have_is_null_in_others(tmp_path):
     rows = lines({"a": "1", "b": None}, {"a": "2", "c": {"x": "3"}}, {"c": {"y": "4"}})
     assert read(write(tmp_path / "a.jsonl", rows)) == [
         {"a": "1", "b": None, "c": None},
-        {"a": "2", "b": None, "c": {"x": "3", "y": None}},
-        {"a": None, "b": None, "c": {"x": None, "y": "4"}},
+        {"a": "2", "b": None, "c": {"x": "3"}},
+        {"a": None, "b": None, "c": {"y": "4"}},
     ]
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+@pytest.mark.parametrize("levels", [49, 50, 51, 52, 400])
+def test_a_value_of_many_levels_stays_as_it_is(tmp_path, opening: str, levels: int):
+    """Arrow cannot read back what it wrote with more than 64."""
+    text = opening * levels + "1" + ("]" if opening == "[" else "}") * levels
+    rows = read(write(tmp_path / "a.jsonl", f'{{"a": {text}}}\n'.encode()))
+    assert json.dumps(rows[0]["a"], separators=(",", ":")) == text
 
 
 def test_batches_of_a_long_file_are_read_alike(tmp_path, monkeypatch):
@@ -391,6 +405,24 @@ BAD = {
         "a.jsonl.gz cannot be decompressed",
     ),
     "no gz": ("a.jsonl.gz", lines({"a": "x"}), {}, "a.jsonl.gz cannot be decompressed"),
+    "no bz2": ("a.jsonl.bz2", lines({"a": "x"}), {}, "a.jsonl.bz2 cannot be decompressed"),
+    "broken bz2": (
+        *("a.jsonl.bz2", bz2.compress(lines({"a": "x"}))[:-9] + b"123456789", {}),
+        "a.jsonl.bz2 cannot be decompressed",
+    ),
+    "no xz": ("a.csv.xz", b"a\n1\n", {}, "a.csv.xz cannot be decompressed"),
+    **{
+        f"encoding {encoding}, {name}": (
+            *(name, content, {"encoding": encoding}),
+            f"hf_kwargs.encoding: {encoding!r} is not .* latin-1",
+        )
+        for name, content in (("a.csv", b"a\n1\n"), ("a.jsonl", b"{}"), ("a.json", b"[{}]"))
+        for encoding in ("latin9000", "base64", 8859)
+    },
+    "nested too deeply": (
+        *("a.jsonl", b'{"a": %s1%s}' % (b"[" * 2000, b"]" * 2000), {}),
+        "line 1: nested too deeply",
+    ),
     "open quote": ("a.csv", b'a,b\n1,2\n"3,4\n', {}, r"line 3: not CSV .*written twice"),
     "a cell too many": ("a.csv", b"a,b\n1,2\n1,2,3\n", {}, r"line 3: 3 cells, but 2 columns"),
     "no header": ("a.csv", b"1,2\n", {"header": 1}, "hf_kwargs.header: 1; .*column_names"),

@@ -4,12 +4,18 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import datasets
 import datasets.config
+import pyarrow as pa
 import pytest
+import yaml
 
 from foundry_ext.data import prompts
 from foundry_ext.data.preprocessing import format_row, module_sources
+from foundry_ext.data.rows import JsonValue, without_empty_columns
+from foundry_ext.data.sources import load_rows
 from foundry_ext.utils.errors import UserError
 from tests.data.kit import build
 
@@ -130,6 +136,50 @@ def test_a_null_that_a_users_function_writes_as_text_is_refused(function):
     assert format_row(function, kept) == function(kept)
 
 
+WRITES = {
+    "in an object": (lambda row: f" {row['qa']['a']}", {"qa": {"q": "x", "a": None}}, "qa.a"),
+    "in a list": (lambda row: " ".join(map(str, row["a"])), {"a": ["x", None]}, r"a\[1\]"),
+    "in objects of a list": (
+        lambda row: "\n".join("- {}".format(one["b"]) for one in row["a"]),
+        {"a": [{"b": "x"}, {"b": None}]},
+        r"a\[1\].b",
+    ),
+    "a whole list": (lambda row: f"{row['a']}", {"a": ["x", None]}, r"a\[1\]"),
+    "cut": (lambda row: (str(row["a"]) + "x" * 99)[:20], {"a": None}, "a"),
+    "with %": (lambda row: "%s" % row["a"], {"a": None}, "a"),  # noqa: UP031
+    "beside one that is handled": (
+        lambda row: f"{'None given' if row['c'] is None else row['c']}, {row['a']}",
+        {"c": None, "a": None},
+        "a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_a_null_inside_a_value_that_becomes_text_is_refused(case: str):
+    function, row, name = WRITES[case]
+    with pytest.raises(UserError, match=f"null as the text 'None'; '{name}' is null"):
+        format_row(lambda row: {"prompt": "None?", "response": function(row)}, row)
+
+
+HANDLES = [
+    lambda row: "None given" if row["c"] is None else row["c"],
+    lambda row: "None" if row["c"] is None else row["c"],
+    lambda row: "None given" if row["c"] is None else f"{row['c']}",
+    lambda row: f"Context: {row['c']}" if row["c"] else "x = None",
+    lambda row: row["c"] or "None",
+    lambda row: "None" if row["c"] is None else row["c"]["missing"],
+    lambda row: "None of " + ", ".join(one for one in row["l"] if one is not None),
+    lambda row: f"None {json.dumps(row)}",
+]
+
+
+@pytest.mark.parametrize("function", HANDLES)
+def test_a_function_that_handles_null_may_write_none(function):
+    row = {"c": None, "l": ["x", None]}
+    assert format_row(function, row) == function(row)
+
+
 def test_nulls_that_a_function_handles_are_its_own():
     def handles(row):
         if row.pop("a") is None:
@@ -158,6 +208,14 @@ def test_the_row_is_named(tmp_path, tokenizer, answer):
         build(tokenizer, {**dataset, "preprocessing_fn": mapping})
 
 
+@pytest.mark.parametrize(("tags", "is_left"), [([[], []], False), ([[], [None]], True)])
+def test_a_column_of_lists_without_items_is_an_empty_one(tmp_path, tags, is_left: bool):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "tags": one}) + "\n" for one in tags))
+    rows = without_empty_columns(load_rows(str(path), "train"))
+    assert ("tags" in rows.column_names) == is_left
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_column_without_anything_in_it_does_not_hurt(tmp_path, tokenizer, suffix: str):
     rows = [{"prompt": "a", "response": "b", "note": None}] * 3
@@ -172,6 +230,56 @@ def test_a_column_without_anything_in_it_does_not_hurt(tmp_path, tokenizer, suff
     path.write_text(path.read_text() + more)
     with pytest.raises(UserError, match="row 0: UnknownExampleTypeError"):
         build(tokenizer, dataset)
+
+
+def test_columns_too_many_are_named_with_those_allowed(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "response": "b", "score": 1}\n' * 2)
+    dataset = {"hf_name": str(path), "split": "train", "max_seq_len": 32}
+    with pytest.raises(UserError) as error:
+        build(tokenizer, dataset)
+    for part in (
+        "columns 'prompt', 'response', 'score';",
+        "response or completion",
+        "messages alone",
+    ):
+        assert part in str(error.value)
+    assert "remove the others, or set preprocessing_fn" in str(error.value)
+    assert "{" not in str(error.value)
+    path.write_text('{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}\n')
+    with pytest.raises(UserError, match=r"row 0: UnknownExampleTypeError: .*'role'"):
+        build(tokenizer, dataset)
+
+
+@pytest.mark.parametrize(
+    ("separator", "hint"), [(";", "{sep: ';'}"), ("\t", '{sep: "\\t"}'), ("|", "{sep: '|'}")]
+)
+def test_another_separator_is_named_with_the_key_that_sets_it(tmp_path, tokenizer, separator, hint):
+    path = tmp_path / "rows.csv"
+    dataset: dict[str, Any] = {"hf_name": str(path), "split": "train", "max_seq_len": 32}
+    gsm8k = {"preprocessing_fn": "foundry_ext.data.prompts:gsm8k"}
+    cases = [
+        ("packed_finetuning", ("prompt", "response"), {}, "a"),
+        ("packed_finetuning", ("prompt", "response"), {}, "a, with a comma"),
+        ("packed_finetuning", ("question", "answer"), gsm8k, "a"),
+        ("packed_text", ("text", "id"), {}, "a"),
+    ]
+    for name, columns, more, cell in cases:
+        path.write_text(f"{separator.join(columns)}\n{cell}{separator}b\n")
+        with pytest.raises(UserError) as error:
+            build(tokenizer, {**dataset, **more}, name=name)
+        assert f"hf_kwargs: {hint}" in str(error.value)
+        way_out = yaml.safe_load(str(error.value).rpartition("hf_kwargs: ")[2])
+        loader = build(tokenizer, {**dataset, **more, "hf_kwargs": way_out}, name=name)
+        assert loader.dataloader.dataset.documents.counts["kept"] == 1
+
+
+@pytest.mark.parametrize("values", [(0, 0.0), (False, 0), ([0], [0.0])])
+def test_a_column_of_zeros_is_not_an_empty_one(values):
+    table = pa.table({"prompt": ["a"] * 2, "x": list(map(json.dumps, values)), "e": ["{}", "[]"]})
+    features = {"prompt": datasets.Value("string"), "x": JsonValue(), "e": JsonValue()}
+    rows = datasets.Dataset(table, datasets.DatasetInfo(features=datasets.Features(features)))
+    assert without_empty_columns(rows).column_names == ["prompt", "x"]
 
 
 def test_a_null_response_is_named_for_what_it_is(tmp_path, tokenizer):

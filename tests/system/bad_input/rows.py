@@ -80,7 +80,11 @@ FILES = [
     Case(
         "wrong columns", rows([{"question": "a", "answer": "b"}]), ("row 0", "'question'", _WAY_OUT)
     ),
-    Case("no response anywhere", rows([{"prompt": "a"}] * 3), ("row 0", "{'prompt'}", _WAY_OUT)),
+    Case(
+        "no response anywhere",
+        rows([{"prompt": "a"}] * 3),
+        ("row 0", "columns 'prompt';", _WAY_OUT),
+    ),
     Case("no response in a row", rows([ROW, {"prompt": "a"}]), ("row 1", "NoneType", _WAY_OUT)),
     Case("prompt null", rows([ROW, ROW, {**ROW, "prompt": None}]), ("row 2", "prompt", _WAY_OUT)),
     Case("a column too many", rows([{**ROW, "id": 7}]), ("row 0", "'id'", _WAY_OUT)),
@@ -194,7 +198,7 @@ ALLOWED = [
     Case(
         "a prompt is empty",
         rows([{**ROW, "prompt": ""}] + [ROW] * 9),
-        ("9 kept, 1 dropped_empty",),
+        ("9 kept, 1 dropped_empty", "an empty prompt or response; the first is row 0"),
         holds=_kept(kept=9, dropped_empty=1),
     ),
     Case(
