@@ -38,6 +38,8 @@ _NOT_ROWS = {
     *("dataset_dict.json", "dummy_data.zip"),
 }
 _BACKUPS = (".bak", ".tmp", ".orig", ".old", ".swp", ".partial", ".part", "~")
+# What `map` and its kin leave in a folder of `save_to_disk`: results, and those cut while written.
+_RESULTS = re.compile(r"cache-.*\.arrow|tmp[a-z0-9_]{8}")
 
 
 def is_file_name(name: str) -> bool:
@@ -82,7 +84,9 @@ def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[P
     _refuse_mds(folder)
     found = sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # without hidden ones
     found = [name for name in found if (folder / name).is_file() and _may_be_rows(name)]
+    saved = _saved(folder / name for name in found)
     names = [name for name in found if not _is_backup(name) and (any_name or _suffixes(name)[0])]
+    names = [name for name in names if _is_of(saved, folder / name)]
     if not any_name:  # notes and licences beside rows
         names = [name for name in names if not name.endswith(".txt")] or names
     shards = {name: match[1] for name in names if (match := _SHARD.fullmatch(name))}
@@ -95,13 +99,39 @@ def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[P
     return splits
 
 
+def _is_of(saved: Mapping[Path, set[str]], path: Path) -> bool:
+    return path.parent not in saved or path.name in saved[path.parent]
+
+
 def _may_be_rows(name: str) -> bool:
     path = PurePosixPath(name)
     return path.name not in _NOT_ROWS and "__pycache__" not in path.parts
 
 
 def _is_backup(name: str) -> bool:
-    return name.lower().endswith((*_BACKUPS, ".source.json"))
+    name = PurePosixPath(name).name
+    return bool(_RESULTS.fullmatch(name)) or name.lower().endswith((*_BACKUPS, ".source.json"))
+
+
+def _saved(files: Iterable[Path]) -> dict[Path, set[str]]:
+    """Return the names of the rows' files in the folders that `save_to_disk` wrote.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    saved: dict[Path, set[str]] = {}
+    for folder in sorted({file.parent for file in files}):
+        try:
+            parts = json.loads((folder / "state.json").read_bytes())["_data_files"]
+            saved[folder] = {part["filename"] for part in parts}
+        except (ValueError, TypeError, KeyError, OSError):
+            continue
+        for name in sorted(saved[folder]):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder / 'state.json'} names {name}, which is not there; copy the whole folder"
+                )
+    return saved
 
 
 def _split_of(folder: Path, name: str) -> str:

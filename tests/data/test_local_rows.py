@@ -331,6 +331,25 @@ def test_what_is_left_out_is_logged(tmp_path, caplog):
     assert "reads train.jsonl; other splits: test.jsonl" in caplog.text
 
 
+def test_of_a_saved_data_set_only_its_own_files_are_read(tmp_path):
+    """`map` leaves its result beside them."""
+    rows = [{"a": "x"}, {"a": "y"}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "train"))
+    saved = datasets.load_from_disk(str(tmp_path / "train"))
+    saved.map(lambda row: {"a": row["a"].upper()})
+    assert list((tmp_path / "train").glob("cache-*.arrow"))
+    (data,) = (tmp_path / "train").glob("data-*.arrow")
+    write(tmp_path / "train" / "other.arrow", data.read_bytes())
+    assert read(tmp_path / "train") == read(tmp_path) == rows
+    (tmp_path / "train" / "other.arrow").unlink()
+    (tmp_path / "train" / "state.json").rename(tmp_path / "state.json")
+    assert read(tmp_path) == read("arrow", data_files=f"{tmp_path}/train/*.arrow") == rows
+    (tmp_path / "state.json").rename(tmp_path / "train" / "state.json")
+    data.unlink()
+    with pytest.raises(UserError, match=r"train/state.json names data-.*, which is not there"):
+        read(tmp_path)
+
+
 REFUSED = [
     (["a.jsonl", "b.csv"], "several kinds for split train, a.jsonl, b.csv; .*data_files"),
     (["a.jsonl", "b.json"], "several kinds"),
