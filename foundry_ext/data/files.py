@@ -8,8 +8,9 @@ is a part of the file's name, or of a folder's above it, by the conventions of `
 import glob
 import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -82,8 +83,8 @@ def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[P
         UserError: it is a folder of MDS shards, or a file's name stands for two splits.
     """
     _refuse_mds(folder)
-    found = sorted(glob.glob("**/*", root_dir=folder, recursive=True))  # without hidden ones
-    found = [name for name in found if (folder / name).is_file() and _may_be_rows(name)]
+    found = sorted(path.relative_to(folder).as_posix() for path in _walk(folder))
+    found = [name for name in found if _may_be_rows(name)]
     saved = _saved(folder / name for name in found)
     names = [name for name in found if not _is_backup(name) and (any_name or _suffixes(name)[0])]
     names = [name for name in names if _is_of(saved, folder / name)]
@@ -96,7 +97,41 @@ def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[P
     ignored = [name for name in found if name not in (shards or names)]
     if ignored and splits and dist.get_global_rank() == 0:
         log.warning("%s: not read as rows: %s", folder, _names(ignored))
+    root = folder.resolve()
+    for split, files in splits.items():
+        # A file itself is kept rather than a link to it.
+        links = {path for path in files if path.resolve() != root / path.relative_to(folder)}
+        files.sort(key=lambda path: (path in links, path))
+        splits[split] = sorted(_distinct(files))
     return splits
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those below it, without hidden ones.
+
+    Links to folders are followed, except to a folder that holds the link.
+    """
+    for at, folders, files in os.walk(folder, followlinks=True):
+        above = [path.resolve() for path in (Path(at), *Path(at).parents)]
+        inside = [Path(at, name) for name in sorted(folders) if not name.startswith(".")]
+        loops = [path for path in inside if path.is_symlink() and path.resolve() in above]
+        _log_copies(loops)
+        folders[:] = [path.name for path in inside if path not in loops]
+        shown = (Path(at, name) for name in files if not name.startswith("."))
+        yield from (path for path in shown if path.is_file())
+
+
+def _distinct(files: Iterable[Path]) -> list[Path]:
+    """Return the files without those that are there already by another name, which are logged."""
+    first: dict[Path, Path] = {}
+    _log_copies([path for path in files if first.setdefault(path.resolve(), path) is not path])
+    return list(first.values())
+
+
+def _log_copies(paths: Sequence[Path]) -> None:
+    if paths and dist.get_global_rank() == 0:
+        names = _names(map(str, paths))
+        log.warning("not read again, as it is named twice or is a link: %s", names)
 
 
 def _is_of(saved: Mapping[Path, set[str]], path: Path) -> bool:
@@ -208,18 +243,17 @@ def files_of_patterns(patterns: Any, base: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for split, names in patterns.items():
         for name in [names] if isinstance(names, str) else names:
-            pattern = base / name
-            exact = pattern.is_file()
-            found = [pattern] if exact else sorted(map(Path, _glob(str(pattern))))
+            exact = (base / name).is_file()
+            found = [base / name] if exact else sorted(_glob(name, base))
             if not found:
                 raise FileNotFoundError(f"data_files: {name} has no files (in {base.absolute()})")
             splits.setdefault(str(split), []).extend(found)
-    return splits
+    return {split: _distinct(files) for split, files in splits.items()}
 
 
-def _glob(pattern: str) -> Iterable[str]:
-    found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
-    return [path for path in found if not _is_backup(path)]
+def _glob(pattern: str, base: Path) -> Iterable[Path]:
+    names = glob.glob(pattern, root_dir=base, recursive=True)
+    return (base / name for name in names if (base / name).is_file() and not _is_backup(name))
 
 
 def _names(paths: Iterable[Path | str]) -> str:

@@ -350,6 +350,45 @@ def test_of_a_saved_data_set_only_its_own_files_are_read(tmp_path):
         read(tmp_path)
 
 
+def test_a_file_that_links_lead_to_is_read_once(tmp_path, caplog):
+    fill(tmp_path, "v3/z.jsonl", "b.jsonl")
+    (tmp_path / "latest").symlink_to("v3")
+    for name in "ac":
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "v3" / "v2").symlink_to("..")
+    (tmp_path / "test.jsonl").symlink_to("b.jsonl")
+    assert [row["a"] for row in read(tmp_path)] == ["b.jsonl", "v3/z.jsonl"]
+    for name in ("a", "latest/z.jsonl"):
+        assert f"is a link: {tmp_path}/{name}" in caplog.text
+    assert [row["a"] for row in read(tmp_path, "test")] == ["b.jsonl"]
+
+
+def test_links_to_files_elsewhere_are_read(tmp_path):
+    fill(tmp_path / "blobs", "1", "2")
+    for link, blob in {"b": "1", "a": "2", "test": "1"}.items():
+        write(tmp_path / "rows" / "README.md", b"")
+        (tmp_path / "rows" / f"{link}.jsonl").symlink_to(f"../blobs/{blob}")
+    assert [row["a"] for row in read(tmp_path / "rows")] == ["2", "1"]
+    assert [row["a"] for row in read(tmp_path / "rows", "test")] == ["1"]
+
+
+def test_data_files_that_name_a_file_twice_read_it_once(tmp_path, caplog):
+    fill(tmp_path / "x", "b.jsonl", "a.jsonl")
+    for files in (["b.jsonl", "./b.jsonl", "*"], ["b*", "../x/b.jsonl", "a.jsonl", "**/a*"]):
+        caplog.clear()
+        rows = read(tmp_path / "x", data_files=files)
+        assert [row["a"] for row in rows] == ["b.jsonl", "a.jsonl"]
+        assert f"named twice or is a link: {tmp_path}/x" in caplog.text
+
+
+def test_patterns_work_in_a_folder_whose_name_has_brackets(tmp_path):
+    fill(tmp_path / "x[v1]*", "b.jsonl", "a.jsonl", "c.jsonl.bak")
+    names = ["a.jsonl", "b.jsonl"]
+    for files in ("*", "*.jsonl", "[ab].jsonl", ["a*", "b*"]):
+        assert [row["a"] for row in read(tmp_path / "x[v1]*", data_files=files)] == names
+    assert [row["a"] for row in read("json", data_dir=f"{tmp_path}/x[v1]*", data_files="*")] == names
+
+
 REFUSED = [
     (["a.jsonl", "b.csv"], "several kinds for split train, a.jsonl, b.csv; .*data_files"),
     (["a.jsonl", "b.json"], "several kinds"),
