@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from foundry_ext.data.files import suffixes
 from foundry_ext.data.opening import decoding_fault, open_binary
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
@@ -44,7 +45,7 @@ def read_csv(
             encoding; names the line.
     """
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
-    sep = sep or ("\t" if ".tsv" in (one.lower() for one in path.suffixes) else ",")
+    sep = sep or ("\t" if suffixes(path.name)[0] == ".tsv" else ",")
     has_names = header == 0 or names is None
     if header not in ("infer", 0):
         raise UserError(

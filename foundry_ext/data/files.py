@@ -45,16 +45,20 @@ _RESULTS = re.compile(r"cache-.*\.arrow|tmp[a-z0-9_]{8}")
 
 def is_file_name(name: str) -> bool:
     """Return whether a name ends as a file of rows does, compressed or not."""
-    return _suffixes(name)[0] in KINDS or _suffixes(name)[0] in (".ndjson", ".tsv")
+    return suffixes(name)[0] in KINDS or suffixes(name)[0] in (".ndjson", ".tsv")
 
 
 def kind_of(path: Path) -> str:
     """Return the reader of a file by its suffix: json, csv, parquet, arrow or text.
 
     Raises:
-        UserError: it is packed in a way that is not read.
+        UserError: it has no such suffix, or is packed in a way that is not read.
     """
-    suffix, packing = _suffixes(path.name)
+    suffix, packing = suffixes(path.name)
+    if not suffix:
+        raise UserError(
+            f"{path}: its name does not end as a file of rows; name the reader, such as hf_name: json"
+        )
     if packing in _PACKED or (packing and _KINDS[suffix] in ("parquet", "arrow")):
         raise UserError(
             f"{path}: {packing} is not read; unpack it, or compress it as"
@@ -63,15 +67,15 @@ def kind_of(path: Path) -> str:
     return _KINDS[suffix]
 
 
-def _suffixes(name: str) -> tuple[str, str]:
-    """Return (".jsonl", ".gz") for rows.jsonl.gz, ("", "") for no rows."""
+def suffixes(name: str) -> tuple[str, str]:
+    """Return (".jsonl", ".gz") for rows.jsonl.gz; each is "" if it is no kind of rows or packing.
+
+    The readers go by nothing else of a name.
+    """
     path = PurePosixPath(name.lower())
-    if path.suffix in _KINDS:
-        return path.suffix, ""
-    inner = PurePosixPath(path.stem).suffix
-    if path.suffix in (*COMPRESSED, *_PACKED) and inner in _KINDS:
-        return inner, path.suffix
-    return "", ""
+    packing = path.suffix if path.suffix in (*COMPRESSED, *_PACKED) else ""
+    suffix = PurePosixPath(path.stem).suffix if packing else path.suffix
+    return suffix if suffix in _KINDS else "", packing
 
 
 def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[Path]]:
@@ -86,10 +90,10 @@ def files_of_folder(folder: Path, *, any_name: bool = False) -> dict[str, list[P
     found = sorted(path.relative_to(folder).as_posix() for path in _walk(folder))
     found = [name for name in found if _may_be_rows(name)]
     saved = _saved(folder / name for name in found)
-    names = [name for name in found if not _is_backup(name) and (any_name or _suffixes(name)[0])]
+    names = [name for name in found if not _is_backup(name) and (any_name or suffixes(name)[0])]
     names = [name for name in names if _is_of(saved, folder / name)]
     if not any_name:  # notes and licences beside rows
-        names = [name for name in names if not name.endswith(".txt")] or names
+        names = [name for name in names if suffixes(name)[0] != ".txt"] or names
     shards = {name: match[1] for name in names if (match := _SHARD.fullmatch(name))}
     splits: dict[str, list[Path]] = {}
     for name in shards or names:
@@ -198,8 +202,13 @@ def _refuse_mds(folder: Path) -> None:
             )
 
 
-def select_split(splits: Mapping[str, Sequence[Path]], split: str, source: str) -> list[Path]:
+def select_split(
+    splits: Mapping[str, Sequence[Path]], split: str, source: str, *, named: bool = False
+) -> list[Path]:
     """Return the files of a split, and log which they are.
+
+    `named` files, those of `hf_kwargs.data_files`, may have any suffixes that one reader reads. A
+    folder's .json beside .jsonl is refused, because it may describe them.
 
     Raises:
         UserError: the split has no files, or files of several kinds.
@@ -209,7 +218,11 @@ def select_split(splits: Mapping[str, Sequence[Path]], split: str, source: str) 
     if not files:
         found = "; ".join(f"{name}: {_names(some)}" for name, some in sorted(splits.items()))
         raise UserError(f"split {split!r} has no files in {source}; there are {found}")
-    kinds = {_suffixes(path.name)[0]: path for path in reversed(files)}
+    kinds = {
+        _kind_among(path, named): path
+        for path in reversed(files)
+        if suffixes(path.name)[0] or not named
+    }
     if len(kinds) > 1:
         names = _names(sorted(kinds.values()))
         raise UserError(
@@ -223,8 +236,13 @@ def select_split(splits: Mapping[str, Sequence[Path]], split: str, source: str) 
     return files
 
 
+def _kind_among(path: Path, named: bool) -> str:
+    suffix = suffixes(path.name)[0]
+    return suffix if suffix == ".json" and not named else _KINDS.get(suffix, "")
+
+
 def _refuse_copies(files: Sequence[Path], source: str) -> None:
-    plain = {path.with_suffix("") if _suffixes(path.name)[1] else path: path for path in files}
+    plain = {path.with_suffix("") if suffixes(path.name)[1] else path: path for path in files}
     if len(plain) < len(files):
         twice = next(path for path in files if path not in plain.values())
         raise UserError(f"{source}: {twice.name} is there compressed and plain; remove one of both")

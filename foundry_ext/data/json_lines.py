@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from foundry_ext.data.files import suffixes
 from foundry_ext.data.opening import decoding_fault, open_binary
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
@@ -47,7 +48,7 @@ def read_json(
 
 
 def _is_of_lines(path: Path) -> bool:
-    return any(suffix.lower() in (".jsonl", ".ndjson") for suffix in path.suffixes[-2:])
+    return suffixes(path.name)[0] in (".jsonl", ".ndjson")
 
 
 def _begins_with_a_row(file: BinaryIO, encoding: str | None) -> bool:

@@ -27,6 +27,7 @@ from foundry_ext.data.files import (
     is_file_name,
     kind_of,
     select_split,
+    suffixes,
 )
 from foundry_ext.data.json_lines import read_json
 from foundry_ext.data.rows import Row, write_rows
@@ -86,9 +87,12 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
     names = [part.split("[")[0].strip() for part in split.split("+")]
     if splits is None and len(set(names)) > 1:
         raise UserError(f"split {split!r}: {hf_name} is one file, and so one split")
+    named = bool(hf_kwargs.get("data_files"))
     tables = {}
     for name in dict.fromkeys(names):
-        files = [Path(hf_name)] if splits is None else select_split(splits, name, hf_name)
+        files = (
+            [Path(hf_name)] if splits is None else select_split(splits, name, hf_name, named=named)
+        )
         tables[name] = _read(files, kind or kind_of(files[0]), options)
     parts = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
     rows = [_slice(tables[part.splitname], part.from_, part.to) for part in parts]
@@ -152,8 +156,8 @@ def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets
             f" data_files, data_dir, {', '.join(sorted(_OPTIONS[kind]))}"
         )
     digest = content_digest(files)
-    suffixes = ["".join(path.suffixes[-2:]).lower() for path in files]
-    key = Hasher.hash([_FORMAT_VERSION, kind, sorted(options.items()), suffixes, digest])
+    forms = [suffixes(path.name) for path in files]
+    key = Hasher.hash([_FORMAT_VERSION, kind, sorted(options.items()), forms, digest])
 
     def check_unchanged() -> None:
         if content_digest(files) != digest:

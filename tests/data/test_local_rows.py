@@ -278,7 +278,7 @@ def test_a_fault_is_named_with_its_place_and_a_way_out(tmp_path, case: str):
 
 def fill(folder: Path, *names: str) -> Path:
     for name in names:
-        is_csv = name.endswith((".csv", ".csv~"))
+        is_csv = name.endswith((".csv", ".csv~", ".tsv"))
         write(folder / name, f"a\n{name}\n".encode() if is_csv else lines({"a": name}))
     return folder
 
@@ -307,6 +307,8 @@ FOLDERS = [
     (["train.jsonl", "test.jsonl"], "train+test", ["train.jsonl", "test.jsonl"]),
     (["train.jsonl", "test.jsonl"], "all", None),
     (["train.csv", "test.jsonl"], "train", ["train.csv"]),
+    (["a.jsonl", "LICENSE.TXT", "notes.txt.gz"], "train", ["a.jsonl"]),
+    (["a.jsonl", "b.ndjson"], "train", ["a.jsonl", "b.ndjson"]),
 ]
 
 
@@ -386,7 +388,9 @@ def test_patterns_work_in_a_folder_whose_name_has_brackets(tmp_path):
     names = ["a.jsonl", "b.jsonl"]
     for files in ("*", "*.jsonl", "[ab].jsonl", ["a*", "b*"]):
         assert [row["a"] for row in read(tmp_path / "x[v1]*", data_files=files)] == names
-    assert [row["a"] for row in read("json", data_dir=f"{tmp_path}/x[v1]*", data_files="*")] == names
+    assert [
+        row["a"] for row in read("json", data_dir=f"{tmp_path}/x[v1]*", data_files="*")
+    ] == names
 
 
 REFUSED = [
@@ -415,6 +419,43 @@ def test_data_files_may_be_patterns_lists_or_splits(tmp_path, monkeypatch):
     assert [row["a"] for row in read("json", data_dir="x")] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(FileNotFoundError, match=r"data_files: y.jsonl has no files"):
         read("json", data_files="y.jsonl")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a.jsonl", "b.json"], ["b.ndjson", "a.jsonl"], ["a.csv", "b.tsv"], ["a.jsonl", "b.data"]],
+)
+def test_data_files_are_one_kind_if_one_reader_reads_them(tmp_path, names):
+    fill(tmp_path, *names)
+    builder = "csv" if "a.csv" in names else "json"
+    files = [str(tmp_path / name) for name in names]
+    assert [row["a"] for row in read(builder, data_files=files)] == names
+    assert [row["a"] for row in read(tmp_path, data_files=names)] == names
+
+
+def test_data_files_of_two_readers_or_of_none_are_refused(tmp_path):
+    fill(tmp_path, "a.jsonl", "b.csv", "c.md")
+    with pytest.raises(UserError, match=r"several kinds for split train, a.jsonl, b.csv"):
+        read(tmp_path, data_files=["a.jsonl", "b.csv"])
+    with pytest.raises(
+        UserError, match=r"c.md: its name does not end as .*, such as hf_name: json"
+    ):
+        read(tmp_path, data_files="c.md")
+
+
+def test_only_the_last_suffix_says_what_separates_cells(tmp_path):
+    content = b"a,b\n1\tx,2\n"
+    rows = [{"a": "1\tx", "b": "2"}]
+    assert read(write(tmp_path / "my.tsv.backup.csv", content)) == rows
+    assert read(write(tmp_path / "my.tsv.csv", content)) == rows
+    assert read(write(tmp_path / "my.csv.tsv", b"a\tb\n1\t2\n")) == [{"a": "1", "b": "2"}]
+
+
+def test_the_form_of_a_file_is_part_of_its_key_in_the_cache(tmp_path):
+    packed = gzip.compress(lines({"a": "1"}))
+    assert read("json", data_files=write(tmp_path / "rows.gz", packed)) == [{"a": "1"}]
+    with pytest.raises(UserError, match=r"rows, line 1"):
+        read("json", data_files=write(tmp_path / "rows", packed))
 
 
 def test_a_folder_of_mds_shards_is_sent_to_its_own_keys(tmp_path):
