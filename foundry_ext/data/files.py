@@ -57,7 +57,8 @@ def kind_of(path: Path) -> str:
     suffix, packing = suffixes(path.name)
     if not suffix:
         raise UserError(
-            f"{path}: its name does not end as a file of rows; name the reader, such as hf_name: json"
+            f"{path}: its name does not end as a file of rows; name the reader, such as"
+            " hf_name: json"
         )
     if packing in _PACKED or (packing and _KINDS[suffix] in ("parquet", "arrow")):
         raise UserError(
@@ -168,7 +169,8 @@ def _saved(files: Iterable[Path]) -> dict[Path, set[str]]:
         for name in sorted(saved[folder]):
             if not (folder / name).is_file():
                 raise UserError(
-                    f"{folder / 'state.json'} names {name}, which is not there; copy the whole folder"
+                    f"{folder / 'state.json'} names {name}, which is not there; copy the whole"
+                    " folder"
                 )
     return saved
 

@@ -13,10 +13,7 @@ from typing import Any
 
 import datasets
 import datasets.config
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.fingerprint import Hasher
-from datasets.table import table_cast
 
 from foundry_ext.data.cache import cached
 from foundry_ext.data.content import content_digest
@@ -30,10 +27,10 @@ from foundry_ext.data.files import (
     suffixes,
 )
 from foundry_ext.data.json_lines import read_json
+from foundry_ext.data.parquet_rows import write_parquet
 from foundry_ext.data.rows import Row, write_rows
-from foundry_ext.utils.errors import UserError, naming
+from foundry_ext.utils.errors import UserError
 
-_PARQUET_ERRORS = (pa.ArrowException, OSError, NotImplementedError)
 _FORMAT_VERSION = 1  # of the readers
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 # Of load_dataset, about downloads and its cache, of which there are none here.
@@ -171,7 +168,7 @@ def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets
 
     def write(folder: Path) -> None:
         if kind == "parquet":
-            _write_parquet(folder / "rows.arrow", files, **options)
+            write_parquet(folder / "rows.arrow", files, **options)
         else:
             write_rows(folder / "rows.arrow", _reader(files, kind, options))
         check_unchanged()
@@ -215,42 +212,3 @@ def cache_of_folder(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     return _cache_of(Hasher.hash([names, content_digest(files)]))
-
-
-def _write_parquet(path: Path, files: Sequence[Path], columns: Sequence[str] | None = None) -> None:
-    schema = _parquet_features(files, columns).arrow_schema
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for file in files:
-            with naming(str(file), _PARQUET_ERRORS):
-                for batch in pq.ParquetFile(file).iter_batches(1000, columns=schema.names):
-                    writer.write_table(table_cast(pa.Table.from_batches([batch]), schema))
-
-
-def _parquet_features(files: Sequence[Path], columns: Sequence[str] | None) -> datasets.Features:
-    """Return the columns of all files.
-
-    Raises:
-        UserError: a column is text in one file and something else in another.
-    """
-    features: dict[str, tuple[Path, Any]] = {}
-    for file in files:
-        with naming(str(file), _PARQUET_ERRORS):
-            found = datasets.Features.from_arrow_schema(pq.read_schema(file))
-        for name, feature in found.items():
-            first, before = features.setdefault(name, (file, feature))
-            if _type_name(before) == "null":
-                features[name] = (file, feature)
-            elif _type_name(feature) not in ("null", _type_name(before)):
-                raise UserError(
-                    f"{file}: column {name!r} is {_type_name(feature)}, but {_type_name(before)} in"
-                    f" {first}; write it as one type in all files"
-                )
-    wanted = [name for name in features if columns is None or name in columns]
-    return datasets.Features({name: features[name][1] for name in wanted})
-
-
-def _type_name(feature: Any) -> str:
-    dtype = str(getattr(feature, "dtype", feature))
-    if dtype in ("string", "large_string"):
-        return "text"
-    return "integer" if dtype.lstrip("u").startswith("int") else dtype

@@ -180,6 +180,44 @@ def test_parquet_of_two_types_is_refused(tmp_path):
         read(tmp_path)
 
 
+TYPES = [
+    (pa.array(["x"], pa.large_string()), pa.array(["y"])),
+    (pa.array(["x"]).dictionary_encode(), pa.array(["y"])),
+    (pa.array([1], pa.int32()), pa.array([2**40])),
+    (pa.array([0.5], pa.float32()), pa.array([0.1])),
+    (pa.array([["x"]], pa.list_(pa.large_string())), pa.array([["y"]])),
+    (pa.array([[{"a": "x", "b": "z"}]]), pa.array([[{"a": "x", "b": None}]])),
+    (pa.nulls(1), pa.array(["x"])),
+]
+
+
+@pytest.mark.parametrize("values", TYPES, ids=lambda values: str(values[1].type))
+def test_parquet_types_that_go_together_become_one(tmp_path, values):
+    expected = [{"a": one} for array in values for one in array.to_pylist()]
+    for names in (("1", "2"), ("2", "1")):
+        for name, array in zip(names, values, strict=True):
+            pq.write_table(pa.table({"a": array}), tmp_path / f"train-{name}.parquet")
+        assert read(tmp_path) == (expected if names[0] == "1" else expected[::-1])
+
+
+def test_only_the_columns_asked_for_need_types_that_are_read(tmp_path):
+    pairs = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"a": ["1"], "n": ["1"], "m": pairs}), tmp_path / "train-1.parquet")
+    pq.write_table(pa.table({"a": ["2"], "n": [True]}), tmp_path / "train-2.parquet")
+    for columns in (["a"], "a"):
+        assert read(tmp_path, columns=columns) == [{"a": "1"}, {"a": "2"}]
+    for columns, message in {
+        ("a", "b"): r"hf_kwargs.columns: 'b' is no column of .*train-1.*; the columns are a, n, m",
+        (
+            "a",
+            "n",
+        ): r"train-2.parquet: column 'n' is bool, but text in .*train-1.*hf_kwargs.columns",
+        ("m",): r"train-1.parquet: column 'm' is map.*hf_kwargs.columns",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, columns=list(columns))
+
+
 def test_parquet_files_may_lack_columns(tmp_path):
     nulls = pa.table({"a": ["1"], "b": pa.nulls(1)})
     pq.write_table(nulls, tmp_path / "train-1.parquet")
