@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foundry_ext.data.files import suffixes
-from foundry_ext.data.opening import decoding_fault, open_binary
+from foundry_ext.data.opening import decoding_fault, open_binary, text_encoding
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -53,7 +53,7 @@ def read_csv(
             " themselves as hf_kwargs.column_names"
         )
     with open_binary(path) as file:
-        text = io.TextIOWrapper(file, encoding or "utf-8-sig", newline="")
+        text = io.TextIOWrapper(file, text_encoding(path, encoding), newline="")
         try:
             for _ in range(skiprows):
                 next(text, None)

@@ -1,6 +1,7 @@
 """Opening of data files, which may be compressed, and the place of a byte that cannot be read."""
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import lzma
@@ -29,6 +30,23 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         raise UserError(
             f"{path} cannot be decompressed ({one_line(error)}); it may be cut: compress it again"
         ) from error
+
+
+def text_encoding(path: Path, encoding: str | None) -> str:
+    """Return the encoding to read a file with, so that a byte order mark in UTF-8 is no text.
+
+    Raises:
+        UserError: there is no such encoding.
+    """
+    encoding = encoding or "utf-8"
+    try:
+        "a".encode(encoding)
+    except LookupError as error:
+        raise UserError(
+            f"{path}: hf_kwargs.encoding: {encoding!r} is no encoding of text that Python knows;"
+            " give one such as latin-1, or leave it out for UTF-8"
+        ) from error
+    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
 
 
 def decoding_fault(path: Path, encoding: str | None, error: UnicodeDecodeError) -> UserError:

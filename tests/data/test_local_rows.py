@@ -254,6 +254,15 @@ def test_every_form_is_read(tmp_path, name: str):
     assert read(write(tmp_path / name, FORMS[name])) == rows
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-8-sig"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name[0] in "aceg"])
+def test_a_byte_order_mark_is_no_text_under_any_name_of_utf8(tmp_path, name: str, encoding: str):
+    content = FORMS[name]
+    if not name.endswith(".gz") and not content.startswith(BOM):
+        content = BOM + content
+    assert read(write(tmp_path / name, content), encoding=encoding) == [{"a": "é"}, {"a": "2"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "hf_kwargs"),
     [
@@ -278,6 +287,8 @@ BAD = {
         *("a.jsonl", lines({"a": "x"}, b'{"a": "x \\ud800 y"}'), {}),
         r"line 2: \\ud800 is half of a character, .*x .* y.*; write both halves",
     ),
+    "unknown encoding": ("a.jsonl", b"{}", {"encoding": "latin9000"}, "a.jsonl: .*'latin9000'"),
+    "encoding of bytes": ("a.csv", b"a", {"encoding": "base64"}, "a.csv: .*'base64'.*latin-1"),
     "zst": ("a.jsonl.zst", b"(\xb5/\xfd", {}, r"a.jsonl.zst: .zst is not read; .* a.jsonl.gz"),
     "zip": ("a.csv.zip", b"PK", {}, r"a.csv.zip: .zip is not read; .* a.csv.gz"),
     "cut gz": (
