@@ -6,6 +6,7 @@
 a changed file whose time was put back.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from foundry_ext.data.files import (
 from foundry_ext.data.json_lines import read_json
 from foundry_ext.data.parquet_rows import write_parquet
 from foundry_ext.data.rows import Row, write_rows
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, one_line
 
 _FORMAT_VERSION = 1  # of the readers
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
@@ -69,6 +70,8 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
         UserError: unknown keys, no such split, or a file that cannot be read as rows.
         FileNotFoundError: no such file.
     """
+    with _naming_split(split, hf_name):
+        instruction = datasets.ReadInstruction.from_spec(split.strip())
     options = dict(hf_kwargs)
     found = _find(hf_name, options)
     if found is None:
@@ -80,20 +83,62 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
     kind, splits = found
     if split == "all" and splits is not None:
         split = "+".join(splits)
-    instruction = datasets.ReadInstruction.from_spec(split.strip())
+        instruction = datasets.ReadInstruction.from_spec(split)
     names = [part.split("[")[0].strip() for part in split.split("+")]
     if splits is None and len(set(names)) > 1:
         raise UserError(f"split {split!r}: {hf_name} is one file, and so one split")
-    named = bool(hf_kwargs.get("data_files"))
-    tables = {}
-    for name in dict.fromkeys(names):
-        files = (
-            [Path(hf_name)] if splits is None else select_split(splits, name, hf_name, named=named)
-        )
-        tables[name] = _read(files, kind or kind_of(files[0]), options)
-    parts = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
-    rows = [_slice(tables[part.splitname], part.from_, part.to) for part in parts]
-    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+    files = {
+        name: [Path(hf_name)]
+        if splits is None
+        else select_split(splits, name, hf_name, named=bool(hf_kwargs.get("data_files")))
+        for name in names
+    }
+    tables = _read_alike(files, kind, options)
+    with _naming_split(split, hf_name):
+        parts = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
+        rows = [_slice(tables[part.splitname], part.from_, part.to) for part in parts]
+    return _concatenate(rows, split, hf_name)
+
+
+@contextlib.contextmanager
+def _naming_split(split: str, hf_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, AssertionError, IndexError) as error:
+        raise UserError(
+            f"split {split!r} of {hf_name}: {one_line(error)}; write a name of letters, digits, _"
+            " and ., and after it, if not all rows are to be read, a slice such as train[:90%]"
+        ) from error
+
+
+def _read_alike(
+    files: Mapping[str, Sequence[Path]], kind: str | None, options: dict[str, Any]
+) -> dict[str, datasets.Dataset]:
+    """Return the rows of each split, of the same types in all of them where one reader reads all."""
+    kinds = {name: kind or kind_of(paths[0]) for name, paths in files.items()}
+    tables = {name: _read(paths, kinds[name], options) for name, paths in files.items()}
+    (one, *more), features = set(kinds.values()), [rows.features for rows in tables.values()]
+    if more or one == "arrow" or all(other == features[0] for other in features):
+        return tables
+    # The types are learned over all files at once, whose rows come in the files' order.
+    together = _read([path for paths in files.values() for path in paths], one, options)
+    start = 0
+    for name, rows in tables.items():
+        tables[name] = _slice(together, start, start + len(rows))
+        start += len(rows)
+    return tables
+
+
+def _concatenate(rows: list[datasets.Dataset], split: str, hf_name: str) -> datasets.Dataset:
+    if len(rows) == 1:
+        return rows[0]
+    try:
+        return datasets.concatenate_datasets(rows)
+    except ValueError as error:  # its message names the column
+        raise UserError(
+            f"split {split!r} of {hf_name}: {one_line(error)}; write the column as one type in all"
+            " files, or name the splits as two sources"
+        ) from error
 
 
 def _find(
@@ -141,7 +186,9 @@ def _is_for_datasets(folder: Path) -> bool:
 
 
 def _slice(rows: datasets.Dataset, start: int, end: int) -> datasets.Dataset:
-    return rows if (start, end) == (0, len(rows)) else rows.select(range(start, end))
+    if (start, end) == (0, len(rows)):
+        return rows
+    return rows.select(range(start, end) if start < end else [])
 
 
 def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets.Dataset:

@@ -373,6 +373,51 @@ def test_the_files_of_a_split(tmp_path, names, split: str, wanted):
     assert found == (wanted or expected[split])
 
 
+def test_splits_whose_types_differ_are_joined(tmp_path):
+    one = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    two = [{"a": 0.5, "c": "z"}, {"a": 3, "c": "w"}]
+    for suffix in ("jsonl", "parquet"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for name, rows in {"train": one, "test": two}.items():
+            if suffix == "jsonl":
+                write(folder / f"{name}.jsonl", lines(*rows))
+            else:
+                pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+        rows = [{"b": None, "c": None, **row} for row in one + two]
+        assert read(folder, "train+test") == rows
+        assert read(folder, "test[1:]+train[:1]") == [rows[3], rows[0]]
+    assert repr([row["a"] for row in read(tmp_path / "jsonl", "train+test")]) == "[1, 2, 0.5, 3]"
+
+
+def test_splits_of_types_that_do_not_go_together_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl", lines({"a": 1}))
+    write(tmp_path / "test.csv", b"a\nx\n")
+    with pytest.raises(UserError, match=r"split 'train\+test' of .* key a of .*one type"):
+        read(tmp_path, "train+test")
+    (tmp_path / "test.csv").unlink()
+    write(tmp_path / "test.jsonl", lines({"a": "x"}))
+    with pytest.raises(
+        UserError, match=r"test.jsonl, line 1: 'a' is text, 'x', but a number in .*"
+    ):
+        read(tmp_path, "train+test")
+
+
+SPLITS = ["train-sft", "", "train[", "train[:150%]", "train[:1.5%]", "train[:5](odd)", "+train"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_that_is_no_name_or_slice_is_refused(tmp_path, split: str):
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    with pytest.raises(UserError, match=r"split '.*' of .*a.jsonl: .* such as train\[:90%\]$"):
+        read(path, split)
+
+
+def test_a_slice_past_the_end_has_no_rows(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    assert read(path, "train[5:]") == read(path, "train[1:]") == []
+
+
 def test_what_is_left_out_is_logged(tmp_path, caplog):
     fill(tmp_path, "train.jsonl", "b.jsonl.bak", "test.jsonl", "notes.md")
     with caplog.at_level(logging.INFO, "foundry_ext"):
