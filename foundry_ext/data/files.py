@@ -17,7 +17,7 @@ from typing import Any
 from composer.utils import dist
 
 from foundry_ext.data.opening import COMPRESSED
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -256,15 +256,27 @@ def files_of_patterns(patterns: Any, base: Path) -> dict[str, list[Path]]:
     `patterns` is a name or pattern of the split train, a list of them, or {split: names}.
 
     Raises:
+        UserError: a name is a folder's, or is no text.
         FileNotFoundError: a name or pattern has no files.
     """
     if not isinstance(patterns, Mapping):
         patterns = {"train": patterns}
     splits: dict[str, list[Path]] = {}
     for split, names in patterns.items():
-        for name in [names] if isinstance(names, str) else names:
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
+            raise UserError(
+                f"hf_kwargs.data_files: {shortened(names)}; give names or patterns of files, as a"
+                " text, a list or {split: names}"
+            )
+        for name in listed:
             exact = (base / name).is_file()
             found = [base / name] if exact else sorted(_glob(name, base))
+            if not found and (base / name).is_dir():
+                raise UserError(
+                    f"hf_kwargs.data_files: {base / name} is a folder; name its files, such as"
+                    f" {Path(name, '*')}, or give the folder as hf_kwargs.data_dir"
+                )
             if not found:
                 raise FileNotFoundError(f"data_files: {name} has no files (in {base.absolute()})")
             splits.setdefault(str(split), []).extend(found)

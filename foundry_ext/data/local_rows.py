@@ -114,7 +114,7 @@ def _naming_split(split: str, hf_name: str) -> Iterator[None]:
 def _read_alike(
     files: Mapping[str, Sequence[Path]], kind: str | None, options: dict[str, Any]
 ) -> dict[str, datasets.Dataset]:
-    """Return the rows of each split, of the same types in all of them where one reader reads all."""
+    """Return the rows of each split, of the same types in all if one reader reads them all."""
     kinds = {name: kind or kind_of(paths[0]) for name, paths in files.items()}
     tables = {name: _read(paths, kinds[name], options) for name, paths in files.items()}
     (one, *more), features = set(kinds.values()), [rows.features for rows in tables.values()]
@@ -162,6 +162,8 @@ def _find(
     for key in ("data_files", "data_dir"):
         options.pop(key, None)
     base = Path(*([] if is_builder else [path]), *([folder] if folder else []))
+    if folder and "://" not in str(folder):
+        _check_folder(base)
     splits = (
         files_of_patterns(patterns, base)
         if patterns
@@ -175,6 +177,16 @@ def _check_file(path: Path) -> None:
         raise FileNotFoundError(f"dataset file {path} does not exist (in {Path.cwd()})")
     if path.stat().st_size == 0:
         raise UserError(f"dataset file {path} is empty; write rows to it, or name another")
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        raise UserError(
+            f"hf_kwargs.data_dir: {path} is a file; give its folder, or name the file as"
+            " hf_kwargs.data_files"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"hf_kwargs.data_dir: {path} does not exist (in {Path.cwd()})")
 
 
 def _is_for_datasets(folder: Path) -> bool:

@@ -537,6 +537,24 @@ def test_data_files_of_two_readers_or_of_none_are_refused(tmp_path):
         read(tmp_path, data_files="c.md")
 
 
+@pytest.mark.parametrize(
+    ("hf_kwargs", "message"),
+    [
+        ({"data_files": "x"}, r"data_files: x is a folder; .* such as x/\*, or .*data_dir"),
+        ({"data_dir": "x/a.jsonl"}, r"data_dir: x/a.jsonl is a file; .* hf_kwargs.data_files"),
+        ({"data_files": {"train": None}}, "data_files: None; give names"),
+        ({"data_files": ["x/a.jsonl", 5]}, r"data_files: \['x/a.jsonl', 5\]; give names"),
+    ],
+)
+def test_a_folder_for_a_file_and_the_reverse_are_refused(tmp_path, monkeypatch, hf_kwargs, message):
+    fill(tmp_path, "x/a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read("json", **hf_kwargs)
+    with pytest.raises(FileNotFoundError, match="data_dir: y does not exist"):
+        read("json", data_dir="y")
+
+
 def test_only_the_last_suffix_says_what_separates_cells(tmp_path):
     content = b"a,b\n1\tx,2\n"
     rows = [{"a": "1\tx", "b": "2"}]
