@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import table_cast
 
-from foundry_ext.utils.errors import UserError, naming
+from foundry_ext.data.column_types import common_features
+from foundry_ext.utils.errors import naming
 
 _ERRORS = (pa.ArrowException, OSError, NotImplementedError)
 _BATCH_ROWS = 1000
@@ -27,10 +27,12 @@ def write_tables(
         columns: those to keep; all by default.
 
     Raises:
-        UserError: a file cannot be read, or a column is text in one file and something else in
-            another.
+        UserError: a file cannot be read, no file has a column of `columns`, or the types of a
+            column do not go together.
     """
-    schema = _features(files, kind, columns).arrow_schema
+    columns = [columns] if isinstance(columns, str) else columns
+    schemas = [_schema(file, kind) for file in files]
+    schema = common_features(files, schemas, columns).arrow_schema
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for file in files:
             for table in _tables(file, kind, schema):
@@ -63,32 +65,6 @@ def _arrow_batches(reader: Any) -> Iterator[pa.RecordBatch]:
     return iter(reader)
 
 
-def _features(files: Sequence[Path], kind: str, columns: Sequence[str] | None) -> datasets.Features:
-    """Return the columns of all files.
-
-    Raises:
-        UserError: a column is text in one file and something else in another.
-    """
-    features: dict[str, tuple[Path, Any]] = {}
-    for file in files:
-        with naming(str(file), _ERRORS):
-            schema = pq.read_schema(file) if kind == "parquet" else _open_arrow(file).schema
-            found = datasets.Features.from_arrow_schema(schema)
-        for name, feature in found.items():
-            first, before = features.setdefault(name, (file, feature))
-            if _type_name(before) == "null":
-                features[name] = (file, feature)
-            elif _type_name(feature) not in ("null", _type_name(before)):
-                raise UserError(
-                    f"{file}: column {name!r} is {_type_name(feature)}, but {_type_name(before)} in"
-                    f" {first}; write it as one type in all files"
-                )
-    wanted = [name for name in features if columns is None or name in columns]
-    return datasets.Features({name: features[name][1] for name in wanted})
-
-
-def _type_name(feature: Any) -> str:
-    dtype = str(getattr(feature, "dtype", feature))
-    if dtype in ("string", "large_string"):
-        return "text"
-    return "integer" if dtype.lstrip("u").startswith("int") else dtype
+def _schema(file: Path, kind: str) -> pa.Schema:
+    with naming(str(file), _ERRORS):
+        return pq.read_schema(file) if kind == "parquet" else _open_arrow(file).schema

@@ -8,7 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from foundry_ext.data.opening import check_encoding, decoding_fault, open_binary
+from foundry_ext.data.files import suffixes
+from foundry_ext.data.opening import decoding_fault, open_binary, text_encoding
 from foundry_ext.data.row_errors import separator_hint
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
@@ -44,9 +45,9 @@ def read_csv(
         UserError: a line has more cells than there are columns, is not CSV, or is not in the
             encoding; names the line. Or Python does not know the encoding.
     """
-    check_encoding(path, encoding)
+    text_encoding(path, encoding)  # checked before the file is read
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
-    sep = sep or ("\t" if ".tsv" in (one.lower() for one in path.suffixes) else ",")
+    sep = sep or ("\t" if suffixes(path.name)[0] == ".tsv" else ",")
     has_names = header == 0 or names is None
     if header not in ("infer", 0):
         raise UserError(
@@ -54,7 +55,7 @@ def read_csv(
             " themselves as hf_kwargs.column_names"
         )
     with open_binary(path) as file:
-        text = io.TextIOWrapper(file, encoding or "utf-8-sig", newline="")
+        text = io.TextIOWrapper(file, text_encoding(path, encoding), newline="")
         try:
             for _ in range(skiprows):
                 next(text, None)

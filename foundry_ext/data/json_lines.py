@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from foundry_ext.data.opening import check_encoding, decoding_fault, open_binary
+from foundry_ext.data.files import suffixes
+from foundry_ext.data.opening import decoding_fault, open_binary, text_encoding
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -33,9 +34,9 @@ def read_json(
         UserError: a line is not an object, is not in the encoding, or repeats a key; there are no
             rows; or Python does not know the encoding.
     """
-    check_encoding(path, encoding)
+    text_encoding(path, encoding)  # checked before the file is read
     with open_binary(path) as file:
-        if field is None and (_is_of_lines(path) or _begins_with_a_row(file, encoding)):
+        if field is None and (_is_of_lines(path) or _begins_with_a_row(path, file, encoding)):
             rows = _read_lines(path, file, encoding)
         else:
             rows = _read_whole(path, file, field, encoding)
@@ -48,15 +49,15 @@ def read_json(
 
 
 def _is_of_lines(path: Path) -> bool:
-    return any(suffix.lower() in (".jsonl", ".ndjson") for suffix in path.suffixes[-2:])
+    return suffixes(path.name)[0] in (".jsonl", ".ndjson")
 
 
-def _begins_with_a_row(file: BinaryIO, encoding: str | None) -> bool:
+def _begins_with_a_row(path: Path, file: BinaryIO, encoding: str | None) -> bool:
     """Return whether the first line is an object by itself."""
     line = next((line for line in file if line.removeprefix(_BOM).strip()), b"")
     file.seek(0)
     try:
-        return isinstance(json.loads(line.removeprefix(_BOM).decode(encoding or "utf-8")), dict)
+        return isinstance(json.loads(line.decode(text_encoding(path, encoding))), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -64,7 +65,7 @@ def _begins_with_a_row(file: BinaryIO, encoding: str | None) -> bool:
 def _read_lines(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row]:
     lines: Iterable[Any] = file
     if encoding is not None:
-        lines = io.TextIOWrapper(file, encoding, newline="\n")
+        lines = io.TextIOWrapper(file, text_encoding(path, encoding), newline="\n")
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
@@ -104,7 +105,7 @@ def _read_whole(
     path: Path, file: BinaryIO, field: str | None, encoding: str | None
 ) -> Iterator[Row]:
     try:
-        text = file.read().decode(encoding or "utf-8-sig")
+        text = file.read().decode(text_encoding(path, encoding))
     except UnicodeDecodeError as error:
         raise decoding_fault(path, encoding, error) from error
     try:

@@ -6,6 +6,7 @@
 a changed file whose time was put back.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,12 @@ from foundry_ext.data.files import (
     is_file_name,
     kind_of,
     select_split,
+    suffixes,
 )
 from foundry_ext.data.json_lines import read_json
 from foundry_ext.data.rows import Row, write_rows
 from foundry_ext.data.text_lines import read_text
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, one_line
 
 _FORMAT_VERSION = 1  # of the readers
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
@@ -69,6 +71,8 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
         UserError: unknown keys, no such split, or a file that cannot be read as rows.
         FileNotFoundError: no such file.
     """
+    with _naming_split(split, hf_name):
+        instruction = datasets.ReadInstruction.from_spec(split.strip())
     options = dict(hf_kwargs)
     found = _find(hf_name, options)
     if found is None:
@@ -80,17 +84,62 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
     kind, splits = found
     if split == "all" and splits is not None:
         split = "+".join(splits)
-    instruction = datasets.ReadInstruction.from_spec(split.strip())
+        instruction = datasets.ReadInstruction.from_spec(split)
     names = [part.split("[")[0].strip() for part in split.split("+")]
     if splits is None and len(set(names)) > 1:
         raise UserError(f"split {split!r}: {hf_name} is one file, and so one split")
-    tables = {}
-    for name in dict.fromkeys(names):
-        files = [Path(hf_name)] if splits is None else select_split(splits, name, hf_name)
-        tables[name] = _read(files, kind or kind_of(files[0]), options)
-    parts = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
-    rows = [_slice(tables[part.splitname], part.from_, part.to) for part in parts]
-    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+    files = {
+        name: [Path(hf_name)]
+        if splits is None
+        else select_split(splits, name, hf_name, named=bool(hf_kwargs.get("data_files")))
+        for name in names
+    }
+    tables = _read_alike(files, kind, options)
+    with _naming_split(split, hf_name):
+        parts = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
+        rows = [_slice(tables[part.splitname], part.from_, part.to) for part in parts]
+    return _concatenate(rows, split, hf_name)
+
+
+@contextlib.contextmanager
+def _naming_split(split: str, hf_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, AssertionError, IndexError) as error:
+        raise UserError(
+            f"split {split!r} of {hf_name}: {one_line(error)}; write a name of letters, digits, _"
+            " and ., and after it, if not all rows are to be read, a slice such as train[:90%]"
+        ) from error
+
+
+def _read_alike(
+    files: Mapping[str, Sequence[Path]], kind: str | None, options: dict[str, Any]
+) -> dict[str, datasets.Dataset]:
+    """Return the rows of each split, of the same types in all if one reader reads them all."""
+    kinds = {name: kind or kind_of(paths[0]) for name, paths in files.items()}
+    tables = {name: _read(paths, kinds[name], options) for name, paths in files.items()}
+    (one, *more), features = set(kinds.values()), [rows.features for rows in tables.values()]
+    if more or one == "arrow" or all(other == features[0] for other in features):
+        return tables
+    # The types are learned over all files at once, whose rows come in the files' order.
+    together = _read([path for paths in files.values() for path in paths], one, options)
+    start = 0
+    for name, rows in tables.items():
+        tables[name] = _slice(together, start, start + len(rows))
+        start += len(rows)
+    return tables
+
+
+def _concatenate(rows: list[datasets.Dataset], split: str, hf_name: str) -> datasets.Dataset:
+    if len(rows) == 1:
+        return rows[0]
+    try:
+        return datasets.concatenate_datasets(rows)
+    except ValueError as error:  # its message names the column
+        raise UserError(
+            f"split {split!r} of {hf_name}: {one_line(error)}; write the column as one type in all"
+            " files, or name the splits as two sources"
+        ) from error
 
 
 def _find(
@@ -114,6 +163,8 @@ def _find(
     for key in ("data_files", "data_dir"):
         options.pop(key, None)
     base = Path(*([] if is_builder else [path]), *([folder] if folder else []))
+    if folder and "://" not in str(folder):
+        _check_folder(base)
     splits = (
         files_of_patterns(patterns, base)
         if patterns
@@ -129,6 +180,16 @@ def _check_file(path: Path) -> None:
         raise UserError(f"dataset file {path} is empty; write rows to it, or name another")
 
 
+def _check_folder(path: Path) -> None:
+    if path.is_file():
+        raise UserError(
+            f"hf_kwargs.data_dir: {path} is a file; give its folder, or name the file as"
+            " hf_kwargs.data_files"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"hf_kwargs.data_dir: {path} does not exist (in {Path.cwd()})")
+
+
 def _is_for_datasets(folder: Path) -> bool:
     """Return whether a folder has a loading script, or configurations, which `datasets` knows."""
     if (folder / f"{folder.name}.py").is_file():
@@ -138,7 +199,9 @@ def _is_for_datasets(folder: Path) -> bool:
 
 
 def _slice(rows: datasets.Dataset, start: int, end: int) -> datasets.Dataset:
-    return rows if (start, end) == (0, len(rows)) else rows.select(range(start, end))
+    if (start, end) == (0, len(rows)):
+        return rows
+    return rows.select(range(start, end) if start < end else [])
 
 
 def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets.Dataset:
@@ -152,8 +215,8 @@ def _read(files: Sequence[Path], kind: str, options: dict[str, Any]) -> datasets
     if kind == "text" and not any(path.stat().st_size for path in files):
         raise UserError(f"dataset file {files[0]} is empty; write text to it, or name another")
     digest = content_digest(files)
-    suffixes = ["".join(path.suffixes[-2:]).lower() for path in files]
-    key = Hasher.hash([_FORMAT_VERSION, kind, sorted(options.items()), suffixes, digest])
+    forms = [suffixes(path.name) for path in files]
+    key = Hasher.hash([_FORMAT_VERSION, kind, sorted(options.items()), forms, digest])
 
     def check_unchanged() -> None:
         if content_digest(files) != digest:

@@ -35,15 +35,16 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def check_encoding(path: Path, encoding: Any) -> None:
-    """Check that Python knows the encoding of a file.
+def text_encoding(path: Path, encoding: Any) -> str:
+    """Return the encoding to read a file with, so that a byte order mark in UTF-8 is no text.
 
     Raises:
-        UserError: otherwise.
+        UserError: Python does not know the encoding.
     """
+    encoding = "utf-8" if encoding is None else encoding
     try:
-        if encoding is not None and codecs.lookup(encoding):
-            " ".encode(encoding)  # others, such as base64, are not of texts
+        " ".encode(encoding)  # others, such as base64, are not of texts
+        return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: hf_kwargs.encoding: {encoding!r} is not a text encoding that Python knows;"

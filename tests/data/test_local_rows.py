@@ -283,6 +283,44 @@ def test_parquet_of_two_types_is_refused(tmp_path):
         read(tmp_path)
 
 
+TYPES = [
+    (pa.array(["x"], pa.large_string()), pa.array(["y"])),
+    (pa.array(["x"]).dictionary_encode(), pa.array(["y"])),
+    (pa.array([1], pa.int32()), pa.array([2**40])),
+    (pa.array([0.5], pa.float32()), pa.array([0.1])),
+    (pa.array([["x"]], pa.list_(pa.large_string())), pa.array([["y"]])),
+    (pa.array([[{"a": "x", "b": "z"}]]), pa.array([[{"a": "x", "b": None}]])),
+    (pa.nulls(1), pa.array(["x"])),
+]
+
+
+@pytest.mark.parametrize("values", TYPES, ids=lambda values: str(values[1].type))
+def test_parquet_types_that_go_together_become_one(tmp_path, values):
+    expected = [{"a": one} for array in values for one in array.to_pylist()]
+    for names in (("1", "2"), ("2", "1")):
+        for name, array in zip(names, values, strict=True):
+            pq.write_table(pa.table({"a": array}), tmp_path / f"train-{name}.parquet")
+        assert read(tmp_path) == (expected if names[0] == "1" else expected[::-1])
+
+
+def test_only_the_columns_asked_for_need_types_that_are_read(tmp_path):
+    pairs = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"a": ["1"], "n": ["1"], "m": pairs}), tmp_path / "train-1.parquet")
+    pq.write_table(pa.table({"a": ["2"], "n": [True]}), tmp_path / "train-2.parquet")
+    for columns in (["a"], "a"):
+        assert read(tmp_path, columns=columns) == [{"a": "1"}, {"a": "2"}]
+    for columns, message in {
+        ("a", "b"): r"hf_kwargs.columns: 'b' is no column of .*train-1.*; the columns are a, n, m",
+        (
+            "a",
+            "n",
+        ): r"train-2.parquet: column 'n' is bool, but text in .*train-1.*hf_kwargs.columns",
+        ("m",): r"train-1.parquet: column 'm' is map.*hf_kwargs.columns",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, columns=list(columns))
+
+
 def test_parquet_files_may_lack_columns(tmp_path):
     nulls = pa.table({"a": ["1"], "b": pa.nulls(1)})
     pq.write_table(nulls, tmp_path / "train-1.parquet")
@@ -374,6 +412,15 @@ def test_every_form_is_read(tmp_path, name: str):
     assert read(write(tmp_path / name, FORMS[name])) == rows
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "utf-8-sig"])
+@pytest.mark.parametrize("name", [name for name in FORMS if name[0] in "aceg"])
+def test_a_byte_order_mark_is_no_text_under_any_name_of_utf8(tmp_path, name: str, encoding: str):
+    content = FORMS[name]
+    if not name.endswith(".gz") and not content.startswith(BOM):
+        content = BOM + content
+    assert read(write(tmp_path / name, content), encoding=encoding) == [{"a": "é"}, {"a": "2"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "hf_kwargs"),
     [
@@ -398,6 +445,8 @@ BAD = {
         *("a.jsonl", lines({"a": "x"}, b'{"a": "x \\ud800 y"}'), {}),
         r"line 2: \\ud800 is half of a character, .*x .* y.*; write both halves",
     ),
+    "unknown encoding": ("a.jsonl", b"{}", {"encoding": "latin9000"}, "a.jsonl: .*'latin9000'"),
+    "encoding of bytes": ("a.csv", b"a", {"encoding": "base64"}, "a.csv: .*'base64'.*latin-1"),
     "zst": ("a.jsonl.zst", b"(\xb5/\xfd", {}, r"a.jsonl.zst: .zst is not read; .* a.jsonl.gz"),
     "zip": ("a.csv.zip", b"PK", {}, r"a.csv.zip: .zip is not read; .* a.csv.gz"),
     "cut gz": (
@@ -454,7 +503,7 @@ def test_a_fault_is_named_with_its_place_and_a_way_out(tmp_path, case: str):
 
 def fill(folder: Path, *names: str) -> Path:
     for name in names:
-        is_csv = name.endswith((".csv", ".csv~"))
+        is_csv = name.endswith((".csv", ".csv~", ".tsv"))
         write(folder / name, f"a\n{name}\n".encode() if is_csv else lines({"a": name}))
     return folder
 
@@ -483,6 +532,8 @@ FOLDERS = [
     (["train.jsonl", "test.jsonl"], "train+test", ["train.jsonl", "test.jsonl"]),
     (["train.jsonl", "test.jsonl"], "all", None),
     (["train.csv", "test.jsonl"], "train", ["train.csv"]),
+    (["a.jsonl", "LICENSE.TXT", "notes.txt.gz"], "train", ["a.jsonl"]),
+    (["a.jsonl", "b.ndjson"], "train", ["a.jsonl", "b.ndjson"]),
 ]
 
 
@@ -498,6 +549,51 @@ def test_the_files_of_a_split(tmp_path, names, split: str, wanted):
     assert found == (wanted or expected[split])
 
 
+def test_splits_whose_types_differ_are_joined(tmp_path):
+    one = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    two = [{"a": 0.5, "c": "z"}, {"a": 3, "c": "w"}]
+    for suffix in ("jsonl", "parquet"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for name, rows in {"train": one, "test": two}.items():
+            if suffix == "jsonl":
+                write(folder / f"{name}.jsonl", lines(*rows))
+            else:
+                pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+        rows = [{"b": None, "c": None, **row} for row in one + two]
+        assert read(folder, "train+test") == rows
+        assert read(folder, "test[1:]+train[:1]") == [rows[3], rows[0]]
+    assert repr([row["a"] for row in read(tmp_path / "jsonl", "train+test")]) == "[1, 2, 0.5, 3]"
+
+
+def test_splits_of_types_that_do_not_go_together_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl", lines({"a": 1}))
+    write(tmp_path / "test.csv", b"a\nx\n")
+    with pytest.raises(UserError, match=r"split 'train\+test' of .* key a of .*one type"):
+        read(tmp_path, "train+test")
+    (tmp_path / "test.csv").unlink()
+    write(tmp_path / "test.jsonl", lines({"a": "x"}))
+    with pytest.raises(
+        UserError, match=r"test.jsonl, line 1: 'a' is text, 'x', but a number in .*"
+    ):
+        read(tmp_path, "train+test")
+
+
+SPLITS = ["train-sft", "", "train[", "train[:150%]", "train[:1.5%]", "train[:5](odd)", "+train"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_that_is_no_name_or_slice_is_refused(tmp_path, split: str):
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    with pytest.raises(UserError, match=r"split '.*' of .*a.jsonl: .* such as train\[:90%\]$"):
+        read(path, split)
+
+
+def test_a_slice_past_the_end_has_no_rows(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"a": "1"}))
+    assert read(path, "train[5:]") == read(path, "train[1:]") == []
+
+
 def test_what_is_left_out_is_logged(tmp_path, caplog):
     fill(tmp_path, "train.jsonl", "b.jsonl.bak", "test.jsonl", "notes.md")
     with caplog.at_level(logging.INFO, "foundry_ext"):
@@ -505,6 +601,66 @@ def test_what_is_left_out_is_logged(tmp_path, caplog):
     (warning,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert "not read as rows: b.jsonl.bak, notes.md" in warning
     assert "reads train.jsonl; other splits: test.jsonl" in caplog.text
+
+
+def test_of_a_saved_data_set_only_its_own_files_are_read(tmp_path):
+    """`map` leaves its result beside them."""
+    rows = [{"a": "x"}, {"a": "y"}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "train"))
+    saved = datasets.load_from_disk(str(tmp_path / "train"))
+    saved.map(lambda row: {"a": row["a"].upper()})
+    assert list((tmp_path / "train").glob("cache-*.arrow"))
+    (data,) = (tmp_path / "train").glob("data-*.arrow")
+    write(tmp_path / "train" / "other.arrow", data.read_bytes())
+    assert read(tmp_path / "train") == read(tmp_path) == rows
+    (tmp_path / "train" / "other.arrow").unlink()
+    (tmp_path / "train" / "state.json").rename(tmp_path / "state.json")
+    assert read(tmp_path) == read("arrow", data_files=f"{tmp_path}/train/*.arrow") == rows
+    (tmp_path / "state.json").rename(tmp_path / "train" / "state.json")
+    data.unlink()
+    with pytest.raises(UserError, match=r"train/state.json names data-.*, which is not there"):
+        read(tmp_path)
+
+
+def test_a_file_that_links_lead_to_is_read_once(tmp_path, caplog):
+    fill(tmp_path, "v3/z.jsonl", "b.jsonl")
+    (tmp_path / "latest").symlink_to("v3")
+    for name in "ac":
+        (tmp_path / name).symlink_to(".")
+    (tmp_path / "v3" / "v2").symlink_to("..")
+    (tmp_path / "test.jsonl").symlink_to("b.jsonl")
+    assert [row["a"] for row in read(tmp_path)] == ["b.jsonl", "v3/z.jsonl"]
+    for name in ("a", "latest/z.jsonl"):
+        assert f"is a link: {tmp_path}/{name}" in caplog.text
+    assert [row["a"] for row in read(tmp_path, "test")] == ["b.jsonl"]
+
+
+def test_links_to_files_elsewhere_are_read(tmp_path):
+    fill(tmp_path / "blobs", "1", "2")
+    for link, blob in {"b": "1", "a": "2", "test": "1"}.items():
+        write(tmp_path / "rows" / "README.md", b"")
+        (tmp_path / "rows" / f"{link}.jsonl").symlink_to(f"../blobs/{blob}")
+    assert [row["a"] for row in read(tmp_path / "rows")] == ["2", "1"]
+    assert [row["a"] for row in read(tmp_path / "rows", "test")] == ["1"]
+
+
+def test_data_files_that_name_a_file_twice_read_it_once(tmp_path, caplog):
+    fill(tmp_path / "x", "b.jsonl", "a.jsonl")
+    for files in (["b.jsonl", "./b.jsonl", "*"], ["b*", "../x/b.jsonl", "a.jsonl", "**/a*"]):
+        caplog.clear()
+        rows = read(tmp_path / "x", data_files=files)
+        assert [row["a"] for row in rows] == ["b.jsonl", "a.jsonl"]
+        assert f"named twice or is a link: {tmp_path}/x" in caplog.text
+
+
+def test_patterns_work_in_a_folder_whose_name_has_brackets(tmp_path):
+    fill(tmp_path / "x[v1]*", "b.jsonl", "a.jsonl", "c.jsonl.bak")
+    names = ["a.jsonl", "b.jsonl"]
+    for files in ("*", "*.jsonl", "[ab].jsonl", ["a*", "b*"]):
+        assert [row["a"] for row in read(tmp_path / "x[v1]*", data_files=files)] == names
+    assert [
+        row["a"] for row in read("json", data_dir=f"{tmp_path}/x[v1]*", data_files="*")
+    ] == names
 
 
 REFUSED = [
@@ -533,6 +689,61 @@ def test_data_files_may_be_patterns_lists_or_splits(tmp_path, monkeypatch):
     assert [row["a"] for row in read("json", data_dir="x")] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(FileNotFoundError, match=r"data_files: y.jsonl has no files"):
         read("json", data_files="y.jsonl")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a.jsonl", "b.json"], ["b.ndjson", "a.jsonl"], ["a.csv", "b.tsv"], ["a.jsonl", "b.data"]],
+)
+def test_data_files_are_one_kind_if_one_reader_reads_them(tmp_path, names):
+    fill(tmp_path, *names)
+    builder = "csv" if "a.csv" in names else "json"
+    files = [str(tmp_path / name) for name in names]
+    assert [row["a"] for row in read(builder, data_files=files)] == names
+    assert [row["a"] for row in read(tmp_path, data_files=names)] == names
+
+
+def test_data_files_of_two_readers_or_of_none_are_refused(tmp_path):
+    fill(tmp_path, "a.jsonl", "b.csv", "c.md")
+    with pytest.raises(UserError, match=r"several kinds for split train, a.jsonl, b.csv"):
+        read(tmp_path, data_files=["a.jsonl", "b.csv"])
+    with pytest.raises(
+        UserError, match=r"c.md: its name does not end as .*, such as hf_name: json"
+    ):
+        read(tmp_path, data_files="c.md")
+
+
+@pytest.mark.parametrize(
+    ("hf_kwargs", "message"),
+    [
+        ({"data_files": "x"}, r"data_files: x is a folder; .* such as x/\*, or .*data_dir"),
+        ({"data_dir": "x/a.jsonl"}, r"data_dir: x/a.jsonl is a file; .* hf_kwargs.data_files"),
+        ({"data_files": {"train": None}}, "data_files: None; give names"),
+        ({"data_files": ["x/a.jsonl", 5]}, r"data_files: \['x/a.jsonl', 5\]; give names"),
+    ],
+)
+def test_a_folder_for_a_file_and_the_reverse_are_refused(tmp_path, monkeypatch, hf_kwargs, message):
+    fill(tmp_path, "x/a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read("json", **hf_kwargs)
+    with pytest.raises(FileNotFoundError, match="data_dir: y does not exist"):
+        read("json", data_dir="y")
+
+
+def test_only_the_last_suffix_says_what_separates_cells(tmp_path):
+    content = b"a,b\n1\tx,2\n"
+    rows = [{"a": "1\tx", "b": "2"}]
+    assert read(write(tmp_path / "my.tsv.backup.csv", content)) == rows
+    assert read(write(tmp_path / "my.tsv.csv", content)) == rows
+    assert read(write(tmp_path / "my.csv.tsv", b"a\tb\n1\t2\n")) == [{"a": "1", "b": "2"}]
+
+
+def test_the_form_of_a_file_is_part_of_its_key_in_the_cache(tmp_path):
+    packed = gzip.compress(lines({"a": "1"}))
+    assert read("json", data_files=write(tmp_path / "rows.gz", packed)) == [{"a": "1"}]
+    with pytest.raises(UserError, match=r"rows, line 1"):
+        read("json", data_files=write(tmp_path / "rows", packed))
 
 
 def test_a_folder_of_mds_shards_is_sent_to_its_own_keys(tmp_path):
