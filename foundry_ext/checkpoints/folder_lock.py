@@ -64,9 +64,9 @@ class FolderLock:
         """Release the lock; a folder in which nothing was saved is left as it was found."""
         if self._file is None:
             return
-        if self._is_new and os.listdir(self.path.parent) == [self.path.name]:
-            self.path.unlink()
-            with contextlib.suppress(OSError):  # another process uses it by now
+        with contextlib.suppress(OSError):  # the folder is gone, or another process uses it by now
+            if self._is_new and os.listdir(self.path.parent) == [self.path.name]:
+                self.path.unlink()
                 for folder in self._new_folders:
                     folder.rmdir()
         os.close(self._file)

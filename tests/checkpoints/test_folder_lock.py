@@ -18,6 +18,15 @@ def test_a_folder_in_which_nothing_was_saved_is_left_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ["run"] and os.listdir(tmp_path / "run") == []
 
 
+def test_a_folder_may_go_before_its_lock(tmp_path):
+    lock = FolderLock(tmp_path / "run")
+    lock.take()
+    lock.path.unlink()
+    lock.path.parent.rmdir()
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_with_files_keeps_its_lock_file(tmp_path):
     lock = FolderLock(tmp_path)
     lock.take()
