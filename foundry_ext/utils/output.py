@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -71,6 +72,7 @@ class SafeStream:
         self._pending = ""
         self._inside_key = False
         self._lock = threading.RLock()
+        _streams.add(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -132,6 +134,22 @@ class SafeStream:
             self._inside_key = True
             return f"{text[: last.start()]}{REDACTED}\n"
         return text
+
+
+_streams: "weakref.WeakSet[SafeStream]" = weakref.WeakSet()
+
+
+def _begin_child() -> None:
+    """Make the streams usable in a forked process, such as a data loader's worker.
+
+    A lock that another thread held at the fork is never released there, and an unfinished line is
+    the parent's to write.
+    """
+    for stream in _streams:
+        stream._lock, stream._pending = threading.RLock(), ""
+
+
+os.register_at_fork(after_in_child=_begin_child)
 
 
 class _Bytes:

@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,33 @@ def test_wrapping_twice_is_wrapping_once(capsys, known):
         assert sys.stdout is wrapped
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr().out == REDACTED
+
+
+def test_a_process_forked_while_a_thread_writes_can_write():
+    entered, release = threading.Event(), threading.Event()
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            if text == "slow\n":
+                entered.set()
+                release.wait()
+            return super().write(text)
+
+    stream = SafeStream(Slow(), is_progress=False)
+    thread = threading.Thread(target=stream.write, args=("slow\nunfinished",))
+    thread.start()
+    entered.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends the child if it hangs
+        stream.write("from the child\n")
+        os._exit(0 if stream.getvalue() == "from the child\n" else 1)
+    _, status = os.waitpid(child, 0)
+    release.set()
+    thread.join()
+    assert status == 0
+    stream.flush()
+    assert stream.getvalue() == "slow\nunfinished"
 
 
 PROGRAM = """

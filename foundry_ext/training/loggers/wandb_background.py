@@ -9,6 +9,7 @@ warnings that say what W&B lacks and where else the run's numbers are.
 import atexit
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,18 +76,19 @@ class BackgroundWandB(WandBLogger):
             atexit.register(self._at_exit)
 
     def _start(self, state: State, logger: Logger) -> None:
-        """Start W&B: without a key or network offline, and if that fails not at all."""
-        import wandb
-
+        """Start W&B: without a key, network or service offline, and if that fails not at all."""
         try:
             super().init(state, logger)
-        except wandb.Error as error:  # no key, or no answer from the server
+        except Exception as error:  # also OSError, and classes of W&B's that are no wandb.Error
             log.warning(
                 "W&B cannot be reached (%s): this run continues offline, and `wandb sync %s`"
                 " uploads it later; `wandb login` stores a key, WANDB_MODE=offline avoids the wait",
                 *(_short(error), "wandb/offline-run-*"),
             )
             self._init_kwargs["mode"] = "offline"
+            # A service that another process has started, and that may be gone.
+            os.environ.pop("WANDB_SERVICE", None)
+            leave(1)
             try:
                 super().init(state, logger)
             except Exception as error:
@@ -164,7 +166,7 @@ class BackgroundWandB(WandBLogger):
             with redacted_arguments():
                 try:
                     wandb.init(**kwargs)
-                except wandb.Error:
+                except Exception:
                     wandb.init(**{**kwargs, "mode": "offline"})
             self._started()
         except Exception as error:
@@ -242,7 +244,7 @@ def _other_places(state: State, logger: Logger) -> str:
         if isinstance(destination, ConsoleLogger):
             places.append("the console")
         elif isinstance(destination, MetricsFile):
-            places.append(destination.path.format(run_name=state.run_name))
+            places.append(destination.path.replace("{run_name}", state.run_name))
     return " and ".join(places) or "no other logger; metrics_file would keep them"
 
 

@@ -69,8 +69,8 @@ class WandBMetrics(BackgroundWandB):
             config["experiment"] = record.experiment
             self._init_kwargs.setdefault("group", record.experiment)
         self._init_kwargs.setdefault("job_type", method)
-        self._init_kwargs["config"] = {**config, **self._init_kwargs.get("config", {})}
-        settings = self._init_kwargs.pop("settings", {})
+        self._init_kwargs["config"] = {**config, **(self._init_kwargs.get("config") or {})}
+        settings = self._init_kwargs.pop("settings", None) or {}
         self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}
         defaults = {
             # Otherwise wandb 0.18 waits minutes for the server when a table is logged offline.

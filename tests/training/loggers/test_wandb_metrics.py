@@ -16,6 +16,7 @@ from wandb.sdk.internal import datastore
 
 from foundry_ext.comparison.wandb_runs import is_local, local_record
 from foundry_ext.records.record import RECORD_NAME, read_items, read_record
+from foundry_ext.training.loggers import wandb_metrics
 from foundry_ext.training.loggers.wandb_metrics import (
     AGAINST_TOKENS,
     PROMISED_CONFIG,
@@ -179,6 +180,15 @@ def test_what_the_yaml_says_of_group_and_job_type_wins(world, tmp_path):
     assert (started.run_group, started.job_type) == ("mine", "my job")
     with pytest.raises(FileNotFoundError, match=r"has no record.json"):
         local_record(wandb_folder)
+
+
+def test_empty_keys_of_init_kwargs_are_no_error(monkeypatch):
+    monkeypatch.setattr(wandb_metrics, "method_of", lambda _: SimpleNamespace(name="lora"))
+    monkeypatch.setattr(WandBMetrics, "connect", lambda *_: None)
+    logger = WandBMetrics(project="p", init_kwargs={"settings": None, "config": None})
+    logger.init(SimpleNamespace(callbacks=[], rank_zero_seed=7), SimpleNamespace())
+    assert logger._init_kwargs["settings"]["console"] == "off"
+    assert logger._init_kwargs["config"] == {"method": "lora", "seed": 7}
 
 
 CRASHING = """

@@ -4,12 +4,14 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from composer.core import Callback
 
 from foundry_ext.training.loggers import wandb_background
-from foundry_ext.training.loggers.metrics_file import read_metrics
+from foundry_ext.training.loggers.metrics_file import MetricsFile, read_metrics
+from foundry_ext.training.loggers.wandb_background import BackgroundWandB
 from foundry_ext.training.loggers.wandb_metrics import WandBMetrics
 from tests.training import kit
 from tests.training.loggers.test_wandb_metrics import offline_in, read_back, read_records, values
@@ -96,6 +98,21 @@ def test_without_another_service_a_run_goes_on(world, tmp_path, caplog, monkeypa
     first, last = warnings_in(caplog)
     assert "metrics of step" in first and f"{tmp_path}/metrics.jsonl" in first
     assert "wandb sync" in last
+
+
+def test_a_service_that_is_gone_ends_no_start(tmp_path, caplog, monkeypatch):
+    """Neither does a path with braces, which the warning names."""
+    monkeypatch.setenv("WANDB_SERVICE", "2-99999-tcp-localhost-9")
+    logger = BackgroundWandB(project="p", init_kwargs=offline_in(tmp_path))
+    file = MetricsFile(f"{tmp_path}/{{run_name}}/{{x}}.jsonl")
+    state, destinations = SimpleNamespace(run_name="one"), SimpleNamespace(destinations=[file])
+    logger.connect(state, destinations)
+    logger.post_close()
+    assert logger._elsewhere == f"{tmp_path}/one/{{x}}.jsonl"
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(folder.glob("run-*.wandb"))
+    (said,) = warnings_in(caplog)
+    assert "continues offline" in said
 
 
 @pytest.fixture
