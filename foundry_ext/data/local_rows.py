@@ -33,7 +33,7 @@ from foundry_ext.data.rows import Row, write_rows
 from foundry_ext.data.text_lines import read_text
 from foundry_ext.utils.errors import UserError, one_line
 
-_FORMAT_VERSION = 1  # of the readers
+_FORMAT_VERSION = 2  # of the readers
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 # Of load_dataset, about downloads and its cache, of which there are none here.
 _WITHOUT_EFFECT = {
