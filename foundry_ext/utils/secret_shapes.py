@@ -105,7 +105,7 @@ SHAPES = re.compile(
         | npm_[A-Za-z0-9]{16,}
         | pypi-(?:[A-Za-z0-9_]{16,}|Ag[\w-]{14,})[\w-]*      # a macaroon, base64
         | rubygems_[0-9a-f]{32,} | dckr_[a-z]+_[\w-]{16,}
-        | sk-(?:[A-Za-z0-9]{16,}|(?=[\w-]*\d)[\w-]{16,})     # OpenAI, Anthropic
+        | sk-(?:[A-Za-z0-9]{16,}|(?=[\w-]{0,400}\d)[\w-]{16,})  # OpenAI, Anthropic
         | (?:gsk_|xai-|r8_|pplx-|nvapi-|fw_|tgp_v1_|csk-|jina_)[A-Za-z0-9][\w-]{19,}  # inference
         | lsv2_[a-z]{2}_\w{16,}                              # LangSmith
         | [prs]k_(?:live|test)_[A-Za-z0-9]{10,} | whsec_[A-Za-z0-9+/=]{16,}  # Stripe
@@ -117,7 +117,7 @@ SHAPES = re.compile(
         | SG\.[\w-]{16,}\.[\w-]{16,} | shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}  # SendGrid, Shopify
         | ATATT3[\w=-]{16,} | lin_api_[A-Za-z0-9]{16,} | ntn_[A-Za-z0-9]{16,}
         | \d{8,10}:AA[\w-]{32,} | AGE-SECRET-KEY-1[0-9A-Z]{16,}  # Telegram, age
-        | eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*                    # JSON web token, RFC 7519
+        | eyJ[\w-]{8,4000}\.[\w-]{8,}\.[\w-]*               # JSON web token, RFC 7519
     )""",
     re.VERBOSE,
 )
@@ -132,8 +132,10 @@ PRIVATE_KEY = re.compile(rf"{PRIVATE_KEY_START}(?:(?!-----END)[\s\S])*(?:{PRIVAT
 # is no password.
 URL_LOGIN = re.compile(
     r"""(?<=://)(?:[^\s/?#'"<>\\]+|[^\s:/@'"]*:(?!\d{1,5}(?:[/?#\s'"]|$))[^\s'"]*)(?=@)"""
-    r"""|(?i:(?<=%3A%2F%2F)(?:(?!%2F|%40)[^\s'"])+(?=%40))"""
 )
+ENCODED_LOGIN = re.compile(r"""(?i:(?<=%3A%2F%2F)(?:(?!%2F|%40)[^\s'"])+(?=%40))""")
+# What URL_LOGIN is sought in: without an @ ahead, each `://` would be followed to the word's end.
+UP_TO_LAST_AT = re.compile(r"""(?<![^\s'"])[^\s'"]*@""")
 # HTTP's Authorization. "basic arithmetic" is prose.
 BEARER = re.compile(
     r"(?i:\b(bearer)\s+)(?=[\w.~+/=-]{16}|[A-Za-z]*[\d.~+/=_-])[\w.~+/=-]{8,}"
