@@ -14,8 +14,10 @@ from urllib.parse import unquote
 
 from foundry_ext.utils.secret_shapes import (
     BEARER,
+    ENCODED_LOGIN,
     PRIVATE_KEY,
     SHAPES,
+    UP_TO_LAST_AT,
     URL_LOGIN,
     WEBHOOKS,
     is_secret_name,
@@ -28,8 +30,13 @@ _FOLDERS = {"PWD", "OLDPWD"}  # the shell's folders, not passwords
 _LEAST = 8  # characters; shorter values are too common in texts
 _remembered: set[str] = set()
 
+# The patterns take linear time: a name is sought only where a run of its characters begins (or
+# behind a quote), and the number of backslashes is bounded. Quotes in five nested texts have 31.
 _NAME = r"[A-Za-z_][\w.@/-]*"
-_QUOTED = r"""\\+"(?:(?!\\+").)*(?:\\+")?|\\+'(?:(?!\\+').)*(?:\\+')?"""
+_WHOLE_NAME = r"(?<![\w.@/-])(?P<name>[\w.@/-]++)"
+_SLASHES = r"\\{1,31}"
+_QUOTE = r"""(?P<quote>\\{0,31}["'])"""
+_QUOTED = "|".join(rf"{_SLASHES}{q}(?:(?!{_SLASHES}{q}).)*(?:{_SLASHES}{q})?" for q in "\"'")
 _QUOTED += r"""|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?"""
 # Up to a space, a quote, or the next `name=` of a query or list.
 _WORD = r"""(?:[^\s'",;&\\]|\\(?!["'nrt])|[,;&](?![\w.-]+=|\s|$))+"""
@@ -42,19 +49,19 @@ _NAMED = [
     for before, value in (
         # `"api_key": "x"`, also as a text inside of JSON or with a list as its value
         (
-            rf"""(?P<quote>\\*["'])(?P<name>{_NAME})(?P=quote)\s*:\s*""",
+            rf"""{_QUOTE}(?P<name>{_NAME})(?P=quote)\s*:\s*""",
             rf"""{_QUOTED}|\[[^\]]*\]?|\{{[^}}]*\}}?|[^\s,}}\]]+""",
         ),
         # `["--password", "x"]`, `("password", "x")`
-        (rf"""(?P<quote>\\*["'])(?P<name>--?{_NAME})(?P=quote)\s*,\s*""", _QUOTED),
-        (rf"""\([ ]*(?P<quote>\\*["'])(?P<name>{_NAME})(?P=quote)\s*,\s*""", _QUOTED),
+        (rf"""{_QUOTE}(?P<name>--?{_NAME})(?P=quote)\s*,\s*""", _QUOTED),
+        (rf"""\([ ]*{_QUOTE}(?P<name>{_NAME})(?P=quote)\s*,\s*""", _QUOTED),
         # `api_key: x y` as a line of YAML, `... api_key: x ...` elsewhere
         (rf"^[ \t]*(?:-[ ]+)?(?P<name>{_NAME}):[ \t]+{_SCHEME}", rf"{_QUOTED}|[^\s'\"].*"),
-        (rf"(?<![\w./@-])(?P<name>{_NAME}):[ \t]+{_SCHEME}", rf"{_QUOTED}|{_WORD}"),
+        (rf"{_WHOLE_NAME}:[ \t]+{_SCHEME}", rf"{_QUOTED}|{_WORD}"),
         # `api_key=x`, `?token=x&`, `password = "x y"`
-        (rf"(?<![\w.])(?P<name>{_NAME})[ \t]?=[ \t]?(?!=){_SCHEME}", rf"{_QUOTED}|{_WORD}"),
+        (rf"{_WHOLE_NAME}[ \t]?=[ \t]?(?!=){_SCHEME}", rf"{_QUOTED}|{_WORD}"),
         (
-            rf"(?:%3F|%26|(?<![\w%]))(?P<name>{_NAME})%3D",
+            r"(?:(?<=%[0-9A-Fa-f]{2})|(?<![\w.@/%-]))(?P<name>[\w.@/-]++)%3D",
             r"""(?:(?!%26|%23)[^\s'"&])+""",
         ),
         # `--password x`
@@ -66,6 +73,10 @@ _NAMED = [
 _INTERPOLATION = re.compile(r"\$\{[^{}]+\}")  # OmegaConf's, whose value is found elsewhere
 _CODE = re.compile(r"[A-Za-z_][\w.]*")
 _NUMBER = re.compile(r"[-+]?\d{1,15}(?:[\d,_]*\.?\d*(?:[eE][-+]?\d+)?)%?")
+
+_ORDINARY_WORDS = {"cookie", "cookies", "pass", "signature", "signatures"}
+# A longer number may be a password.
+_SMALL_NUMBER = re.compile(r"[-+]?(?:\d{1,3}|\d*\.\d+)(?:[eE][-+]?\d+)?%?(?=[\s)\]},.;]|$)")
 
 
 def redact(value: Any) -> Any:
@@ -128,7 +139,8 @@ def _redact_text(text: str) -> str:
     if known:
         text = _pattern_of(known).sub(REDACTED, text)
     text = PRIVATE_KEY.sub(REDACTED, text)
-    text = URL_LOGIN.sub(REDACTED, text)
+    text = UP_TO_LAST_AT.sub(lambda match: URL_LOGIN.sub(REDACTED, match[0]), text)
+    text = ENCODED_LOGIN.sub(REDACTED, text)
     text = SHAPES.sub(REDACTED, text)
     text = WEBHOOKS.sub(REDACTED, text)
     text = BEARER.sub(lambda match: f"{match[1] or match[2]} {REDACTED}", text)
@@ -141,8 +153,10 @@ def _without_values(text: str, before: re.Pattern[str], value: re.Pattern[str]) 
     """Redact each value that follows a secret's name."""
     parts, done = [], 0
     for match in before.finditer(text):
-        found = value.match(text, match.end()) if _is_secret_here(match["name"]) else None
-        if found is not None and match.start() >= done:
+        if match.start() < done or not _is_secret_here(match["name"]):
+            continue
+        found = value.match(text, match.end())
+        if found is not None:
             parts += [text[done : found.start()], _hide_text(match["name"], found[0])]
             done = found.end()
     return "".join([*parts, text[done:]])
@@ -172,8 +186,14 @@ def _is_code(value: str) -> bool:
 
 
 def _is_count(name: str, value: str) -> bool:
-    """Return whether it is a number of tokens."""
-    is_token = name.lower().endswith(("token", "tokens"))
+    """Return whether it is a number of tokens, or what follows a word that is not only a secret's.
+
+    Such are `pass: 0.5`, `cookie: 3 cups` and `signature: (a, b)`.
+    """
+    name = name.lower()
+    if name in _ORDINARY_WORDS:
+        return _SMALL_NUMBER.match(value) is not None or (name[:4] == "sign" and value[:1] == "(")
+    is_token = name.endswith(("token", "tokens"))
     return is_token and _NUMBER.fullmatch(value.rstrip(")]},.;")) is not None
 
 
@@ -194,7 +214,7 @@ def _secrets_in(value: Any, *, is_secret: bool = False) -> Iterator[str]:
         name, equals, given = value.partition("=")
         if equals and re.fullmatch(r"[+~-]*[\w./-]+", name) and is_secret_name(name):
             yield from _forms_given(given)
-        for login in URL_LOGIN.findall(value):
+        for login in [*URL_LOGIN.findall(value), *ENCODED_LOGIN.findall(value)]:
             user, _, password = login.partition(":")
             yield from (password, unquote(password)) if password else (user, unquote(user))
 
@@ -237,12 +257,12 @@ def _forms(character: str) -> str:
         return re.escape(character)
     encoded = "".join(rf"%(?:25)*{byte:02X}" for byte in character.encode(errors="surrogatepass"))
     utf16 = character.encode("utf-16-be", errors="surrogatepass")
-    units = "".join(rf"\\+u{utf16[i : i + 2].hex()}" for i in range(0, len(utf16), 2))
-    escaped = [rf"\\+x{ord(character):02x}", units, rf"\\+U{ord(character):08x}"]
+    units = "".join(rf"{_SLASHES}u{utf16[i : i + 2].hex()}" for i in range(0, len(utf16), 2))
+    escaped = [rf"{_SLASHES}x{ord(character):02x}", units, rf"{_SLASHES}U{ord(character):08x}"]
     forms = [rf"(?i:{'|'.join([encoded, *escaped])})"]
     forms += map(re.escape, {html.escape(character), character})
     if character.isspace():
-        forms += [r"\s+", r"\+", r"\\+[nrt]"]
+        forms += [r"\s+", r"\+", rf"{_SLASHES}[nrt]"]
     if character in "\"'\\":
-        forms += [r"\\*" + re.escape(character), "''", r"\\+"]
+        forms += [rf"(?:{_SLASHES})?" + re.escape(character), "''", _SLASHES]
     return f"(?:{'|'.join(forms)})"

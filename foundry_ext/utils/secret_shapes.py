@@ -118,7 +118,7 @@ SHAPES = re.compile(
         | SG\.[\w-]{16,}\.[\w-]{16,} | shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}  # SendGrid, Shopify
         | ATATT3[\w=-]{16,} | lin_api_[A-Za-z0-9]{16,} | ntn_[A-Za-z0-9]{16,}
         | \d{8,10}:AA[\w-]{32,} | AGE-SECRET-KEY-1[0-9A-Z]{16,}  # Telegram, age
-        | eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*                    # JSON web token, RFC 7519
+        | eyJ[\w-]{8,4000}\.[\w-]{8,}\.[\w-]*               # JSON web token, RFC 7519
     )""",
     re.VERBOSE,
 )
@@ -133,8 +133,10 @@ PRIVATE_KEY = re.compile(rf"{PRIVATE_KEY_START}(?:(?!-----END)[\s\S])*(?:{PRIVAT
 # is no password.
 URL_LOGIN = re.compile(
     r"""(?<=://)(?:[^\s/?#'"<>\\]+|[^\s:/@'"]*:(?!\d{1,5}(?:[/?#\s'"]|$))[^\s'"]*)(?=@)"""
-    r"""|(?i:(?<=%3A%2F%2F)(?:(?!%2F|%40)[^\s'"])+(?=%40))"""
 )
+ENCODED_LOGIN = re.compile(r"""(?i:(?<=%3A%2F%2F)(?:(?!%2F|%40)[^\s'"])+(?=%40))""")
+# What URL_LOGIN is sought in: without an @ ahead, each `://` would be followed to the word's end.
+UP_TO_LAST_AT = re.compile(r"""(?<![^\s'"])[^\s'"]*@""")
 # HTTP's Authorization. "basic arithmetic" is prose.
 BEARER = re.compile(
     r"(?i:\b(bearer)\s+)(?=[\w.~+/=-]{16}|[A-Za-z]*[\d.~+/=_-])[\w.~+/=-]{8,}"

@@ -94,6 +94,13 @@ def test_forms_of_secrets(secret: str, text: str):
         ('{\\"api_key\\": \\"s3cret\\"}', f'{{\\"api_key\\": \\"{REDACTED}\\"}}'),
         ("{'password': 12345, 'b': 1}", f"{{'password': {REDACTED}, 'b': 1}}"),
         ("('api_key', 's3cret')", f"('api_key', '{REDACTED}')"),
+        ("pass: 482913", f"pass: {REDACTED}"),
+        ("cookie: 3f9a; b=1", f"cookie: {REDACTED}"),
+        ("x%2Fmy-api_key%3Ds3cret", f"x%2Fmy-api_key%3D{REDACTED}"),
+        (
+            '\\\\\\"api_key\\\\\\": \\\\\\"s3cret\\\\\\"',
+            f'\\\\\\"api_key\\\\\\": \\\\\\"{REDACTED}\\\\\\"',
+        ),
         ("api_key: s3cret", f"api_key: {REDACTED}"),
         ("a: 1\n  password: s3 cret\nb: 2", f"a: 1\n  password: {REDACTED}\nb: 2"),
         ("PGPASSWORD=s3cret psql", f"PGPASSWORD={REDACTED} psql"),
@@ -119,7 +126,9 @@ def test_secrets_beside_their_names(text: str, left: str):
         *("InvalidToken Error: x", "basic arithmetic is hard", "the password is asked for"),
         *("commit 477dd3a9b1c2d3e4f5a6b7c8d9e0f1a2b3c4d5e6", "s3://bucket/run@2/x", "a b c: d"),
         *("usage: x [--password PASSWORD] [--seed N]", "tokenizers==0.21.1", "-----BEGIN X-----"),
-        *("BadSignatureError: wrong bytes", "git@github.com:a/b", "pypi-simple", "npm_config"),
+        *("pass: 0.5", "the first pass: 12 of 30", "signature: (a, b)", "cookie: 3 cups"),
+        *("pass=98%", "its signature: (self, x)", "BadSignatureError: wrong bytes"),
+        *("git@github.com:a/b", "pypi-simple", "npm_config"),
     ],
 )
 def test_ordinary_text_stays(text: str):
