@@ -133,14 +133,16 @@ def check_none_later(folder: Path, template: str, now: str) -> None:
     Raises:
         UserError: there is a later checkpoint.
     """
-    paths = find_checkpoints(folder, template)
-    newest, present = (
-        _numbers(path.relative_to(folder).as_posix(), template) or ()
-        for path in (paths[-1] if paths else Path(now), Path(now))
+    *_, newest = [None, *find_checkpoints(folder, template)]
+    if newest is None:
+        return
+    found, present = (
+        _numbers(path.relative_to(folder).as_posix(), template) for path in (newest, Path(now))
     )
-    if newest > present:
+    assert found is not None and present is not None
+    if found > present:
         raise UserError(
-            f"save_folder: {paths[-1]} is later than the checkpoint that load_path names, and would"
+            f"save_folder: {newest} is later than the checkpoint that load_path names, and would"
             " be overwritten; continue from it with autoresume: true, name another save_folder, or"
             " set save_overwrite: true"
         )

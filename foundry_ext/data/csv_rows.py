@@ -45,7 +45,7 @@ def read_csv(
         UserError: a line has more cells than there are columns, is not CSV, or is not in the
             encoding; names the line. Or Python does not know the encoding.
     """
-    text_encoding(path, encoding)  # checked before the file is read
+    encoding = text_encoding(path, encoding)
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
     sep = sep or ("\t" if suffixes(path.name)[0] == ".tsv" else ",")
     has_names = header == 0 or names is None
@@ -55,7 +55,7 @@ def read_csv(
             " themselves as hf_kwargs.column_names"
         )
     with open_binary(path) as file:
-        text = io.TextIOWrapper(file, text_encoding(path, encoding), newline="")
+        text = io.TextIOWrapper(file, encoding, newline="")
         try:
             for _ in range(skiprows):
                 next(text, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from foundry_ext.data.files import suffixes
-from foundry_ext.data.opening import decoding_fault, open_binary, text_encoding
+from foundry_ext.data.opening import UTF_8, decoding_fault, open_binary, text_encoding
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -34,9 +34,9 @@ def read_json(
         UserError: a line is not an object, is not in the encoding, or repeats a key; there are no
             rows; or Python does not know the encoding.
     """
-    text_encoding(path, encoding)  # checked before the file is read
+    encoding = text_encoding(path, encoding)
     with open_binary(path) as file:
-        if field is None and (_is_of_lines(path) or _begins_with_a_row(path, file, encoding)):
+        if field is None and (_is_of_lines(path) or _begins_with_a_row(file, encoding)):
             rows = _read_lines(path, file, encoding)
         else:
             rows = _read_whole(path, file, field, encoding)
@@ -52,20 +52,20 @@ def _is_of_lines(path: Path) -> bool:
     return suffixes(path.name)[0] in (".jsonl", ".ndjson")
 
 
-def _begins_with_a_row(path: Path, file: BinaryIO, encoding: str | None) -> bool:
+def _begins_with_a_row(file: BinaryIO, encoding: str) -> bool:
     """Return whether the first line is an object by itself."""
     line = next((line for line in file if line.removeprefix(_BOM).strip()), b"")
     file.seek(0)
     try:
-        return isinstance(json.loads(line.decode(text_encoding(path, encoding))), dict)
+        return isinstance(json.loads(line.decode(encoding)), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _read_lines(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[Row]:
-    lines: Iterable[Any] = file
-    if encoding is not None:
-        lines = io.TextIOWrapper(file, text_encoding(path, encoding), newline="\n")
+def _read_lines(path: Path, file: BinaryIO, encoding: str) -> Iterator[Row]:
+    lines: Iterable[Any] = file  # of bytes, which are faster than those of a text stream
+    if encoding != UTF_8:
+        lines = io.TextIOWrapper(file, encoding, newline="\n")
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
@@ -101,11 +101,9 @@ def _parse_line(path: Path, number: int, text: str) -> dict[str, Any]:
     raise UserError(f"{path}, line {number}: {fault}; correct or remove the line")
 
 
-def _read_whole(
-    path: Path, file: BinaryIO, field: str | None, encoding: str | None
-) -> Iterator[Row]:
+def _read_whole(path: Path, file: BinaryIO, field: str | None, encoding: str) -> Iterator[Row]:
     try:
-        text = file.read().decode(text_encoding(path, encoding))
+        text = file.read().decode(encoding)
     except UnicodeDecodeError as error:
         raise decoding_fault(path, encoding, error) from error
     try:

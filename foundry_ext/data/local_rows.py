@@ -119,7 +119,7 @@ def _read_alike(
     kinds = {name: kind or kind_of(paths[0]) for name, paths in files.items()}
     tables = {name: _read(paths, kinds[name], options) for name, paths in files.items()}
     (one, *more), features = set(kinds.values()), [rows.features for rows in tables.values()]
-    if more or one == "arrow" or all(other == features[0] for other in features):
+    if more or all(other == features[0] for other in features):
         return tables
     # The types are learned over all files at once, whose rows come in the files' order.
     together = _read([path for paths in files.values() for path in paths], one, options)

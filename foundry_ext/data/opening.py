@@ -35,8 +35,11 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
+UTF_8 = "utf-8-sig"  # with or without a byte order mark, which is no text
+
+
 def text_encoding(path: Path, encoding: Any) -> str:
-    """Return the encoding to read a file with, so that a byte order mark in UTF-8 is no text.
+    """Return the encoding to read a file with: `UTF_8` for UTF-8, else the given one.
 
     Raises:
         UserError: Python does not know the encoding.
@@ -44,7 +47,7 @@ def text_encoding(path: Path, encoding: Any) -> str:
     encoding = "utf-8" if encoding is None else encoding
     try:
         " ".encode(encoding)  # others, such as base64, are not of texts
-        return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+        return UTF_8 if codecs.lookup(encoding).name in ("utf-8", UTF_8) else encoding
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: hf_kwargs.encoding: {encoding!r} is not a text encoding that Python knows;"
@@ -52,9 +55,9 @@ def text_encoding(path: Path, encoding: Any) -> str:
         ) from error
 
 
-def decoding_fault(path: Path, encoding: str | None, error: UnicodeDecodeError) -> UserError:
-    """Return an error that names the line and the byte which are not in the encoding."""
-    name = encoding or "utf-8"
+def decoding_fault(path: Path, encoding: str, error: UnicodeDecodeError) -> UserError:
+    """Return an error that names the line and the byte which are not in `text_encoding`'s."""
+    name = "utf-8" if encoding == UTF_8 else encoding
     way_out = (
         "write the file in that encoding, or name its own, such as hf_kwargs: {encoding: latin-1}"
     )

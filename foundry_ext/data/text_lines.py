@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from foundry_ext.data.opening import decoding_fault, open_binary
+from foundry_ext.data.opening import decoding_fault, open_binary, text_encoding
 from foundry_ext.data.rows import Row
 from foundry_ext.utils.errors import UserError
 
@@ -25,13 +25,14 @@ def read_text(
         sample_by: "line", "paragraph" (ended by an empty line) or "document".
 
     Raises:
-        UserError: unknown `sample_by`, or the file is not in the encoding; names the line.
+        UserError: unknown `sample_by` or encoding, or the file is not in it; names the line.
     """
     readers = {"line": _lines, "paragraph": _paragraphs, "document": _document}
     if sample_by not in readers:
         raise UserError(f"hf_kwargs.sample_by: {sample_by!r}; give {', '.join(readers)}")
+    encoding = text_encoding(path, encoding)
     with open_binary(path) as file:
-        text = io.TextIOWrapper(file, encoding or "utf-8-sig")
+        text = io.TextIOWrapper(file, encoding)
         try:
             for number, value in enumerate(readers[sample_by](text), start=1):
                 if sample_by == "line" and not keep_linebreaks:

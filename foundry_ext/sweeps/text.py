@@ -69,6 +69,8 @@ def _format_time(cost_estimates: Sequence[CostEstimate], parallel: int) -> str:
 
 def last_error(log: Path) -> str:
     """Return what train.py's error line says in the last attempt of a log, or an empty string."""
+    if not log.exists():  # of a run that an earlier sweep had started
+        return ""
     text = log.read_text(encoding="utf-8", errors="replace").rpartition("--- attempt ")[2]
     _, found, said = text.rpartition("train.py: error: ")
     return shorten(said.partition("\n")[0], 400, placeholder=" ...") if found else ""

@@ -358,7 +358,8 @@ def test_text_is_read_as_datasets_reads_it(tmp_path, hf_kwargs: dict[str, Any]):
 
 def test_compressed_text_and_a_byte_order_mark_are_read(tmp_path):
     path = write(tmp_path / "a.txt.gz", gzip.compress(b"\xef\xbb\xbfa\nb\n"))
-    assert read("text", data_files=path) == [{"text": "a"}, {"text": "b"}]
+    for hf_kwargs in ({}, {"encoding": "utf-8"}):
+        assert read("text", data_files=path, **hf_kwargs) == [{"text": "a"}, {"text": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -366,6 +367,7 @@ def test_compressed_text_and_a_byte_order_mark_are_read(tmp_path):
     [
         (b"a\ncaf\xe9\n", {}, "a.txt, line 2: byte 4, 0xe9, is not UTF-8"),
         (b"", {}, "a.txt is empty"),
+        (b"a\n", {"encoding": "latin9000"}, "a.txt: hf_kwargs.encoding: 'latin9000' is not a text"),
         (b"a\n", {"sample_by": "word"}, "hf_kwargs.sample_by: 'word'; give line, paragraph, doc"),
     ],
 )
@@ -552,14 +554,18 @@ def test_the_files_of_a_split(tmp_path, names, split: str, wanted):
 def test_splits_whose_types_differ_are_joined(tmp_path):
     one = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
     two = [{"a": 0.5, "c": "z"}, {"a": 3, "c": "w"}]
-    for suffix in ("jsonl", "parquet"):
+    for suffix in ("jsonl", "parquet", "arrow"):
         folder = tmp_path / suffix
         folder.mkdir()
         for name, rows in {"train": one, "test": two}.items():
             if suffix == "jsonl":
                 write(folder / f"{name}.jsonl", lines(*rows))
-            else:
+            elif suffix == "parquet":
                 pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+            else:
+                table = pa.Table.from_pylist(rows)
+                with pa.ipc.new_file(folder / f"{name}.arrow", table.schema) as writer:
+                    writer.write_table(table)
         rows = [{"b": None, "c": None, **row} for row in one + two]
         assert read(folder, "train+test") == rows
         assert read(folder, "test[1:]+train[:1]") == [rows[3], rows[0]]
