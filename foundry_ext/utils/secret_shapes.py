@@ -105,8 +105,10 @@ SHAPES = re.compile(
         | npm_[A-Za-z0-9]{16,}
         | pypi-(?:[A-Za-z0-9_]{16,}|Ag[\w-]{14,})[\w-]*      # a macaroon, base64
         | rubygems_[0-9a-f]{32,} | dckr_[a-z]+_[\w-]{16,}
-        # OpenAI, Anthropic, inference. 16 characters without a dash tell them from names of runs.
-        | (?:sk-|gsk_|xai-|r8_|pplx-|nvapi-|fw_|tgp_v1_|csk-|jina_)(?=[\w-]{0,400}?[A-Za-z0-9]{16})
+        # OpenAI, Anthropic, inference. What tells them from names of runs: 16 characters without a
+        # dash, or in a long one, which may be base64url, capitals and digits.
+        | (?:sk-|gsk_|xai-|r8_|pplx-|nvapi-|fw_|tgp_v1_|csk-|jina_)
+          (?=[\w-]{0,400}?[A-Za-z0-9]{16}|(?=[\w-]{0,400}?[A-Z])(?=[\w-]{0,400}?\d)[\w-]{40})
           [\w-]{16,}
         | lsv2_[a-z]{2}_\w{16,}                              # LangSmith
         | [prs]k_(?:live|test)_[A-Za-z0-9]{10,} | whsec_[A-Za-z0-9+/=]{16,}  # Stripe

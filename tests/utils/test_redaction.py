@@ -164,6 +164,14 @@ def test_no_secret_survives_beside_its_name(carrier: str, name: str, secret: str
     assert REDACTED in left
 
 
+@given(st.text(string.ascii_letters + string.digits, min_size=4, max_size=12))
+def test_a_key_in_base64url_is_no_name(part: str):
+    """Its dashes may stand close together."""
+    assert (
+        redact(f"tgp_v1_{'_'.join([part, 'Zy8-x', part, 'qW-e_7r', part, 'k2-T'] * 2)}") == REDACTED
+    )
+
+
 anything = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=8, max_size=40)
 FORMS = {
     "plain": str,
