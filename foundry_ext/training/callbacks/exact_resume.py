@@ -6,7 +6,6 @@ beginning. This is that saver with atomic writes, and it chooses what Composer l
 """
 
 import errno
-import logging
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from foundry_ext.evaluation.base_model import weights_fingerprint
 from foundry_ext.records.result_settings import Saved, digest_settings, result_settings
 from foundry_ext.training.autoresume import load_what_is_chosen
 from foundry_ext.training.callbacks.run_record import RunRecord
+from foundry_ext.training.max_duration import check_change, no_batch_is_left
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.refusals import on_every_rank, on_rank_zero
 from foundry_ext.training.resumed_settings import changed_data, evaluation_data, judge
@@ -35,8 +35,6 @@ from foundry_ext.training.run_files import run_files
 from foundry_ext.training.signals import StopSignals
 from foundry_ext.utils.constants import NEW_RUN
 from foundry_ext.utils.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 class ExactResume(CheckpointSaver):
@@ -196,30 +194,20 @@ class ExactResume(CheckpointSaver):
         run_files(state).settle(state)
         if self.resumed_from:  # saved again under another name, it would push out an earlier one
             self.last_checkpoint_batch = state.timestamp.batch
-        end, before = state.max_duration, self.saved_duration
+        end = state.max_duration
         if end is None:
             return
         if self.resumed_from and dist.get_global_rank() == 0:
             batch = state.timestamp.batch.value
             print(f"continuing from {self.resumed_from}, after batch {batch}", file=sys.stderr)
-        reached = state.timestamp.get(end.unit)
-        if before is not None and repr(before) != repr(end):
-            texts = before.to_timestring(), end.to_timestring()
-            if reached > end or (reached == end and before.unit == end.unit):
-                raise UserError(
-                    f"max_duration: {texts[0]}, now {texts[1]}, which the checkpoint is already"
-                    " past; restore it, or give the run another name and save_folder"
-                )
-            log.warning(
-                "max_duration: %s, now %s. A schedule that depends on it changes from here on",
-                *texts,
-            )
-        if (reached >= end or _ends_last_epoch(state, end)) and dist.get_global_rank() == 0:
+        check_change(state, self.saved_duration)
+        if no_batch_is_left(state) and dist.get_global_rank() == 0:
             text = f"this run had already reached max_duration, {end.to_timestring()}: no step"
             print(f"{text} is left, and what follows the last is repeated", file=sys.stderr)
+        reached = state.timestamp.get(end.unit)
         if reached >= end:
             self.ended_at = end
-            state.max_duration = state.timestamp.get(end.unit) + 1
+            state.max_duration = reached + 1
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse later checkpoints in the folder; after autoresume they are damaged ones."""
@@ -296,13 +284,6 @@ class ExactResume(CheckpointSaver):
         if self.num_checkpoints_to_keep > 0:
             while len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
                 Path(self.saved_checkpoints.pop(0)).unlink(missing_ok=True)
-
-
-def _ends_last_epoch(state: State, end: Time) -> bool:
-    """Return whether the checkpoint is of the last batch, at which its epoch had not ended yet."""
-    now, length = state.timestamp, state.dataloader_len
-    is_last = end.unit == TimeUnit.EPOCH and now.epoch + 1 == end
-    return is_last and length is not None and now.batch_in_epoch >= length
 
 
 load_what_is_chosen(ExactResume)
