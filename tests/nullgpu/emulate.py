@@ -160,8 +160,8 @@ def _sdpa(operator: str) -> Any:
         q, k, v = (on_host(_argument(func, x, args, kwargs)) for x in ("query", "key", "value"))
         bias = _argument(func, "attn_bias", args, kwargs) if has_bias else None
         causal = bool(_argument(func, "is_causal", args, kwargs))
-        has_values = bias is not None and bias.numel() > 0
-        options = {"causal": causal, "bias": on_host(bias) if has_values else None}
+        used = on_host(bias) if bias is not None and bias.numel() > 0 else None
+        options = {"causal": causal, "bias": used}
         groups = q.shape[1] // k.shape[1]
         wide = [x.float().repeat_interleave(groups, 1) for x in (k, v)]
         if not is_backward:

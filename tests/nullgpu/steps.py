@@ -2,8 +2,8 @@
 
     python -m tests.nullgpu.steps '{"method": "lora", "layers": 2, "pack_tokens": 2048}' ...
 
-A case's keys are those of `Case`. The weights are left as the allocator gave them: nothing here
-reads a value.
+A case's keys are those of `Case` and of the benchmarks' `Setup`. The weights are left as the
+allocator gave them: nothing here reads a value.
 """
 
 import dataclasses
@@ -25,10 +25,8 @@ _INITIALISERS = ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One step."""
+    """What a step has besides a `Setup`."""
 
-    model: str = "smollm2-135m"
-    method: str = "full"
     variant: str = "ours"
     layers: int | None = None
     """None: as many as the model has."""
@@ -38,33 +36,21 @@ class Case:
     """Of a padded microbatch."""
     rank: int = 64
     labelled: float = 1.0
-    compile: str = "none"
-    mode: str = "default"
-    loss: str = "chunked"
-    backend: str = "auto"
-    precision: str = "amp_bf16"
-    checkpointing: bool = False
     warm_up: int = 2
     reads_loss: bool = False
     """Whether the host reads the step's loss, for which it must wait."""
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(given: dict[str, Any]) -> dict[str, Any]:
     """Return counts of a step's calls, its waits, its peak memory, and compilations."""
     torch._dynamo.reset()
+    names = {field.name for field in dataclasses.fields(Case)}
+    case = Case(**{key: value for key, value in given.items() if key in names})
+    others = {key: value for key, value in given.items() if key not in names}
     variants.RANK = case.rank
     overrides = {} if case.layers is None else {"num_hidden_layers": case.layers}
     setup = Setup(
-        device="cuda",
-        model=case.model,
-        method=case.method,
-        precision=case.precision,
-        backend=case.backend,
-        loss=case.loss,
-        compile=case.compile,
-        compile_mode=case.mode,
-        activation_checkpointing=case.checkpointing,
-        config_overrides=overrides,
+        **{"device": "cuda", "precision": "amp_bf16", "config_overrides": overrides, **others}
     )
     with torch.device("cuda"):  # no weight is ever in the host's memory
         bench = Bench(setup)
@@ -91,7 +77,7 @@ def measure(case: Case) -> dict[str, Any]:
     started = time.process_time()
     step()
     return {
-        "case": dataclasses.asdict(case),
+        "case": given,
         "operations": counts.operations,
         "calls": counts.calls,
         "waits": counts.waits,
@@ -111,10 +97,9 @@ def measure(case: Case) -> dict[str, Any]:
 def main() -> None:
     for name in _INITIALISERS:
         setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-    cases = [Case(**json.loads(text)) for text in sys.argv[1:]]
     results = []
-    for case in cases:
-        results.append(measure(case))
+    for text in sys.argv[1:]:
+        results.append(measure(json.loads(text)))
         torch.cuda.empty_cache()
     give(results)
 

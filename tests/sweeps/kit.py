@@ -124,10 +124,10 @@ def write_sweep(folder: Path, parameters: dict[str, Any], **more: Any) -> Path:
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make `folder` the current folder, outside of any sweep."""
+    """Make `folder` the current folder, outside of any sweep and with all devices."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in SWEEP_VARIABLES:
+    for name in (*SWEEP_VARIABLES, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     return folder
 

@@ -17,7 +17,7 @@ typedef struct Block {
 } Block;
 
 static Block *blocks[BUCKETS];
-static uint64_t bytes_used, bytes_peak;
+static uint64_t bytes_used;
 
 static Block **bucket(const void *at) { return &blocks[((uintptr_t)at / PAGE) % BUCKETS]; }
 static size_t pages(size_t bytes) { return bytes ? (bytes + PAGE - 1) / PAGE * PAGE : PAGE; }
@@ -61,7 +61,6 @@ API cudaError_t cudaMalloc(void **p, size_t bytes) {
   if (at != MAP_FAILED) {
     add_block(at, pages(bytes), bytes, 0);
     bytes_used += bytes;
-    if (bytes_used > bytes_peak) bytes_peak = bytes_used;
     count(MALLOC);
     *p = at;
   }
@@ -172,5 +171,3 @@ API cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t h, unsigned f)
 API cudaError_t cudaIpcCloseMemHandle(void *p) { return OK; }
 API cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t *h, cudaEvent_t e) { return cudaErrorNotSupported; }
 API cudaError_t cudaIpcOpenEventHandle(cudaEvent_t *e, cudaIpcEventHandle_t h) { return cudaErrorNotSupported; }
-
-API uint64_t nullgpu_bytes_peak(void) { return bytes_peak; }
