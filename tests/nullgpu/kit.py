@@ -125,15 +125,21 @@ def one_at_a_time() -> Iterator[None]:
 
 def run(module: str, *arguments: str, card: str = "RTX 3090", **variables: str) -> Any:
     """Run `python -m module` with the card, and return the result that it hands to `give`."""
+    output = output_of(module, *arguments, card=card, **variables)
+    results = [line for line in output.splitlines() if line.startswith(RESULT)]
+    return json.loads(results[-1].removeprefix(RESULT))
+
+
+def output_of(module: str, *arguments: str, card: str = "RTX 3090", **variables: str) -> str:
+    """Run `python -m module` with the card; return what it prints, after checking that it ends."""
     command = [sys.executable, "-m", module, *arguments]
     settings = {**environment(card), **variables}
     with one_at_a_time():
         done = subprocess.run(
             command, env=settings, cwd=ROOT, capture_output=True, text=True, timeout=900
         )
-    results = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    assert done.returncode == 0 and results, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return json.loads(results[-1].removeprefix(RESULT))
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def give(result: Any) -> None:

@@ -95,3 +95,25 @@ def test_values_equal_the_cpu_s():
         if result["method"] == "full":
             assert result["exact_loss"] == pytest.approx(result["stock_loss"], rel=1e-5)
             assert result["stock_error"] < 1e-4
+
+
+# Emulated are those with values; FlexAttention and Liger are Triton's, flash-attn is not installed.
+EMULATED = ("models/test_attention.py", "models/test_loss.py", "models/test_padding.py")
+EMULATED += ("models/test_smollm2_parity.py", "adapters/test_dora.py")
+COUNTED = ("models/test_memory.py", "benchmarks/test_no_sync.py")
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        (EMULATED, ["-p", "tests.nullgpu.gpu_tests", "-k", "not (flex or liger or flash_attn)"]),
+        (COUNTED, ["-k", "not layers"]),
+    ],
+    ids=["emulated", "counted"],
+)
+def test_the_tests_marked_gpu_pass(files: tuple[str, ...], options: list[str]):
+    said = kit.output_of(
+        *("pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-m", "gpu", *options),
+        *(f"tests/{file}" for file in files),
+    )
+    assert "passed" in said and "skipped" not in said, said
