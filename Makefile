@@ -1,9 +1,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORLD ?= pinned
 FAST ?=
+REAL ?=
 JOBS ?= auto
 HASHES ?=
 SEEDS ?= 17 18 19 20 21
+DATA ?=
+STAGE ?= a
 
 ifeq ($(WORLD),pinned)
 VENV := .venv
@@ -23,10 +26,10 @@ export TOKENIZERS_PARALLELISM = false
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all test-slow test-gpu coverage browser check bench lock hashes audit clean
+.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check bench lock hashes audit clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13; HASHES=1: only files with the hashes of requirements.sha256
 
@@ -42,8 +45,11 @@ endif
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed
-	$(BIN)/python -m experiments.quickstart --seeds $(SEEDS) $(if $(FAST),--fast)
+quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed; REAL=1: SmolLM2-135M itself, two methods
+	$(BIN)/python -m experiments.quickstart $(if $(REAL),--real,--seeds $(SEEDS) $(if $(FAST),--fast))
+
+experiment-real: install ## SmolLM2-135M-Instruct (Q4_1 weights) on GSM8K, hours on a CPU: DATA=FOLDER with the benchmarks, or DATA=hub; STAGE=a
+	$(BIN)/python experiments/smollm2-135m-gsm8k/run.py "$(DATA)" --stage $(STAGE)
 
 test: install browser ## the tests to run before a commit: no GPU, no network, under ten minutes on two cores; JOBS=2: on two processes, not one per core
 	$(PYTEST)

@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks.workloads import LENGTHS, LONGEST
+from foundry_ext.config.automatic import settle
 from foundry_ext.config.loading import load_config
 
 LABELLED = 0.5  # share of a row's tokens that are in its response
@@ -91,7 +92,9 @@ def offline_config(
 
     from foundry_ext.models.pretrained import HUB_NAMES
 
-    config: Any = OmegaConf.to_container(load_config(path, overrides), resolve=True)
+    loaded = load_config(path, overrides)
+    settle(loaded, has_gpu=torch.cuda.is_available())
+    config: Any = OmegaConf.to_container(loaded, resolve=True)
     shape = model or config["model"]["pretrained_model_name_or_path"]
     shape = {hub: name for name, hub in HUB_NAMES.items()}.get(shape, shape)
     if shape not in HUB_NAMES:

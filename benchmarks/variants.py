@@ -243,9 +243,9 @@ def with_adapter(model: Any, method: str, *, ours: bool) -> nn.Module:
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if ours:
         from foundry_ext.adapters.casts import leave_casts_to_autocast
-        from foundry_ext.adapters.dora import use_fast_dora
+        from foundry_ext.adapters.fast import use_fast_linears
 
-        use_fast_dora(adapted)
+        use_fast_linears(adapted)
         leave_casts_to_autocast(adapted)
     return adapted
 

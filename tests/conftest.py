@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from _pytest.mark.expression import Expression
 
+from foundry_ext.utils import allocator
+
 _HOME = tempfile.mkdtemp(prefix="foundry-ext-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ.update(
@@ -30,6 +32,8 @@ os.environ.update(
 # Tiny tensors gain nothing from more threads, and on a busy machine threads that wait for one
 # another make a test ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What "auto" would measure, so that no test depends on a clock.
+os.environ["FOUNDRY_EXT_CPU_ATTENTION"] = "blockwise"
 
 # SmolLM2's, with their ids 0, 1, 2: the id 0 is a real end of text, and pads too.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -49,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     They would train on it, in shapes and precisions that only a CPU takes.
     """
+    # Tests share their process, and would keep one another's memory.
+    allocator.keep_freed_memory = lambda: False
     expression = Expression.compile(config.option.markexpr or "gpu")
     if not expression.evaluate(lambda name, **_: name == "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

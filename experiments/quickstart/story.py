@@ -1,4 +1,4 @@
-"""The quickstart's runs: a base model, a grid of learning rates, more seeds, a report.
+"""The quickstart's runs: a base model, a grid of learning rates, matched learning, a report.
 
 Everything uses what users have: `composer train.py`, sweep files, `foundry-ext compare`. Finished
 runs are not repeated, so an interrupted quickstart continues where it stopped.
@@ -10,17 +10,27 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+
+from foundry_ext.comparison.learning_rates import learning_metric
+from foundry_ext.comparison.matched_rates import match_learning_rates
+from foundry_ext.records.record import read_record
+from foundry_ext.utils.nested import put
 
 FOLDER = Path("outputs/quickstart")
 BASE_YAML = Path("yamls/quickstart/base.yaml")
 SWEEP_YAML = Path("experiments/quickstart/sweep.yaml")
 RATE_KEY = "variables.learning_rate"
+# Of the learning of the method that learns least. Every rate learns the form of an answer, which is
+# most of the learning; at 0.9 the rates would be so low that nothing is forgotten.
+SHARE = 0.97
+LINE_SETS = ("problems", "one_step")
 _BEGUN, _STAMP = "begun_from", "made_from"
 
 
@@ -41,6 +51,8 @@ def train_base(folder: Path = FOLDER) -> None:
         return
     begun = base / _BEGUN
     if not (begun.is_file() and begun.read_text(encoding="utf-8") == stamp):
+        if base.exists():
+            print(f"{folder}: made by another version or from other data; everything is made anew")
         for name in ("base", "runs", "sweeps", "report*"):
             for stale in folder.glob(name):
                 shutil.rmtree(stale)
@@ -49,7 +61,7 @@ def train_base(folder: Path = FOLDER) -> None:
     launcher = [sys.executable, "-m", "composer.cli.launcher", "train.py", str(BASE_YAML)]
     # Without a terminal, a progress bar would print one line per step.
     bar = [] if sys.stderr.isatty() else ["progress_bar=false"]
-    print(f"\ncomposer train.py {BASE_YAML}   (about three minutes on 2 cores)", flush=True)
+    print(f"composer train.py {BASE_YAML}", flush=True)
     # Threads that spin while they wait make this ten times slower on a busy machine.
     patient = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     code = run_to_its_end([*launcher, *bar], patient)
@@ -79,11 +91,13 @@ def _fingerprint(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> list[Path]:
-    """Run the grid with the first seed, then its best with the others; return the runs' records.
+def run_grid(seed: int, *, fast: bool, folder: Path = FOLDER) -> list[Path]:
+    """Run every method at every learning rate of its grid with one seed; return the runs' records.
 
     Args:
-        fast: run only the middle learning rate with the first seed.
+        seed: the runs' seed.
+        fast: run only the middle learning rate.
+        folder: the quickstart's folder.
 
     Raises:
         ValueError: a run did not finish; the message names its log.
@@ -91,54 +105,90 @@ def fine_tune(seeds: Sequence[int], *, fast: bool, folder: Path = FOLDER) -> lis
     grid = read_grid()
     if fast:
         grid["parameters"][RATE_KEY] = {"values": ["middle"]}
-    grid["parameters"]["seed"] = {"values": list(seeds[:1])}
-    records = _sweep(grid, f"quickstart-grid-{seeds[0]}", folder)
-    if fast or len(seeds) == 1:
-        return records
-    by_rate: dict[str, list[str]] = defaultdict(list)
-    for config, rate in best_rates(records, grid["parameters"]["config"]["values"]).items():
-        print(f"{config}: learns most at {RATE_KEY}={rate}; also run with seeds {seeds[1:]}")
-        by_rate[rate].append(config)
-    for rate, configs in sorted(by_rate.items()):
-        again = {"config": configs, RATE_KEY: [rate], "seed": list(seeds[1:])}
-        grid["parameters"] = {key: {"values": values} for key, values in again.items()}
-        records += _sweep(grid, f"quickstart-{rate}-{'-'.join(map(str, seeds[1:]))}", folder)
-    return records
+    grid["parameters"]["seed"] = {"values": [seed]}
+    return run_sweep_file(grid, f"quickstart-grid-{seed}{'-fast' if fast else ''}", folder)
+
+
+def run_matched(grid: Sequence[Path], seeds: Sequence[int], folder: Path = FOLDER) -> list[Path]:
+    """Run every method with all seeds at the learning rate at which all methods learn the same.
+
+    The rates come from the grid's runs. Each method's YAML is written again with its rate, so that
+    one sweep runs all of them.
+
+    Args:
+        grid: records of the runs of the grid, with one seed.
+        seeds: seeds to run, the grid's first.
+        folder: the quickstart's folder.
+
+    Raises:
+        ValueError: no common level lies on the grids, or a run did not finish.
+    """
+    level, rates = match_learning_rates(_points(grid), share=SHARE)
+    print(f"\nevery method learns {level:.3f} nats per token at these learning rates:")
+    sweep = read_grid()
+    configs = []
+    for path in map(Path, sweep["parameters"]["config"]["values"]):
+        rate = float(f"{rates[path.stem]:.3g}")
+        print(f"  {path.stem}: {rate:g}")
+        configs.append(
+            write_with_rate(path, "matched", rate, folder / "sweeps" / f"matched-{seeds[0]}")
+        )
+    values = {"config": list(map(str, configs)), "seed": list(seeds)}
+    sweep["parameters"] = {key: {"values": value} for key, value in values.items()}
+    return run_sweep_file(sweep, f"quickstart-matched-{'-'.join(map(str, seeds))}", folder)
+
+
+def write_with_rate(
+    path: Path, name: str, rate: float, folder: Path, others: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a method's YAML into `folder` with one learning rate, of this name; return its path.
+
+    Args:
+        path: the YAML.
+        name: of the rate, and in the run's name.
+        rate: the learning rate.
+        folder: where to write.
+        others: dotted key -> value of what else differs.
+    """
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["variables"] |= {"learning_rates": {name: rate}, "learning_rate": name}
+    config["run_name"] = f"{path.stem}-{name}_{rate:g}"
+    for key, value in (others or {}).items():
+        config = put(config, key, value)
+    out = folder / path.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return out
 
 
 def read_grid() -> dict[str, Any]:
-    """Return the sweep file's content."""
+    """Return the content of the sweep of the grid."""
     return yaml.safe_load(SWEEP_YAML.read_text(encoding="utf-8"))
 
 
-def best_rates(records: Sequence[Path], configs: Sequence[str]) -> dict[str, str]:
-    """Return for each YAML the learning rate that learned most, by its name in the YAML's grid."""
-    from foundry_ext.comparison.learning_rates import best_learning_rate
-    from foundry_ext.records.record import read_record
-
-    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in records:
-        record = read_record(path)
-        by_method[record["method"]].append(record)
-    best: dict[str, str] = {}
-    for config in configs:
-        grid = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["variables"][
-            "learning_rates"
-        ]
-        names = {float(value): name for name, value in grid.items()}
-        best[config] = names[best_learning_rate(by_method[Path(config).stem]).learning_rate]
-    return best
+def _points(paths: Sequence[Path]) -> dict[str, list[tuple[float, float]]]:
+    """Return the points of each method, without runs that diverged."""
+    records = [read_record(path) for path in paths]
+    metric = learning_metric(records)
+    points: dict[str, list[tuple[float, float]]] = {record["method"]: [] for record in records}
+    for record in records:
+        learned = record["evaluations"][-1]["learning"][metric]
+        if isfinite(learned):
+            points[record["method"]].append((float(record["learning_rate"]), learned))
+    return {method: sorted(found) for method, found in points.items()}
 
 
-def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
+def run_sweep_file(
+    content: dict[str, Any], name: str, folder: Path, *, parallel: int = 4
+) -> list[Path]:
     """Run `foundry-ext sweep` on the file, which is written beside the data for users to see."""
     from foundry_ext.sweeps.run import run_sweep
 
     path = folder / "sweeps" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({**content, "name": name}, sort_keys=False), encoding="utf-8")
-    print(f"\nfoundry-ext sweep {path}", flush=True)
-    outcomes = run_sweep(path, parallel=min(os.cpu_count() or 1, 4), retry_failed=True)
+    print(f"foundry-ext sweep {path}", flush=True)
+    outcomes = run_sweep(path, parallel=min(os.cpu_count() or 1, parallel), retry_failed=True)
     unfinished = [outcome for outcome in outcomes if outcome.status != "finished"]
     if unfinished:
         logs = ", ".join(str(outcome.log) for outcome in unfinished)
@@ -146,17 +196,33 @@ def _sweep(content: dict[str, Any], name: str, folder: Path) -> list[Path]:
     return [outcome.record for outcome in outcomes]
 
 
-def report(records: Sequence[Path], configs: Sequence[str], seed: int, out: Path) -> None:
-    """Analyse each method's best run with `seed`, then compare all runs."""
-    rates = best_rates(records, configs)
-    names = {f"{Path(config).stem}-seed_{seed}-learning_rate_{rates[config]}" for config in configs}
-    for record in records:
-        if record.parent.name in names and not (record.parent / "analysis.json").is_file():
-            _foundry_ext("analyse", record.parent / "hf")
-    _foundry_ext("compare", *records, "--out", out)
+def report(grid: Sequence[Path], matched: Sequence[Path], seed: int, out: Path) -> None:
+    """Analyse the weights of one run per method, then compare all runs.
+
+    The runs analysed have this seed, at the matched rates or, without such runs, at the grid's one.
+    """
+    for record in matched or grid:
+        folder = record.parent
+        if read_record(record)["seed"] == seed and not (folder / "analysis.json").is_file():
+            foundry_ext("analyse", folder / "hf", "--sets", _write_line_sets(out.parent))
+    at_matched = ["--matched", *matched] if matched else []
+    foundry_ext("compare", *grid, "--out", out, *at_matched)
 
 
-def _foundry_ext(command: str, *arguments: Path | str) -> None:
+def _write_line_sets(folder: Path) -> Path:
+    """Write the two sets measured between base and tuned weights: the losses of the trade-off."""
+    config = OmegaConf.load(read_grid()["parameters"]["config"]["values"][0])
+    sets: Any = OmegaConf.select(config, "callbacks.forgetting.sets")
+    kept: dict[str, Any] = {
+        name: OmegaConf.to_container(sets[name], resolve=True) for name in LINE_SETS
+    }
+    path = folder / "sweeps" / "line.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"sets": kept}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def foundry_ext(command: str, *arguments: Path | str) -> None:
     from foundry_ext.cli.main import main
 
     few = [*map(str, arguments[:1]), *(["..."] if len(arguments) > 4 else map(str, arguments[1:]))]

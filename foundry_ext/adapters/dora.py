@@ -22,37 +22,27 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import DoraLinearVariant
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def use_fast_dora(model: nn.Module) -> None:
-    """Give every linear with a DoRA adapter the forward pass of this module, in place.
-
-    LoRA layers and adapted embeddings do not change. Call it again after adding an adapter.
-    """
-    for module in model.modules():
-        if type(module) is peft_layer.Linear and any(
-            type(variant) is DoraLinearVariant for variant in module.lora_variant.values()
-        ):
-            module.__class__ = FastDoraLinear
+from foundry_ext.adapters.plain import compute_dtype, plain_adapter
 
 
 class FastDoraLinear(peft_layer.Linear):
-    """peft's linear with a faster DoRA; cases that `_is_plain` excludes run peft's own forward."""
+    """peft's linear with a faster DoRA; what `plain_adapter` excludes runs peft's own forward."""
 
     # peft's hook for variants, `lora_variant`, runs after W x, too late to fold g into W.
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return [..., O] for x [..., I], in autocast's dtype if autocast is on."""
-        if args or kwargs or not _is_plain(self, x):
+        adapter = None if args or kwargs else plain_adapter(self, x)
+        if adapter is None or type(self.lora_variant.get(adapter)) is not DoraLinearVariant:
             return super().forward(x, *args, **kwargs)
-        (adapter,) = self.active_adapters
         weight = self.base_layer.weight
         lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         magnitude = self.lora_magnitude_vector[adapter].weight
         scale = self.scaling[adapter]
         norm = row_norms(weight, lora_A, lora_B, scale)  # pyright: ignore[reportArgumentType]
         return _DoraProduct.apply(
-            x.to(_compute_dtype(x)), weight, lora_A, lora_B, magnitude, norm, scale
+            x.to(compute_dtype(x)), weight, lora_A, lora_B, magnitude, norm, scale
         )  # pyright: ignore[reportReturnType]
 
 
@@ -67,9 +57,8 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight, lora_A, lora_B = (x.to(wide) for x in (weight, lora_A, lora_B))
         base = torch.linalg.vector_norm(weight, dim=1).square()
-        cross = (lora_B * (weight @ lora_A.T)).sum(1)
-        change = (lora_B * (lora_B @ (lora_A @ lora_A.T))).sum(1)
-        return (base + 2 * scale * cross + scale**2 * change).clamp(min=0).sqrt()
+        product = 2 * scale * (weight @ lora_A.T) + scale**2 * (lora_B @ (lora_A @ lora_A.T))
+        return (base + (lora_B * product).sum(1)).clamp(min=0).sqrt()
 
 
 class _DoraProduct(torch.autograd.Function):
@@ -91,75 +80,30 @@ class _DoraProduct(torch.autograd.Function):
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         gain = (magnitude / norm)[:, None]
-        h_TR = x_TI @ lora_A.to(x.dtype).T
+        A_RI, B_OR = lora_A.to(x.dtype), (scale * gain * lora_B).to(x.dtype)
+        h_TR = x_TI @ A_RI.T
         y_TO = x_TI @ (gain * weight).to(x.dtype).T
-        y_TO = torch.addmm(y_TO, h_TR, (scale * gain * lora_B).to(x.dtype).T)
-        ctx.save_for_backward(x_TI, h_TR, y_TO, weight, lora_A, lora_B, magnitude, gain)
-        ctx.scale, ctx.shape = scale, x.shape
+        # In place, here and below, because addmm would copy its first argument.
+        y_TO.addmm_(h_TR, B_OR.T)
+        # The factors' casts are small; that of g W, as large as the model, is made again.
+        ctx.save_for_backward(x_TI, h_TR, y_TO, A_RI, B_OR, weight, magnitude, gain)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (lora_A.dtype, lora_B.dtype)
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, h_TR, y_TO, weight, lora_A, lora_B, magnitude, gain = ctx.saved_tensors
-        dtype, scale = x_TI.dtype, ctx.scale
+        x_TI, h_TR, y_TO, A_RI, B_OR, weight, magnitude, gain = ctx.saved_tensors
+        dtype, (dtype_A, dtype_B) = x_TI.dtype, ctx.dtypes
         dy_TO = grads[0].reshape(y_TO.shape)
-        dh_TR = dy_TO @ (scale * gain * lora_B).to(dtype)
-        d_lora_A = (dh_TR.T @ x_TI).to(lora_A.dtype)
-        d_lora_B = (scale * gain * (dy_TO.T @ h_TR)).to(lora_B.dtype)
+        dh_TR = dy_TO @ B_OR
+        d_lora_A = (dh_TR.T @ x_TI).to(dtype_A)
+        d_lora_B = (ctx.scale * gain * (dy_TO.T @ h_TR)).to(dtype_B)
         wide = torch.promote_types(dtype, torch.float32)
         # With a magnitude of exactly 0, y is 0 and does not determine the gradient; use 0.
         d_magnitude = (dy_TO * y_TO).sum(0, dtype=wide) / magnitude
         d_magnitude = d_magnitude.masked_fill(magnitude == 0, 0).to(magnitude.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.addmm(dh_TR @ lora_A.to(dtype), dy_TO, (gain * weight).to(dtype))
+            dx = (dh_TR @ A_RI).addmm_(dy_TO, (gain * weight).to(dtype))
             dx = dx.view(ctx.shape)
         return dx, None, d_lora_A, d_lora_B, d_magnitude, None, None
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _is_plain(module: peft_layer.Linear, x: Tensor) -> bool:
-    """Return whether the module is a frozen linear with one DoRA adapter, all of it on this rank.
-
-    Excluded are adapters that are off, merged or mixed; dropout, which peft applies to W x too;
-    sharded weights, which FSDP gathers in the forward pass of the module that holds them; and fp16,
-    in which dy * y may underflow.
-    """
-    adapters = module.active_adapters
-    if module.disable_adapters or module.merged or len(adapters) != 1:
-        return False
-    adapter = adapters[0]
-    base: Any = module.base_layer
-    if type(module.lora_variant.get(adapter)) is not DoraLinearVariant:
-        return False
-    parameters: Any = (
-        base.weight,
-        module.lora_A[adapter].weight,
-        module.lora_B[adapter].weight,
-        module.lora_magnitude_vector[adapter].weight,
-    )
-    weight, (out_features, in_features), rank = base.weight, base.weight.shape, module.r[adapter]
-    shapes = [(out_features, in_features), (rank, in_features), (out_features, rank)]
-    return (
-        type(base) is nn.Linear
-        and base.bias is None
-        and not weight.requires_grad
-        and not module.fan_in_fan_out
-        and not module.lora_bias[adapter]
-        and (isinstance(module.lora_dropout[adapter], nn.Identity) or not module.training)
-        and all(type(p) in (nn.Parameter, Tensor) for p in parameters)
-        and [tuple(p.shape) for p in parameters] == [*shapes, (out_features,)]
-        and x.shape[-1] == in_features
-        and _has_plain_types(x, parameters)
-    )
-
-
-def _has_plain_types(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
-    dtype = _compute_dtype(x)
-    if torch.is_autocast_enabled(x.device.type):
-        return dtype == torch.bfloat16
-    return dtype != torch.float16 and all(p.dtype == dtype for p in parameters)

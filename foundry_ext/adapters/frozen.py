@@ -1,8 +1,9 @@
 """A frozen base in bf16, for training an adapter under amp_bf16.
 
-Autocast casts a frozen fp32 weight in every forward pass and keeps the copy for the backward pass:
-6 bytes per weight instead of 2. Embedding, norms and head stay in fp32, because they read and write
-the fp32 residual stream. The adapter stays in fp32 too.
+A frozen fp32 weight takes 4 bytes instead of 2, and is cast in every forward and every backward
+pass; with dropout, which is peft's own forward pass, autocast also keeps the copy in between.
+Embedding, norms and head stay in fp32, because they read and write the fp32 residual stream. The
+adapter stays in fp32 too.
 
 LoRA's results are the same to the last bit. DoRA's are within bf16's rounding, because its row
 norms and gain are computed from the bf16 weight.

@@ -16,6 +16,7 @@ from foundry_ext.checkpoints.loading import load_tokenizer
 from foundry_ext.evaluation.config import EvalSetConfig
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import changes
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -41,9 +42,10 @@ def measure_line(
         nn.Module.to(model, device)
     end = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
     line: list[dict[str, Any]] = []
+    states = BaseStates(lambda: nullcontext(base))
     for alpha in alphas:
         set_weights(tuned, base, end, alpha)
-        metrics, _ = measure(built, tuned, lambda: nullcontext(base))
+        metrics, _ = measure(built, tuned, states)
         start = line[0]["metrics"] if line else metrics
         line.append({"alpha": alpha, "metrics": metrics, **changes(settings, start, metrics)})
     return line

@@ -33,10 +33,10 @@ from foundry_ext.checkpoints.loading import (
     is_adapter,
     load_model,
     load_tuned,
-    record_above,
     recorded_base,
 )
 from foundry_ext.checkpoints.merge import lora_layers, merge_weights, merged_weight
+from foundry_ext.checkpoints.provenance import record_above
 from foundry_ext.evaluation.config import EvalSetConfig
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import write_text

@@ -18,6 +18,8 @@ from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.adapters import methods, pissa
+from foundry_ext.checkpoints.model_card import weights_in, write_card
+from foundry_ext.checkpoints.provenance import provenance_of_state
 from foundry_ext.checkpoints.safe_load import describe_foreign, load_checkpoint
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import replaced_folder
@@ -101,7 +103,8 @@ def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
 
     A full model becomes config.json and model.safetensors in fp32 (the config says
     LlamaForCausalLM). An adapter becomes adapter_config.json and adapter_model.safetensors, to be
-    loaded onto the base model that its configuration names. The tokenizer is included.
+    loaded onto the base model that its configuration names. The tokenizer is included, and a model
+    card, README.md, with the figures of the run's record if the checkpoint lies in a run's folder.
 
     Args:
         checkpoint: a file that Composer saved (`ep1-ba10-rank0.pt`, or its `latest` link).
@@ -131,6 +134,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path | str) -> Path:
     model = _build(saved["model"], weights, checkpoint)
     with replaced_folder(out, must_be_new=True) as scratch:
         write_folder(model, _saved_tokenizer(saved, scratch / "tokenizer"), scratch)
+        write_card(scratch, weights_in(scratch, place=out), provenance_of_state(checkpoint, state))
     return out
 
 
@@ -140,7 +144,10 @@ def write_folder(
     folder: Path,
     weights: dict[str, Any] | None = None,
 ) -> None:
-    """Write model or adapter, and tokenizer, for stock libraries; `weights` replace its own."""
+    """Write model or adapter, and tokenizer, for stock libraries; `weights` replace its own.
+
+    peft adds a README.md of its own, which `write_card` replaces.
+    """
     # Without it peft asks the hub whether the vocabulary has grown, which may be refused.
     adapter = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     with pissa.as_plain_lora(model, weights) as weights:
@@ -166,6 +173,17 @@ def refuse_folder_in_use(out: Path) -> None:
         raise UserError(f"{out} exists and is not empty; name another folder or remove it")
 
 
+def in_run_folder(folder: Path) -> str:
+    """Return what a run's folder holds of the model, as `RUN/hf or RUN/checkpoints/x.pt`.
+
+    It is empty if the folder is not a run's, or holds neither.
+    """
+    exported = (folder / "hf" / name for name in ("adapter_config.json", "config.json"))
+    found = [folder / "hf"] if any(path.is_file() for path in exported) else []
+    found += sorted((folder / "checkpoints").glob("latest-rank0.pt"))
+    return " or ".join(map(str, found))
+
+
 def _load_state(checkpoint: Path) -> dict[str, Any]:
     if checkpoint.is_dir():
         files = sorted(file.name for file in checkpoint.glob("*.pt"))
@@ -173,6 +191,8 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
             way_out = f"name one of its files, {', '.join(files[-3:])}"
         elif any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
             way_out = "it is a Hugging Face folder already"
+        elif inside := in_run_folder(checkpoint):
+            way_out = f"it is a run's folder; name {inside}"
         else:
             way_out = "if it is a sharded checkpoint, save with state_dict_type: full"
         raise UserError(f"{checkpoint} is a folder, not a Composer .pt file; {way_out}")

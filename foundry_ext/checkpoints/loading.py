@@ -15,7 +15,8 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.llama import LlamaForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.checkpoints.export import export_checkpoint, load_adapter
+from foundry_ext.checkpoints.export import export_checkpoint, in_run_folder, load_adapter
+from foundry_ext.checkpoints.provenance import record_above
 from foundry_ext.models.pretrained import HUB_NAMES
 from foundry_ext.records.record import read_record
 from foundry_ext.utils.errors import UserError, naming, one_line
@@ -33,9 +34,14 @@ def as_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         if not any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+            inside = in_run_folder(path)
             raise UserError(
-                f"{path} holds neither adapter_config.json nor config.json; give a Hugging Face"
-                " model or adapter folder, or a Composer .pt file"
+                f"{path} holds neither adapter_config.json nor config.json; "
+                + (
+                    f"it is a run's folder; name {inside}"
+                    if inside
+                    else "give a Hugging Face model or adapter folder, or a Composer .pt file"
+                )
             )
         yield path
         return
@@ -92,13 +98,6 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
     if wrong:
         raise UserError(f"model {name} does not fit its configuration: {wrong}")
     return model.eval()
-
-
-def record_above(path: Path) -> Path | None:
-    """Return the record of the run whose folder holds `path`, at most one level down, or None."""
-    folder = path.resolve()
-    candidates = (parent / "record.json" for parent in (folder, *folder.parents[:2]))
-    return next((record for record in candidates if record.is_file()), None)
 
 
 def recorded_base(path: Path) -> str | None:

@@ -29,6 +29,8 @@ from foundry_ext.checkpoints.loading import (
     load_tokenizer,
     load_tuned,
 )
+from foundry_ext.checkpoints.model_card import Weights, has_patterns, write_card
+from foundry_ext.checkpoints.provenance import provenance_of
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError
 
@@ -83,7 +85,7 @@ def merge_adapter(
     tolerance: float | None = None,
     text: str = TEXT,
 ) -> dict[str, Any]:
-    """Write the merged model, as a folder that stock transformers loads, and its certificate.
+    """Write the merged model, as a folder that stock transformers loads, its certificate and card.
 
     Args:
         adapter: a peft folder, or a Composer checkpoint of an adapter.
@@ -107,10 +109,11 @@ def merge_adapter(
     allowed = TOLERANCE[dtype] if tolerance is None else tolerance
     name, tokenizer, model = _load(adapter, base)
     windows = _windows(tokenizer, text)
+    config = model.peft_config["default"].to_dict()
     certificate: dict[str, Any] = {
         "schema_version": 1,
         "base": name,
-        "method": methods.method_of_config(model.peft_config["default"].to_dict()).name,
+        "method": methods.method_of_config(config).name,
         "dtype": dtype,
         "tolerance": allowed,
         "text": {"tokens": sum(len(ids[0]) for ids in windows), "built_in": text == TEXT},
@@ -135,7 +138,20 @@ def merge_adapter(
         (scratch / CERTIFICATE).write_text(
             json.dumps(certificate, indent=2) + "\n", encoding="utf-8"
         )
+        write_card(scratch, _describe(out, config, certificate), provenance_of(adapter))
     return certificate
+
+
+def _describe(out: Path, config: dict[str, Any], certificate: dict[str, Any]) -> Weights:
+    largest = certificate["written"]["largest"]
+    return Weights(
+        place=out,
+        method=methods.method_of_config(config),
+        base=certificate["base"],
+        merged=f"in float32, written as {certificate['dtype']}; a logit differs from the unmerged"
+        f" adapter's by at most {largest:.2g} ({CERTIFICATE})",
+        has_patterns=has_patterns(config),
+    )
 
 
 def _load(adapter: Path, base: str | None) -> tuple[str, PreTrainedTokenizerBase, PeftModel]:

@@ -38,7 +38,12 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 SETS: dict[str, dict[str, Any]] = {
     "documents": {"kl": False, "max_documents": None},
-    "multiple_choice": {"max_items": None, "metric": "acc_norm", "num_fewshot": 0},
+    "multiple_choice": {
+        "max_items": None,
+        "metric": "acc_norm",
+        "num_fewshot": 0,
+        "logprob": False,
+    },
     "generation": {"max_items": None, "max_new_tokens": 256, "num_fewshot": 5},
 }
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foundry_ext.comparison.fairness import ABSENT, Difference, differences, unequal_values
-from foundry_ext.comparison.metrics import KINDS
 from foundry_ext.comparison.runs import Run
+from foundry_ext.records.metric import KINDS, NATS
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.nested import is_below
 
@@ -131,7 +131,7 @@ def _unequal_base(named: Mapping[str, Run]) -> list[Difference]:
     for key in dict.fromkeys(key for by_key in metrics.values() for key in by_key):
         values = {name: by_key[key] for name, by_key in metrics.items() if key in by_key}
         largest, smallest = max(values.values()), min(values.values())
-        is_loss = _kind(key) in ("loss", "kl")
+        is_loss = _kind(key) in NATS
         allowed = _LOSS_TOLERANCE * max(1.0, abs(largest)) if is_loss else _ACCURACY_TOLERANCE
         if not largest - smallest <= allowed:
             rounded = {name: float(f"{value:.4g}") for name, value in values.items()}

@@ -1,14 +1,14 @@
 """Comparison of finished runs as data, from which the report's text, tables and plots are made."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
-from pathlib import Path
-from typing import Any
 
 from foundry_ext.comparison.comparability import check_comparable, distinguishing
+from foundry_ext.comparison.front_comparison import FrontComparison, compare_fronts
+from foundry_ext.comparison.fronts import seed_points
 from foundry_ext.comparison.learning_rates import BestLearningRate, best_learning_rate
+from foundry_ext.comparison.matched_runs import MatchedRuns, compare_matched, with_grid_of
 from foundry_ext.comparison.metrics import Metric, shared_metrics
 from foundry_ext.comparison.pairwise import PairwiseComparison, Summary, compare_pairs, summarise
 from foundry_ext.comparison.runs import Loaded, Run, by_label, labelled
@@ -17,7 +17,6 @@ from foundry_ext.comparison.tradeoff import (
     Matched,
     Point,
     matched,
-    matched_pairs,
     matching_levels,
     pareto_front,
     points,
@@ -40,10 +39,15 @@ class Comparison:
     """y of the trade-off."""
     summaries: Sequence[Summary]
     pairs: Sequence[PairwiseComparison]
+    """Differences at the chosen rates; none if only runs at matched rates have enough seeds."""
     front: Sequence[Point]
-    """Pareto front, by rising learning."""
+    """Pareto front of all methods' means, by rising learning."""
+    fronts: FrontComparison
+    """Comparison of the methods' whole fronts over learning rates."""
     matched: Mapping[float, Mapping[str, Matched]]
-    """learning level -> label -> forgetting at that level."""
+    """learning level -> label -> forgetting at that level, along runs at the chosen rates."""
+    at_matched_rates: MatchedRuns | None
+    """Runs at rates chosen for equal learning, which are in no group; None if none were given."""
     left_out: Mapping[str, str]
     """run -> why it is not compared."""
     diverged: Mapping[str, Sequence[Run]]
@@ -53,8 +57,17 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs."""
+        """All runs that count for fronts and best rates."""
         return [run for group in self.groups.values() for run in group]
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """All runs, with those at matched rates."""
+        at_rates = self.at_matched_rates
+        matched = (
+            [] if at_rates is None else [run for group in at_rates.runs.values() for run in group]
+        )
+        return [*self.runs, *matched]
 
     @property
     def chosen_runs(self) -> list[Run]:
@@ -94,26 +107,37 @@ class Comparison:
 def compare_runs(
     loaded: Loaded,
     *,
+    matched_runs: Sequence[Run] = (),
     allow: Sequence[str] = (),
     learning: str | None = None,
     forgetting: str | None = None,
+    reference: float | None = None,
 ) -> Comparison:
     """Group runs by method, choose a learning rate per group, and compare the groups.
 
     Args:
         loaded: the runs.
+        matched_runs: runs at learning rates that were chosen for equal learning; they are compared
+            with each other only, and count neither for fronts nor for best rates.
         allow: dotted keys that may differ; see comparability.py.
         learning: key of the records' `learning` to choose learning rates by and to draw; by
             default the first loss.
         forgetting: key of the records' `forgetting` to draw; by default the first loss.
+        reference: level of that forgetting, in the record's unit, up to which a front's area
+            counts; by default chosen from all methods' fronts (`hypervolume.default_reference`).
 
     Raises:
-        UserError: the runs cannot be compared, or do not share that metric.
+        UserError: the runs cannot be compared, or do not share that metric, or the reference is
+            not above 0.
     """
-    accepted = check_comparable(loaded.runs, allow)
-    runs = labelled(loaded.runs, distinguishing(loaded.runs))
-    groups = by_label(runs)
+    if reference is not None and not (isfinite(reference) and reference > 0):
+        raise UserError(f"reference {reference:g}: must be a level of forgetting above 0")
+    runs = [*loaded.runs, *(with_grid_of(loaded.runs[0], run) for run in matched_runs)]
+    accepted = check_comparable(runs, allow)
+    runs = labelled(runs, distinguishing(runs))
+    groups, at_matched = map(by_label, (runs[: len(loaded.runs)], runs[len(loaded.runs) :]))
     _refuse_copies(groups)
+    _refuse_copies(at_matched)
     learned = shared_metrics(runs, "learning")
     forgotten = shared_metrics(runs, "forgetting")
     x = _pick(learned, learning, "learning")
@@ -127,6 +151,11 @@ def compare_runs(
         for label, group in groups.items()
     }
     metrics = list(dict.fromkeys([x, y, *learned, *forgotten]))
+    at_rates = compare_matched(at_matched, list(groups), metrics) if matched_runs else None
+    fronts = _compare_fronts(groups, diverged, x, y, reference)
+    pairs = [pair for metric in metrics for pair in compare_pairs(chosen, metric)]
+    if at_rates is not None and at_rates.is_in_general:
+        pairs, fronts = _with_enough_seeds(chosen, pairs, fronts)
     return Comparison(
         groups=groups,
         best=best,
@@ -136,16 +165,46 @@ def compare_runs(
         summaries=[
             summarise(label, group, metric) for metric in metrics for label, group in chosen.items()
         ],
-        pairs=[pair for metric in metrics for pair in compare_pairs(chosen, metric)],
+        pairs=pairs,
         front=pareto_front(points(groups, x, y)),
+        fronts=fronts,
         matched={
             level: {label: matched(chosen[label], groups[label], x, y, level) for label in groups}
             for level in matching_levels(chosen, x)
         },
+        at_matched_rates=at_rates,
         left_out=loaded.left_out,
         diverged=diverged,
         accepted=accepted,
     )
+
+
+def _with_enough_seeds(
+    chosen: Mapping[str, Sequence[Run]],
+    pairs: list[PairwiseComparison],
+    fronts: FrontComparison,
+) -> tuple[list[PairwiseComparison], FrontComparison]:
+    """Return pairs and fronts without rankings that rest on fewer than three seeds.
+
+    A seed decides which of two rates next to each other is the best one, and so what is forgotten
+    there. If runs at matched rates have more seeds, only they rank methods.
+    """
+    if any(len(runs) < MIN_SEEDS for runs in chosen.values()):
+        pairs = []
+    if any(len(each.seeds) < MIN_SEEDS for each in fronts.points.values()):
+        fronts = replace(fronts, area_pairs=[], level_pairs=[])
+    return pairs, fronts
+
+
+def _compare_fronts(
+    groups: Mapping[str, Sequence[Run]],
+    diverged: Mapping[str, Sequence[Run]],
+    x: Metric,
+    y: Metric,
+    reference: float | None,
+) -> FrontComparison:
+    means = {label: points({label: group}, x, y) for label, group in groups.items()}
+    return compare_fronts(seed_points(groups, diverged, x, y), means, reference)
 
 
 def _best_learning_rate(runs: Sequence[Run], learning: Metric) -> BestLearningRate:
@@ -208,52 +267,3 @@ def _refuse_copies(groups: Mapping[str, Sequence[Run]]) -> None:
                     f" {run.learning_rate:g} with seed {run.seed}: leave one out, or name what"
                     " tells them apart by --allow KEY"
                 )
-
-
-def write_json(path: Path, comparison: Comparison) -> None:
-    """Write the report's numbers in the records' units: accuracies are shares, not points."""
-    data = {
-        "schema_version": 1,
-        "learning": comparison.learning.key,
-        "forgetting": comparison.forgetting.key,
-        "runs": {label: [run.name for run in group] for label, group in comparison.groups.items()},
-        "left_out": comparison.left_out,
-        "accepted_differences": comparison.accepted,
-        "best_learning_rates": {
-            label: {
-                **_as_measure(asdict(best)),
-                "means": {f"{k:g}": v if isfinite(v) else None for k, v in best.means.items()},
-            }
-            for label, best in comparison.best.items()
-        },
-        "methods": [_plain(asdict(summary)) for summary in comparison.summaries],
-        "pairs": [
-            {
-                **_plain(asdict(pair)),
-                "p": pair.p,
-                "distinguishable": pair.is_distinguishable,
-                "sentence": pair.sentence,
-            }
-            for pair in comparison.pairs
-        ],
-        "pareto_front": [asdict(point) for point in comparison.front],
-        "matched_learning": [
-            {"level": level, "methods": {label: asdict(at) for label, at in methods.items()}}
-            for level, methods in comparison.matched.items()
-        ],
-        "matched_pairs": [
-            {**asdict(pair), "distinguishable": pair.is_distinguishable}
-            for pair in matched_pairs(comparison.matched.get(comparison.common_level or 0.0, {}))
-        ],
-    }
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    metric = data["metric"]
-    return {**_as_measure(data), "measure": metric["key"], "role": metric["role"]}
-
-
-def _as_measure(data: dict[str, Any]) -> dict[str, Any]:
-    """Rename `metric` to `measure`, its key in the files that users have."""
-    return {"measure" if key == "metric" else key: value for key, value in data.items()}

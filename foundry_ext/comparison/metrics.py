@@ -4,74 +4,17 @@ Signs are the same as in records: positive learning means more learned, positive
 forgotten.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from foundry_ext.comparison.runs import Run
+from foundry_ext.records.metric import MEAN_ACCURACY, Metric
 from foundry_ext.utils.nested import get
 
-MEAN_ACCURACY = "mean_accuracy"
-KINDS = ("strict_match", "flexible_extract", "acc_norm", "acc", "loss", "kl")
 _CHOICE = ("acc", "acc_norm")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One column of the records' `learning` or `forgetting`."""
-
-    role: str
-    """"learning" or "forgetting"."""
-    key: str
-    """The record's key, e.g. target_loss."""
-
-    @property
-    def kind(self) -> str:
-        """One of KINDS; acc for the mean accuracy, and empty if unknown."""
-        if self.key == MEAN_ACCURACY:
-            return "acc"
-        return next((kind for kind in KINDS if self.key.endswith(f"_{kind}")), "")
-
-    @property
-    def set_name(self) -> str:
-        """Name of the evaluation set, e.g. target."""
-        return self.key.removesuffix(f"_{self.kind}")
-
-    @property
-    def is_binary(self) -> bool:
-        """True if each item is either right or wrong."""
-        return self.kind in KINDS[:4] and self.key != MEAN_ACCURACY
-
-    @property
-    def unit(self) -> str:
-        """Unit of shown values."""
-        return "nats per token" if self.kind in ("loss", "kl") else "points"
-
-    @property
-    def scale(self) -> float:
-        """Factor from the record's values to shown values; accuracies are shown in points."""
-        return 1.0 if self.kind in ("loss", "kl") else 100.0
-
-    @property
-    def subject(self) -> str:
-        """Set and kind, e.g. "target (loss)"."""
-        return "mean accuracy" if self.key == MEAN_ACCURACY else f"{self.set_name} ({self.kind})"
-
-    @property
-    def title(self) -> str:
-        """Role and subject, e.g. "Learning: target (loss)"."""
-        return f"{self.role.capitalize()}: {self.subject}"
-
-    def show(self, value: float, *, signed: bool = False) -> str:
-        """Format a value as the report shows it, without its unit."""
-        digits = 1 if self.scale == 100 else 3
-        shown = f"{value * self.scale:{'+' if signed else ''}.{digits}f}"
-        return shown.replace("-", "−")
-
-    def show_limits(self, low: float, high: float, *, signed: bool = False) -> str:
-        """Format an interval, e.g. "[3.823, 3.919]"."""
-        return f"[{self.show(low, signed=signed)}, {self.show(high, signed=signed)}]"
+_ROUNDING = 2e-3  # of a record's value against the mean of its items
 
 
 def shared_metrics(runs: Sequence[Run], role: str) -> list[Metric]:
@@ -137,6 +80,24 @@ def item_changes(run: Run, metric: Metric) -> dict[str, tuple[float, float]]:
     return changes
 
 
+def measured_items(
+    run: Run, evaluation: Mapping[str, Any], key: str
+) -> dict[str, tuple[float, float]]:
+    """Return item -> (value, weight) of one evaluation's metric, such as target/loss.
+
+    sum(values) / sum(weights) is the record's value. The result is empty if the run has no such
+    items.
+    """
+    name, _, kind = key.rpartition("/")
+    lines = run.by_set.get((evaluation["step"], name), {})
+    if not all(kind in line for line in lines.values()):
+        return {}
+    items = {item: (float(x[kind]), float(x.get("tokens", 1))) for item, x in lines.items()}
+    total = sum(weight for _, weight in items.values())
+    mean = sum(value for value, _ in items.values()) / total if total else np.inf
+    return items if abs(mean - evaluation["metrics"][key]) <= _ROUNDING else {}
+
+
 def _mean_accuracy_items(run: Run) -> dict[str, tuple[float, float]]:
     """Return the items of all forgetting multiple-choice sets, weighting all sets equally."""
     sets: dict[str, dict[str, tuple[float, float]]] = {}
@@ -194,6 +155,6 @@ def item_matrix(
     ]
     for group, matrix in zip(groups, matrices, strict=True):
         for run, values in zip(group, matrix, strict=True):
-            if abs(values.sum() / weights.sum() - final_value(run, metric)) > 2e-3:
+            if abs(values.sum() / weights.sum() - final_value(run, metric)) > _ROUNDING:
                 return None
     return matrices, weights

@@ -158,8 +158,12 @@ def why_left_out(record: Mapping[str, Any]) -> str | None:
     evaluations = record["evaluations"]
     if len(evaluations) < 2 or evaluations[0]["step"] != 0:
         return "no evaluation both at step 0 and at the end"
-    if not (evaluations[-1]["learning"] and evaluations[-1]["forgetting"]):
-        return "learning or forgetting was not measured"
+    missing = [role for role in ("learning", "forgetting") if not evaluations[-1][role]]
+    if missing:
+        return (
+            f"{' and '.join(missing)} {'were' if missing[1:] else 'was'} not measured: its YAML has"
+            f" no set of role {' or '.join(missing)} under callbacks.forgetting.sets"
+        )
     values = [*evaluations[-1]["learning"].values(), *evaluations[-1]["forgetting"].values()]
     if not all(map(math.isfinite, values)):
         return _DIVERGED

@@ -38,34 +38,24 @@ items it covers 93.5 (3,000 trials). McNemar under the null with 300 items has 3
 (20,000 trials). tests/comparison/test_statistics.py repeats these with fewer trials.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
-LEVEL = 0.95
+from foundry_ext.comparison.interval import (
+    LEVEL,
+    Interval,
+    Part,
+    interval_from_parts,
+    is_rounding,
+    mover,
+)
+
 RESAMPLES = 4000
 MIN_SEEDS = 3
 _CHUNK = 1 << 22  # resampled items held at once
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval and the two-sided p-value against 0."""
-
-    estimate: float
-    low: float
-    high: float
-    p: float
-    standard_error: float
-    kind: str
-    """Source of variation: "items", "seeds" or "seeds and items"."""
-
-    @property
-    def includes_zero(self) -> bool:
-        return self.low <= 0 <= self.high
 
 
 def bootstrap_ratios(
@@ -73,11 +63,11 @@ def bootstrap_ratios(
 ) -> np.ndarray:
     """Return [resamples] ratios over items drawn with replacement."""
     values, weights = _checked(values, weights)
-    draws = _draws(len(values), resamples, np.random.default_rng(seed))
-    return np.concatenate([values[drawn].sum(1) / weights[drawn].sum(1) for drawn in draws])
+    rows = draws(len(values), resamples, np.random.default_rng(seed))
+    return np.concatenate([values[drawn].sum(1) / weights[drawn].sum(1) for drawn in rows])
 
 
-def _draws(num_items: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def draws(num_items: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Yield [n, I] items drawn with replacement, in chunks that fit into memory."""
     rows = max(1, _CHUNK // num_items)
     for start in range(0, resamples, rows):
@@ -183,32 +173,10 @@ def _item_part(values: np.ndarray, weights: np.ndarray, seed: int) -> tuple[floa
     return float(bootstrap_ratios(values, weights, seed=seed).var(ddof=1)), len(weights) - 1
 
 
-def _combined(estimate: float, parts: list[tuple[float, int]], num_items: int) -> Interval:
-    """Return the interval with half-width^2 = sum of (t_df standard error)^2 over the parts.
-
-    The p-value inverts that interval.
-    """
-    error = math.sqrt(sum(variance for variance, _ in parts))
-    half = _half_width((1 - LEVEL) / 2, parts)
+def _combined(estimate: float, parts: Sequence[Part], num_items: int) -> Interval:
+    """Return the interval with half-width^2 = sum of (t_df standard error)^2 over the parts."""
     kind = "seeds" if num_items == 1 else "seeds and items"
-    if _is_rounding(error, estimate):
-        p = float(_is_rounding(estimate, 1.0))
-    elif len(varying := [part for part in parts if part[0] > 0]) == 1:
-        p = _p_value(estimate, error, varying[0][1])
-    else:  # twice the one-sided tail at which the interval just touches 0
-        touching = optimize.root_scalar(
-            lambda tail: _half_width(tail, varying) - abs(estimate),
-            bracket=(0, 0.5),
-            method="bisect",
-            xtol=1e-9,
-        )
-        p = 2 * touching.root
-    return Interval(estimate, estimate - half, estimate + half, p, error, kind)
-
-
-def _half_width(tail: float, parts: list[tuple[float, int]]) -> float:
-    variances, df = np.array(parts).T
-    return math.sqrt(variances @ stats.t.isf(tail, df) ** 2)
+    return interval_from_parts(estimate, parts, kind, mover)
 
 
 def two_level_bootstrap(
@@ -219,7 +187,7 @@ def two_level_bootstrap(
     num_seeds, num_items = values.shape
     rng = np.random.default_rng(seed)
     ratios = []
-    for drawn in _draws(num_items, resamples, rng):
+    for drawn in draws(num_items, resamples, rng):
         seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(drawn))
         sums = np.stack([row[drawn].sum(1) for row in values], 1)  # [n, S]
         ratios.append((seeds * sums).sum(1) / num_seeds / weights[drawn].sum(1))
@@ -272,14 +240,9 @@ def influences(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _p_value(estimate: float, error: float, df: float) -> float:
     """Return the two-sided p-value of a t test."""
-    if _is_rounding(error, estimate):
-        return float(_is_rounding(estimate, 1.0))
+    if is_rounding(error, estimate):
+        return float(is_rounding(estimate, 1.0))
     return 2 * float(stats.t.sf(abs(estimate / error), df))
-
-
-def _is_rounding(small: float, large: float) -> bool:
-    """Return whether `small` is rounding error, such as the spread of copies of one run."""
-    return abs(small) <= 1e-12 * max(1.0, abs(large))
 
 
 def _checked(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -94,8 +94,8 @@ class Matched:
     """True if a run reached the level before its first evaluation after step 0. Its value then lies
     on the straight line from the base model, not between two measured points."""
     over_rates: float | None
-    """Forgetting between the ends of runs with rising learning rates; None if the level lies
-    outside."""
+    """Forgetting between neighbouring points of the method's front over learning rates; None if the
+    level lies outside."""
     at_most: float | None
     """Upper bound, for a method that learned more than the level at every learning rate: the least
     it forgot at any of them. None for other methods."""
@@ -126,10 +126,13 @@ def matched(
             by_seed[run.seed] = crossing
             is_early |= bool(path[1, 0] > level)
     complete = len(by_seed) == len(chosen)
-    # [learning rates, 2], by rising learning rate
-    rates = np.array([point.position for point in points({"": all_runs}, learning, forgetting)])
-    over_rates = first_crossing(rates, level) if len(rates) > 1 else None
-    is_below = over_rates is None and bool((rates[:, 0] >= level).all())
+    # [points, 2], by rising learning. In the order of the learning rates, the path would lead
+    # through rates that are worse in both, and might cross the level there.
+    front = np.array(
+        [point.position for point in pareto_front(points({"": all_runs}, learning, forgetting))]
+    )
+    over_rates = first_crossing(front, level) if len(front) > 1 else None
+    is_below = over_rates is None and bool(front[0, 0] >= level)
     values = list(by_seed.values())
     return Matched(
         by_seed=by_seed,
@@ -138,7 +141,7 @@ def matched(
         interval=over_seeds(values) if complete and len(values) >= MIN_SEEDS else None,
         is_early=is_early,
         over_rates=over_rates,
-        at_most=float(rates[:, 1].min()) if is_below else None,
+        at_most=float(front[0, 1]) if is_below else None,
     )
 
 

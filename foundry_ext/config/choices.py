@@ -43,7 +43,10 @@ def find_unknown_choice(config: DictConfig) -> str | None:
                 if str(value) not in node:
                     known = [str(key) for key in node]
                     own = ""
-                    if not any(isinstance(entry, Mapping) for entry in node.values()):
+                    # A word is no learning rate, but an entry misspelt.
+                    kinds = {type(entry) for entry in node.values()}
+                    is_number = kinds <= {int, float} and isinstance(value, int | float)
+                    if is_number or (kinds == {str} and isinstance(value, str)):
                         entry = f"variables.{table}.{known[len(known) // 2]}"
                         own = f"; for a value of your own set {entry}={value}"
                     return (

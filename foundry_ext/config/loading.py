@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from foundry_ext.config.automatic import AUTO, COMPILE, FIXED_SHAPE
 from foundry_ext.config.choices import (
     choices_in_run_name,
     drop_absent,
@@ -248,10 +249,10 @@ def _check_compile(path: Path, config: DictConfig) -> None:
 
     Packs of different shapes would be compiled one after another until torch gives up.
     """
-    scope = OmegaConf.select(config, "model.compile", default="none")
-    fixed = OmegaConf.select(config, "train_loader.dataset.fixed_shape", default=False)
-    if _is_packed(config) and scope != "none" and not fixed:
+    scope = OmegaConf.select(config, COMPILE, default=AUTO)
+    fixed = OmegaConf.select(config, FIXED_SHAPE, default=AUTO)
+    if _is_packed(config) and scope not in ("none", AUTO) and fixed is False:
         raise UserError(
             f"{path}: model.compile, {scope!r}, needs packs of one shape; set "
-            "train_loader.dataset.fixed_shape: true, or compile: none"
+            "train_loader.dataset.fixed_shape: true or auto, or compile: none"
         )

@@ -190,9 +190,13 @@ def check_keys(dataset: dict[str, Any], name: str) -> None:
             f"{name}: set dataset.max_seq_len, the most tokens a document may have, to a whole"
             f" number, not {max_seq_len!r}"
         )
-    for key in ("shuffle", "fixed_shape"):
-        if not isinstance(dataset.get(key, False), bool):
-            raise UserError(f"{name}: dataset.{key}: {dataset[key]!r} is neither true nor false")
+    for key, others in (("shuffle", ()), ("fixed_shape", ("auto",))):
+        value = dataset.get(key, False)
+        if not isinstance(value, bool) and value not in others:
+            raise UserError(
+                f"{name}: dataset.{key}: {value!r} is neither true nor false"
+                f"{''.join(f', nor {other}' for other in others)}"
+            )
     for key, least in (("eval_packs", 1), ("shuffle_seed", 0)):
         value = dataset.get(key, least)
         if type(value) is not int or value < least:

@@ -65,7 +65,8 @@ def build_packed_finetuning_dataloader(
     - `datasets`: a list of sources instead of one, each with `hf_name`, `split` and the other keys
       of a source, or with `text_key` for plain text. All but the main one, which is used
       completely, have a `share` of an epoch's tokens.
-    - `fixed_shape` (default false): every pack padded to one shape, for compilation.
+    - `fixed_shape` (true, false, auto; default auto): every pack padded to one shape, for
+      compilation. train.py decides what auto is, see config/automatic.py; elsewhere it is false.
     - `shuffle` (default false): a new order and new packs in every epoch, by `shuffle_seed`
       (default 17). Otherwise packs of neighbours, in the order of the rows and of `datasets`.
     - `target_responses` (last, all; default last): answers of a chat to learn; others are counted.
@@ -145,7 +146,7 @@ def _plan_packs(
             max_seq_len=dataset["max_seq_len"],
             pack_tokens=pack_tokens,
             pad_token_id=cast(int, tokenizer.pad_token_id or 0),
-            fixed_shape=dataset.get("fixed_shape", False),
+            fixed_shape=dataset.get("fixed_shape", False) is True,  # auto: train.py has not decided
             max_documents=most_documents(documents.lengths[documents.lengths > 0], pack_tokens),
         ),
         {

@@ -80,6 +80,12 @@ class SpecialTokens:
         return f"a row {opened}ends with {end}"
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that stands for an empty context: begin of text, or else end of text."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return cast(int, eos if bos is None else bos)
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Return the ids of each text as the beginning of a document, for the model to continue."""
     # Not verbose: a text longer than the tokenizer's model_max_length is fine, it is cut later.

@@ -45,6 +45,11 @@ class BaseCopy:
     def __call__(self) -> nullcontext[SmolLM2ForCausalLM]:
         return nullcontext(self.model)
 
+    def compute_as(self, model: SmolLM2ForCausalLM) -> None:
+        """Use the kernels that `model` uses now, so that equal weights give equal values."""
+        self.model.attention_backend = model.attention_backend
+        self.model.model.evaluation_pieces = model.model.evaluation_pieces
+
     def retake(self, model: SmolLM2ForCausalLM) -> None:
         """Copy the weights that `model` has now."""
         self.model.load_state_dict(model.state_dict(), strict=True)

@@ -69,6 +69,8 @@ class MultipleChoiceSetConfig(TaskSetConfig):
 
     metric: Literal["acc", "acc_norm"] = "acc_norm"
     """The metric that counts in forgetting/mean_accuracy."""
+    logprob: bool = False
+    """Also measure the log-probability of the right choice, in nats, summed over its tokens."""
 
 
 class GenerationSetConfig(TaskSetConfig):

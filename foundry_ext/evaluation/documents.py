@@ -9,7 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.evaluation.config import DocumentsSetConfig
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.scoring import Shard, evenly_spaced, score_documents
-from foundry_ext.models.scores import BaseModel
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
@@ -63,7 +63,7 @@ class DocumentsSet:
         return self.dataset.documents.fingerprint
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
+        self, model: SmolLM2ForCausalLM, base: BaseStates | None, shard: Shard
     ) -> list[Item]:
         """Return an item per document of this rank's shard.
 

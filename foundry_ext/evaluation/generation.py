@@ -9,20 +9,18 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.special_tokens import encode_prompts
+from foundry_ext.data.special_tokens import encode_prompts, start_token
 from foundry_ext.evaluation.config import GenerationSetConfig
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.evaluation.task_set import TaskSet
-from foundry_ext.models.scores import BaseModel
+from foundry_ext.models.greedy import generate_greedily
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
@@ -100,24 +98,6 @@ def parse_problem(row: dict[str, Any], place: str) -> Problem:
     )
 
 
-class _StopStrings(StoppingCriteria):
-    """Ends a row when a stop string is among its latest tokens.
-
-    A token is at least one byte, so a window of as many tokens as the longest stop string has bytes
-    holds every stop string that just ended. `output_text` removes what follows it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_prompt: int):
-        self.tokenizer, self.num_prompt = tokenizer, num_prompt
-        self.window = max(len(text.encode()) for text in STOP_STRINGS)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        latest = input_ids[:, max(self.num_prompt, input_ids.shape[1] - self.window) :]
-        texts = self.tokenizer.batch_decode(latest)
-        stops = [any(stop in text for stop in STOP_STRINGS) for text in texts]
-        return torch.tensor(stops, device=input_ids.device)
-
-
 def output_text(text: str) -> str:
     """Return the text before the first stop string."""
     for stop in STOP_STRINGS:
@@ -125,47 +105,33 @@ def output_text(text: str) -> str:
     return text
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask, both [B, S]: `generate` continues the last position.
-
-    Example: prompts [[5, 6], [7]] with pad id 0 give ids [[5, 6], [0, 7]].
-    """
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
-
-
-@torch.no_grad()
 def generate(
     model: SmolLM2ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Return greedy continuations, whatever the model's own generation settings are."""
-    # Any id can pad because the mask marks the padding.
-    end_id = cast(int, tokenizer.eos_token_id)
-    ids, mask = pad_left(prompts, end_id)
-    generated = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        eos_token_id=end_id,
-        pad_token_id=end_id,
-        stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, ids.shape[1])]),
+    """Return greedy continuations, whatever the model's own generation settings are.
+
+    A row ends with the end-of-text token, or when a stop string is among its latest tokens;
+    `output_text` removes what follows the string.
+    """
+    end_id = tokenizer.eos_token_id
+    # A token is at least one byte, so these hold every stop string that just ended.
+    window = max(len(text.encode()) for text in STOP_STRINGS)
+
+    def has_ended(ids: Sequence[int]) -> bool:
+        if ids[-1] == end_id:
+            return True
+        latest = tokenizer.decode(list(ids[-window:]))
+        return any(stop in latest for stop in STOP_STRINGS)
+
+    generated = generate_greedily(
+        model, prompts, max_new_tokens=max_new_tokens, has_ended=has_ended
     )
-    new_ids = cast(Tensor, generated)[:, ids.shape[1] :]
-    return [output_text(text) for text in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+    return [
+        output_text(text) for text in tokenizer.batch_decode(generated, skip_special_tokens=True)
+    ]
 
 
 class GenerationSet(TaskSet[GenerationSetConfig]):
@@ -189,7 +155,7 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
                 for before, problem in zip(self.few_shot, self.questions, strict=True)
             ],
         )
-        self.prompts = [prompt[-room:] for prompt in prompts]
+        self.prompts = [prompt[-room:] or [start_token(tokenizer)] for prompt in prompts]
         num_truncated = sum(len(prompt) > room for prompt in prompts)
         self.count("prompts", [len(prompt) for prompt in self.prompts], num_truncated, room)
         self.digest = self._digest()
@@ -200,10 +166,11 @@ class GenerationSet(TaskSet[GenerationSetConfig]):
         return hashlib.sha256(repr((self.prompts, golds)).encode()).hexdigest()[:16]
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
+        self, model: SmolLM2ForCausalLM, base: BaseStates | None, shard: Shard
     ) -> list[Item]:
         """Return an item per problem of this rank's shard."""
-        # Sorted by length, so that little is padding. Batches do not depend on the number of ranks.
+        # Sorted by length, so that the rows of a batch see about as many keys. Batches do not
+        # depend on the number of ranks.
         order = np.argsort(self.lengths, kind="stable")
         batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
         items = []

@@ -21,7 +21,7 @@ from foundry_ext.evaluation.generation import GenerationSet
 from foundry_ext.evaluation.metrics import Item, set_metrics
 from foundry_ext.evaluation.multiple_choice import MultipleChoiceSet
 from foundry_ext.evaluation.scoring import Shard
-from foundry_ext.models.scores import BaseModel
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 
 # One rank's items -> those of all ranks.
@@ -45,7 +45,7 @@ class EvalSet(Protocol):
         ...
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
+        self, model: SmolLM2ForCausalLM, base: BaseStates | None, shard: Shard
     ) -> list[Item]:
         """Return this rank's part of the measurement, in any order."""
         ...
@@ -80,7 +80,7 @@ def _build_set(
 def measure(
     sets: Sequence[EvalSet],
     model: SmolLM2ForCausalLM,
-    base: BaseModel | None,
+    base: BaseStates | None,
     *,
     shard: Shard = Shard(),  # noqa: B008 - immutable
     gather: Gather = list,

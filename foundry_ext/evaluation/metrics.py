@@ -12,19 +12,21 @@ from foundry_ext.evaluation.config import EvalSetConfig, MultipleChoiceSetConfig
 Item = dict[str, Any]
 
 _ACCURACIES = ("acc", "acc_norm", "strict_match", "flexible_extract")
+_RISING = (*_ACCURACIES, "logprob")  # higher is better
 
 
 def set_metrics(items: Sequence[Item]) -> dict[str, float]:
     """Return one set's figures.
 
     Documents have loss and KL in mean nats per labelled token; other sets have accuracies, 0 to 1.
+    Multiple choice may also have the mean log-probability of the right choice, in nats.
     """
     assert items, "a set without items"
     if "loss" in items[0]:
         tokens = sum(item["tokens"] for item in items)
         names = ("loss", "kl") if "kl" in items[0] else ("loss",)
         return {name: sum(item[name] for item in items) / tokens for name in names}
-    names = [name for name in _ACCURACIES if name in items[0]]
+    names = [name for name in _RISING if name in items[0]]
     return {name: sum(item[name] for item in items) / len(items) for name in names}
 
 
@@ -46,8 +48,8 @@ def changes(
                 continue
             if metric == "kl" and role == "forgetting":
                 result[role][f"{name}_kl"] = value  # already a distance from the base model
-            elif metric == "loss" or metric in _ACCURACIES:
-                # Learning: the loss falls, an accuracy rises. Forgetting: the reverse.
+            elif metric == "loss" or metric in _RISING:
+                # Learning: the loss falls, all others rise. Forgetting: the reverse.
                 rises = (role == "learning") == (metric != "loss")
                 change = value - start[key] if rises else start[key] - value
                 result[role][f"{name}_{metric}"] = change

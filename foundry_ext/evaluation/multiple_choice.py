@@ -1,4 +1,4 @@
-"""Multiple-choice questions, answered by the likeliest choice. Each choice is a packed document.
+"""Multiple-choice questions, answered by the likeliest choice; a shared prefix is computed once.
 
 Scores are defined as in lm-evaluation-harness: `acc` takes the choice with the largest summed
 log-probability of the continuation's tokens, `acc_norm` the one with the largest sum divided by the
@@ -8,19 +8,21 @@ choice's length in characters. llm-foundry instead takes the lowest perplexity, 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.special_tokens import encode_prompts
+from foundry_ext.data.special_tokens import encode_prompts, start_token
 from foundry_ext.evaluation.config import MultipleChoiceSetConfig
 from foundry_ext.evaluation.metrics import Item
-from foundry_ext.evaluation.scoring import Shard, score_documents
+from foundry_ext.evaluation.scoring import Shard
 from foundry_ext.evaluation.task_set import TaskSet
-from foundry_ext.models.scores import BaseModel
+from foundry_ext.evaluation.trees import plant, score_forest
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
-from foundry_ext.packing.collator import Document, PackCollator
+from foundry_ext.packing.collator import Document
 from foundry_ext.utils.errors import UserError
 
 # Tokens per pack: enough to fill a GPU, and no more than a training pack has.
@@ -108,7 +110,7 @@ def encode(
         moved.append((stripped, context[len(stripped) :] + continuation))
     together = encode_prompts(tokenizer, [context + text for context, text in moved])
     contexts = encode_prompts(tokenizer, [context for context, _ in moved])
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = start_token(tokenizer)
     documents, num_truncated = [], 0
     for (_, text), ids, context_ids in zip(moved, together, contexts, strict=True):
         ids, num_context = (ids, len(context_ids)) if context_ids else ([start, *ids], 1)
@@ -144,7 +146,7 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         lengths = [len(document.input_ids) for document in self.documents]
         self.count("choices", lengths, num_truncated, max_length)
         self.capacity = max(PACK_TOKENS, *lengths)
-        self.collator = PackCollator(max_seq_len=max_length + 1, pack_tokens=self.capacity)
+        self.forest = plant(self.choices, self.documents, self.capacity)
         self.digest = self._digest()
 
     def _digest(self) -> str:
@@ -159,31 +161,29 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
         return digest.hexdigest()[:16]
 
     def measure(
-        self, model: SmolLM2ForCausalLM, base: BaseModel | None, shard: Shard
+        self, model: SmolLM2ForCausalLM, base: BaseStates | None, shard: Shard
     ) -> list[Item]:
         """Return an item per choice of this rank's shard.
 
-        The choices of a question may be on several ranks; `complete` joins them.
+        Packs do not depend on the number of ranks, so a choice is always computed together with the
+        same others and rounds alike.
         """
-        scores = score_documents(
-            model,
-            np.arange(len(self.documents)),
-            np.asarray(self.lengths),
-            lambda indices: self.collator([self.documents[index] for index in indices]),
-            name=self.config.name,
-            capacity=self.capacity,
-            base=None,
-            shard=shard,
-        )
-        return [{"item": str(score.index), "logprob": score.log_prob} for score in scores]
+        name = self.config.name
+        scores = score_forest(model, self.documents, self.forest, name=name, shard=shard)
+        return [{"item": str(index), "logprob": log_prob} for index, log_prob in scores]
+
+    @property
+    def choices(self) -> list[range]:
+        """Indices of each question's documents."""
+        ends = np.cumsum([len(question.choices) for question in self.questions]).tolist()
+        return [range(first, last) for first, last in pairwise([0, *ends])]
 
     def complete(self, gathered: Sequence[Item]) -> list[Item]:
         """Join the choices of all ranks to one item per question."""
         log_probs = {int(item["item"]): item["logprob"] for item in gathered}
-        items, first = [], 0
-        for item, question in zip(self.items, self.questions, strict=True):
-            last = first + len(question.choices)
-            sums = [log_probs[index] for index in range(first, last)]
+        items = []
+        for item, question, indices in zip(self.items, self.questions, self.choices, strict=True):
+            sums = [log_probs[index] for index in indices]
             normed = [
                 value / len(choice.text)
                 for value, choice in zip(sums, question.choices, strict=True)
@@ -196,7 +196,7 @@ class MultipleChoiceSet(TaskSet[MultipleChoiceSetConfig]):
                     "logprobs_norm": normed,
                     "acc": int(np.argmax(sums) == question.gold),
                     "acc_norm": int(np.argmax(normed) == question.gold),
+                    **({"logprob": sums[question.gold]} if self.config.logprob else {}),
                 }
             )
-            first = last
         return items

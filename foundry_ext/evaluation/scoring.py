@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from foundry_ext.models.scores import BaseModel, score_pack
+from foundry_ext.models.scores import BaseStates, score_pack
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.algorithm import pack
 from foundry_ext.packing.batch import Pack
@@ -52,7 +52,7 @@ def score_documents(
     *,
     name: str,
     capacity: int,
-    base: BaseModel | None,
+    base: BaseStates | None,
     shard: Shard,
 ) -> Iterator[DocumentScore]:
     """Yield the scores of this rank's documents.

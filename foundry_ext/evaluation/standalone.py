@@ -25,9 +25,11 @@ from foundry_ext.evaluation.base_model import adapters_off
 from foundry_ext.evaluation.config import EvalSetConfig, parse_sets
 from foundry_ext.evaluation.measure import build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
-from foundry_ext.models.scores import BaseModel
+from foundry_ext.models.compiled import fuse_evaluation
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.atomic import write_text
+from foundry_ext.utils.environment import why_no_kernels
 from foundry_ext.utils.errors import UserError, one_line
 
 
@@ -100,16 +102,20 @@ def evaluate_checkpoint(
         built = build_sets(configs, tokenizer, shape.config.max_position_embeddings)
         start: dict[str, float] | None = None
         base_items: list[Item] = []
-        reference: BaseModel | None = None
+        reference: BaseStates | None = None
         with _precision():
             # The base model comes first because an adapter is then loaded into it.
             if base_model is not None:
-                reference = lambda: nullcontext(base_model)  # noqa: E731
+                reference = BaseStates(lambda: nullcontext(base_model))
+                reference.itself = base_model
                 start, base_items = measure(built, base_model, reference)
+                reference.itself = None
             if tuned is None:
                 assert base_model is not None
                 peft_model = load_adapter(base_model, str(folder)).eval()
-                tuned, reference = _inner(peft_model), adapters_off(peft_model)
+                tuned = _inner(peft_model)
+                assert reference is not None
+                reference.base = adapters_off(peft_model)
             now, tuned_items = measure(built, tuned, reference)
     report = {
         "model": str(path),
@@ -128,7 +134,10 @@ def evaluate_checkpoint(
 
 def _load(name: str) -> SmolLM2ForCausalLM:
     model = load_model(name, SmolLM2ForCausalLM)
-    return model.to("cuda") if torch.cuda.is_available() else model  # pyright: ignore[reportArgumentType]
+    if not torch.cuda.is_available():
+        return model
+    fuse_evaluation(model, not why_no_kernels())
+    return model.to("cuda")  # pyright: ignore[reportArgumentType]
 
 
 def _inner(model: PeftModel) -> SmolLM2ForCausalLM:

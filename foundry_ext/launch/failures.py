@@ -1,5 +1,6 @@
 """One-line explanations of known failures: memory, disk, wrong GPU, no step left."""
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -103,29 +104,49 @@ def _memory(config: dict[str, Any]) -> str:
     longest = get(config, "train_loader.dataset.max_seq_len") or config["max_seq_len"]
     tokens = get(config, "train_loader.dataset.pack_tokens") or longest
     packs = config.get("device_train_microbatch_size")
-    if isinstance(packs, int) and packs > 1:
+    several = isinstance(packs, int) and packs > 1
+    failed, most = f"GPU out of memory with {place} {tokens}", _most_that_fit(config)
+    if several:
+        failed = f"GPU out of memory with device_train_microbatch_size {packs} packs of {tokens}"
+        if most is None or most >= tokens:
+            return (
+                f"{failed} tokens; set device_train_microbatch_size to 1 and, if that is not"
+                f" enough, {place} to {max(tokens // 2, longest)}"
+            )
+    less = tokens // 2
+    while most is not None and less > max(most, 2):
+        less //= 2
+    if less >= longest:
+        change = f"set device_train_microbatch_size to 1 and {place} to" if several else "try"
+        batch = config.get("global_train_batch_size")
+        as_many = f" {batch * (tokens // less)}" if isinstance(batch, int) else ""
         return (
-            f"GPU out of memory with device_train_microbatch_size {packs} packs of {place}"
-            f" {tokens}; set device_train_microbatch_size to 1 first, then {place} to"
-            f" {_less(tokens, longest)}"
-        )
-    less = _less(tokens, longest)
-    if less < tokens:
-        return (
-            f"GPU out of memory with {place} {tokens}; try {less}, and double"
-            " global_train_batch_size to keep the tokens of a step, or set"
-            " model.activation_checkpointing: true; `foundry-ext plan` says what fits"
+            f"{failed}; {change} {less}, and global_train_batch_size{as_many} to keep the tokens"
+            " of a step, or set model.activation_checkpointing: true; `foundry-ext plan` says what"
+            " fits"
         )
     return (
-        f"GPU out of memory with {place} {tokens}, which is max_seq_len already; set"
-        f" model.activation_checkpointing: true, or both to {max(tokens // 2, 2)};"
-        " `foundry-ext plan` says what fits"
+        f"{failed}, and documents have up to max_seq_len {longest}; set"
+        " model.activation_checkpointing: true, or pack_tokens and max_seq_len to"
+        f" {max(min(less, longest // 2), 2)}; `foundry-ext plan` says what fits"
     )
 
 
-def _less(tokens: int, longest: int) -> int:
-    """Return half of `tokens` as a multiple of 128, but no less than a document may have."""
-    return max(longest, tokens // 2 // 128 * 128 or tokens // 2)
+def _most_that_fit(config: dict[str, Any]) -> int | None:
+    """Return the most tokens of a pack that fit this GPU by the plan's estimate, if there is one.
+
+    There is none for a model that FSDP shards.
+    """
+    if config.get("fsdp_config"):
+        return None
+    with contextlib.suppress(Exception):  # the explanation of another error is no place for one
+        import torch
+
+        from foundry_ext.preflight.plan.fitting import largest_pack_tokens
+
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return largest_pack_tokens(config, memory)
+    return None
 
 
 def unwritable(config: dict[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from foundry_ext.config.automatic import COMPILE, automatic_keys, compiles_on_gpu, in_effect, settle
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
 from foundry_ext.config.values import find_warning
 from foundry_ext.launch.building import errors_name_their_section, no_questions
@@ -24,6 +25,8 @@ from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
 from foundry_ext.launch.nodes import check_configurations, share_fault, signals_per_node
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.launch.trainer_checks import trainer_is_checked
+from foundry_ext.utils.allocator import keep_freed_memory
+from foundry_ext.utils.environment import has_gpu
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.output import quiet_bars, redacted_arguments, redacted_output
 from foundry_ext.utils.redaction import redact, remember_secrets
@@ -118,6 +121,12 @@ def check_all(
 
 def train_here(path: Path, config: DictConfig) -> int:
     """Train one run in this process and return the exit code."""
+    automatic = automatic_keys(config)
+    chosen = settle(config, has_gpu=has_gpu())
+    if chosen and in_effect(config, COMPILE) != "none" and os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {path}: {chosen}", file=sys.stderr)
+    if not has_gpu():
+        keep_freed_memory()
     resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     fault = missing_checkpoint(resolved) or unwritable(resolved)
     if fault:
@@ -143,7 +152,7 @@ def train_here(path: Path, config: DictConfig) -> int:
             _log_without_secrets(),
             no_questions(),
             errors_name_their_section(),
-            trainer_is_checked(resolved),
+            trainer_is_checked(resolved, automatic),
             signals_per_node(),
         ):
             trainer = train_recorded(train, config)
@@ -197,10 +206,14 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
 
     code = 0
     for number, (path, config) in enumerate(configs):
+        compiled = compiles_on_gpu(config)
+        settle(config, has_gpu=has_gpu())
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         try:
             check_components(resolved)
-            plan = plan_config(resolved, name=str(path), num_ranks=num_ranks)
+            plan = plan_config(
+                resolved, name=str(path), num_ranks=num_ranks, compiles_on_gpu=compiled
+            )
         except (UserError, OSError) as error:
             if wants_traceback():
                 raise

@@ -7,7 +7,7 @@ checkpoint and after the last step.
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from foundry_ext.config.values import evaluates
@@ -15,11 +15,12 @@ from foundry_ext.utils.errors import UserError
 
 
 @contextlib.contextmanager
-def trainer_is_checked(config: Mapping[str, Any]) -> Iterator[None]:
+def trainer_is_checked(config: Mapping[str, Any], automatic: Sequence[str] = ()) -> Iterator[None]:
     """Make llm-foundry's train command check what it gives to the Trainer, and the weights in it.
 
     Args:
         config: the run's resolved configuration.
+        automatic: keys of it that train.py decided, which the model is told.
     """
     module: Any = importlib.import_module("llmfoundry.command_utils.train")
     build = module.Trainer
@@ -27,6 +28,7 @@ def trainer_is_checked(config: Mapping[str, Any]) -> Iterator[None]:
     @functools.wraps(build)
     def checked(**arguments: Any) -> Any:
         _check_data(config, arguments)
+        arguments["model"].automatic = tuple(automatic)
         trainer = build(**arguments)
         _check_first_weights(config, trainer.state)
         return trainer

@@ -11,21 +11,28 @@ import functools
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foundry_ext.models import measured
 from foundry_ext.models.blockwise import blockwise_attention
+from foundry_ext.models.flex import LEAST_HEAD, flex_varlen_attention
+from foundry_ext.models.torch_cpu import torch_cpu_attention
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "flash_attn", "torch_varlen", "flex", "blockwise", "sdpa")
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "flex", "blockwise", "torch_cpu", "sdpa")
+CPU_BACKENDS = ("blockwise", "torch_cpu", "sdpa")
+"""The backends that "auto" measures on a CPU."""
 _HALF = (torch.float16, torch.bfloat16)
-_LEAST_FLEX_HEAD = 16  # dimensions, which its compiled kernel requires
+
+Keys = tuple[Tensor, int] | None
+"""cu_seqlens and max_seqlen of keys and values, if these are not the queries' tokens."""
 
 
 def varlen_attention(
@@ -37,6 +44,7 @@ def varlen_attention(
     *,
     backend: str = "auto",
     dropout_p: float = 0.0,
+    keys: Keys = None,
 ) -> Tensor:
     """Compute causal attention within each document, with softmax scale N**-0.5.
 
@@ -50,6 +58,8 @@ def varlen_attention(
         backend: one of `BACKENDS`; "auto" is `resolve_backend`'s choice.
         dropout_p: probability of setting an attention weight to zero; the others are scaled by
             1 / (1 - dropout_p). Pass 0 outside training.
+        keys: for flash backends, if a document has more keys than queries: the last query sees all
+            keys, the one before it all but the last, and so on.
 
     Returns:
         [T, H, N] in the dtype of `v_TKN`.
@@ -59,10 +69,13 @@ def varlen_attention(
     """
     device, dtype = q_THN.device.type, v_TKN.dtype
     # The compiler may keep a comparison as a symbol, and resolve_backend needs its value.
-    dropout, narrow = bool(dropout_p > 0), bool(q_THN.shape[-1] < _LEAST_FLEX_HEAD)
+    dropout, narrow = bool(dropout_p > 0), bool(q_THN.shape[-1] < LEAST_HEAD)
     backend = resolve_backend(
         backend, device=device, dtype=dtype, dropout=dropout, narrow_heads=narrow
     )
+    if keys is not None:
+        kernel = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen}[backend]
+        return kernel(q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p, keys)
     return _KERNELS[backend](q_THN, k_TKN, v_TKN, cu_seqlens, max_seqlen, dropout_p)
 
 
@@ -102,9 +115,19 @@ def resolve_backend(
 @functools.cache
 def _best_backend(device: str, dtype: torch.dtype, dropout: bool, narrow_heads: bool) -> str:
     settings = (device, dtype, dropout, narrow_heads)
-    best = next(name for name in BACKENDS[1:] if not _why_not(name, *settings, auto=True))
+    usable = [name for name in BACKENDS[1:] if not _why_not(name, *settings, auto=True)]
+    best = usable[0]
+    if device == "cpu" and len(usable) > 1:
+        kernels = {name: functools.partial(_attend, name) for name in CPU_BACKENDS}
+        best = measured.fastest(kernels, dtype)
     log.info("attention_backend: auto chose %r for %s on %s", best, dtype, device)
     return best
+
+
+def _attend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    return _KERNELS[backend](q, k, v, cu_seqlens, max_seqlen, 0.0)
 
 
 @functools.cache
@@ -119,10 +142,11 @@ def _why_not(
     """Return why a backend cannot run here, and the way out; "" if it can."""
     if backend == "sdpa":
         return ""
-    without_dropout = ("flex", "blockwise", *(["torch_varlen"] if _has_varlen_module() else []))
+    without_dropout = ["flex", "blockwise", "torch_cpu"]
+    without_dropout += ["torch_varlen"] if _has_varlen_module() else []
     if dropout and backend in without_dropout:
         return "does not support attention_dropout; use 'flash_attn' or 'sdpa', or set it to 0"
-    if backend == "blockwise":
+    if backend in ("blockwise", "torch_cpu"):
         if device != "cpu":
             return f"runs on a CPU only, but this tensor is on {device}; use 'sdpa'"
         return f"computes in fp32, not in {dtype}; use 'sdpa'" if dtype == torch.float64 else ""
@@ -130,7 +154,7 @@ def _why_not(
         if device != "cuda":
             # It runs uncompiled, with all T x T scores: useful only as a reference.
             return "needs a GPU; use 'sdpa'" if auto else ""
-        least = f"takes heads of {_LEAST_FLEX_HEAD} dimensions or more on a GPU; use 'sdpa'"
+        least = f"takes heads of {LEAST_HEAD} dimensions or more on a GPU; use 'sdpa'"
         return least if narrow_heads else ""
     if device != "cuda":
         return f"needs a GPU, but this tensor is on {device}; use 'sdpa'"
@@ -172,26 +196,40 @@ def _repeat_heads(x_TKN: Tensor, num_heads: int) -> Tensor:
 
 
 def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    keys: Keys = None,
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=dropout_p, causal=True
-    )
+    cu_keys, max_keys = keys or (cu_seqlens, max_seqlen)
+    lengths = (cu_seqlens, cu_keys, max_seqlen, max_keys)
+    return flash_attn_varlen_func(q, k, v, *lengths, dropout_p=dropout_p, causal=True)
 
 
 def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    keys: Keys = None,
 ) -> Tensor:
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    cu_keys, max_keys = keys or (cu_seqlens, max_seqlen)
+    lengths = (cu_seqlens, cu_keys, max_seqlen, max_keys)
     if not _has_varlen_module():
+        # The operator takes fewer key/value heads than query heads, as its kernels do.
         forward = torch.ops.aten._flash_attention_forward
         options = (dropout_p, True, False)  # is_causal, return_debug_mask
         return forward(q, k, v, *lengths, *options)[0]  # pyright: ignore[reportCallIssue]
     from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     causal = {"is_causal": True} if _has_is_causal() else {"window_size": (-1, 0)}
     return varlen_attn(q, k, v, *lengths, **causal)
 
@@ -204,55 +242,8 @@ def _has_is_causal() -> bool:
     return "is_causal" in inspect.signature(varlen_attn).parameters
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)  # pyright: ignore[reportReturnType]
-
-
-@functools.lru_cache(maxsize=2)
-@torch.inference_mode(False)  # autograd refuses inference tensors, if a training step is next
-def _document_mask(cu_seqlens: Tensor, _version: Hashable, num_tokens: int):
-    """Return FlexAttention's block mask, cached so that it is made once per microbatch.
-
-    Tensors hash by identity; `_version` tells apart the contents of a buffer that is written again.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    token = torch.arange(num_tokens, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens, token, right=True)
-
-    def same_document_causal(_batch, _head, query, key):
-        return (document[query] == document[key]) & (query >= key)
-
-    return create_block_mask(
-        same_document_causal, None, None, num_tokens, num_tokens, device=str(cu_seqlens.device)
-    )
-
-
-@torch.compiler.disable  # compiled on its own, with a mask made once per microbatch
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
-) -> Tensor:
-    if q.device.type == "cuda":
-        flex_attention = _compiled_flex()
-    else:
-        from torch.nn.attention.flex_attention import flex_attention
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    # Inference tensors have no version.
-    version = tuple(cu_seqlens.tolist()) if cu_seqlens.is_inference() else cu_seqlens._version
-    mask = _document_mask(cu_seqlens, version, q.shape[2])
-    # Its other kernel, used below 128 tokens, needs H/K to be a power of two.
-    options = {"FORCE_USE_FLEX_ATTENTION": True}
-    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
-    return out[0].transpose(0, 1)
-
-
-def _blockwise(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float
-) -> Tensor:
-    return blockwise_attention(q, k, v, cu_seqlens)
+def _plain(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v, cu_seqlens, _max_seqlen, _dropout_p: attend(q, k, v, cu_seqlens)
 
 
 @torch.compiler.disable  # it reads lengths on the host, so each pack would recompile
@@ -275,7 +266,8 @@ def _sdpa(
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]] = {
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
-    "flex": _flex,
-    "blockwise": _blockwise,
+    "flex": _plain(flex_varlen_attention),
+    "blockwise": _plain(blockwise_attention),
+    "torch_cpu": _plain(torch_cpu_attention),
     "sdpa": _sdpa,
 }

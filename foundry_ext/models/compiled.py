@@ -4,17 +4,30 @@
 takes seconds, whatever the number of layers. `model` compiles all layers as one graph. That takes
 minutes for thirty layers, and gains only fusions between layers. In both, attention stays one
 operator, as models/attention.py describes. Weights keep their names.
+
+Evaluation, whose shapes vary, is not compiled as a whole. In a GPU's passes over packs, norm,
+rotary and SwiGLU are compiled alone, into a few kernels that serve any number of tokens.
 """
 
+import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from foundry_ext.models.decoder import decoder_layer, run_layers
+from foundry_ext.models.decoder import (
+    PLAIN,
+    Pieces,
+    decoder_layer,
+    rms_norm,
+    rotate,
+    run_layers,
+    swiglu,
+)
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.utils.errors import UserError
 
-SCOPES = ("none", "layers", "model")
+SCOPES = ("auto", "none", "layers", "model")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -32,13 +45,14 @@ def compile_model(
     mode: str = "default",
     dynamic: bool = False,
 ) -> None:
-    """Make training steps compiled, in place; evaluation, whose shapes vary, is not compiled.
+    """Make training steps compiled, in place, and a GPU's evaluation fused.
 
-    Compilation happens at the first training step.
+    Compilation happens at the first step, of training and of evaluation.
 
     Args:
         model: the model to change.
-        scope: none, layers or model.
+        scope: auto, none, layers or model. "auto" is "none": train.py decides otherwise before the
+            model is built.
         mode: torch.compile's mode; "reduce-overhead" records CUDA graphs.
         dynamic: compile once for any number of tokens. That code is slower than code for a fixed
             number, which is compiled again for every new shape.
@@ -55,6 +69,37 @@ def compile_model(
     layer = torch.compile(decoder_layer, **options) if scope == "layers" else None
     for module in model.model.layers:
         module.compiled = layer  # pyright: ignore[reportArgumentType]
+    fuse_evaluation(model, scope in ("layers", "model"))
+
+
+def fuse_evaluation(model: SmolLM2ForCausalLM, on: bool = True) -> None:
+    """Make a GPU's passes over packs without gradients use compiled norm, rotary and SwiGLU."""
+    model.model.evaluation_pieces = _fused_pieces() if on else PLAIN
+
+
+@functools.cache
+def _fused_pieces() -> Pieces:
+    norm = torch.compile(_norm_and_cast, dynamic=True)
+
+    def norm_for_linear_layers(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm(x, weight, eps, _linear_dtype(x))
+
+    return Pieces(
+        norm_for_linear_layers,
+        torch.compile(rotate, dynamic=True),
+        torch.compile(swiglu, dynamic=True),
+    )
+
+
+def _norm_and_cast(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Normalise, and cast once for all linear layers that take the result."""
+    return rms_norm(x, weight, eps).to(dtype)
+
+
+def _linear_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer takes `x`: autocast's, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def graphs_compiled() -> int:

@@ -6,6 +6,7 @@ Parameters are named as in the hub's checkpoints.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,43 @@ from foundry_ext.utils.errors import UserError
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide by the root mean square and scale (arXiv 1910.07467)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Rotate queries and keys by their positions."""
+    # Autocast keeps the residual stream, and so cos and sin, in fp32. Rotated q and k would stay in
+    # fp32 while v is bf16, which kernels refuse or upcast: cast them to v's dtype.
+    return [apply_rotary(heads, cos, sin).to(dtype) for heads in (q, k)]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return the gated linear unit's product (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+class Pieces(NamedTuple):
+    """A layer's functions besides products and attention; models/compiled.py has another set."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], list[Tensor]]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+
+
+PLAIN = Pieces(rms_norm, rotate, swiglu)
+LEAST_FUSED = 1024
+"""Tokens of a pass from which other pieces pay. Below, a GPU waits for the host, which they cost
+more than they save; in generation there are only a few tokens."""
+
+
+def can_fuse(hidden: Tensor) -> bool:
+    """Return whether a pass may use other pieces: a pack's on a GPU, without gradients."""
+    is_pack = hidden.ndim == 2 and hidden.shape[0] >= LEAST_FUSED
+    return is_pack and hidden.is_cuda and not torch.is_grad_enabled()
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv 1910.07467) with a learned scale."""
 
@@ -28,8 +66,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, pieces: Pieces = PLAIN) -> Tensor:
+        return pieces.rms_norm(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -48,14 +86,14 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, hidden, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, pieces: Pieces = PLAIN
+    ) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Autocast keeps the residual stream, and so cos and sin, in fp32. Rotated q and k would
-        # stay in fp32 while v is bf16, which kernels refuse or upcast: cast them to v's dtype.
-        q, k = (apply_rotary(heads, cos, sin).to(v.dtype) for heads in (q, k))
+        q, k = pieces.rotate(q, k, cos, sin, v.dtype)
         return self.o_proj(attend(q, k, v).flatten(-2))
 
 
@@ -69,8 +107,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, pieces: Pieces = PLAIN) -> Tensor:
+        return self.down_proj(pieces.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class SmolLM2DecoderLayer(nn.Module):
@@ -86,25 +124,34 @@ class SmolLM2DecoderLayer(nn.Module):
         self.compiled: DecoderLayer | None = None
         """Replacement of `decoder_layer` in training, set by models/compiled.py."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        # Shapes differ between evaluation batches, and each would be compiled.
-        run = self.compiled if self.compiled is not None and self.training else decoder_layer
-        return run(self, x, cos, sin, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, pieces: Pieces = PLAIN
+    ) -> Tensor:
+        # Shapes differ between evaluation batches, and a whole layer would be compiled for each.
+        if self.compiled is not None and self.training:
+            return self.compiled(self, x, cos, sin, attend)
+        return decoder_layer(self, x, cos, sin, attend, pieces)
 
 
 DecoderLayer = Callable[[SmolLM2DecoderLayer, Tensor, Tensor, Tensor, Attend], Tensor]
 
 
 def decoder_layer(
-    layer: SmolLM2DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    layer: SmolLM2DecoderLayer,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+    pieces: Pieces = PLAIN,
 ) -> Tensor:
     """Compute a decoder layer.
 
     This is a function, not a method, so compiling it leaves out the hooks that FSDP puts on the
     module.
     """
-    x = _add(x, layer.self_attn(layer.input_layernorm(x), cos, sin, attend))
-    return _add(x, layer.mlp(layer.post_attention_layernorm(x)))
+    normed = layer.input_layernorm(x, pieces)
+    x = _add(x, layer.self_attn(normed, cos, sin, attend, pieces))
+    return _add(x, layer.mlp(layer.post_attention_layernorm(x, pieces), pieces))
 
 
 def _add(x: Tensor, change: Tensor) -> Tensor:
@@ -149,6 +196,8 @@ class SmolLM2Model(SmolLM2PreTrainedModel):
         self.gradient_checkpointing = False
         self.compiled: Layers | None = None
         """Replacement of `run_layers` in training, set by models/compiled.py."""
+        self.evaluation_pieces = PLAIN
+        """Pieces of passes that `can_fuse`, set by models/compiled.py."""
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -190,12 +239,13 @@ def run_layers(
         theta=model.config.rope_theta,
         dtype=hidden.dtype,
     )
+    pieces = model.evaluation_pieces if can_fuse(hidden) else PLAIN
     for index, layer in enumerate(model.layers):
         attend = attend_in(index)
         if model.gradient_checkpointing and model.training:
             hidden = model._gradient_checkpointing_func(layer.__call__, hidden, cos, sin, attend)
         else:
-            hidden = layer(hidden, cos, sin, attend)
+            hidden = layer(hidden, cos, sin, attend, pieces)
     return hidden
 
 

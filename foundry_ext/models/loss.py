@@ -17,8 +17,11 @@ from foundry_ext.utils.errors import UserError
 
 # Elements of one chunk's fp32 logits: 2**24 is 64 MiB, small beside a model, large beside a kernel.
 CHUNK_ELEMENTS = 2**24
+# A GPU takes larger chunks: the head's gradient [V, D] is added up once a chunk, and 16,384 tokens
+# need 12 chunks of kernels, not 48.
+GPU_CHUNK_FACTOR = 4
 
-LOSSES = ("chunked", "compiled", "liger")
+LOSSES = ("auto", "chunked", "compiled", "liger")
 
 
 class LossSum(NamedTuple):
@@ -68,7 +71,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for rows in chunks(hidden.shape[0], weight.shape[0]):
+        for rows in chunks(hidden.shape[0], weight):
             hidden_in, labels = hidden[rows].to(dtype), target[rows, None]
             # torch.compile treats a size of 1 as static, so one row would compile separately.
             fused = compiled and len(labels) > 1
@@ -77,7 +80,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight_in
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == dtype:
+                grad_weight.addmm_(grad_logits.t(), hidden_in)
+            elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden_in
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -119,9 +124,15 @@ def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Te
     return torch.compile(fused, dynamic=True)  # pyright: ignore[reportReturnType]
 
 
-def chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    """Return the rows of logits [num_rows, V] that exist at a time."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Return how many rows of logits [..., V] exist at a time on this type of device."""
+    factor = GPU_CHUNK_FACTOR if device == "cuda" else 1
+    return max(1, CHUNK_ELEMENTS * factor // vocabulary)
+
+
+def chunks(num_rows: int, weight: Tensor) -> list[slice]:
+    """Return the rows of logits [num_rows, V] that exist at a time, for a head [V, D]."""
+    size = chunk_rows(weight.shape[0], weight.device.type)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
@@ -177,15 +188,32 @@ def evaluate_linear_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Loss
     """
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    for rows in chunks(hidden.shape[0], weight.shape[0]):
+    for rows in chunks(hidden.shape[0], weight):
         logits = torch.nn.functional.linear(hidden[rows].to(weight.dtype), weight).float()
         loss += torch.nn.functional.cross_entropy(logits, target[rows], reduction="sum")
-        num_correct += (logits.argmax(-1) == target[rows]).sum()
+        num_correct += _num_correct(logits, target[rows])
     return LossSum(loss, num_correct)
+
+
+def _num_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of rows of logits [R, V] whose argmax is the label [R].
+
+    On a CPU the labels' logits are overwritten.
+    """
+    if logits.device.type != "cpu":
+        return (logits.argmax(-1) == labels).sum()
+    # argmax takes longer than the softmax there. A label is the argmax if its logit is above all
+    # others; of equal ones, which are rare, the first counts.
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter_(1, labels[:, None], -torch.inf).amax(-1, keepdim=True)
+    tied = (own == others)[:, 0]
+    return (own > others).sum() + (logits[tied].argmax(-1) > labels[tied]).sum()
 
 
 def check_loss(name: str) -> str:
     """Return the name of a loss implementation after checking that it can run here.
+
+    "auto" is "chunked": train.py decides otherwise before the model is built.
 
     Raises:
         UserError: it is unknown, needs a GPU, or is not installed.
@@ -201,4 +229,4 @@ def check_loss(name: str) -> str:
             raise UserError(
                 "loss: 'liger' needs liger-kernel; pip install 'foundry-ext[gpu]' or use 'chunked'"
             ) from error
-    return name
+    return "chunked" if name == "auto" else name

@@ -1,27 +1,21 @@
 """An estimate of a training step's memory, from its parts, before training.
 
-Weights, gradients and optimizer state are counted from the configuration. Activations that a layer
-saves for the backward pass are counted by running the model: forward passes of one layer and of two
-on a few tokens at full width differ by one layer's, which grows linearly in tokens. The loss is a
-formula that follows models/loss.py. tests/models/test_memory.py compares with the allocator on a
-CPU. No GPU was measured: its flash kernels save the same tensors (queries, keys, values, output),
-but its compiled layers save fewer.
+Weights, gradients and optimizer state are counted from the configuration, and activations by
+running a layer, see activations.py. The loss is a formula that follows loss.py. Tests compare with
+the allocator on a CPU, and with torch's allocator for a GPU that computes nothing (tests/nullgpu).
+No GPU was measured: its flash kernels save the same tensors (queries, keys, values, output).
 
 T tokens of a microbatch, D hidden size, V vocabulary.
 """
 
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import torch
 from torch import nn
 from transformers.models.llama import LlamaConfig
 
-from foundry_ext.models.loss import CHUNK_ELEMENTS
-from foundry_ext.utils.constants import IGNORE_INDEX
+from foundry_ext.models.activations import Layer
+from foundry_ext.models.loss import chunk_rows
 from foundry_ext.utils.errors import UserError
 
 GIB = 2**30
@@ -44,16 +38,6 @@ USABLE_SHARE = 0.92
 PRECISIONS = {"fp32": (4, 4, 4), "amp_bf16": (4, 2, 4), "amp_fp16": (4, 2, 4), "bf16": (2, 2, 2)}
 # Number of states of the trained parameters' size, by a part of the optimizer's name.
 OPTIMIZER_STATES = {"lion": 1, "adam": 2, "sgd": 0}
-_COUNT_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """Bytes that one decoder layer saves for the backward pass."""
-
-    per_token: float
-    fixed: float
-    """Bytes independent of the number of tokens: weights cast to bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +133,7 @@ def estimate_memory(
     frozen_copy: bool = False,
     accumulates: bool = True,
     num_ranks: int = 1,
+    device: str = "cuda",
 ) -> Memory:
     """Return the memory that a training step needs on one device.
 
@@ -164,6 +149,7 @@ def estimate_memory(
         frozen_copy: whether full fine-tuning keeps a copy of the base model.
         accumulates: whether a device's batch has several microbatches.
         num_ranks: number of ranks of DDP; sharding by FSDP is not estimated.
+        device: its type, which decides the size of the loss's chunks.
     """
     stored, compute, residual = PRECISIONS[precision]
     hidden, vocabulary, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
@@ -173,8 +159,6 @@ def estimate_memory(
     inputs = residual * hidden * num_tokens
     # Two tensors of the MLP's width at once, and the residual stream.
     inside = (2 * compute * config.intermediate_size + residual * hidden) * num_tokens
-    if not full and compute < stored:  # peft casts an adapter's input to the adapter's dtype
-        inside += stored * config.intermediate_size * num_tokens
     cast_layers = layers if full or not activation_checkpointing else 0
     return Memory(
         weights=trained if full else parameters.frozen_bytes,
@@ -187,15 +171,21 @@ def estimate_memory(
         backward=int(inside + (saved + layer.fixed) * activation_checkpointing),
         head=full * 4 * hidden * vocabulary,
         chunk=(2 + full) * residual * hidden * labelled
-        + _chunk_bytes(config, labelled, stored=stored, compute=compute, full=full),
+        + _chunk_bytes(
+            config,
+            labelled,
+            chunk_rows(vocabulary, device),
+            stored=stored,
+            compute=compute,
+            full=full,
+        ),
     )
 
 
 def _chunk_bytes(
-    config: LlamaConfig, labelled: int, *, stored: int, compute: int, full: bool
+    config: LlamaConfig, labelled: int, most: int, *, stored: int, compute: int, full: bool
 ) -> int:
-    vocabulary = config.vocab_size
-    rows = min(labelled, max(1, CHUNK_ELEMENTS // vocabulary))
+    vocabulary, rows = config.vocab_size, min(labelled, most)
     # First logits, their fp32 copy, their softmax and the gradient of the previous chunk; later the
     # chunk's gradient and its product for the head's gradient. The larger of the two counts.
     widened = 4 * (compute != 4)
@@ -226,70 +216,3 @@ def largest_pack(peak: Callable[[int], int], memory: float, *, step: int = 256) 
 def usable(memory: float) -> float:
     """Return the bytes available to tensors on a card of `memory` bytes."""
     return (memory - CONTEXT_BYTES) * USABLE_SHARE
-
-
-def count_layer(build: Callable[[int], nn.Module], *, precision: str) -> Layer:
-    """Count what a layer saves, by forward passes of models with one layer and with two.
-
-    Args:
-        build: a function from the number of layers to a model on the CPU, with or without an
-            adapter. The values of its weights and its vocabulary's size do not matter.
-        precision: a key of `PRECISIONS`.
-    """
-    counts = []
-    for num_layers in (1, 2):
-        model = build(num_layers).train()
-        if precision == "bf16":
-            model = model.bfloat16()
-        lengths = (_COUNT_TOKENS, 2 * _COUNT_TOKENS)
-        counts.append([saved_bytes(model, num_tokens, precision) for num_tokens in lengths])
-    few, many = (two_layers - one_layer for one_layer, two_layers in zip(*counts, strict=True))
-    per_token = (many - few) / _COUNT_TOKENS
-    return Layer(per_token=per_token, fixed=few - per_token * _COUNT_TOKENS)
-
-
-class _Saved:
-    """A tensor saved by autograd; it is freed together with the graph."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-
-def saved_bytes(model: nn.Module, num_tokens: int, precision: str) -> int:
-    """Return the bytes that autograd holds after a forward pass over one document.
-
-    Parameters are not counted.
-    """
-    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
-
-    def pack(tensor: torch.Tensor) -> _Saved:
-        entry = _Saved(tensor)
-        saved.add(entry)
-        return entry
-
-    ids = torch.zeros(1, num_tokens, dtype=torch.long)
-    positions = torch.arange(num_tokens)[None]
-    batch = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "labels": ids.masked_fill(positions == 0, IGNORE_INDEX),
-        "cu_seqlens": torch.tensor([0, num_tokens], dtype=torch.int32),
-        "max_seqlen": num_tokens,
-        "num_loss_tokens": num_tokens - 1,
-    }
-    with autocast(precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.tensor):
-        loss = model(**batch).loss
-    assert loss.requires_grad  # and is alive, and so is the graph
-    # By storage, because views share one.
-    storages = [entry.tensor.untyped_storage() for entry in saved]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    for parameter in model.parameters():
-        sizes.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
-
-
-def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]:
-    """Return the trainer's autocast for a precision, with bf16 for amp_fp16, which is as wide."""
-    if not precision.startswith("amp_"):
-        return nullcontext()
-    return torch.autocast(device, torch.bfloat16)

@@ -1,5 +1,6 @@
 """Conversion between padded batches [B, S] and tokens laid end to end [T]."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,3 +86,17 @@ class Padded:
         full = x.new_zeros(self.batch * self.seq_len, *x.shape[1:])
         full = full.index_copy(0, self.slot_index, x)
         return full.unflatten(0, (self.batch, self.seq_len))
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask, both [B, S]: `generate` continues the last position.
+
+    Example: prompts [[5, 6], [7]] with pad id 0 give ids [[5, 6], [0, 7]].
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask

@@ -5,6 +5,7 @@ runs over chunks of positions, so [L, V] never exists. Unlike the loss, every po
 score, which evaluation needs and training does not.
 """
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -44,6 +45,61 @@ class DocumentScores(NamedTuple):
     """[N] float64, sum over labelled tokens, nats; None without a base model."""
 
 
+class BaseStates:
+    """The base model's states at the labels of packs, kept for the next measurement of the packs.
+
+    The base model does not change in a run, so every pack is computed once. Its states are kept in
+    their dtype, up to `limit` bytes; further packs are computed again each time. They are on the
+    CPU, because a GPU's memory is training's, and copying them takes far less time than computing
+    them.
+    """
+
+    limit = 2**30
+    """Limit of the bytes that are kept."""
+
+    def __init__(self, base: BaseModel):
+        self.base = base
+        self.itself: SmolLM2ForCausalLM | None = None
+        """The base model, while it is measured against itself; its states are computed once."""
+        self._kept: dict[bytes, Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the states that are kept."""
+        return sum(states.nbytes for states in self._kept.values())
+
+    def forget(self) -> None:
+        """Drop all states, because the base model has changed."""
+        self._kept.clear()
+
+    def of(
+        self, pack: dict[str, Any], model: SmolLM2ForCausalLM, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (states [L, D], head's weight [V, D]) of the base model at a pack's labels.
+
+        `model` is the one that is measured, and `states` [L, D] are its own.
+        """
+        key = _digest(pack)
+        kept = self._kept.get(key)
+        with self.base() as base_model:
+            weight = base_model.head_weight
+            if kept is not None:
+                return kept.to(states.device), weight
+            if model is not self.itself:
+                states, _, _ = base_model.states_at_labels(**pack)
+        if self.num_bytes + states.nbytes <= self.limit:
+            self._kept[key] = states.cpu()
+        return states, weight
+
+
+def _digest(pack: dict[str, Any]) -> bytes:
+    """Return a digest of a pack's content, so that states of other data are never used."""
+    digest = hashlib.sha256()
+    for name in ("input_ids", "position_ids", "labels", "cu_seqlens"):
+        digest.update(pack[name].cpu().numpy().tobytes())
+    return digest.digest()
+
+
 @torch.no_grad()
 def score_positions(
     states: Tensor,
@@ -70,7 +126,7 @@ def score_positions(
     log_prob = torch.empty(num_rows, dtype=torch.float32, device=states.device)
     is_correct = torch.empty(num_rows, dtype=torch.bool, device=states.device)
     kl = None if base_states is None else torch.empty_like(log_prob)
-    for rows in chunks(num_rows, weight.shape[0]):
+    for rows in chunks(num_rows, weight):
         log_probs = _log_softmax(states[rows], weight)
         log_prob[rows] = log_probs.gather(1, targets[rows, None])[:, 0]
         is_correct[rows] = log_probs.argmax(-1) == targets[rows]
@@ -87,7 +143,7 @@ def _log_softmax(states: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_pack(
-    model: SmolLM2ForCausalLM, *, base: BaseModel | None = None, **pack: Any
+    model: SmolLM2ForCausalLM, *, base: BaseStates | None = None, **pack: Any
 ) -> DocumentScores:
     """Score the labels of a pack with the model, and sum by document.
 
@@ -96,12 +152,8 @@ def score_pack(
         base: the model before training, or None to skip KL.
         pack: arguments of `states_at_labels`; `cu_seqlens` is [N+1].
     """
-    base_states, base_weight = None, None
-    if base is not None:
-        with base() as base_model:
-            base_states, _, _ = base_model.states_at_labels(**pack)
-            base_weight = base_model.head_weight
     states, targets, positions = model.states_at_labels(**pack)
+    base_states, base_weight = (None, None) if base is None else base.of(pack, model, states)
     scores = score_positions(
         states,
         model.head_weight,

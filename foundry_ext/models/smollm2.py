@@ -6,11 +6,9 @@ named as in the hub's checkpoints, so these load strictly, and saved models load
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
@@ -18,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.models.attention import varlen_attention
+from foundry_ext.models.cached import run_cached
 from foundry_ext.models.checks import check_ids, check_packed
 from foundry_ext.models.decoder import SmolLM2Model, SmolLM2PreTrainedModel
 from foundry_ext.models.loss import evaluate_linear_head, labelled_positions, linear_cross_entropy
@@ -135,8 +134,13 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             )
         if labels is not None:
             raise ValueError("labels cannot be used with a cache; set use_cache=False")
-        return self._forward_cached(
-            hidden, attention_mask, position_ids, past_key_values, cache_position, logits_to_keep
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        hidden = run_cached(
+            self.model, hidden, attention_mask, position_ids, cache, cache_position
+        )[:, -logits_to_keep:]
+        return PackedCausalLMOutput(
+            logits=cast(torch.FloatTensor, self._logits(hidden)),
+            past_key_values=cache,  # pyright: ignore[reportArgumentType]
         )
 
     def _embed(
@@ -228,47 +232,6 @@ class SmolLM2ForCausalLM(SmolLM2PreTrainedModel, GenerationMixin):
             # By item: setting the attribute of a ModelOutput made without logits adds no key.
             output["logits"] = logits
         return output
-
-    def _forward_cached(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        cache_position: Tensor | None,
-        logits_to_keep: int,
-    ) -> PackedCausalLMOutput:
-        """Run prefill or decoding: [B, S] new positions over `past` cached ones, by a dense mask.
-
-        One `cu_seqlens` cannot describe one query over many cached keys. Training does not generate
-        often enough for a faster path to matter.
-        """
-        cache = DynamicCache() if cache is None else cache
-        batch, seq_len = hidden.shape[:2]
-        past = cache.get_seq_length() if cache_position is None else int(cache_position[0])
-        key = torch.arange(past + seq_len, device=hidden.device)
-        query = key[past:, None]
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past + seq_len, device=hidden.device)
-        is_token = attention_mask.bool()
-        if position_ids is None:
-            position_ids = (is_token.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        mask = ((query >= key) & is_token[:, None])[:, None]  # [B, 1, S, past + S]
-        # A padding token would see nothing, and a softmax over nothing is NaN: let it see itself.
-        mask = mask | (query == key)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
-            return F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
-            ).transpose(1, 2)
-
-        hidden = self.model(hidden, position_ids, lambda layer: partial(attend, layer))
-        hidden = hidden[:, -logits_to_keep:]
-        return PackedCausalLMOutput(
-            logits=cast(torch.FloatTensor, self._logits(hidden)),
-            past_key_values=cache,  # pyright: ignore[reportArgumentType]
-        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(self.model.norm(hidden))

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from foundry_ext.config.automatic import compiles_on_gpu, settle
 from foundry_ext.config.loading import load_config
+from foundry_ext.utils.environment import has_gpu
 
 if TYPE_CHECKING:
     from foundry_ext.preflight.inspect.packs import Inspection
@@ -28,10 +30,12 @@ def plan_run(path: Path | str, overrides: Sequence[str] = (), *, num_ranks: int 
     Raises:
         UserError: the configuration is wrong, or the run cannot be planned.
     """
-    config = _checked(path, overrides)
+    loaded = load_config(path, overrides)
+    compiled = compiles_on_gpu(loaded)
+    config = _checked(loaded)
     from foundry_ext.preflight.plan.plan import plan_config
 
-    return plan_config(config, name=str(path), num_ranks=num_ranks)
+    return plan_config(config, name=str(path), num_ranks=num_ranks, compiles_on_gpu=compiled)
 
 
 def inspect_run(
@@ -48,7 +52,7 @@ def inspect_run(
     Raises:
         UserError: the configuration is wrong, or the loader does not pack.
     """
-    config = _checked(path, overrides)
+    config = _checked(load_config(path, overrides))
     from foundry_ext.preflight.inspect.packs import inspect_config
 
     return inspect_config(config, name=str(path), loader=loader, num_packs=num_packs)
@@ -74,15 +78,16 @@ def verify_run(
     Raises:
         UserError: the configuration is wrong, or the run cannot be verified.
     """
-    config = _checked(path, overrides)
+    config = _checked(load_config(path, overrides))
     from foundry_ext.preflight.verify.verify import verify_config
 
     return verify_config(config, name=str(path), steps=steps, packs=packs, tokens=tokens)
 
 
-def _checked(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
+def _checked(loaded: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration; its components' names and keys are known to be right."""
-    config: Any = OmegaConf.to_container(load_config(path, overrides), resolve=True)
+    settle(loaded, has_gpu=has_gpu())
+    config: Any = OmegaConf.to_container(loaded, resolve=True)
     from foundry_ext.preflight.components import check_components
 
     check_components(config)

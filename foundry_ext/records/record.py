@@ -21,7 +21,9 @@ from foundry_ext.utils.redaction import redact
 
 RECORD_NAME = "record.json"  # in a run's folder and among its W&B files
 SCHEMA_VERSION = 1
-ITEM_NUMBERS = {"loss", "kl", "acc", "acc_norm", "strict_match", "flexible_extract", "tokens"}
+ITEM_NUMBERS = {
+    *("loss", "kl", "acc", "acc_norm", "logprob", "strict_match", "flexible_extract", "tokens")
+}
 
 
 def now() -> str:

@@ -62,6 +62,11 @@ class Environment(_Section):
     device: str = Field(description="name of the GPU or processor")
     device_kind: str = Field(description="cpu or cuda")
     world_size: Count = Field(description="number of ranks")
+    attention_backend: str | None = Field(
+        default=None,
+        description="attention backend of a packed model; on a CPU the one that auto chose. Records"
+        " from before 2026-11-30 do not have it",
+    )
 
 
 class Loader(_Section):

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from foundry_ext.adapters.methods import method_of_config
+from foundry_ext.config.automatic import AUTO, EARLIER
 from foundry_ext.config.loading import load_config, record_path, split_arguments
 from foundry_ext.config.outputs import find_name_fault, find_shared
 from foundry_ext.config.top_level_keys import TOP_LEVEL_KEYS
@@ -188,8 +189,14 @@ def _changes(
     return [
         change
         for change in find_changes(Saved(before, defaults), Saved(now, {}))
-        if change.key in run.keys or effect_of(change.key) not in without_effect
+        if not _is_open(change)
+        and (change.key in run.keys or effect_of(change.key) not in without_effect)
     ]
+
+
+def _is_open(change: Change) -> bool:
+    """Return whether the planned run leaves the value to the machine, as the finished one did."""
+    return change.key in EARLIER and change.now in (None, AUTO)
 
 
 def estimate_costs(

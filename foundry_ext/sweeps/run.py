@@ -1,12 +1,15 @@
 """The sweep command: runs a sweep file and prints a summary."""
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from foundry_ext.sweeps.attention import shared_attention
 from foundry_ext.sweeps.file import DEFAULT_SEED, expand, read_sweep
 from foundry_ext.sweeps.fork_launcher import ForkLauncher
+from foundry_ext.sweeps.kept import keep, with_kept
 from foundry_ext.sweeps.launchers import SubprocessLauncher, can_fork, threads_each
 from foundry_ext.sweeps.plan import CostEstimate, PlannedRun, SweepRunResult, estimate_costs, plan
 from foundry_ext.sweeps.runner import SweepRunner
@@ -29,6 +32,7 @@ def run_sweep(
     yes: bool = True,
     tokens_per_second: float | None = None,
     dry_run: bool = False,
+    results_folder: Path | None = None,
     echo: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> list[SweepRunResult]:
     """Run the unfinished runs of a sweep file.
@@ -45,6 +49,7 @@ def run_sweep(
         yes: Never ask.
         tokens_per_second: Speed of one run, for the estimate; None takes it from finished runs.
         dry_run: Print what would be started, and start nothing.
+        results_folder: Where the records of finished runs are kept; see sweeps/kept.py.
         echo: Prints one line.
 
     Returns:
@@ -55,7 +60,10 @@ def run_sweep(
         ValueError: The sweep or an argument is invalid; nothing was started.
     """
     sweep = read_sweep(Path(path))
-    runs = plan(sweep, expand(sweep, num_runs=num_runs, seed=seed))
+    planned = plan(sweep, expand(sweep, num_runs=num_runs, seed=seed))
+    runs = with_kept(planned, results_folder) if results_folder else planned
+    # Runs of which nothing but the record is here; `with_kept` has replaced them.
+    elsewhere = {run.name for run in runs if run not in planned}
     launcher = _choose_launcher(launcher, runs, gpus)
     slots = _slots(gpus, parallel, launcher)
     runner = SweepRunner(sweep.name, runs, slots=slots, retry_failed=retry_failed, echo=echo)
@@ -65,12 +73,22 @@ def run_sweep(
         lines = format_sweep(
             sweep.name, runner.statuses, costs, len(slots), launcher, retry_failed=retry_failed
         )
+        if elsewhere:
+            lines.append(f"{len(elsewhere)} finished by their records in {results_folder}")
         for line in (*lines, *(shlex.join(run.command) for run in waiting if dry_run)):
             echo(line)
         if dry_run:
             return runner.results()
         if waiting and not yes:
             _confirm(costs, len(slots), limit_hours)
+        if results_folder:
+            _keep_finished(runner, runs, results_folder, echo)
+        if waiting and not _has_gpu(gpus):
+            here = [state for name, state in runner.states.items() if name not in elsewhere]
+            was_started = any(state.status != "waiting" for state in here)
+            runner.environment = shared_attention(
+                runner.folder, runs, was_started=was_started, threads=threads_each(len(slots))
+            )
         log = runner.folder / "fork_server.log"
         fork = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
         results = runner.run(waiting, fork if launcher == "fork" else SubprocessLauncher())
@@ -79,6 +97,24 @@ def run_sweep(
     if runner.caught is not None:
         raise KeyboardInterrupt(f"signal {runner.caught}")
     return results
+
+
+def _keep_finished(
+    runner: SweepRunner, runs: Sequence[PlannedRun], folder: Path, echo: Callable[[str], None]
+) -> None:
+    """Copy the runs that are finished to `folder`, and those to come when they are."""
+    runner.on_finished = functools.partial(_keep, folder=folder, echo=echo)
+    for run, status in zip(runs, runner.statuses, strict=True):
+        if status == "finished":  # by a sweep that was killed before it copied the run
+            runner.on_finished(run)
+
+
+def _keep(run: PlannedRun, *, folder: Path, echo: Callable[[str], None]) -> None:
+    """Copy a finished run to `folder`; an error does not end the sweep."""
+    try:
+        keep(run, folder)
+    except (OSError, ValueError) as error:
+        echo(f"warning: {run.name} is not kept in {folder}, {error}; the same command tries again")
 
 
 def _slots(gpus: Sequence[str], parallel: int | None, launcher: str) -> list[dict[str, str]]:
@@ -101,9 +137,8 @@ def _slots(gpus: Sequence[str], parallel: int | None, launcher: str) -> list[dic
 
 def _choose_launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequence[str]) -> str:
     forks = all(can_fork(run.command, run.program) for run in runs)
-    has_gpu = bool(gpus) or Path("/dev/nvidia0").exists()
     if asked is None:
-        return "fork" if forks and not has_gpu else "subprocess"
+        return "fork" if forks and not _has_gpu(gpus) else "subprocess"
     if asked not in LAUNCHERS:
         raise UserError(f"launcher, {asked!r}, is neither fork nor subprocess")
     if asked == "fork" and gpus:
@@ -114,6 +149,10 @@ def _choose_launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequen
             "or ${interpreter} and the program alone; use launcher subprocess"
         )
     return asked
+
+
+def _has_gpu(gpus: Sequence[str]) -> bool:
+    return bool(gpus) or Path("/dev/nvidia0").exists()
 
 
 def _confirm(cost_estimates: Sequence[CostEstimate], parallel: int, limit_hours: float) -> None:

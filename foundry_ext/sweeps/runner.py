@@ -74,6 +74,9 @@ class SweepRunner:
         self.name, self.runs, self.slots, self.echo = name, list(runs), list(slots), echo
         self.retry_failed = retry_failed
         self.folder = FOLDER / name
+        self.environment: dict[str, str] = {}
+        """Variables of every run."""
+        self.on_finished: Callable[[PlannedRun], None] = lambda run: None
         self.states: dict[str, RunState] = {}
         self.caught: int | None = None
         """The first signal that was received."""
@@ -136,7 +139,7 @@ class SweepRunner:
             arguments=run.arguments,
             log=self.folder / "logs" / f"{run.name}.log",
             lock=self.folder / "locks" / run.name,
-            environment={**(slot or {}), "FOUNDRY_EXT_SWEEP": self.name},
+            environment={**(slot or {}), **self.environment, "FOUNDRY_EXT_SWEEP": self.name},
         )
 
     def run(self, waiting: Sequence[PlannedRun], launcher: Launcher) -> list[SweepRunResult]:
@@ -232,6 +235,8 @@ class SweepRunner:
             self._finished_seconds.append(state.seconds)
         self._save()
         self.echo(self._end_line(active.run, record, num_waiting))
+        if state.status == "finished":
+            self.on_finished(active.run)
 
     def _end_line(self, run: PlannedRun, record: Mapping[str, Any], num_waiting: int) -> str:
         state = self.states[run.name]

@@ -1,4 +1,4 @@
-"""What a checkpoint and the YAML's max_duration mean for each other."""
+"""Checks of the YAML's max_duration against the checkpoint that a run resumes from."""
 
 import logging
 
@@ -26,7 +26,7 @@ def check_change(state: State, before: Time | None) -> None:
     if reached > end or (reached == end and before.unit == end.unit):
         raise UserError(
             f"max_duration: {texts[0]}, now {texts[1]}, which the checkpoint is already"
-            " past; restore it, or give the run another name and save_folder"
+            " past; restore it, or give the run another run_name and save_folder"
         )
     log.warning(
         "max_duration: %s, now %s. A schedule that depends on it changes from here on", *texts

@@ -21,7 +21,7 @@ from foundry_ext.models.compiled import check_compile, compile_model
 from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import load_generation_config
 from foundry_ext.models.smollm2 import PackedCausalLMOutput, SmolLM2ForCausalLM
-from foundry_ext.training import model_building, model_settings
+from foundry_ext.training import attention_choice, model_building, model_settings
 from foundry_ext.utils.errors import UserError
 
 
@@ -38,13 +38,16 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r, lora_alpha, use_dora, ...}; all
             seven linears unless target_modules says otherwise. Checked by adapters.methods.
         init_device: cpu, meta, or mixed (cpu on rank 0, meta on the others, for FSDP).
-        attention_backend: auto, flash_attn, torch_varlen, flex, blockwise (CPU) or sdpa. With
-            attention_dropout in config_overrides it must be flash_attn or sdpa, or torch_varlen
-            before torch 2.10.
-        loss: chunked (any device), compiled (the same, fused by torch.compile) or liger
-            (GPU, experimental).
-        compile: none, layers or model: torch.compile of the training forward pass. It needs packs
-            of one shape, `fixed_shape: true` in the train loader. Evaluation is not compiled.
+        attention_backend: auto, flash_attn, torch_varlen, flex, blockwise (CPU), torch_cpu or sdpa.
+            With attention_dropout in config_overrides it must be flash_attn or sdpa, or
+            torch_varlen before torch 2.10.
+        loss: chunked (any device), compiled (the same, fused by torch.compile), liger (GPU,
+            experimental) or auto.
+        compile: none, layers, model or auto: torch.compile of the training forward pass. It needs
+            packs of one shape, `fixed_shape: true` in the train loader. On a GPU, evaluation then
+            fuses norm, rotary and SwiGLU.
+            train.py replaces `auto`, of loss too, before it builds the model, see
+            config/automatic.py. Here it means none and chunked.
         compile_mode: torch.compile's mode, e.g. reduce-overhead for CUDA graphs.
         activation_checkpointing: recompute each layer in the backward pass. Set here because
             llm-foundry ignores fsdp_config on a single GPU, activation checkpointing included.
@@ -88,8 +91,8 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             load_in_8bit=load_in_8bit,
             trust_remote_code=trust_remote_code,
         )
-        model_settings.check_backend(attention_backend)
-        check_loss(loss)
+        attention_choice.check_backend(attention_backend)
+        loss = check_loss(loss)
         check_compile(compile, compile_mode)
         adapted = peft_config is not None or pretrained_lora_id_or_path is not None
         check_frozen_dtype(frozen_dtype, adapted=adapted, init_device=init_device)
@@ -121,10 +124,14 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         if isinstance(self.model, PeftModelForCausalLM):
             model_building.prepare_adapter(self.model, frozen_dtype)
         # Only now is the dropout known: config_overrides may set it.
-        model_settings.check_backend(attention_backend, dropout=inner.config.attention_dropout > 0)
-        inner.attention_backend, inner.loss_implementation = attention_backend, loss
+        attention_choice.use_backend(inner, attention_backend)
+        self.attention_backend, inner.loss_implementation = attention_backend, loss
         if activation_checkpointing:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
+        self.compile_scope, self.compile_mode = compile, compile_mode
+        # Keys that train.py decided, and what of them is kept of a checkpoint: automatic_choices.py
+        self.automatic: tuple[str, ...] = ()
+        self.kept: dict[str, Any] = {}
         compile_model(inner, scope=compile, mode=compile_mode)
         if inner.config.tie_word_embeddings:
             assert inner.lm_head.weight is inner.model.embed_tokens.weight, "head came untied"

@@ -13,7 +13,7 @@ from transformers.models.llama import LlamaConfig
 
 from foundry_ext.adapters import pissa
 from foundry_ext.adapters.casts import leave_casts_to_autocast
-from foundry_ext.adapters.dora import use_fast_dora
+from foundry_ext.adapters.fast import use_fast_linears
 from foundry_ext.adapters.frozen import hold_frozen_in_bf16
 from foundry_ext.models.decoder import SmolLM2DecoderLayer
 from foundry_ext.models.pretrained import load_strictly, naming_the_hub, shipped_config
@@ -91,7 +91,7 @@ def prepare_adapter(model: PeftModelForCausalLM, frozen_dtype: str) -> None:
         pissa.remember_initial_factors(model)
     if frozen_dtype == "bf16":
         hold_frozen_in_bf16(model)
-    use_fast_dora(model)
+    use_fast_linears(model)
     leave_casts_to_autocast(model)
 
 

@@ -7,12 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.llama import LlamaConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.models.attention import resolve_backend
 from foundry_ext.models.pretrained import HUB_NAMES, shipped_config
 from foundry_ext.utils.errors import UserError
 
@@ -35,13 +33,6 @@ def check_unsupported(
             "trust_remote_code: true has no effect here: the model's code is this package's, and"
             " code that comes with the weights is never run"
         )
-
-
-def check_backend(backend: str, *, dropout: bool = False) -> None:
-    """Refuse an attention backend that this machine lacks, or that has no dropout if needed."""
-    # The trainer's device is not known yet, but it is the GPU if there is one.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolve_backend(backend, device=device, dtype=torch.bfloat16, dropout=dropout)
 
 
 def check_adapter(

@@ -1,17 +1,22 @@
 """Descriptions of a run's method, data and model for its record, read from Composer's state."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import LoggerDestination
+from composer.utils import dist
 
 from foundry_ext.adapters.methods import Method, method_of_config
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.measure import EvalSet
+from foundry_ext.training.attention_choice import used_backend
 from foundry_ext.training.data_checks import evaluated_datasets
 from foundry_ext.training.meter import unwrapped
+from foundry_ext.utils.environment import describe_environment
+from foundry_ext.utils.errors import UserError
 
 
 def find_callback(state: State, kind: type) -> Any:
@@ -61,6 +66,29 @@ def describe_model(config: dict[str, Any], method: Method) -> dict[str, Any]:
         "target_modules": [targets] if isinstance(targets, str) else targets and list(targets),
         "init": init,
     }
+
+
+def inside_folder_of(record: Path, items: Path, given: str) -> str:
+    """Return the path of the per-item file as its record names it.
+
+    Raises:
+        UserError: it does not lie beside the record; names what was `given` in the YAML.
+    """
+    folder, items = record.absolute().parent, items.absolute()
+    if not items.is_relative_to(folder):
+        raise UserError(
+            f"forgetting.items: {given} does not lie beside the run's record; give a path in"
+            f" {record.parent}"
+        )
+    return items.relative_to(folder).as_posix()
+
+
+def environment_of(state: State) -> dict[str, Any]:
+    """Return the record's `environment`."""
+    described = describe_environment(
+        device_kind=device_kind(state), world_size=dist.get_world_size()
+    )
+    return {**described, "attention_backend": used_backend(unwrapped(state))}
 
 
 def device_kind(state: State) -> str:

@@ -1,10 +1,13 @@
-"""The environment of a run: package versions, commit and device."""
+"""The environment of a run: package versions, commit, device and compiler."""
 
 import contextlib
+import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,14 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
+
+
+def why_no_kernels() -> str:
+    """Return why Triton cannot build its launchers here; empty if it can, as far as one can see."""
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
+        return "no C compiler"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"no {header}, which the package python3-dev has"
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
@@ -89,6 +100,13 @@ def device_name(device_kind: str) -> str:
     except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
+
+
+def has_gpu() -> bool:
+    """Return whether a run of this process would train on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def peak_memory(device_kind: str) -> int:

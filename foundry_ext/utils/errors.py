@@ -88,7 +88,7 @@ def explain_invalid(error: "ValidationError", known: Iterable[str]) -> str:
     """
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda fault: fault["type"] != "extra_forbidden")
-    key = ".".join(map(str, first["loc"]))
+    key = one_line(".".join(map(str, first["loc"])))  # a file's own keys may hold anything
     if first["type"] == "missing":
         return f"{key}: missing"
     if first["type"] == "extra_forbidden":

@@ -15,6 +15,18 @@ def get(node: Any, key: str) -> Any:
     return node
 
 
+def put(node: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return a copy with the value at a dotted key.
+
+    >>> put({"a": {"b": 1}}, "a.c", 2)
+    {'a': {'b': 1, 'c': 2}}
+    """
+    first, _, rest = key.partition(".")
+    below = node.get(first)
+    inside = below if isinstance(below, Mapping) else {}
+    return {**node, first: put(inside, rest, value) if rest else value}
+
+
 def leaves(
     node: Any,
     key: str = "",

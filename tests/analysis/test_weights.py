@@ -24,6 +24,7 @@ from foundry_ext.checkpoints.merge import merge_adapter
 from foundry_ext.cli.main import main
 from foundry_ext.evaluation.config import parse_sets
 from foundry_ext.evaluation.measure import build_sets, measure
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.records.record import new_record, write_record
 from tests.training import kit
@@ -220,7 +221,7 @@ def test_the_line_s_ends_are_base_and_tuned(world, saved, sets, tmp_path):
         load_model(str(f), SmolLM2ForCausalLM) for f in (world.base, tmp_path / "merged")
     )
     built = build_sets(parse_sets(sets), kit.load_tokenizer(world), 128)
-    expected = [measure(built, m, lambda: nullcontext(base))[0] for m in (base, tuned)]
+    expected = [measure(built, m, BaseStates(lambda: nullcontext(base)))[0] for m in (base, tuned)]
     alphas = (*ALPHAS, 1.25)
     line = measure_line(base, tuned, parse_sets(sets), tmp_path / "merged", str(world.base), alphas)
     assert [point["alpha"] for point in line] == list(alphas)

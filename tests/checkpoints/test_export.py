@@ -4,6 +4,7 @@ Checkpoints come from Composer's own saver, without training; tests/training exp
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import foundry_ext.checkpoints.export
 from foundry_ext.checkpoints.export import describe_export, export_checkpoint
+from foundry_ext.checkpoints.loading import as_folder
 from foundry_ext.cli.main import main
 from tests.training import kit
 
@@ -74,6 +76,7 @@ def test_a_full_model_loads_in_transformers(world, saved, tmp_path):
     assert theirs.generation_config.max_new_tokens == 77
     assert describe_export(out).endswith("AutoModelForCausalLM.from_pretrained(path)")
     assert not list(tmp_path.rglob("*.partial"))
+    assert_same_logits(model, kit.run_the_card(out)["model"])
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter alone", "saved with its base"])
@@ -97,6 +100,10 @@ def test_an_adapter_loads_in_peft(world, saved, tmp_path, method, whole):
     merged = theirs.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert str(world.base) in describe_export(out)
+    given = kit.run_the_card(out)
+    assert isinstance(given["model"], PeftModel)
+    assert_same_logits(model, given["model"])
+    assert len(given["tokens"][0]) > len(given["prompt"].input_ids[0])
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], "all-linear"])
@@ -146,6 +153,17 @@ def test_refuses_what_is_no_checkpoint(tmp_path):
         tmp_path / "other.pt",
         tmp_path / "o",
     )
+
+
+def test_a_run_s_folder_is_refused_with_what_is_in_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/adapter_config.json").touch()
+    (tmp_path / "checkpoints/latest-rank0.pt").touch()
+    both = f"a run's folder; name {tmp_path}/hf or {tmp_path}/checkpoints/latest-rank0.pt"
+    refused(ValueError, re.escape(both), tmp_path, tmp_path / "o")
+    with pytest.raises(ValueError, match=re.escape(both)), as_folder(tmp_path):
+        pass
 
 
 def test_refuses_a_folder_in_use(saved, tmp_path):

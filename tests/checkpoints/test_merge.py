@@ -82,6 +82,7 @@ def test_a_merged_adapter_is_the_model_it_was(world, saved, tmp_path, variant):
     assert type(theirs) is LlamaForCausalLM and not any(report.values())
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     merged = logits(theirs)
+    assert torch.equal(logits(kit.run_the_card(tmp_path / "out")["model"]), merged)
     torch.testing.assert_close(merged, logits(model.model), rtol=1e-4, atol=1e-4)
     adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), folder)
     torch.testing.assert_close(merged, logits(adapted), rtol=1e-4, atol=1e-4)
@@ -107,6 +108,9 @@ def test_the_certificate_says_what_was_done(world, saved, tmp_path):
     assert certificate["scales"]["model.layers.0.mlp.up_proj"] == pytest.approx(8 / 4**0.5)
     assert certificate["text"]["built_in"] and certificate["text"]["tokens"] > 300
     assert certificate["versions"]["torch"] in torch.__version__
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"by at most {certificate['written']['largest']:.2g}" in card
+    assert "some modules have others" in card and "Adapter (rsLoRA) merged into" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("12 birds")["input_ids"] == kit.load_tokenizer(world)("12 birds")["input_ids"]
 

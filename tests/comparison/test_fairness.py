@@ -33,7 +33,9 @@ def resolved(path: Path, *overrides: str) -> dict[str, Any]:
 
 
 def test_there_are_families():
-    assert FAMILIES.keys() == {"quickstart/", "yamls/smollm2", "pretrain/smollm2"}
+    assert FAMILIES.keys() == {
+        *("quickstart/", "yamls/smollm2", "pretrain/smollm2", "smollm2-135m-gsm8k/")
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,7 +9,7 @@ import pytest
 
 from foundry_ext.comparison.comparison import Comparison, compare_runs, dominated_points
 from foundry_ext.comparison.metrics import Metric, final_value, item_changes, shared_metrics
-from foundry_ext.comparison.runs import Loaded, labelled, load_runs
+from foundry_ext.comparison.runs import Loaded, Run, labelled, load_runs
 from foundry_ext.comparison.tradeoff import (
     Point,
     first_crossing,
@@ -161,12 +161,35 @@ def test_mean_accuracy_counts_every_set_the_same():
         {"step": 0, "learning": {}, "forgetting": {}},
         {"step": 80, "learning": {}, "forgetting": {"big_acc": 0.25, "small_acc": 0.5}},
     ]
-    from foundry_ext.comparison.runs import Run
-
     run = Run({"config": {}, "evaluations": evaluations}, lines)
     items = item_changes(run, Metric("forgetting", "mean_accuracy"))
     values, weights = np.array(list(items.values())).T
     assert values.sum() / weights.sum() == pytest.approx((0.25 + 0.5) / 2)
+
+
+def test_a_log_probability_is_forgotten_in_nats_per_answer():
+    from foundry_ext.comparison.runs import Run
+
+    lines = [
+        {"step": step, "set": "arc", "item": str(item), "logprob": base - step / 40}
+        for item, base in enumerate((-3.0, -5.0))
+        for step in (0, 80)
+    ]
+    forgotten = {"arc_logprob": 2.0, "arc_acc": 0.0}
+    evaluations = [
+        {"step": 0, "learning": {}, "forgetting": {}},
+        {"step": 80, "learning": {}, "forgetting": forgotten},
+    ]
+    run = Run({"config": {}, "evaluations": evaluations}, lines)
+    logprob, accuracy = shared_metrics([run], "forgetting")
+    assert (logprob.key, accuracy.key) == ("arc_logprob", "arc_acc"), "both are reported"
+    assert item_changes(run, logprob) == {"0": (2.0, 1.0), "1": (2.0, 1.0)}
+    assert (logprob.unit, logprob.show(2.0), logprob.set_name) == (
+        "nats per answer",
+        "2.000",
+        "arc",
+    )
+    assert not logprob.is_binary
 
 
 # --- the trade-off -------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content, error):
         ({"status": "failed", "error": "OutOfMemoryError: 3 GiB"}, "OutOfMemoryError"),
         ({"status": "stopped"}, "stopped before its end"),
         ({"evaluations": []}, "no evaluation"),
-        ({"evaluations__-1__learning": {}}, "not measured"),
+        ({"evaluations__-1__learning": {}}, "learning was not measured: its YAML has no set"),
+        ({"evaluations__-1__forgetting": {}}, "forgetting was not measured"),
         ({"evaluations__-1__learning__target_loss": float("nan")}, "diverged"),
     ],
 )

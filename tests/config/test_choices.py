@@ -59,6 +59,14 @@ def test_a_wrong_choice_names_those_there_are(path: Path, overrides: list[str], 
     assert str(error.value).startswith(f"{path}: ")
 
 
+def test_a_value_of_one_s_own_is_offered_for_numbers_only():
+    file = Path("yamls/smollm2_lora.yaml").absolute()
+    for value, offered in (("3e-4", True), ("hihg", False)):
+        with pytest.raises(UserError, match=r"is not in variables\.learning_rates") as error:
+            load_config(file, [f"variables.learning_rate={value}"])
+        assert ("for a value of your own" in str(error.value)) == offered
+
+
 def test_null_in_a_file_is_a_callback_with_its_defaults_and_by_an_override_none(path: Path):
     assert dict(load_config(path, []).callbacks) == {"lr_monitor": None, "guard": {}}
     assert dict(load_config(path, ["callbacks.guard=null"]).callbacks) == {"lr_monitor": None}

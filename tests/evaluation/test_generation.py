@@ -121,14 +121,14 @@ def test_generation_is_that_of_single_prompts(model, tokenizer):
 
 
 def test_generation_ends_at_a_stop_string(model, tokenizer, monkeypatch):
-    """Rows that have stopped wait for the others, and their padding is not part of the answer."""
+    """A row that has stopped is left out, and the others go on."""
     prompts = [tokenizer(text)["input_ids"] for text in ("one", "the river of light")]
     free = generate(model, tokenizer, prompts, 20)
     stop = free[0][3:5]
     monkeypatch.setattr(generation, "STOP_STRINGS", (stop,))
     steps = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: (steps.append(1), forward(*a, **k))[1])
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a: (steps.append(1), forward(*a))[1])
     assert generate(model, tokenizer, prompts[:1], 20) == [free[0].split(stop)[0]]
     assert len(steps) < 20
     both = generate(model, tokenizer, prompts, 20)
@@ -167,6 +167,14 @@ def test_prompts(tokenizer, path):
     assert {len(prompt) for prompt in cut.prompts} == {10}
     assert all(tokenizer.decode(prompt).endswith("Answer:") for prompt in cut.prompts)
     assert cut.description["counts"] == {"kept": 0, "truncated": 3}
+
+
+def test_an_empty_prompt_begins_as_a_text_does(model, tokenizer, tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(json.dumps({"context": "", "answer": "3", "aliases": []}) + "\n")
+    (built,) = build(str(path), tokenizer, num_fewshot=0)
+    assert built.prompts == [[tokenizer.bos_token_id]]
+    assert len(generate(model, tokenizer, built.prompts, 3)) == 1
 
 
 def test_rows_of_llm_foundry_are_the_same_task(tokenizer, path, tmp_path):

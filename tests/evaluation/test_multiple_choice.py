@@ -245,6 +245,45 @@ def test_overlong_contexts_are_cut_from_the_left(models, tokenizer, write, caplo
     assert items[0]["logprobs"][0] == pytest.approx(value, rel=2e-5)
 
 
+def test_truncated_choices_share_what_is_equal(models, tokenizer, write):
+    """Choices of unequal lengths are cut at different tokens, which have different positions."""
+    ours, theirs = models
+    choices = ["stone", "river", "river of light", "stone of light"]
+    rows = [{"query": "bird one two " * 9, "choices": choices, "gold": 0} for _ in range(2)]
+    rows.append({"query": "bird one", "choices": choices, "gold": 0})
+    _, items, built = evaluate(ours, write(rows), tokenizer, max_length=20)
+    assert built.num_truncated == 8 and len(built.forest.trees) < 12, (
+        "some are cut, some still share"
+    )
+    for item, first in zip(items, (0, 4, 8), strict=True):
+        sums = [directly_labelled(theirs, one) for one in built.documents[first : first + 4]]
+        assert item["logprobs"] == pytest.approx(sums, rel=2e-5)
+
+
+@torch.no_grad()
+def directly_labelled(theirs, document):
+    ids = torch.from_numpy(document.input_ids)[None]
+    log_probs = theirs(ids[:, :-1]).logits[0].log_softmax(-1)
+    places = document.loss_mask.nonzero()[0]
+    return sum(log_probs[place - 1, ids[0, place]].item() for place in places)
+
+
+def test_a_shared_prefix_is_computed_once(models, tokenizer, write, monkeypatch):
+    """The few-shot examples are a part of it."""
+    computed = []
+    layers = models[0].model
+    monkeypatch.setattr(
+        layers,
+        "forward",
+        lambda x, *rest: (computed.append(len(x)), type(layers).forward(layers, x, *rest))[1],
+    )
+    rows = [row for row in generated(9) if "query" in row]
+    _, _, built = evaluate(models[0], write(rows), tokenizer, num_fewshot=3)
+    scored = sum(int(document.loss_mask.sum()) for document in built.documents)
+    prefixes = sum(int((~built.documents[indices[0]].loss_mask).sum()) for indices in built.choices)
+    assert sum(computed) <= prefixes + scored < sum(built.lengths) / 2
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -284,3 +323,16 @@ def test_changes_have_their_signs():
         **{"arc_acc": 0.25, "arc_acc_norm": 0.5, "wino_acc": -0.125, "wino_acc_norm": 0},
         "mean_accuracy": 0.1875,
     }
+
+
+def test_the_right_choices_log_probability_is_measured_on_demand(models, tokenizer, write):
+    ours, theirs = models
+    rows = generated(9)
+    metrics, items, built = evaluate(ours, write(rows), tokenizer, logprob=True)
+    right = [expected(theirs, tokenizer, row)[0][row["gold"]] for row in rows]
+    assert [item["logprob"] for item in items] == pytest.approx(right, rel=2e-5, abs=2e-5)
+    assert metrics["task/logprob"] == pytest.approx(sum(right) / 9, rel=2e-5)
+    lower = {**metrics, "task/logprob": metrics["task/logprob"] - 2}
+    assert changes([built.config], metrics, lower)["forgetting"]["task_logprob"] == 2
+    metrics, items, _ = evaluate(ours, write(rows), tokenizer)
+    assert "task/logprob" not in metrics and "logprob" not in items[0]

@@ -144,7 +144,6 @@ def test_overrides_reach_nested_keys(valid: Path):
         ("variables.row=3", "no variable 'row', did you mean 'rows'? the file has rows"),
         ("seed=${variables.sed}", "seed, Interpolation key 'variables.sed' not found"),
         ("device_train_microbatch_size=auto", "'auto', does not go with train_loader packed_fine"),
-        ("model.compile=layers", "model.compile, 'layers', needs packs of one shape; set train_l"),
     ],
 )
 def test_wrong_overrides_are_refused(valid: Path, override: str, message: str):
@@ -155,8 +154,11 @@ def test_wrong_overrides_are_refused(valid: Path, override: str, message: str):
 
 
 def test_compile_goes_with_packs_of_one_shape(valid: Path):
-    overrides = ["model.compile=layers", "train_loader.dataset.fixed_shape=true"]
-    assert load_config(valid, overrides).model.compile == "layers"
+    for shape in ([], ["train_loader.dataset.fixed_shape=true"]):
+        assert load_config(valid, ["model.compile=layers", *shape]).model.compile == "layers"
+    expected = "model.compile, 'layers', needs packs of one shape; set train_loader.dataset.fixed"
+    with pytest.raises(UserError, match=expected):
+        load_config(valid, ["model.compile=layers", "train_loader.dataset.fixed_shape=false"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foundry_ext.models import attention
+from foundry_ext.models import attention, flex, torch_cpu
 from foundry_ext.models.attention import BACKENDS, resolve_backend, varlen_attention
 
 gpu = [
@@ -19,12 +19,13 @@ gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CPU_BACKENDS = [
-    pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in ("sdpa", "blockwise", "flex")
+    pytest.param(backend, "cpu", id=f"{backend}-cpu")
+    for backend in ("sdpa", "blockwise", "torch_cpu", "flex")
 ]
 GPU_BACKENDS = [
     pytest.param(backend, "cuda", marks=gpu, id=f"{backend}-cuda")
     for backend in BACKENDS[1:]
-    if backend != "blockwise"
+    if backend not in ("blockwise", "torch_cpu")
 ]
 every_backend = pytest.mark.parametrize(("backend", "device"), CPU_BACKENDS + GPU_BACKENDS)
 
@@ -87,7 +88,7 @@ def assert_as_exact(ours, plain, exact, *, bf16_slack=2**-8):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "torch_cpu", "flex"])
 def test_forward(backend, dtype, heads, lengths):
     check_forward(backend, "cpu", dtype, heads, lengths)
 
@@ -113,7 +114,7 @@ def check_forward(backend, device, dtype, heads, lengths):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize(("backend", "device"), [*CPU_BACKENDS[:2], *GPU_BACKENDS])
+@pytest.mark.parametrize(("backend", "device"), [*CPU_BACKENDS[:3], *GPU_BACKENDS])
 def test_gradients(backend, device, heads, lengths):
     """Skip flex on a CPU, where later versions of torch have no backward pass for it."""
     skip_unless_installed(backend)
@@ -131,6 +132,36 @@ def test_gradients(backend, device, heads, lengths):
     plain = gradients(lambda *leaves: dense_attention(*leaves, cu_seqlens), dtype)
     exact = gradients(lambda *leaves: dense_attention(*leaves, cu_seqlens), torch.float32)
     for one in zip(ours, plain, exact, strict=True):
+        assert_as_exact(*one, bf16_slack=2**-4)
+
+
+def test_the_fused_kernel_gets_tensors_that_it_can_read():
+    """It ignores the last stride, which is 0 in the gradient of a sum and more in a transpose."""
+    *qkv, cu_seqlens = make_inputs([5, 0, 9], (9, 3))
+    found = []
+    for backend in ("torch_cpu", "sdpa"):
+        leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in qkv]
+        views = (x.transpose(1, 2) for x in leaves)
+        out = varlen_attention(*views, cu_seqlens, 9, backend=backend)
+        found.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_short_and_long_documents_in_bf16():
+    """The backward pass of torch_cpu changes its dtype with the length."""
+    longer = torch_cpu._FP32_BELOW + 1
+    *qkv, cu_seqlens = make_inputs([40, longer], (6, 2), dtype=torch.bfloat16)
+    grad = make_inputs([40, longer], (6, 2), dtype=torch.bfloat16, seed=1)[0]
+
+    def gradients(backend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in qkv]
+        out = varlen_attention(*leaves, cu_seqlens, longer, backend=backend)
+        return torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    ours, plain = (gradients(name, torch.bfloat16) for name in ("torch_cpu", "sdpa"))
+    for one in zip(ours, plain, gradients("sdpa", torch.float32), strict=True):
+        assert one[0].dtype == torch.bfloat16
         assert_as_exact(*one, bf16_slack=2**-4)
 
 
@@ -192,7 +223,7 @@ def test_the_mask_follows_a_buffer_filled_anew(backend, device, mode):
         assert torch.equal(varlen_attention(q, k, v, cu_seqlens, 6, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "torch_cpu", "flex"])
 def test_inference_mode(backend):
     """Inference tensors have no version for the mask's cache to compare."""
     # Without a GPU flex passes its scale through Dynamo, which makes it symbolic once a process has
@@ -211,9 +242,9 @@ def test_a_mask_made_in_inference_mode_serves_training():
     *qkv, cu_seqlens = make_inputs([3, 4], (9, 3))
     with torch.inference_mode():
         varlen_attention(*qkv, cu_seqlens, 4, backend="flex")
-    made = attention._document_mask.cache_info().misses
-    mask = attention._document_mask(cu_seqlens, cu_seqlens._version, 7)
-    assert attention._document_mask.cache_info().misses == made, "it is the same mask"
+    made = flex.document_mask.cache_info().misses
+    mask = flex.document_mask(cu_seqlens, cu_seqlens._version, 7)
+    assert flex.document_mask.cache_info().misses == made, "it is the same mask"
     tensors = [x for x in mask.as_tuple() if isinstance(x, torch.Tensor)]
     assert tensors and not any(x.is_inference() for x in tensors)
 

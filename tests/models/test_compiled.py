@@ -1,15 +1,19 @@
 """torch.compile in training: the same numbers, one graph for all layers and all packs."""
 
 import functools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from foundry_ext.models import attention, loss
-from foundry_ext.models.compiled import compile_model, graphs_compiled
-from foundry_ext.models.decoder import decoder_layer
+from foundry_ext.models import attention, decoder, loss
+from foundry_ext.models import compiled as compiled_code
+from foundry_ext.models.compiled import compile_model, fuse_evaluation, graphs_compiled
+from foundry_ext.models.decoder import LEAST_FUSED, PLAIN, Pieces, decoder_layer
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.packing.collator import Document, PackCollator
 
@@ -97,6 +101,94 @@ def test_evaluation_is_not_compiled(tiny_config, without_code_generation):
         for pack in packs(config, [5], [7, 8], fixed_shape=False):
             model(**pack)
     assert graphs_compiled() == 0
+
+
+def check_fused(config):
+    """Compare a layer with fused pieces, under autocast and without, on packs of several sizes."""
+    compiled_code._fused_pieces.cache_clear()
+    torch.manual_seed(0)
+    layer = SmolLM2ForCausalLM(config).eval().model.layers[0]
+    counts = []
+    for bf16 in (False, True):
+        for size in (12, 40, 23):
+            x = torch.randn(size, config.hidden_size)
+            cos, sin = torch.randn(2, size, config.head_dim // 2)
+
+            def attend(q, k, v):
+                assert q.dtype == k.dtype == v.dtype
+                return q * v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                plain = decoder_layer(layer, x, cos, sin, attend)
+                fused = decoder_layer(layer, x, cos, sin, attend, compiled_code._fused_pieces())
+            tolerance = (2e-2 if bf16 else 1e-5) * plain.abs().max().item()
+            torch.testing.assert_close(fused, plain, atol=tolerance, rtol=0)
+            counts.append(graphs_compiled())
+    # A graph each for norm, rotary and SwiGLU, in fp32 and under autocast.
+    assert counts == [3, 3, 3, 6, 6, 6]
+
+
+def test_fused_pieces_equal_plain_ones(tiny_config, without_code_generation):
+    check_fused(tiny_config())
+
+
+@pytest.mark.more
+def test_fused_pieces_by_generated_code(tiny_config):
+    check_fused(tiny_config())
+
+
+def test_the_fused_norm_casts_for_linear_layers():
+    norm = compiled_code._fused_pieces().rms_norm
+    x, weight = torch.randn(12, 8), torch.ones(8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert norm(x, weight, 1e-5).dtype == torch.bfloat16
+    assert norm(x, weight, 1e-5).dtype == torch.float32
+
+
+def test_only_a_compiled_model_is_fused(tiny_config):
+    model = SmolLM2ForCausalLM(tiny_config())
+    for change, fused in (
+        (lambda: compile_model(model, scope="layers"), True),
+        (lambda: compile_model(model, scope="none"), False),
+        (lambda: fuse_evaluation(model), True),
+    ):
+        change()
+        assert (model.model.evaluation_pieces is not PLAIN) == fused
+
+
+def test_every_layer_uses_the_pieces(tiny_config, monkeypatch):
+    config = tiny_config(num_hidden_layers=3)
+    model = SmolLM2ForCausalLM(config).eval()
+    calls = []
+
+    def counted(piece):
+        return lambda *given: calls.append(piece.__name__) or piece(*given)
+
+    model.model.evaluation_pieces = Pieces(*map(counted, PLAIN))
+    (pack,) = packs(config, [5, 7])
+    with torch.no_grad():
+        model(**pack)
+        assert not calls, "on a CPU"
+        monkeypatch.setattr(decoder, "can_fuse", lambda hidden: True)
+        model(**pack)
+    assert Counter(calls) == {"rms_norm": 6, "rotate": 3, "swiglu": 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_cuda", "grad", "expected"),
+    [
+        ((LEAST_FUSED, 8), True, False, True),
+        ((LEAST_FUSED, 8), True, True, False),
+        ((LEAST_FUSED, 8), False, False, False),
+        ((4, 8), True, False, False),
+        ((LEAST_FUSED, 1, 8), True, False, False),
+    ],
+    ids=["pack", "gradients", "CPU", "generation", "cache"],
+)
+def test_passes_that_are_fused(shape, is_cuda, grad, expected):
+    hidden: Any = SimpleNamespace(shape=shape, ndim=len(shape), is_cuda=is_cuda)
+    with torch.set_grad_enabled(grad):
+        assert decoder.can_fuse(hidden) == expected
 
 
 def test_frozen_base_with_adapters(tiny_config, without_code_generation):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from foundry_ext.models.flops import (
@@ -14,6 +13,7 @@ from foundry_ext.models.flops import (
     training_flops,
 )
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from tests.flops import counter
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LENGTHS = [7, 1, 24, 16]
@@ -37,7 +37,7 @@ def counted(*, backward: bool, rank: int = 0) -> dict[str, float]:
     labels, ends = ids.clone(), torch.tensor([0, *LENGTHS]).cumsum(0)
     labels[0, ends[:-1]] = -100
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    with FlopCounterMode(display=False) as counter:
+    with counter() as found:
         loss = model(
             input_ids=ids,
             position_ids=positions,
@@ -47,7 +47,7 @@ def counted(*, backward: bool, rank: int = 0) -> dict[str, float]:
         ).loss
         if backward:
             loss.backward()
-    return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    return {str(name): count for name, count in found.get_flop_counts()["Global"].items()}
 
 
 def adapted(model, rank: int):

@@ -196,6 +196,15 @@ def test_evaluation_in_bf16(weights_in_bf16, monkeypatch):
     assert ours.num_correct.item() == (logits.argmax(-1) == target).sum().item()
 
 
+def test_of_equal_logits_the_first_is_the_prediction():
+    """In bf16 several logits are often equal, and argmax takes the first."""
+    hidden = torch.ones(4, 1)
+    weight = torch.tensor([[0.0], [2.0], [1.0], [2.0], [2.0]])
+    found = evaluate_linear_head(hidden, weight, torch.tensor([1, 3, 4, 2]))
+    assert found.num_correct.item() == 1
+    assert found.num_correct.dtype == torch.int64
+
+
 def test_labelled_positions_example():
     positions, targets = labelled_positions(torch.tensor([-100, 6, 7, -100, 9]))
     assert positions.tolist() == [0, 1, 3]
@@ -225,7 +234,7 @@ def test_labelled_positions_of_nothing(labels, known):
 
 def test_check_loss(monkeypatch):
     assert check_loss("chunked") == "chunked"
-    choice = "'fused' is unknown; choose one of chunked, compiled, liger"
+    choice = "'fused' is unknown; choose one of auto, chunked, compiled, liger"
     with pytest.raises(ValueError, match=choice):
         check_loss("fused")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

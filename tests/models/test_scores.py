@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from foundry_ext.models import loss
-from foundry_ext.models.scores import score_pack, score_positions
+from foundry_ext.models.scores import BaseStates, score_pack, score_positions
 
 POSITIONS, HIDDEN, VOCABULARY = 23, 8, 61
 
@@ -96,7 +96,7 @@ def test_documents_of_a_pack_are_scored_apart(make_pair, make_documents, make_pa
     pack = make_pack(documents, prompt=2)
     # Empty documents, as in a pack of fixed shape, have scores of 0.
     pack["cu_seqlens"] = torch.cat([pack["cu_seqlens"], pack["cu_seqlens"][-1:]])
-    found = score_pack(ours.eval(), **pack, base=lambda: nullcontext(base.eval()))
+    found = score_pack(ours.eval(), **pack, base=BaseStates(lambda: nullcontext(base.eval())))
     assert found.num_tokens.tolist() == [7, 3, 0, 12, 0]
     for index, document in enumerate(documents):
         logits, base_logits = (
@@ -110,3 +110,68 @@ def test_documents_of_a_pack_are_scored_apart(make_pair, make_documents, make_pa
         kl = F.kl_div(log_probs, base_logits.log_softmax(-1), reduction="sum", log_target=True)
         assert found.kl is not None
         torch.testing.assert_close(found.kl[index], kl, rtol=1e-5, atol=1e-5)
+
+
+class Counted:
+    """A base model that counts the packs that it computes."""
+
+    def __init__(self, model):
+        self.model, self.packs = model.eval(), 0
+        self.compute = model.states_at_labels
+        model.states_at_labels = self.states_at_labels
+
+    def states_at_labels(self, **pack):
+        self.packs += 1
+        return self.compute(**pack)
+
+    def __call__(self):
+        return nullcontext(self.model)
+
+
+@pytest.fixture
+def packs(make_documents, make_pack):
+    return [make_pack(make_documents([9, 5, 14], seed=seed), prompt=2) for seed in range(2)]
+
+
+def test_kept_states_give_the_same_bits(make_pair, packs):
+    """Later measurements compute the base model for no pack, and other packs are not mixed up."""
+    (ours, _), (base, _) = make_pair(), make_pair(seed=9)
+    counted = Counted(base)
+    kept = BaseStates(counted)
+    expected = [score_pack(ours.eval(), **pack, base=BaseStates(counted)) for pack in packs]
+    counted.packs = 0
+    for _ in range(3):
+        for pack, once in zip(packs, expected, strict=True):
+            found = score_pack(ours, **pack, base=kept)
+            assert all(torch.equal(a, b) for a, b in zip(found, once, strict=True))
+    assert counted.packs == 2
+    assert kept.num_bytes == 2 * (7 + 3 + 12) * base.config.hidden_size * 4
+    changed = {**packs[0], "labels": packs[0]["labels"].clone()}
+    changed["labels"][0, 4] = -100
+    score_pack(ours, **changed, base=kept)
+    kept.forget()
+    score_pack(ours, **packs[0], base=kept)
+    assert counted.packs == 4, "other labels, and a base model that has changed"
+
+
+def test_states_over_the_limit_are_computed_again(make_pair, packs):
+    (ours, _), (base, _) = make_pair(), make_pair(seed=9)
+    counted = Counted(base)
+    kept = BaseStates(counted)
+    kept.limit = 30 * base.config.hidden_size * 4
+    first, again = ([score_pack(ours.eval(), **p, base=kept).kl for p in packs] for _ in range(2))
+    assert counted.packs == 3 and kept.num_bytes <= kept.limit
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_base_measured_against_itself_is_computed_once(make_pair, packs):
+    base, ours = (make_pair(seed=seed)[0].eval() for seed in (9, 0))
+    counted = Counted(base)
+    kept = BaseStates(counted)
+    kept.itself = base
+    itself = score_pack(base, **packs[0], base=kept)
+    assert counted.packs == 1 and (itself.kl == 0).all()
+    kept.itself = None
+    found = score_pack(ours, **packs[0], base=kept).kl
+    assert counted.packs == 1
+    assert torch.equal(found, score_pack(ours, **packs[0], base=BaseStates(counted)).kl)

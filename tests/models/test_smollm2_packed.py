@@ -47,7 +47,7 @@ def pack(make_documents, make_pack):
     return make_pack(make_documents(LENGTHS), max_seqlen=MAX_SEQ_LEN)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "torch_cpu", "flex"])
 @pytest.mark.parametrize("shape", ["smollm2-135m", "smollm2-360m", "smollm2-1.7b"])
 def test_packed_is_each_document_alone(
     shape, backend, tiny_config, make_pair, make_documents, make_pack
@@ -62,7 +62,7 @@ def test_packed_is_each_document_alone(
             assert (ours_in_pack - alone).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "blockwise", "torch_cpu", "flex"])
 def test_documents_do_not_see_each_other(backend, ours, pack):
     """Trap 3: changing one document does not change a bit of the others' logits."""
     ours.attention_backend = backend

@@ -44,6 +44,8 @@ class Emulate(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "c10d":  # the null GPU's collectives, of one rank, move the bytes
+            return func(*args, **kwargs)
         name = func.name().split("::")[1].split(".")[0]
         if name in _BY_VALUE or (name == "index" and _has_mask(args[1])):
             computed = func(*tree_map(_down, args), **tree_map(_down, kwargs))
@@ -97,7 +99,11 @@ def _dense(
     if bias is not None:
         scores = scores + bias.float()
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        num_queries, num_keys = scores.shape[-2:]
+        # The last query sees every key, as in flash attention; sdpa's causal mask has as many keys.
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(
+            1 + num_keys - num_queries
+        )
         scores = scores.masked_fill(hidden, float("-inf"))
     probabilities = scores.softmax(-1)
     return probabilities @ v, scores.logsumexp(-1), probabilities
@@ -112,21 +118,24 @@ def _dense_gradients(
     return d_scores @ k, d_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
 
 
-def _documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *more: Tensor) -> Any:
+def _documents(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, *more: Tensor
+) -> Any:
     """Yield (slice, parts [H, S, N] of each) per document; key/value heads are repeated."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    ends = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(ends):
+    ends, key_ends = (itertools.pairwise(x.tolist()) for x in (cu_seqlens, cu_keys))
+    for (start, end), key_range in zip(ends, key_ends, strict=True):
         if end > start:
-            rows = slice(start, end)
-            yield rows, [x[rows].float().transpose(0, 1) for x in (q, k, v, *more)]
+            rows, keys = slice(start, end), slice(*key_range)
+            parts = [q[rows], k[keys], v[keys], *(x[rows] for x in more)]
+            yield rows, [x.float().transpose(0, 1) for x in parts]
 
 
 def _flash_forward(out: Any, args: Any, kwargs: Any) -> None:
-    q, k, v, cu_seqlens = (on_host(x) for x in args[:4])
+    q, k, v, *ends = (on_host(x) for x in args[:5])
     output, log_sum = on_host(out[0]).zero_(), torch.zeros(q.shape[1], q.shape[0])
-    for rows, parts in _documents(q, k, v, cu_seqlens):
+    for rows, parts in _documents(q, k, v, *ends):
         o, lse, _ = _dense(*parts, causal=True)
         output[rows] = o.transpose(0, 1).to(output.dtype)
         log_sum[:, rows] = lse
@@ -136,7 +145,7 @@ def _flash_forward(out: Any, args: Any, kwargs: Any) -> None:
 def _flash_backward(out: Any, args: Any, kwargs: Any) -> None:
     grad, q, k, v, cu_seqlens = (on_host(x) for x in (*args[:4], args[6]))
     gradients = [torch.zeros(*q.shape) for _ in range(3)]
-    for rows, (*parts, g) in _documents(q, k, v, cu_seqlens, grad):
+    for rows, (*parts, g) in _documents(q, k, v, cu_seqlens, cu_seqlens, grad):
         for total, part in zip(gradients, _dense_gradients(g, *parts, causal=True), strict=True):
             total[rows] = part.transpose(0, 1)
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]

@@ -98,10 +98,8 @@ def _compile(library: Path, names: list[str], *options: str) -> None:
 def environment(card: str) -> dict[str, str]:
     """Return the environment of a process that has the card."""
     libraries, chosen = build(), CARDS[card]
-    # llm-foundry sets it for the whole process, and the null GPU has no virtual memory to expand.
-    others = {key: value for key, value in os.environ.items() if key != "PYTORCH_CUDA_ALLOC_CONF"}
     return {
-        **others,
+        **os.environ,
         "LD_PRELOAD": str(libraries / "libnullgpu.so"),
         "LD_LIBRARY_PATH": str(libraries),
         "TRITON_LIBCUDA_PATH": str(libraries),
@@ -123,17 +121,21 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-def run(module: str, *arguments: str, card: str = "RTX 3090", **variables: str) -> Any:
-    """Run `python -m module` with the card, and return the result that it hands to `give`."""
+def run(module: str, *arguments: str, card: str | None = "RTX 3090", **variables: str) -> Any:
+    """Run `python -m module` with the card, and return the result that it hands to `give`.
+
+    Without a card, which is None, it runs on the CPU.
+    """
     output = output_of(module, *arguments, card=card, **variables)
     results = [line for line in output.splitlines() if line.startswith(RESULT)]
     return json.loads(results[-1].removeprefix(RESULT))
 
 
-def output_of(module: str, *arguments: str, card: str = "RTX 3090", **variables: str) -> str:
+def output_of(module: str, *arguments: str, card: str | None = "RTX 3090", **variables: str) -> str:
     """Run `python -m module` with the card; return what it prints, after checking that it ends."""
     command = [sys.executable, "-m", module, *arguments]
-    settings = {**environment(card), **variables}
+    without = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    settings = {**(environment(card) if card else without), **variables}
     with one_at_a_time():
         done = subprocess.run(
             command, env=settings, cwd=ROOT, capture_output=True, text=True, timeout=900

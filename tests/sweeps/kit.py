@@ -73,6 +73,7 @@ except BlockingIOError:
     note("overlaps")
 note("starts", json.dumps({k: v for k, v in os.environ.items()
                            if k in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "RANK")}))
+note("attention", os.environ.get("FOUNDRY_EXT_CPU_ATTENTION"))
 behaviour = config.variables.behaviour
 print("the log of", config.run_name)
 if behaviour == "refused":

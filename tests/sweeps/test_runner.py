@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from foundry_ext.sweeps.plan import PlannedRun, finished_otherwise
 from foundry_ext.utils.errors import UserError
 from tests.sweeps.kit import enter, lines, names, run, start_sweep, write_sweep
 
@@ -277,6 +278,29 @@ def test_a_key_added_since_is_a_difference(folder: Path, place: str, text: str, 
         key = named.partition(":")[0]
         with pytest.raises(UserError, match=re.escape(named if after == longer else f"{key}: ")):
             run(path)
+
+
+@pytest.mark.parametrize(
+    ("planned", "found"),
+    [("auto", ""), (None, ""), ("layers", "model.compile: 'none', not 'layers'")],
+)
+def test_a_value_left_to_the_machine_is_no_difference(tmp_path: Path, planned, found):
+    """A record holds what the machine chose."""
+
+    def config(scope):
+        return {"seed": 1, "model": {"name": "smollm2_packed", "compile": scope}}
+
+    run = PlannedRun(
+        name="a",
+        command=(),
+        program="train.py",
+        arguments=(),
+        config=config(planned),
+        record=tmp_path / "record.json",
+        keys=("model.compile",),
+    )
+    record = {"config": config("none"), "defaults": {"seed": 17}}
+    assert finished_otherwise(run, record) == found
 
 
 @pytest.mark.more  # imports a trainer

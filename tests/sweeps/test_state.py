@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from foundry_ext.sweeps.plan import _measured_cost
@@ -101,6 +101,7 @@ RUN_KEYS = [field.name for field in fields(RunState)]
 
 
 @settings(max_examples=150, deadline=None)
+@example("runs", {"\n": None})
 @given(st.sampled_from(["schema_version", "sweep", "updated", "runs", *RUN_KEYS]), VALUES)
 def test_an_edited_state_is_read_or_refused_by_file_and_key(key: str, value: object):
     content = json.loads(YESTERDAY.read_text())

@@ -121,6 +121,9 @@ def assert_same_end(folder, reference):
         {path.name: path.read_bytes() for path in (one / "hf").iterdir()}
         for one in (folder, reference)
     ]
+    for export, one in zip(exports, (folder, reference), strict=True):
+        text, _, _ = export["README.md"].rpartition(b"<!-- ")  # without the digest of the place
+        export["README.md"] = text.replace(str(one).encode(), b"RUN")
     assert exports[0] == exports[1]
     record, other = (read_record(one / "record.json") for one in (folder, reference))
     assert record["status"] == other["status"] == "finished"

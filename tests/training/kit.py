@@ -6,6 +6,7 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,16 @@ def assert_same_gradients(ours: dict, theirs: dict, *, rtol: float = 1e-5) -> No
     for name, gradient in theirs.items():
         difference = (ours[name] - gradient).abs().max().item()
         assert difference <= rtol * gradient.abs().max().item(), (name, difference)
+
+
+def run_the_card(folder: Path) -> dict[str, Any]:
+    """Run the Python that a folder's model card gives, as it is; return its variables."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "trust_remote_code" not in text
+    (code,) = re.findall(r"```python\n(.*?)\n```\n", text, flags=re.DOTALL)
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    return variables
 
 
 # --- runs ----------------------------------------------------------------------------------------

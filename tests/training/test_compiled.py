@@ -46,5 +46,7 @@ def test_two_epochs_with_evaluations(world, tmp_path, method, graphs, without_co
 
 
 def test_unknown_scope(world):
-    with pytest.raises(ValueError, match="compile: 'all' is unknown; choose one of none, layers"):
+    with pytest.raises(
+        ValueError, match="compile: 'all' is unknown; choose one of auto, none, layers"
+    ):
         kit.build(world, compile="all")

@@ -90,7 +90,8 @@ def test_attention_dropout_from_the_yaml(world):
     model = kit.build(world, **settings)
     pack = kit.make_pack(kit.make_documents([9, 4]))
     plain = kit.build(world)
-    assert model.eval()(pack).loss == plain.eval()(pack).loss
+    # To rounding, because a backend that can drop attention weights is used throughout.
+    torch.testing.assert_close(model.eval()(pack).loss, plain.eval()(pack).loss)
     assert model.train()(pack).loss != plain.train()(pack).loss
     with pytest.raises(ValueError, match=r"'flex' .* attention_dropout"):
         kit.build(world, **settings, attention_backend="flex")

@@ -32,7 +32,9 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("ep*")}
 
 
-def config(world, folder: Path, *, without: tuple[str, ...] = (), **overrides: Any):
+def config(
+    world, folder: Path, method: str = "full", *, without: tuple[str, ...] = (), **overrides: Any
+):
     """Return a run that writes every kind of file; `without` leaves out some of their writers."""
     evaluated = kit.loader_config(world.eval_rows, eval_packs=1)
     target = {"role": "learning", "type": "documents", "loader": evaluated}
@@ -48,6 +50,7 @@ def config(world, folder: Path, *, without: tuple[str, ...] = (), **overrides: A
     return kit.run_config(
         world,
         folder,
+        method,
         **{
             "callbacks": {k: v for k, v in callbacks.items() if k not in without},
             "loggers": {k: v for k, v in loggers.items() if k not in without},
@@ -136,6 +139,11 @@ def _users_file(folder: Path) -> None:
     (folder / "hf/my notes.md").write_text("precious")
 
 
+def _edit_card(folder: Path) -> None:
+    with (folder / "hf/README.md").open("a", encoding="utf-8") as card:
+        card.write("Precious.\n")
+
+
 def _link_elsewhere(folder: Path) -> None:
     """Leave no readable checkpoint of the run's own but a link to one."""
     for path in sorted((folder / "checkpoints").glob("ep*")):
@@ -187,6 +195,7 @@ FAILING: dict[str, tuple[str, Any, dict[str, Any], tuple[str, ...]]] = {
     ),
     "shorter": ("crashed", None, {"max_duration": "1ba"}, ("already past",)),
     "a user's file in the export": ("finished", _users_file, {}, ("my notes.md", "hf_export")),
+    "an edited card": ("finished", _edit_card, {}, ("hf/README.md has been edited", "hf_export")),
 }
 
 

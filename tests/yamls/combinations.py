@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from foundry_ext.config.automatic import settle
 from foundry_ext.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,13 @@ FILES = sorted({combination.path for combination in COMBINATIONS})
 @cache
 def resolved(run: Combination, card: str = "24gb") -> dict[str, Any]:
     """Return the run's configuration, which must not be changed."""
-    overrides = [*run.overrides, f"variables.card={card}"]
-    config = OmegaConf.to_container(load_config(run.path, overrides), resolve=True)
+    return settled(run.path, [*run.overrides, f"variables.card={card}"])
+
+
+def settled(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Return the configuration that a run on a CPU has."""
+    loaded = load_config(path, overrides)
+    settle(loaded, has_gpu=False)
+    config = OmegaConf.to_container(loaded, resolve=True)
     assert isinstance(config, dict)
     return config

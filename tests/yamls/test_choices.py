@@ -332,7 +332,7 @@ def test_own_rows_are_measured_without_tasks_and_if_asked_without_the_hub(tmp_pa
         "overlong": "truncate",
         "max_seq_len": 1024,
         "pack_tokens": 16_384,
-        "fixed_shape": False,
+        "fixed_shape": "auto",
         "shuffle": True,
         "shuffle_seed": 17,
     }

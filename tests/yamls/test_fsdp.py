@@ -5,15 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from foundry_ext.config.loading import load_config
 from foundry_ext.records.record import read_record
 from foundry_ext.training.loggers.metrics_file import read_metrics
 from foundry_ext.utils.nested import get
 from tests.system.ranks import ROOT, run_launchers
-from tests.yamls.combinations import Combination, resolved
+from tests.yamls.combinations import Combination, resolved, settled
 from tests.yamls.test_yamls import TINY, metamathqa_row
 
 PATH = ROOT / "yamls/fsdp/smollm2-1.7b_metamathqa_full_8gpu.yaml"
@@ -22,7 +20,7 @@ OF_ONE_DEVICE = Combination("finetune", "metamathqa", "1.7b", "full")
 
 def test_it_is_the_run_of_one_device():
     """It is the same except for packs, sharding, and what FSDP does not allow."""
-    sharded = OmegaConf.to_container(load_config(PATH, []), resolve=True)
+    sharded = settled(PATH, [])
     one = copy.deepcopy(resolved(OF_ONE_DEVICE))
     assert isinstance(sharded, dict)
     packs = [get(c, "train_loader.dataset.pack_tokens") for c in (sharded, one)]

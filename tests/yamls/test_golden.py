@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from foundry_ext.config.loading import load_config
 from foundry_ext.records.result_settings import digest_settings, result_settings
-from tests.yamls.combinations import COMBINATIONS, ROOT, Combination, resolved
+from tests.yamls.combinations import COMBINATIONS, ROOT, Combination, resolved, settled
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("settings.json").read_text())
 SHARDED = "smollm2-1.7b_metamathqa_full_8gpu"
@@ -81,9 +79,7 @@ def test_a_run_has_the_settings_it_had(run: Combination):
 
 def test_the_sharded_run_has_the_settings_it_had():
     path = ROOT / f"yamls/fsdp/{SHARDED}.yaml"
-    config = OmegaConf.to_container(load_config(path, []), resolve=True)
-    assert isinstance(config, dict)
-    assert dict(leaves(config)) == GOLDEN[SHARDED]
+    assert dict(leaves(settled(path, []))) == GOLDEN[SHARDED]
 
 
 def test_a_checkpoint_of_the_old_file_is_resumed():

@@ -230,6 +230,8 @@ ROWS = {
     "HuggingFaceTB/finemath": web_row,
     "karpathy/fineweb-edu-100b-shuffle": text_row,
     "outputs/quickstart/data/library": library_row,
+    "outputs/quickstart/data/one_step_eval": problem_row,
+    "outputs/quickstart/data/one_step_train": text_row,
     "outputs/quickstart/data/problems": problem_row,
     "outputs/own_finetune": problem_row,
     "outputs/own_pretrain": text_row,
@@ -263,13 +265,13 @@ def sets(config: DictConfig) -> dict[str, DictConfig]:
     return {name: one for name, one in given.items() if one.get("path", "") is not None}
 
 
-def cut_down(config: DictConfig, tokenizer: Path) -> None:
-    """Replace the shape, the sources and the duration."""
+def cut_down(config: DictConfig, tokenizer: Path, precision: str) -> None:
+    """Replace the shape, the sources, the precision and the duration."""
     config.model.pretrained_model_name_or_path = "smollm2-135m"
     config.model.pretrained = False
     config.model.config_overrides = TINY
     config.tokenizer.name = str(tokenizer)
-    config.precision = "fp32"
+    config.precision = precision
     config.max_duration = "1tok" if config.max_duration.endswith("tok") else "1ba"
     config.eval_interval = "1ba"
     config.global_train_batch_size = 2
@@ -382,11 +384,11 @@ def test_a_step_of_the_quickstart(path: Path, tokenizer_folder: Path, monkeypatc
     take_step(load_config(path, []), tokenizer_folder)
 
 
-def take_step(config: DictConfig, tokenizer: Path) -> dict[str, Any]:
+def take_step(config: DictConfig, tokenizer: Path, precision: str = "fp32") -> dict[str, Any]:
     """Train one step of the cut down run and return its record."""
     from llmfoundry.command_utils import train
 
-    cut_down(config, tokenizer)
+    cut_down(config, tokenizer, precision)
     trainer = train(config)
     trainer.close()
     assert trainer.state.timestamp.batch.value == 1

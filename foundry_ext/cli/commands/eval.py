@@ -42,6 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
         format_evaluation,
         write_evaluation,
     )
+    from foundry_ext.utils.allocator import keep_freed_memory
+    from foundry_ext.utils.environment import has_gpu
+
+    if not has_gpu():
+        keep_freed_memory()
 
     evaluation = evaluate_checkpoint(arguments.model, arguments.sets, base=arguments.base)
     print(format_evaluation(evaluation.report))

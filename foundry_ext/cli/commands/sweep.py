@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--yes", action="store_true", help="do not ask")
     add(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="copy the records of finished runs there, and take those in it as finished",
+    )
+    add(
         "--tokens-per-second",
         type=float,
         metavar="X",
@@ -51,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             yes=arguments.yes,
             tokens_per_second=arguments.tokens_per_second,
             dry_run=arguments.dry_run,
+            results_folder=arguments.results,
         )
     except KeyboardInterrupt:
         return 130

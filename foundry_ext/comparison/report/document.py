@@ -3,7 +3,6 @@
 Each format escapes the text in its own way, so no name, prompt or path from a run becomes markup.
 """
 
-import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from foundry_ext.utils.output import printable
+from foundry_ext.utils.markdown import escape_markdown
 from foundry_ext.utils.pages import render_page
 
 _WIDE = 500  # points; the plots with two panels are wider
@@ -63,33 +62,27 @@ class ReportDocument:
 
 
 def format_markdown(document: ReportDocument) -> str:
-    parts = [f"# {_escape(document.title)}"]
+    parts = [f"# {escape_markdown(document.title)}"]
     for block in document.blocks:
         match block:
             case Heading(text):
-                parts.append(f"## {_escape(text)}")
+                parts.append(f"## {escape_markdown(text)}")
             case Subheading(text):
-                parts.append(f"### {_escape(text)}")
+                parts.append(f"### {escape_markdown(text)}")
             case Paragraph(text):
-                parts.append(_escape(text))
+                parts.append(escape_markdown(text))
             case Bullets(texts):
-                parts.append("\n".join(f"- {_escape(text)}" for text in texts))
+                parts.append("\n".join(f"- {escape_markdown(text)}" for text in texts))
             case Table(columns, rows, caption):
                 rule = ["---", *["---:"] * (len(columns) - 1)]
-                cells = [[_escape(cell) for cell in row] for row in (columns, *rows)]
+                cells = [[escape_markdown(cell) for cell in row] for row in (columns, *rows)]
                 cells.insert(1, rule)
                 parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
-                parts.append(f"*{_escape(caption)}*")
+                parts.append(f"*{escape_markdown(caption)}*")
             case Figure(name, caption):
                 parts.append(f"![{name.replace('_', ' ')}]({name}.svg)")
-                parts.append(f"*{_escape(caption)}*")
+                parts.append(f"*{escape_markdown(caption)}*")
     return "\n\n".join(parts) + "\n"
-
-
-def _escape(text: str) -> str:
-    """Return the text on one line, escaped for a Markdown that allows HTML."""
-    text = html.escape(" ".join(printable(text).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", text).replace("://", ":\u200b//")
 
 
 def format_html(document: ReportDocument, folder: Path) -> str:

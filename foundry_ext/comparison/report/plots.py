@@ -10,38 +10,89 @@ from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.metrics import Metric, curve, final_value
 from foundry_ext.comparison.report.figures import FAINT, log_ticks, new_figure, styles, thousands
 from foundry_ext.comparison.runs import Run
-from foundry_ext.comparison.tradeoff import points
+from foundry_ext.comparison.tradeoff import pareto_front, points
 
 
 def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
-    """Plot every run, each method's mean with its intervals, and the Pareto front."""
+    """Plot each method's whole front over learning rates, with every run, lightly."""
     x, y = comparison.learning, comparison.forgetting
     style = styles(list(comparison.groups))
-    with new_figure(folder, "tradeoff", (6.6, 4.6)) as axes:
-        axes.step(
-            *_scaled(comparison, [point.position for point in comparison.front]).T,
-            where="pre",  # up, then right: between two points, the second is the best reached
-            color=FAINT,
-            linestyle=(0, (4, 3)),
-            linewidth=1.1,
-            label="Pareto front",
-            zorder=1,
-        )
+    with new_figure(folder, "tradeoff", (7.2, 5.0)) as axes:
         _mark_base_model(axes, comparison)
         for label, runs in comparison.groups.items():
             ends = _scaled(comparison, [(final_value(run, x), final_value(run, y)) for run in runs])
-            axes.scatter(*ends.T, s=20, alpha=0.4, linewidths=0, **style[label])
-            by_rate = [point.position for point in points({label: runs}, x, y)]
-            path = _scaled(comparison, by_rate)
-            axes.plot(*path.T, color=style[label]["color"], lw=0.8, alpha=0.5, zorder=2)
-            _plot_mean(axes, comparison, label, style[label])
+            axes.scatter(*ends.T, s=14, alpha=0.3, linewidths=0, **style[label])
+        _plot_matched(axes, comparison, style)
         _label_axes(axes, x, y)
         axes.set_title(
             "better: to the right (learns more) and down (forgets less)", color="#555555"
         )
-        axes.legend(loc="upper left")
         axes.margins(0.08)
+        _mark_reference(axes, comparison)
+        axes.autoscale(False)
+        for label in comparison.groups:
+            _plot_front(axes, comparison, label, style[label])
+        axes.legend(loc="best")
         _label_rates(axes, comparison)
+
+
+def _plot_front(axes: Any, comparison: Comparison, label: str, style: Mapping) -> None:
+    """Draw one method's front as steps from learning 0 to the plot's top, and its means."""
+    means = points({label: comparison.groups[label]}, comparison.learning, comparison.forgetting)
+    front = pareto_front(means)
+    path = _scaled(comparison, [point.position for point in front])
+    top = max(axes.get_ylim()[1], float(path[-1, 1]))
+    steps = np.array([(min(0.0, path[0, 0]), path[0, 1]), *path, (path[-1, 0], top)])
+    color = style["color"]
+    axes.step(*steps.T, where="pre", color=color, linewidth=1.5, alpha=0.9, zorder=2)
+    axes.plot(
+        *path.T,
+        markersize=7,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        linestyle="",
+        label=label,
+        zorder=4,
+        **style,
+    )
+    beaten = [point.position for point in means if point not in front]
+    if beaten:
+        off = _scaled(comparison, beaten)
+        axes.plot(*off.T, marker="x", markersize=5, color=color, linestyle="", zorder=3)
+    rate = comparison.best[label].learning_rate
+    chosen = next(point.position for point in means if point.learning_rate == rate)
+    ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": color}
+    axes.plot(*_scaled(comparison, [chosen]).T, linestyle="", zorder=3, **ring)
+
+
+def _plot_matched(axes: Any, comparison: Comparison, style: Mapping) -> None:
+    """Draw the means at matched rates, with intervals, if there are such runs."""
+    at_rates = comparison.at_matched_rates
+    if at_rates is None:
+        return
+    axes_metrics = (comparison.learning, comparison.forgetting)
+    for across, up in zip(*(at_rates.summaries[metric] for metric in axes_metrics), strict=True):
+        bars = [
+            np.abs([[one.interval.low - one.mean], [one.interval.high - one.mean]]) * metric.scale
+            if one.interval
+            else None
+            for one, metric in zip((across, up), axes_metrics, strict=True)
+        ]
+        position = _scaled(comparison, [(across.mean, up.mean)])[0]
+        look = {"markersize": 9, "markeredgecolor": "#222222", "elinewidth": 1.2, "zorder": 5}
+        axes.errorbar(*position, bars[1], bars[0], **look, **style[across.label])
+
+
+def _mark_reference(axes: Any, comparison: Comparison) -> None:
+    """Draw a dashed line at the forgetting up to which areas count, unless it is far away."""
+    if comparison.fronts.reference is None:
+        return
+    level = comparison.fronts.reference * comparison.forgetting.scale
+    low, high = axes.get_ylim()
+    if level < low + 1.5 * (high - low):
+        line = {"color": FAINT, "linestyle": (0, (4, 3)), "linewidth": 1.1, "zorder": 1}
+        axes.axhline(level, label="areas count up to here", **line)
+        axes.set_ylim(low, max(high, level + 0.02 * (high - low)))
 
 
 def _scaled(comparison: Comparison, positions: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -69,10 +120,7 @@ def _mark_base_model(axes: Any, comparison: Comparison) -> None:
 
 
 def _label_rates(axes: Any, comparison: Comparison) -> None:
-    """Write learning rates beside their points, on the side with the most room.
-
-    The chosen ones are in the legend.
-    """
+    """Write learning rates beside their points, on the side with the most room."""
     x, y = comparison.learning, comparison.forgetting
     axes.figure.canvas.draw()  # settles the layout, which maps data to pixels
     all_points = points(comparison.groups, x, y)
@@ -80,8 +128,6 @@ def _label_rates(axes: Any, comparison: Comparison) -> None:
     positions = axes.transData.transform(data) * 72 / axes.figure.dpi
     taken = list(positions)
     for point, end, position in zip(all_points, data, positions, strict=True):
-        if point.learning_rate == comparison.best[point.label].learning_rate:
-            continue
         text = f"{point.learning_rate:g}"
         half = 2.2 * len(text)
         sides = [(half + 5, 0), (-half - 5, 0), (0, 8), (0, -8), (half + 5, 8), (-half - 5, -8)]
@@ -105,32 +151,6 @@ def _gap(first: np.ndarray, second: np.ndarray) -> float:
     Labels are wider than high.
     """
     return float(min(np.hypot((first[0] - second[0]) / 18, (first[1] - second[1]) / 7), 1.5))
-
-
-def _plot_mean(axes: Any, comparison: Comparison, label: str, style: Mapping) -> None:
-    """Draw a method's mean at its chosen learning rate with both intervals."""
-    x = comparison.summary(label, comparison.learning)
-    y = comparison.summary(label, comparison.forgetting)
-    bars = {}
-    for name, summary in (("xerr", x), ("yerr", y)):
-        if summary.interval is not None:
-            scale = summary.metric.scale
-            below, above = summary.mean - summary.interval.low, summary.interval.high - summary.mean
-            bars[name] = [[max(0.0, below) * scale], [max(0.0, above) * scale]]
-    axes.errorbar(
-        x.mean * x.metric.scale,
-        y.mean * y.metric.scale,
-        **bars,
-        markersize=8,
-        capsize=3,
-        elinewidth=1.2,
-        markeredgecolor="#222222",
-        markeredgewidth=0.8,
-        linestyle="",
-        label=f"{label}, lr {comparison.best[label].learning_rate:g}",
-        zorder=4,
-        **style,
-    )
 
 
 def plot_curves(comparison: Comparison, folder: Path) -> None:
@@ -258,20 +278,19 @@ def _label_axes(axes: Any, x: Metric, y: Metric) -> None:
 
 def plot_lines(
     comparison: Comparison,
-    lines: Sequence[tuple[str, int, Sequence[tuple[float, float]]]],
+    lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
     folder: Path,
 ) -> None:
     """Plot learning against forgetting on the lines from the base weights to tuned ones.
 
     Args:
         comparison: the comparison, for its metrics and methods.
-        lines: (method's label, seed, points) per run.
+        lines: (run, its method's label, points) per run.
         folder: where interpolation.png and .svg are written.
     """
     style = styles(list(comparison.groups))
     with new_figure(folder, "interpolation", (6.0, 4.0)) as axes:
-        for label, seed, line in lines:
-            name = f"{label}, seed {seed}"
+        for name, label, line in lines:
             axes.plot(*_scaled(comparison, line).T, markersize=5, label=name, **style[label])
         _label_axes(axes, comparison.learning, comparison.forgetting)
         axes.legend(loc="best", fontsize=8)

@@ -5,8 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from foundry_ext.comparison.comparison import Comparison, write_json
+from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.report import plots
+from foundry_ext.comparison.report.claims import claim_blocks
+from foundry_ext.comparison.report.data import write_json
 from foundry_ext.comparison.report.document import (
     Block,
     Bullets,
@@ -18,8 +20,10 @@ from foundry_ext.comparison.report.document import (
     format_html,
     format_markdown,
 )
+from foundry_ext.comparison.report.fronts import front_blocks
 from foundry_ext.comparison.report.tables import cost_blocks, measure_blocks, run_blocks
-from foundry_ext.comparison.report.tradeoff import matched_blocks, tradeoff_blocks
+from foundry_ext.comparison.report.tradeoff import dominated_blocks, matched_blocks
+from foundry_ext.comparison.report.values import value_blocks
 from foundry_ext.comparison.report.weights import analysis_blocks
 from foundry_ext.comparison.report.wording import (
     format_range,
@@ -62,11 +66,13 @@ def _write_files(comparison: Comparison, folder: Path) -> None:
         plots.plot_differences(comparison, folder)
     blocks = [
         *_opening(comparison),
-        *tradeoff_blocks(comparison),
-        *_findings(comparison),
+        *front_blocks(comparison),
         *matched_blocks(comparison),
+        *_findings(comparison),
+        *claim_blocks(comparison),
         *_curves(comparison),
         *_learning_rates(comparison),
+        *value_blocks(comparison),
         *measure_blocks(comparison),
         *cost_blocks(comparison),
         *analysis_blocks(comparison, folder),
@@ -95,6 +101,12 @@ def _opening(comparison: Comparison) -> list[Block]:
         " values are changes from a run's own step 0, the base model. Positive learning means that"
         " more was learned, positive forgetting that more was forgotten."
     )
+    if comparison.at_matched_rates is not None:
+        num_matched = sum(map(len, comparison.at_matched_rates.runs.values()))
+        text += (
+            f" {num_matched} more runs, at learning rates chosen for equal learning, are compared"
+            " in the section on matched learning."
+        )
     blocks: list[Block] = [Paragraph(text), *map(Paragraph, caveats(comparison))]
     blocks += map(Paragraph, _diverged_at_chosen_rate(comparison))
     if comparison.accepted:
@@ -106,12 +118,34 @@ def _opening(comparison: Comparison) -> list[Block]:
 def caveats(comparison: Comparison) -> list[str]:
     """Return a sentence per claim that these runs cannot support."""
     texts = []
+    at_rates = comparison.at_matched_rates
     if not comparison.is_in_general:
         few = [label for label, group in comparison.chosen.items() if len(group) < MIN_SEEDS]
+        names = join_names(few)
+        if at_rates is not None and at_rates.is_in_general:
+            texts.append(
+                f"{names}: fewer than {MIN_SEEDS} seeds ran the grid. Fronts and best rates are"
+                " shown, but methods are not ranked by them, because a seed may decide which is"
+                " ahead there. Methods are ranked at the learning rates chosen for equal learning,"
+                " where all have more seeds."
+            )
+        else:
+            texts.append(
+                f"{names}: fewer than {MIN_SEEDS} seeds. No claim about these methods in general"
+                " is made. Intervals that involve them are over items and hold for these runs"
+                " only."
+            )
+    points = comparison.fronts.points
+    short = [
+        label
+        for label, group in comparison.chosen.items()
+        if len(points[label].seeds) < MIN_SEEDS <= len(group)
+    ]
+    if short:
         texts.append(
-            f"{join_names(few)}: fewer than {MIN_SEEDS} seeds. No claim about these methods in"
-            " general is made. Intervals that involve them are over items and hold for these"
-            " runs only."
+            f"{join_names(short)}: fewer than {MIN_SEEDS} seeds were run at every learning rate, so"
+            " no claim about whole fronts in general is made. What is said about these fronts holds"
+            " for these runs only; run more seeds at every learning rate."
         )
     untuned = [label for label, best in comparison.best.items() if len(best.means) == 1]
     if untuned:
@@ -143,7 +177,15 @@ def _diverged_at_chosen_rate(comparison: Comparison) -> list[str]:
 def _findings(comparison: Comparison) -> list[Block]:
     if not comparison.pairs:
         return []
-    blocks: list[Block] = [Heading("Findings")]
+    blocks: list[Block] = [
+        Heading("At each method's best learning rate"),
+        Paragraph(
+            "These findings compare one point per method: the learning rate at which it learns most"
+            " is chosen by learning alone, and may be the one that forgets most. The whole fronts"
+            " above compare the methods themselves."
+        ),
+        *dominated_blocks(comparison),
+    ]
     for metric in (comparison.learning, comparison.forgetting):
         sentences = [pair.sentence for pair in comparison.pairs_of(metric)]
         blocks += [Subheading(metric.title), Bullets(sentences)]
@@ -230,6 +272,10 @@ def _statistics() -> list[Block]:
                 " 5 %.",
                 "With one run per method, right and wrong answers are compared by McNemar's exact"
                 " test.",
+                "Intervals of hypervolumes and of forgetting along fronts resample the items (2,000"
+                " bootstrap samples, the same for all methods, fixed seed) and take a t interval"
+                " over seeds; variance that both parts hold counts once. docs/comparison.md has"
+                " their coverage in simulations with known truth.",
                 "Not distinguishable does not mean equal: see how many seeds or items it would"
                 " take.",
             ]

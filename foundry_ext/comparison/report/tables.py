@@ -18,14 +18,14 @@ from foundry_ext.comparison.report.document import (
 )
 from foundry_ext.comparison.report.wording import (
     NO_VALUE,
-    format_mean,
     format_mean_and_interval,
-    format_mean_and_range,
+    format_mean_over_seeds,
     format_needed,
     format_p_value,
     format_seeds,
     format_seeds_and_items,
 )
+from foundry_ext.comparison.statistics import MIN_SEEDS
 
 
 def measure_blocks(comparison: Comparison) -> list[Block]:
@@ -145,7 +145,8 @@ def cost_blocks(comparison: Comparison) -> list[Block]:
         Table(
             columns,
             rows,
-            "Means over the runs at the chosen learning rates, with the range if it exceeds 10 %."
+            f"Means over the runs at the chosen learning rates. With {MIN_SEEDS} runs or more, with"
+            " 95 % t intervals; with fewer, with the range if it exceeds 10 %."
             " Training seconds count training steps only, without evaluation. Peak memory covers"
             " the whole run: for KL, full fine-tuning keeps a copy of its base model, while an"
             " adapter only has to be switched off. Effective scale is the factor on the adapter's"
@@ -163,10 +164,10 @@ def _cost_row(label: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     gibibytes = [size / 2**30 for size in memory if size is not None]
     return [
         label,
-        format_mean_and_range([record["time"]["train_seconds"] for record in records], "{:,.1f}"),
-        format_mean_and_range([rate["real_tokens_per_second"] for rate in throughputs], "{:,.0f}"),
-        format_mean([rate["mfu"] for rate in throughputs], "{:.1%}"),
-        format_mean(gibibytes, "{:.2f}"),
+        format_mean_over_seeds([record["time"]["train_seconds"] for record in records], "{:,.1f}"),
+        format_mean_over_seeds([rate["real_tokens_per_second"] for rate in throughputs], "{:,.0f}"),
+        format_mean_over_seeds([rate["mfu"] for rate in throughputs], "{:.1%}"),
+        format_mean_over_seeds(gibibytes, "{:.2f}"),
         f"{model['trainable_parameters']:,} ({share:.1%})",
         f"{model['rank']} / {model['alpha']:g}" if model["rank"] is not None else NO_VALUE,
         f"{scale:.3g}" if scale is not None else NO_VALUE,
@@ -206,12 +207,18 @@ def run_blocks(comparison: Comparison) -> list[Block]:
             rows.append(
                 [run.name, label, f"{run.learning_rate:g}", str(run.seed), "yes" if chosen else ""]
             )
+    if comparison.at_matched_rates is not None:
+        for label, runs in comparison.at_matched_rates.runs.items():
+            rows += [
+                [run.name, label, f"{run.learning_rate:.3g}", str(run.seed), "matched"]
+                for run in runs
+            ]
     blocks: list[Block] = [
         Heading("Runs"),
         Table(
             ["run", "method", "learning rate", "seed", "chosen"],
             rows,
-            "Every run compared. The findings use the chosen ones.",
+            "Every run compared. The findings at best learning rates use the chosen ones.",
         ),
         Paragraph(_code_versions(comparison)),
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.metrics import Metric
-from foundry_ext.comparison.statistics import Interval
+from foundry_ext.comparison.statistics import MIN_SEEDS, Interval, over_seeds
 
 NO_VALUE = "–"
 
@@ -55,6 +55,16 @@ def format_mean(values: Sequence[Any], form: str) -> str:
     return form.format(fmean(known)) if known else NO_VALUE
 
 
+def format_mean_over_seeds(values: Sequence[Any], form: str) -> str:
+    """Return the mean of the values that are not None, with a t interval if there are enough."""
+    known = [float(value) for value in values if value is not None]
+    if len(known) < MIN_SEEDS:
+        return format_mean_and_range(known, form)
+    interval = over_seeds(known)
+    low, high = form.format(interval.low), form.format(interval.high)
+    return f"{format_mean(known, form)} [{low}, {high}]".replace("[-", "[−")
+
+
 def format_mean_and_range(values: Sequence[Any], form: str) -> str:
     """Return the mean, and the range if it is wider than 10 %."""
     known = [value for value in values if value is not None]
@@ -79,3 +89,9 @@ def format_p_value(value: float | None) -> str:
     if value is None:
         return NO_VALUE
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def format_p(value: float | None) -> str:
+    """Return e.g. "p = 0.047" or "p < 0.001"."""
+    shown = format_p_value(value)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"

@@ -15,11 +15,12 @@ from torch import nn
 from transformers.models.llama import LlamaConfig
 
 from foundry_ext.adapters import methods
-from foundry_ext.adapters.dora import use_fast_dora
+from foundry_ext.adapters.fast import use_fast_linears
 from foundry_ext.adapters.frozen import check_frozen_dtype, hold_frozen_in_bf16
 from foundry_ext.checkpoints.export import adaptable_modules
+from foundry_ext.models.activations import autocast
 from foundry_ext.models.flops import adapter_parameters, forward_flops, training_flops
-from foundry_ext.models.memory import Parameters, autocast, optimizer_states
+from foundry_ext.models.memory import Parameters, optimizer_states
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 from foundry_ext.training.meter import StepCounts
 from foundry_ext.training.model_building import read_config
@@ -86,7 +87,7 @@ class PlannedModel:
             wrapped = get_peft_model(model, LoraConfig(**settings))
         if self.frozen_dtype == "bf16":
             hold_frozen_in_bf16(wrapped)  # pyright: ignore[reportArgumentType]
-        use_fast_dora(wrapped)  # pyright: ignore[reportArgumentType]
+        use_fast_linears(wrapped)  # pyright: ignore[reportArgumentType]
         return wrapped
 
     def build(self, num_layers: int, *, vocab_size: int = 8, device: str = "cpu") -> nn.Module:

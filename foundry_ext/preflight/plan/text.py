@@ -16,7 +16,6 @@ from foundry_ext.models.memory import (
     usable,
 )
 from foundry_ext.preflight.plan.plan import Plan, card_seconds
-from foundry_ext.preflight.plan.throughput import ASSUMED_MFU
 from foundry_ext.sweeps.text import duration
 
 _NAMES = {
@@ -139,18 +138,24 @@ def _model(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    other = plan.memory(plan.pack_tokens, checkpointing=not plan.checkpointing)
+    # Only a GPU trains in half precision.
+    on_card = str(plan.config["precision"]) != "fp32"
+    own, other = (
+        plan.memory(plan.pack_tokens, checkpointing=checkpointing, on_card=on_card)
+        for checkpointing in (plan.checkpointing, not plan.checkpointing)
+    )
     state, opposite = ("with", "without") if plan.checkpointing else ("without", "with")
-    layers, per_token = plan.model.config.num_hidden_layers, plan.layer.per_token
+    layers, layer = plan.model.config.num_hidden_layers, plan.card_layer if on_card else plan.layer
+    kind = "compiled layer" if on_card and plan.compiles_on_gpu else "layer"
     return [
-        f"{gib(plan.own_memory.peak)} for packs of {plan.pack_tokens:,} tokens,"
+        f"{gib(own.peak)} for packs of {plan.pack_tokens:,} tokens,"
         f" {plan.config['precision']}, {plan.config['optimizer']['name']}, {state} activation"
         f" checkpointing; {gib(other.peak)} {opposite} it",
-        *_by_part(plan.own_memory),
-        f"activations are {per_token:,.0f} bytes per token and layer, {layers} layers: counted on"
-        " one layer of this model",
-        "estimated; within 5 % of the allocator's peak on a CPU, not measured on a GPU;"
-        " torch.compile keeps fewer activations, which is not counted",
+        *_by_part(own),
+        f"activations are {layer.per_token:,.0f} bytes per token and layer, {layers} layers:"
+        f" counted on one {kind} of this model",
+        "estimated; within 5 % of the allocator's peak on a CPU, and of torch's allocator for a GPU"
+        " that computes nothing; no GPU was measured",
     ]
 
 
@@ -168,20 +173,29 @@ def gib(size: float) -> str:
 def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
     width = max(len(name) for name in devices)
     lines = [
-        f"{'':<{width}}  {'this run':>9}  largest pack_tokens  {'checkpointed':>12}  time at"
-        f" {100 * ASSUMED_MFU:.0f} % MFU"
+        f"{'':<{width}}  {'this run':>9}  largest pack_tokens  {'checkpointed':>12}"
+        f"  {'tokens/s':>9}  time"
     ]
+    real_tokens = plan.schedule.totals.real_tokens
+    trained = plan.training_flops / (plan.training_flops + plan.evaluations.total_flops)
     for name, size in devices.items():
         packs = [_largest(plan, size, checkpointing=on) for on in (False, True)]
         plain, checkpointed = (f"{size:,}" if size else "none" for size in packs)
-        fits = "fits" if plan.own_memory.peak <= usable(size) else "too large"
+        own = plan.memory(plan.pack_tokens, checkpointing=plan.checkpointing, on_card=True)
+        fits = "fits" if own.peak <= usable(size) else "too large"
         seconds = card_seconds(plan, name)
-        taken = "-" if seconds is None else duration(seconds)
-        lines.append(f"{name:<{width}}  {fits:>9}  {plain:>19}  {checkpointed:>12}  {taken}")
-    lines.append(
-        f"assumed, like the MFU: CUDA's context takes {CONTEXT_BYTES / GIB:g} GiB, and"
-        f" {USABLE_SHARE:.0%} of the rest can be used; no GPU was measured"
-    )
+        taken, speed = "-", "-"
+        if seconds is not None:
+            taken, speed = duration(seconds), f"{real_tokens / (seconds * trained):,.0f}"
+        lines.append(
+            f"{name:<{width}}  {fits:>9}  {plain:>19}  {checkpointed:>12}  {speed:>9}  {taken}"
+        )
+    lines += [
+        f"tokens/s and time{' of compiled layers' if plan.compiles_on_gpu else ''} are predicted"
+        " from counts; no such card has been measured",
+        f"assumed: CUDA's context takes {CONTEXT_BYTES / GIB:g} GiB, and"
+        f" {USABLE_SHARE:.0%} of the rest can be used; no GPU was measured",
+    ]
     batch = plan.epoch.batch_packs * plan.pack_tokens
     for name in ("RTX 3090 24 GB", "H100 80 GB"):
         largest = _largest(plan, devices[name], checkpointing=plan.checkpointing)
@@ -191,7 +205,11 @@ def _devices(plan: Plan, devices: Mapping[str, float]) -> list[str]:
 
 def _largest(plan: Plan, size: float, *, checkpointing: bool) -> int:
     """Return the tokens of the largest pack; 0 if the longest document might not fit."""
-    tokens = largest_pack(lambda t: plan.memory(t, checkpointing=checkpointing).peak, size)
+
+    def peak(tokens: int) -> int:
+        return plan.memory(tokens, checkpointing=checkpointing, on_card=True).peak
+
+    tokens = largest_pack(peak, size)
     return tokens if tokens >= plan.epoch.max_seq_len else 0
 
 

@@ -16,9 +16,6 @@ from foundry_ext.utils import nested
 from foundry_ext.utils.environment import device_name
 from foundry_ext.utils.redaction import redact
 
-# Share of a card's dense bf16 peak. An assumption: no GPU was measured.
-ASSUMED_MFU = 0.30
-
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputEstimate:

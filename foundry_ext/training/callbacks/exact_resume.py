@@ -24,6 +24,8 @@ from foundry_ext.checkpoints.run_folder import RunFolder
 from foundry_ext.checkpoints.setting_defaults import setting_defaults
 from foundry_ext.evaluation.base_model import weights_fingerprint
 from foundry_ext.records.result_settings import Saved, digest_settings, result_settings
+from foundry_ext.training.attention_choice import keep_backend, used_backend
+from foundry_ext.training.automatic_choices import keep_choices
 from foundry_ext.training.autoresume import load_what_is_chosen
 from foundry_ext.training.callbacks.run_record import RunRecord
 from foundry_ext.training.max_duration import check_change, no_batch_is_left
@@ -99,6 +101,8 @@ class ExactResume(CheckpointSaver):
         self.resumed_from: str | None = None  # the checkpoint's path
         self.run_folder: RunFolder | None = None  # on rank 0
         self.base: str | None = None  # fingerprint of the weights under an adapter
+        self.model: Any = None  # Composer's
+        self.train_dataset: Any = None
 
     # --- before Composer loads -------------------------------------------------------------------
 
@@ -120,6 +124,8 @@ class ExactResume(CheckpointSaver):
         on_every_rank(lambda: self._check_here(state))
         self.evaluated = evaluation_data(state)
         model: Any = unwrapped(state)
+        self.model = model
+        self.train_dataset = getattr(state.train_dataloader, "dataset", None)
         if state.fsdp_config is None and getattr(model, "using_peft", False):
             self.base = weights_fingerprint(model.model)
 
@@ -154,6 +160,9 @@ class ExactResume(CheckpointSaver):
             UserError: the checkpoint is of a run with other settings; names each.
         """
         before = Saved(state["settings"], state.get("defaults"))
+        if self.resumed_from:
+            now = self.settings
+            self.settings = keep_choices(self.model, self.train_dataset, before=before, now=now)
         changed = judge(before, self.settings, is_start=not self.resumed_from)
         changed += changed_data(state.get("evaluation"), self.evaluated)
         if self.resumed_from and state["run_name"] != self.run_name:
@@ -167,6 +176,7 @@ class ExactResume(CheckpointSaver):
                 f"the checkpoint {name} is of a run with another"
                 f" {'; another '.join(changed)}. Restore the YAML and the data; {NEW_RUN}"
             )
+        keep_backend(self.model, state.get("attention_backend"))
         self.saved_duration = Time.from_timestring(state["duration"])
         super().load_state_dict(state)
 
@@ -179,6 +189,7 @@ class ExactResume(CheckpointSaver):
             "run_name": self.run_name,
             "duration": self.duration.to_timestring(),
             "base": self.base,
+            "attention_backend": used_backend(self.model),
         }
 
     # --- stopping --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.measure import EvalSet, build_sets, measure
 from foundry_ext.evaluation.metrics import Item, changes
 from foundry_ext.evaluation.scoring import Shard
-from foundry_ext.models.scores import BaseModel
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.training.data_checks import refuse_training_documents
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.training.model import ComposerSmolLM2
@@ -36,14 +36,16 @@ class Forgetting(Callback):
 
     Logged are `evaluation/<set>/<metric>` as measured, `learning/<set>_<metric>`, positive if the
     run learned, and `forgetting/<set>_<metric>`, positive if it forgot. Metrics are loss and KL to
-    the base model, in mean nats per token, acc, acc_norm, strict_match and flexible_extract.
+    the base model, in mean nats per token, acc, acc_norm, strict_match, flexible_extract, and
+    logprob, the mean log-probability of the right choice.
     `forgetting/mean_accuracy` is the mean over the forgetting multiple-choice sets, each by its
     `metric`.
 
     Step 0 is measured before the first batch, with or without `eval_first`. Later measurements
     follow Composer's evaluations (`eval_interval`, with an `eval_loader`). The base model is the
     model that training starts from: the weights under an adapter, or else a frozen copy, which is
-    made only if a set has `kl`. Ranks share the work. FSDP is refused.
+    made only if a set has `kl`. What it computes for the documents does not change, and is kept in
+    the host's memory, up to 1 GiB per rank. Ranks share the work. FSDP is refused.
 
     `evaluations` holds {step, real_tokens, metrics, learning, forgetting} for every measurement,
     and is part of checkpoints.
@@ -63,7 +65,7 @@ class Forgetting(Callback):
         self.items: HeldLines | None = None  # of rank 0
         self.evaluations: list[dict[str, Any]] = []
         self.sets: list[EvalSet] = []
-        self.base: BaseModel | None = None
+        self.base: BaseStates | None = None
         self.base_fingerprint: str | None = None
         self.loaded_fingerprint: str | None = None
 
@@ -93,7 +95,8 @@ class Forgetting(Callback):
         if any(isinstance(config, DocumentsSetConfig) and config.kl for config in self.configs):
             self.base_fingerprint = weights_fingerprint(inner)
             adapted = model.model
-            self.base = adapters_off(adapted) if isinstance(adapted, PeftModel) else BaseCopy(inner)
+            is_adapted = isinstance(adapted, PeftModel)
+            self.base = BaseStates(adapters_off(adapted) if is_adapted else BaseCopy(inner))
 
     def after_load(self, state: State, logger: Logger) -> None:
         if self.items_path is not None:
@@ -119,12 +122,17 @@ class Forgetting(Callback):
                 refuse_training_documents(key, eval_set.dataset, train, eval_set.indices)
 
     def _settle_base(self, state: State, resumed: bool) -> None:
+        assert self.base is not None
+        if isinstance(self.base.base, BaseCopy):  # made before exact_resume restored the choices
+            tuned: Any = unwrapped(state)
+            self.base.base.compute_as(tuned.inner_model)
         if not resumed:
             # With load_weights_only training starts from weights loaded after `init`.
             inner = _composer_model(state).inner_model
             self.base_fingerprint = weights_fingerprint(inner)
-            if isinstance(self.base, BaseCopy):
-                self.base.retake(inner)
+            self.base.forget()
+            if isinstance(self.base.base, BaseCopy):
+                self.base.base.retake(inner)
         elif self.loaded_fingerprint not in (None, self.base_fingerprint):
             raise UserError(
                 "forgetting: the run started from another base model than the YAML names now;"

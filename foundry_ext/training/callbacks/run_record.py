@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from composer.utils import dist
 from foundry_ext.checkpoints.setting_defaults import setting_defaults
 from foundry_ext.config.outputs import ITEMS, RECORD
 from foundry_ext.records.record import mark_failed, new_record, now, write_record
+from foundry_ext.training.automatic_choices import with_kept
 from foundry_ext.training.callbacks.forgetting import Forgetting
 from foundry_ext.training.meter import (
     MFUMeter,
@@ -22,6 +24,7 @@ from foundry_ext.training.meter import (
     StepTimer,
     over_ranks,
     packed_dataset,
+    unwrapped,
 )
 from foundry_ext.training.run_description import (
     LoggedSettings,
@@ -29,14 +32,16 @@ from foundry_ext.training.run_description import (
     describe_loader,
     describe_model,
     device_kind,
+    environment_of,
     find_callback,
+    inside_folder_of,
     method_of,
     newest_checkpoint,
 )
 from foundry_ext.training.run_files import run_files
 from foundry_ext.training.weight_checks import check_final_weights
 from foundry_ext.utils.absent import run_settings
-from foundry_ext.utils.environment import describe_environment, peak_memory
+from foundry_ext.utils.environment import peak_memory
 from foundry_ext.utils.errors import UserError
 
 # llm-foundry adds its counts of parameters to the configuration that it logs, and "merge", a slip.
@@ -74,6 +79,8 @@ class RunRecord(StepTimer):
         """Whether the first step has ended, or there was none left to do."""
         self.outcome: str | None = None
         """Final status, set when training ends; the record gets it with the last evaluation."""
+        self.when_ended: list[Callable[[dict[str, Any]], None]] = []
+        """Called on every rank with the ended record, once it is written."""
 
     # --- before the first step -------------------------------------------------------------------
 
@@ -112,11 +119,9 @@ class RunRecord(StepTimer):
             method=method.name,
             seed=state.rank_zero_seed,
             learning_rate=float(config["optimizer"]["lr"]),
-            config=run_settings(config),
+            config=with_kept(run_settings(config), unwrapped(state)),
             defaults=setting_defaults(config),
-            environment=describe_environment(
-                device_kind=device_kind(state), world_size=dist.get_world_size()
-            ),
+            environment=environment_of(state),
             data={
                 "train": describe_loader(dataset),
                 "eval": describe_evaluation_data(state, forgetting.sets if forgetting else ()),
@@ -141,14 +146,7 @@ class RunRecord(StepTimer):
         forgetting = find_callback(state, Forgetting)
         if forgetting is None or forgetting.items_path is None:
             return None
-        items = self.files.paths[ITEMS].absolute()
-        folder = Path(self.path).absolute().parent
-        if not items.is_relative_to(folder):
-            raise UserError(
-                f"forgetting.items: {forgetting.items_path} does not lie beside the run's record;"
-                f" give a path in {Path(self.path).parent}"
-            )
-        return items.relative_to(folder).as_posix()
+        return inside_folder_of(Path(self.path), self.files.paths[ITEMS], forgetting.items_path)
 
     # --- training --------------------------------------------------------------------------------
 
@@ -263,6 +261,9 @@ class RunRecord(StepTimer):
                 "mfu": self.mfu_meter.of(timed),
             }
         self._write_file()
+        if record["ended"] is not None:
+            for tell in self.when_ended:
+                tell(record)
         return sums
 
     def _write_file(self) -> None:

@@ -11,7 +11,7 @@ from composer.models import HuggingFaceModel
 from composer.utils import dist, model_eval_mode
 
 from foundry_ext.data.special_tokens import encode_prompts
-from foundry_ext.evaluation.generation import pad_left
+from foundry_ext.models.padding import pad_left
 from foundry_ext.training.meter import unwrapped
 from foundry_ext.utils.errors import UserError
 

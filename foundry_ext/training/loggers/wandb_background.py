@@ -26,6 +26,7 @@ from foundry_ext.training.loggers.metrics_file import MetricsFile
 from foundry_ext.training.loggers.wandb_service import (
     end_service,
     has_ended,
+    lacks_key,
     leave,
     service_process,
     write_out,
@@ -78,6 +79,8 @@ class BackgroundWandB(WandBLogger):
     def _start(self, state: State, logger: Logger) -> None:
         """Start W&B: without a key, network or service offline, and if that fails not at all."""
         try:
+            if self._enabled and lacks_key(self._init_kwargs):
+                raise ConnectionError("there is no key")  # W&B would ask a terminal, and wait
             super().init(state, logger)
         except Exception as error:  # also OSError, and classes of W&B's that are no wandb.Error
             log.warning(
@@ -232,6 +235,7 @@ class BackgroundWandB(WandBLogger):
             " rest",
             *(CLOSE_SECONDS, self._folder),
         )
+        self._restarts = RESTARTS  # a call that waits for the service must not start another one
         if self._service is not None:
             write_out()
             self._service.kill()

@@ -1,8 +1,24 @@
-"""W&B's service: the process of its own to which the package wandb sends everything."""
+"""W&B's key, and its service: the process to which the package wandb sends everything."""
 
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
+
+
+def lacks_key(init_kwargs: Mapping[str, Any]) -> bool:
+    """Return whether W&B would ask for a key, given the arguments of `wandb.init`."""
+    import wandb
+    from wandb.sdk.lib import apikey
+
+    setup: Any = wandb.setup()
+    settings = setup.settings
+    mode = init_kwargs.get("mode") or settings.mode or "online"
+    anonymous = init_kwargs.get("anonymous") or settings.anonymous or "never"
+    given = (init_kwargs.get("settings") or {}).get("api_key")
+    if mode != "online" or anonymous in ("allow", "must") or given:
+        return False
+    return apikey.api_key(settings) is None
 
 
 def service_process() -> "subprocess.Popen[bytes] | None":

@@ -20,7 +20,7 @@ def test_a_fair_family_is_said_to_be_so(capsys):
     assert main(["check-fair", *FAMILY]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("3 runs are equal in data")
-    assert "lora (lr 0.01, r 8, scale 2)" in line
+    assert "lora (lr 0.005, r 8, scale 2)" in line
 
 
 def test_differences_are_named(capsys, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from foundry_ext.cli.main import main
+from foundry_ext.models.scores import BaseStates
 from foundry_ext.records.record import new_record, read_record, write_record
 from tests.comparison.records import write_run
 from tests.training import kit
@@ -92,6 +93,19 @@ def test_figures_are_those_of_the_run(world, sets, trained, tmp_path, capsys, me
     run_items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     assert len(items) == len(run_items) and {item["step"] for item in items} == {0, 1}
     assert items[0]["loss"] == pytest.approx(run_items[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "dora"])
+def test_states_of_the_base_need_not_be_kept(world, sets, trained, tmp_path, monkeypatch, method):
+    """Without room for them the base model is computed again, with the adapter switched off."""
+    monkeypatch.setattr(BaseStates, "limit", 0)
+    evaluations, folder = trained(method)
+    base = ["--base", world.base] if method == "full" else []
+    report = evaluate(
+        folder / "hf", {"source": sets["source"], "target": sets["target"]}, tmp_path, *base
+    )
+    expected = evaluations[-1]["metrics"]["source/kl"]
+    assert report["metrics"]["model"]["source/kl"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_full_model_without_a_base(sets, trained, tmp_path, capsys):

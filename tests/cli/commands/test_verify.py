@@ -41,7 +41,7 @@ def test_what_is_right_is_verified_and_leaves_nothing(verify, method: str):
     code, out = verify(method)
     assert code == 0, out
     assert failed(out) == [] and "\nverified: " in out
-    for backend in ("flex", "blockwise", "sdpa"):
+    for backend in ("flex", "blockwise", "torch_cpu", "sdpa"):
         assert f"no document sees another with {backend}: bitwise" in out
     assert "losses after resuming, bitwise equal: 2 steps" in out
     assert [path.name for path in Path().iterdir()] == ["a.yaml"]

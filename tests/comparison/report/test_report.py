@@ -21,7 +21,6 @@ from foundry_ext.comparison.report.document import (
     format_markdown,
     inline_svg,
 )
-from foundry_ext.comparison.report.plots import plot_tradeoff
 from foundry_ext.comparison.report.report import write_report
 from foundry_ext.comparison.runs import load_runs
 from tests import browser
@@ -184,20 +183,6 @@ def test_other_code_and_other_packages_are_said(tmp_path: Path):
     assert "Packages that differ: torch 2.7.0, 2.8.0. What changed between these" in text
 
 
-def test_the_front_passes_through_no_point_better_than_was_reached(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Between two points of the front, forgetting is the second's: no run is better than both."""
-    from matplotlib.axes import Axes
-
-    drawn = []
-    monkeypatch.setattr(Axes, "step", lambda self, x, y, where, **_: drawn.append((x, y, where)))
-    plot_tradeoff(comparison, tmp_path)
-    ((x, y, where),) = drawn
-    assert len(x) > 1 and list(x) == sorted(x) and list(y) == sorted(y)
-    assert where == "pre"  # matplotlib: on (x[i-1], x[i]] the line is at y[i]
-
-
 def test_few_seeds_left_out_runs_and_allowed_differences_are_said(tmp_path: Path):
     records.write_run(tmp_path / "runs", "full", 2e-3, 17, num_items=20)
     records.write_run(tmp_path / "runs", "lora", 1e-2, 17, num_items=20, steps=81)
@@ -268,25 +253,6 @@ def test_markdown_keeps_a_text_on_its_line():
 def test_inlined_svg_keeps_its_own_ids():
     svg = '<?xml?><!-- c --><svg width="9pt" height="8pt"><g id="a"/><use xlink:href="#a"/></svg>'
     assert inline_svg(svg, "f1-") == '<svg><g id="f1-a"/><use xlink:href="#f1-a"/></svg>'
-
-
-def test_analyses_beside_the_records_are_a_section(tmp_path: Path):
-    folder = records.write_run(tmp_path / "runs", "lora", 1e-2, 17, num_items=20)
-    line = [
-        {"alpha": a, "learning": {"target_loss": 4 * a}, "forgetting": {"source_loss": 2 * a * a}}
-        for a in (1.0, 0.0, 0.5)
-    ]
-    summary = {"matrices": 28, "median_rank_90": 5.5, "total_intruders": 3, "k": 10}
-    summary |= {"relative_change": 0.123, "epsilon": 0.5}
-    path = folder / "analysis.json"
-    path.write_text(json.dumps({"schema_version": 1, "summary": summary, "line": line}))
-    write_report(compare_runs(load_runs([str(folder)])), tmp_path / "out")
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| LoRA, seed 17 | 5.5 | 3 | 28 | 12.30% |" in text
-    assert (tmp_path / "out" / "interpolation.svg").is_file()
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="foundry-ext analyse"):
-        write_report(compare_runs(load_runs([str(folder)])), tmp_path / "out")
 
 
 @browser.needs_browser

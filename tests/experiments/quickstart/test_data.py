@@ -6,53 +6,47 @@ import pytest
 
 from experiments.quickstart import library, problems
 
-_EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)\. The answer is (\d+)\.")
+_ANSWER = re.compile(r" (\d+(?: [-+*] \d+)+) = (\d+)\. The answer is (\d+)\.")
 
 
-def equation(text: str) -> tuple[str, int, int, int]:
-    found = _EQUATION.search(text)
-    assert found, text
-    a, sign, b, result, answer = found.groups()
-    assert result == answer
-    return sign, int(a), int(b), int(result)
+@pytest.mark.parametrize("kind", problems.KINDS)
+def test_responses_are_right(kind: str):
+    for problem in problems.problems(kind, "train", 300, seed=1):
+        found = _ANSWER.fullmatch(problem.response)
+        assert found, problem.response
+        calculation, result, answer = found.groups()
+        assert result == answer and int(result) == eval(calculation) >= 0
+        assert sorted(re.findall(r"\d+", problem.question)) == sorted(map(str, problem.numbers))
+        assert len(problem.signs) == {"one_step": 1, "two_steps": 2}[kind]
 
 
-def test_responses_are_right():
-    for row in problems.problems("train", 300, seed=1):
-        sign, a, b, result = equation(row["response"])
-        assert result == {"+": a + b, "-": a - b, "*": a * b}[sign] >= 0
-        assert {str(a), str(b)} <= set(re.findall(r"\d+", row["prompt"]))
-
-
-def test_no_held_out_numbers_are_trained_on():
-    def pairs(part: str, count: int) -> set:
-        rows = problems.problems(part, count, seed=0)
-        return {
-            (sign, *sorted((a, b))) for sign, a, b, _ in (equation(row["response"]) for row in rows)
-        }
-
-    train, held_out = pairs("train", 6000), pairs("eval", 240)
+@pytest.mark.parametrize("kind", problems.KINDS)
+def test_no_held_out_numbers_are_trained_on(kind: str):
+    train, held_out = (
+        {(one.signs, *sorted(one.numbers)) for one in problems.problems(kind, part, count, seed=0)}
+        for part, count in (("train", 6000), ("eval", 240))
+    )
     assert len(held_out) > 50
     assert not train & held_out
 
 
 def test_problems_are_distinct_and_the_same_for_a_seed():
-    rows = list(problems.problems("train", 500, seed=3))
-    assert rows == list(problems.problems("train", 500, seed=3))
-    assert rows != list(problems.problems("train", 500, seed=4))
-    assert len({row["prompt"] for row in rows}) == 500
+    rows = list(problems.problems("two_steps", "train", 500, seed=3))
+    assert rows == list(problems.problems("two_steps", "train", 500, seed=3))
+    assert rows != list(problems.problems("two_steps", "train", 500, seed=4))
+    assert len({row.question for row in rows}) == 500
 
 
 def test_one_calculation_answers_the_problem():
     golds = []
     for item in problems.choices(200, seed=0):
         right = item["choices"][item["gold"]]
-        a, sign, b, _ = right.split()
-        assert {a, b} <= set(re.findall(r"\d+", item["query"]))
-        assert problems.is_held_out(sign, int(a), int(b))
+        a, first, b, second, c, _ = right.split()
+        assert sorted((a, b, c)) == sorted(re.findall(r"\d+", item["query"]))
+        assert problems.is_held_out(first + second, (int(a), int(b), int(c)))
         assert len(set(item["choices"])) == 4
-        others = [choice.split() for choice in item["choices"] if choice != right]
-        assert sorted(other[1] for other in others) == sorted("+-*")
+        signs = [re.sub(r"[^-+*]", "", choice) for choice in item["choices"]]
+        assert signs.count(first + second) == 2 and len(set(signs)) == 3
         golds.append(item["gold"])
     assert min(golds.count(place) for place in range(4)) > 25, "the right one is found by its place"
 

@@ -1,4 +1,4 @@
-"""Runs that the quickstart repeats or skips, and learning rates that get more seeds."""
+"""Runs that the quickstart repeats or skips, and rates at which all methods learn the same."""
 
 import json
 import os
@@ -113,21 +113,71 @@ def test_ctrl_c_waits_until_training_has_saved():
         assert quickstart.stdout.read() == "saved\nstopped\n"
 
 
-def test_the_best_rate_of_each_method_is_named_by_its_own_grid(tmp_path: Path):
-    grids = {"full": {"low": 1e-3, "high": 4e-3}, "lora": {"low": 4e-3, "high": 1e-2}}
-    learned = {("full", 1e-3): 2.0, ("full", 4e-3): 3.0, ("lora", 4e-3): 2.5, ("lora", 1e-2): 1.0}
-    configs, records = [], []
-    for method, grid in grids.items():
-        configs.append(tmp_path / f"{method}.yaml")
-        configs[-1].write_text(yaml.safe_dump({"variables": {"learning_rates": grid}}))
-    for (method, rate), value in learned.items():
-        path = write_run(tmp_path / f"{method}-{rate}", method, rate, 17) / "record.json"
-        record = json.loads(path.read_text())
-        record["evaluations"][-1]["learning"] = {"problems_loss": value}
+LEARNED = {"full": (0.8, 1.2, 1.5, 1.0), "lora": (0.6, 1.0, 1.4, 1.2)}
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+def write_grid(folder: Path, seed: int) -> list[Path]:
+    """Write the runs of a grid of two methods; return their records."""
+    paths = []
+    for method, learned in LEARNED.items():
+        for rate, value in zip(RATES, learned, strict=True):
+            paths.append(write_run(folder, method, rate, seed) / "record.json")
+            record = json.loads(paths[-1].read_text())
+            record["evaluations"][-1]["learning"] = {"problems_loss": value}
+            paths[-1].write_text(json.dumps(record))
+    return paths
+
+
+def write_yamls(folder: Path) -> None:
+    for method in LEARNED:
+        path = Path(f"yamls/quickstart/{method}.yaml")
+        content = {"variables": {"learning_rate": "low"}, "run_name": method}
+        path.write_text(yaml.safe_dump(content))
+    configs = [f"yamls/quickstart/{method}.yaml" for method in LEARNED]
+    story.SWEEP_YAML.write_text(yaml.safe_dump({"parameters": {"config": {"values": configs}}}))
+
+
+def test_matched_runs_have_the_rates_of_equal_learning(folder: Path, monkeypatch):
+    swept = []
+
+    def sweep(content, *_):
+        swept.append(content["parameters"])
+        return []
+
+    write_yamls(folder)
+    monkeypatch.setattr(story, "run_sweep_file", sweep)
+    story.run_matched(write_grid(folder / "runs", 17), [17, 18, 19], folder)
+    (parameters,) = swept
+    assert parameters["seed"]["values"] == [17, 18, 19]
+    # 0.97 of 1.4 lies between the second and the third rate of both.
+    level = 0.97 * 1.4
+    for path, (low, high) in zip(
+        parameters["config"]["values"], ((1.2, 1.5), (1.0, 1.4)), strict=True
+    ):
+        config = yaml.safe_load(Path(path).read_text())
+        rate = config["variables"]["learning_rates"][config["variables"]["learning_rate"]]
+        assert rate == pytest.approx(2e-3 * 2 ** ((level - low) / (high - low)), rel=5e-3)
+        assert f"{rate:g}" in config["run_name"], "runs of other rates would count as finished"
+
+
+def test_a_method_that_diverged_everywhere_is_named(folder: Path):
+    write_yamls(folder)
+    records = write_grid(folder / "runs", 17)
+    for path in records[4:]:
+        text = path.read_text()
+        record = json.loads(text)
+        record["evaluations"][-1]["learning"] = {"problems_loss": float("nan")}
         path.write_text(json.dumps(record))
-        records.append(path)
-    best = story.best_rates(records, [str(config) for config in configs])
-    assert {Path(config).stem: rate for config, rate in best.items()} == {
-        "full": "high",
-        "lora": "low",
-    }
+    with pytest.raises(ValueError, match="lora"):
+        story.run_matched(records, [17], folder)
+
+
+def test_yesterdays_quickstart_is_made_anew(folder: Path, monkeypatch, capsys):
+    for name in ("base", "runs/lora-seed_17-learning_rate_low", "sweeps", "report"):
+        (folder / name).mkdir(parents=True)
+    (folder / "base/made_from").write_text("of yesterday")
+    monkeypatch.setattr(story, "run_to_its_end", lambda *_: 0)
+    story.train_base()
+    assert "made anew" in capsys.readouterr().out
+    assert not any((folder / name).exists() for name in ("runs", "sweeps", "report"))

@@ -2,13 +2,18 @@
 #include "nullgpu.h"
 #include <cuda.h>
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #define OK CUDA_SUCCESS
 #define MOST_FUNCTIONS 65536
 
 /* Of the preloaded library, which a process without it, such as ptxas, lacks. */
 extern int cudaDeviceGetAttribute(int *value, int attribute, int device) __attribute__((weak));
+extern int cudaFree(void *p) __attribute__((weak));
 extern void nullgpu_add(int counter) __attribute__((weak));
+extern int nullgpu_take(size_t bytes) __attribute__((weak));
+extern void nullgpu_give_back(size_t bytes) __attribute__((weak));
+extern void *nullgpu_reserve(size_t bytes) __attribute__((weak));
 
 typedef struct {
   char name[200];
@@ -112,6 +117,29 @@ CUresult cuGetProcAddress_v2(const char *name, void **f, int version, cuuint64_t
   }
   return *f ? OK : CUDA_ERROR_NOT_FOUND;
 }
+/* Virtual memory: addresses are reserved, and become usable when memory is mapped to them. */
+CUresult cuMemGetAllocationGranularity(size_t *size, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags f) {
+  return *size = 2ull << 20, OK;
+}
+CUresult cuMemAddressReserve(CUdeviceptr *p, size_t size, size_t alignment, CUdeviceptr wanted, unsigned long long f) {
+  *p = (CUdeviceptr)nullgpu_reserve(size);
+  return *p ? OK : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemAddressFree(CUdeviceptr p, size_t size) { return cudaFree((void *)p), OK; }
+CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *p, unsigned long long f) {
+  if (!nullgpu_take(size)) return CUDA_ERROR_OUT_OF_MEMORY;
+  return *handle = size, OK; /* its size is all that is known of it */
+}
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) { return nullgpu_give_back(handle), OK; }
+CUresult cuMemMap(CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocationHandle h, unsigned long long f) {
+  return mprotect((void *)p, size, PROT_READ | PROT_WRITE) ? CUDA_ERROR_INVALID_VALUE : OK;
+}
+CUresult cuMemUnmap(CUdeviceptr p, size_t size) {
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  return mmap((void *)p, size, PROT_NONE, flags, -1, 0) == MAP_FAILED ? CUDA_ERROR_INVALID_VALUE : OK;
+}
+CUresult cuMemSetAccess(CUdeviceptr p, size_t size, const CUmemAccessDesc *d, size_t n) { return OK; }
+
 CUresult cuLinkCreate_v2(unsigned n, CUjit_option *o, void **v, CUlinkState *s) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuLinkComplete(CUlinkState s, void **out, size_t *n) { return CUDA_ERROR_NOT_SUPPORTED; }
 

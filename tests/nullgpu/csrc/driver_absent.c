@@ -2,17 +2,9 @@
  * declarations these would contradict. */
 #define NOT_SUPPORTED 801
 #define ABSENT(name) int name(void) { return NOT_SUPPORTED; }
-ABSENT(cuMemAddressFree)
-ABSENT(cuMemAddressReserve)
-ABSENT(cuMemCreate)
 ABSENT(cuMemExportToShareableHandle)
-ABSENT(cuMemGetAllocationGranularity)
 ABSENT(cuMemImportFromShareableHandle)
-ABSENT(cuMemMap)
-ABSENT(cuMemRelease)
 ABSENT(cuMemRetainAllocationHandle)
-ABSENT(cuMemSetAccess)
-ABSENT(cuMemUnmap)
 ABSENT(cuMemsetD32Async)
 ABSENT(cuMulticastAddDevice)
 ABSENT(cuMulticastBindMem)

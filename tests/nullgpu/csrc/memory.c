@@ -81,6 +81,32 @@ API cudaError_t cudaFree(void *p) {
   return OK;
 }
 
+/* For the driver's virtual memory, which the allocator's expandable segments use. */
+API int nullgpu_take(size_t bytes) {
+  pthread_mutex_lock(&lock);
+  int fits = bytes_used + bytes + CONTEXT <= card_memory();
+  if (fits) {
+    bytes_used += bytes;
+    count(MALLOC);
+  }
+  pthread_mutex_unlock(&lock);
+  return fits;
+}
+API void nullgpu_give_back(size_t bytes) {
+  pthread_mutex_lock(&lock);
+  bytes_used -= bytes;
+  count(FREE);
+  pthread_mutex_unlock(&lock);
+}
+API void *nullgpu_reserve(size_t bytes) {
+  void *at = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) return NULL;
+  pthread_mutex_lock(&lock);
+  add_block(at, bytes, 0, 0);
+  pthread_mutex_unlock(&lock);
+  return at;
+}
+
 API cudaError_t cudaMallocAsync(void **p, size_t bytes, cudaStream_t s) { return cudaMalloc(p, bytes); }
 API cudaError_t cudaFreeAsync(void *p, cudaStream_t s) { return cudaFree(p); }
 API cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {

@@ -150,9 +150,10 @@ ENDED = [
          ("GPU out of memory with train_loader.dataset.pack_tokens 4096; try 2048",
           "activation_checkpointing: true", "Tried to allocate 2.00 GiB"), code=1),
     Case("GPU out of memory, packs of one document", _out_of_memory(dataset={"pack_tokens": 32}),
-         ("pack_tokens 32, which is max_seq_len already", "or both to 16"), code=1),
+         ("pack_tokens 32, and documents have up to max_seq_len 32", "max_seq_len to 16"),
+         code=1),
     Case("GPU out of memory, several packs", _out_of_memory(device_train_microbatch_size=3),
-         ("set device_train_microbatch_size to 1 first, then train_loader.dataset.pack_tokens",),
+         ("set device_train_microbatch_size to 1 and, if that is not enough, train_loader.datas",),
          code=1),
     Case("a GPU that torch does not know", _raising(RuntimeError(
         "CUDA error: no kernel image is available for execution on the device")),
@@ -175,7 +176,7 @@ NO_SPACE = [
 
 ALLOWED = [
     Case("W&B without a key", _no_key,
-         ("W&B cannot be reached (api_key not configured", "continues offline", "wandb sync"),
+         ("W&B cannot be reached (there is no key", "continues offline", "wandb sync"),
          holds=_went_offline),
     Case("W&B without a network", _no_network,
          ("W&B cannot be reached (Run initialization has timed out", "continues offline"),

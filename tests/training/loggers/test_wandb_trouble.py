@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import wandb
 from composer.core import Callback
 
 from foundry_ext.training.loggers import wandb_background
@@ -100,6 +101,26 @@ def test_without_another_service_a_run_goes_on(world, tmp_path, caplog, monkeypa
     assert "wandb sync" in last
 
 
+def test_a_terminal_is_not_asked_for_a_key(tmp_path, caplog, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def ask(*_, **__):
+        raise RuntimeError("a terminal was asked")
+
+    monkeypatch.setattr("wandb.sdk.lib.apikey.prompt_choices", ask)
+    monkeypatch.setattr("wandb.sdk.lib.apikey.isatty", lambda _stream: True)
+    wandb_background.leave(0)
+    logger = BackgroundWandB(project="p", init_kwargs={"dir": str(tmp_path)})
+    logger.connect(SimpleNamespace(run_name="one"), SimpleNamespace(destinations=[]))
+    logger.post_close()
+    (said,) = warnings_in(caplog)
+    assert "there is no key" in said and "wandb login" in said
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
 def test_a_service_that_is_gone_ends_no_start(tmp_path, caplog, monkeypatch):
     """Neither does a path with braces, which the warning names."""
     monkeypatch.setenv("WANDB_SERVICE", "2-99999-tcp-localhost-9")
@@ -115,11 +136,33 @@ def test_a_service_that_is_gone_ends_no_start(tmp_path, caplog, monkeypatch):
     assert "continues offline" in said
 
 
+def test_the_end_of_a_run_starts_no_other_service(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(wandb_background, "CLOSE_SECONDS", 0.5)
+    logger = BackgroundWandB(project="p", init_kwargs=offline_in(tmp_path))
+    logger.connect(SimpleNamespace(run_name="one"), SimpleNamespace(destinations=[]))
+    assert logger._background is not None and logger._background.drain(60.0)
+
+    def call():
+        assert logger._service is not None
+        logger._service.wait(60.0)
+        raise ConnectionError("the service is gone")
+
+    logger.send("a table", call)
+    logger.post_close()
+    first, second, *_ = warnings_in(caplog)
+    assert "has not sent everything" in first and "lacks a table (Conn" in second
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(wandb_background, "CALL_SECONDS", 2.0)
     monkeypatch.setattr(wandb_background, "CLOSE_SECONDS", 6.0)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    # The package keeps settings and one API object for the process, with the server and the key of
+    # whichever test came first.
+    wandb_background.leave(0)
+    monkeypatch.setattr(wandb.api, "_api", None)
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         yield server
@@ -144,7 +187,9 @@ def test_no_step_waits_for_a_server_that_stops_answering(world, tmp_path, caplog
     check(tmp_path, expected, said)
 
 
-def test_a_table_that_the_server_loses_ends_no_run(world, tmp_path, caplog, server):
+def test_a_table_that_the_server_loses_ends_no_run(world, tmp_path, caplog, server, monkeypatch):
+    monkeypatch.setattr(wandb_background, "CALL_SECONDS", 60.0)
+    monkeypatch.setattr(wandb_background, "CLOSE_SECONDS", 60.0)
     expected = train(world, tmp_path, lambda _: None, mode="online", dir=str(tmp_path))
     said = warnings_in(caplog)
     assert "text_samples of step 6" in said[0] and "ValueError" in said[0]

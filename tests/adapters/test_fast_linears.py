@@ -1,6 +1,6 @@
-"""The fast DoRA forward pass against peft's own, and the cost of LoRA's.
+"""The fast forward passes of LoRA and DoRA against peft's own.
 
-`stock` is peft's model, `fast` a copy of it with `use_fast_dora`.
+`stock` is peft's model, `fast` a copy of it with `use_fast_linears`.
 """
 
 import copy
@@ -16,14 +16,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from foundry_ext.adapters.dora import FastDoraLinear, row_norms, use_fast_dora
+from foundry_ext.adapters.dora import FastDoraLinear, row_norms
+from foundry_ext.adapters.fast import use_fast_linears
+from foundry_ext.adapters.lora import FastLoraLinear
 from foundry_ext.models.decoder import SmolLM2DecoderLayer
 from foundry_ext.models.rope import rotary_cos_sin
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
+from tests.flops import counter
 
+FAST = {False: FastLoraLinear, True: FastDoraLinear}
 I, H, O, R, T = 24, 40, 16, 4, 21  # noqa: E741 - as in foundry_ext/adapters/dora.py
 
 
@@ -51,7 +54,7 @@ def pair(bias=False, dtype=torch.float32, **settings):
     torch.manual_seed(1)
     stock = adapted(Net(bias), **settings).to(dtype)
     fast = copy.deepcopy(stock)
-    use_fast_dora(fast)
+    use_fast_linears(fast)
     return stock, fast
 
 
@@ -80,6 +83,11 @@ class Forbidden(Exception):
     pass
 
 
+@pytest.fixture(params=[False, True], ids=["lora", "dora"])
+def use_dora(request):
+    return request.param
+
+
 @pytest.fixture
 def only_fast(monkeypatch):
     """Make peft's forward pass of a linear fail during the test."""
@@ -101,15 +109,15 @@ def only_fast(monkeypatch):
         (torch.float64, {"rtol": 1e-11, "atol": 1e-12}),
     ],
 )
-def test_outputs_and_gradients(dtype, tolerance, rslora):
-    stock, fast = pair(dtype=dtype, use_rslora=rslora)
-    assert [type(m) for m in fast.modules()].count(FastDoraLinear) == 2
+def test_outputs_and_gradients(dtype, tolerance, rslora, use_dora):
+    stock, fast = pair(dtype=dtype, use_rslora=rslora, use_dora=use_dora)
+    assert [type(m) for m in fast.modules()].count(FAST[use_dora]) == 2
     assert_close(run(fast, data(dtype)), run(stock, data(dtype)), **tolerance)
 
 
-def test_autocast_is_as_exact_as_in_peft():
+def test_autocast_is_as_exact_as_in_peft(use_dora):
     """Both run in bf16 against fp64: peft rounds W x and B A x, ours rounds their sum."""
-    stock, fast = pair()
+    stock, fast = pair(use_dora=use_dora)
     double = copy.deepcopy(stock).double()
     errors: dict[str, list] = {}
     for seed in range(8):
@@ -125,8 +133,8 @@ def test_autocast_is_as_exact_as_in_peft():
         assert mine <= 1.1 * allowed, name
 
 
-def test_fifty_steps():
-    stock, fast = pair()
+def test_fifty_steps(use_dora):
+    stock, fast = pair(use_dora=use_dora)
     losses = []
     for model in (stock, fast):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -186,9 +194,9 @@ class Operations(TorchDispatchMode):
 
 def flops(model, x):
     """Return the multiply-adds of a forward and a backward pass."""
-    with FlopCounterMode(display=False) as forward:
+    with counter() as forward:
         y = model(x)
-    with FlopCounterMode(display=False) as backward:
+    with counter() as backward:
         y.sum().backward()
     return forward.get_total_flops() // 2, backward.get_total_flops() // 2
 
@@ -200,6 +208,32 @@ def test_products_counted(only_fast):
     assert forward == T * H * I + T * R * (I + H) + norms
     assert backward == T * H * I + 2 * T * R * (I + H)  # one product with W, not two
     assert flops(linear, data())[1] == T * R * (I + 2 * H)  # and none if x needs no gradient
+
+
+def test_products_of_lora_counted(only_fast):
+    linear = pair(use_dora=False)[1].base_model.model.up
+    forward, backward = flops(linear, data().requires_grad_())
+    assert forward == T * H * I + T * R * (I + H)
+    assert backward == T * H * I + 2 * T * R * (I + H)
+    assert flops(linear, data())[1] == T * R * (I + 2 * H)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_passes_of_lora(autocast):
+    """LoRA makes no pass over [T, O] but its products, and keeps no copy of W."""
+    linear, x = pair(use_dora=False)[1].base_model.model.up, data()
+    kept = []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        Operations() as operations,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        linear(x)
+    casts = 4 if autocast else 0  # of x, W, A and B
+    assert operations.names.count("_to_copy") == casts
+    assert not {"mul", "add"} & set(operations.names)
+    as_large = {t.data_ptr() for t in kept if t.numel() == H * I}
+    assert as_large == {linear.base_layer.weight.data_ptr()}
 
 
 def test_no_unit_matrix():
@@ -231,7 +265,7 @@ def test_lora_multiplies_with_no_frozen_gradient():
     linears = [m for m in model.modules() if isinstance(m, PeftLinear)]
     assert all(type(m.lora_dropout["default"]) is nn.Identity for m in linears)
     products = 0
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counted:
         model(**batch, labels=torch.arange(10)[None]).loss.backward()
     for m in linears:
         size, ends = m.base_layer.weight.numel(), sum(m.base_layer.weight.shape)
@@ -241,8 +275,11 @@ def test_lora_multiplies_with_no_frozen_gradient():
         back_to_x = 0 if first else size + R * m.in_features
         products += size + R * ends  # forward
         products += back_to_x + R * ends + R * m.out_features
-    counts = counter.get_flop_counts()["Global"]
-    matrix = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm")) // 2
+    counts = counted.get_flop_counts()["Global"]
+    matrix = (
+        sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm", "aten.addmm_"))
+        // 2
+    )
     head = 2 * 9 * 32 * 50  # 9 labels, forward and back to the states
     assert matrix == 10 * products + head
 
@@ -250,16 +287,16 @@ def test_lora_multiplies_with_no_frozen_gradient():
 # --- cases left to peft's own pass ----------------------------------------------------------------
 
 
-def two_adapters(model):
-    model.add_adapter("second", LoraConfig(r=2, use_dora=True, target_modules=["up", "down"]))
+def two_adapters(model, use_dora):
+    model.add_adapter("second", LoraConfig(r=2, use_dora=use_dora, target_modules=["up", "down"]))
     model.base_model.set_adapter(["default", "second"])
 
 
-def merged(model):
+def merged(model, _use_dora):
     model.merge_adapter()
 
 
-def trainable_base(model):
+def trainable_base(model, _use_dora):
     for m in model.modules():
         if isinstance(m, PeftLinear):
             m.base_layer.weight.requires_grad_()
@@ -275,13 +312,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_falls_back(other, monkeypatch):
+def test_falls_back(other, monkeypatch, use_dora):
     settings, change = OTHERS[other]
-    stock, fast = pair(**settings)
+    stock, fast = pair(**settings, use_dora=use_dora)
     for model in (stock, fast):
         torch.manual_seed(4)
         if change:
-            change(model)
+            change(model, use_dora)
     dtype = settings.get("dtype", torch.float32)
     if other == "bf16 model":
         for p in (*stock.parameters(), *fast.parameters()):
@@ -294,15 +331,15 @@ def test_falls_back(other, monkeypatch):
         fast(data(dtype))
 
 
-def test_dropout_is_pefts_in_training_and_off_in_evaluation(only_fast):
-    _, fast = pair(lora_dropout=0.3)
+def test_dropout_is_pefts_in_training_and_off_in_evaluation(only_fast, use_dora):
+    _, fast = pair(lora_dropout=0.3, use_dora=use_dora)
     with pytest.raises(Forbidden):
         fast.train()(data())
     fast.eval()(data())
 
 
-def test_dropout_has_the_same_numbers():
-    stock, fast = pair(lora_dropout=0.3)
+def test_dropout_has_the_same_numbers(use_dora):
+    stock, fast = pair(lora_dropout=0.3, use_dora=use_dora)
     results = []
     for model in (stock, fast):
         torch.manual_seed(3)
@@ -311,25 +348,26 @@ def test_dropout_has_the_same_numbers():
     assert_close(run(fast.eval(), data()), run(stock.eval(), data()), rtol=1e-5, atol=2e-6)
 
 
-def test_adapter_off():
-    stock, fast = pair()
+def test_adapter_off(use_dora):
+    stock, fast = pair(use_dora=use_dora)
     with stock.disable_adapter(), fast.disable_adapter():
         ours, theirs = fast(data()), stock(data())
     assert torch.equal(ours, theirs)
     assert not torch.equal(fast(data()), ours)
 
 
-def test_lora_layers_stay_as_they_are():
-    model = adapted(Net(), use_dora=False)
-    use_fast_dora(model)
-    assert not any(isinstance(m, FastDoraLinear) for m in model.modules())
+def test_a_second_call_after_a_second_adapter_keeps_the_class(use_dora):
+    _, fast = pair(use_dora=use_dora)
+    two_adapters(fast, use_dora)
+    use_fast_linears(fast)
+    assert [type(m) for m in fast.modules()].count(FAST[use_dora]) == 2
 
 
 # --- merging, saving, loading --------------------------------------------------------------------
 
 
-def test_names_and_merging_are_pefts():
-    stock, fast = pair()
+def test_names_and_merging_are_pefts(use_dora):
+    stock, fast = pair(use_dora=use_dora)
     assert stock.state_dict().keys() == fast.state_dict().keys()
     before = fast(data())
     for model in (stock, fast):
@@ -344,9 +382,9 @@ def test_names_and_merging_are_pefts():
     torch.testing.assert_close(whole(data()), before, rtol=1e-5, atol=1e-5)
 
 
-def test_other_base_weights_have_other_norms():
-    """Old norms are not reused after loading, or after an in-place change hidden from autograd."""
-    stock, fast = pair()
+def test_nothing_is_kept_of_earlier_weights(use_dora):
+    """Norms, for example: after loading, or after an in-place change hidden from autograd."""
+    stock, fast = pair(use_dora=use_dora)
     fast(data())
     changed = {name: value * 1.5 + 0.01 for name, value in stock.state_dict().items()}
     for model in (stock, fast):
@@ -360,7 +398,7 @@ def test_other_base_weights_have_other_norms():
 # --- compiled, recomputed, sharded ---------------------------------------------------------------
 
 
-def make_layer():
+def make_layer(use_dora):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -370,8 +408,8 @@ def make_layer():
         head_dim=8,
     )
     layer = SmolLM2DecoderLayer(config)
-    model = adapted(layer)
-    use_fast_dora(model)
+    model = adapted(layer, use_dora=use_dora)
+    use_fast_linears(model)
     position_ids = torch.arange(10)
     cos, sin = rotary_cos_sin(position_ids, head_dim=8, theta=1e4, dtype=torch.float32)
 
@@ -393,8 +431,8 @@ def make_layer():
         pytest.param("inductor", True, id="inductor-bf16", marks=pytest.mark.more),
     ],
 )
-def test_a_layer_compiles_whole(backend, autocast, only_fast):
-    layer, rest = make_layer()
+def test_a_layer_compiles_whole(backend, autocast, only_fast, use_dora):
+    layer, rest = make_layer(use_dora)
     x = torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
     expected = run(bound(layer, rest), x, autocast)
     torch.compiler.reset()
@@ -420,8 +458,8 @@ def bound(layer, rest):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_recomputed_in_the_backward_pass(autocast, only_fast):
-    _, fast = pair()
+def test_recomputed_in_the_backward_pass(autocast, only_fast, use_dora):
+    _, fast = pair(use_dora=use_dora)
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -447,19 +485,20 @@ def mesh(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_sharded_weights(mesh, monkeypatch):
+def test_sharded_weights(mesh, monkeypatch, use_dora):
     """With FSDP2 on one rank, an adapter gathered with its layer uses the fast pass. Wrapped alone,
     as llm-foundry does, it uses peft's, which gathers it."""
-    expected = run(pair()[0], data())
+    expected = run(pair(use_dora=use_dora)[0], data())
     calls = []
     forward = PeftLinear.forward
     monkeypatch.setattr(PeftLinear, "forward", lambda *a: calls.append(1) or forward(*a))
     for alone in (False, True):
-        fast = pair()[1]
+        fast = pair(use_dora=use_dora)[1]
         for module in fast.modules():
-            if alone and isinstance(module, FastDoraLinear):
+            if alone and isinstance(module, FAST[use_dora]):
                 for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
-                    fully_shard(part["default"], mesh=mesh)
+                    if "default" in part:
+                        fully_shard(part["default"], mesh=mesh)
         fully_shard(fast, mesh=mesh)
         calls.clear()
         found = run(fast, data())
@@ -469,8 +508,8 @@ def test_sharded_weights(mesh, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
-    stock, fast = (model.cuda() for model in pair())
+def test_on_a_gpu(use_dora):
+    stock, fast = (model.cuda() for model in pair(use_dora=use_dora))
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     assert_close(run_gpu(fast, data()), run_gpu(stock, data()), **tolerance)
 
