@@ -33,7 +33,7 @@ def plot_tradeoff(comparison: Comparison, folder: Path) -> None:
         for label in comparison.groups:
             _plot_front(axes, comparison, label, style[label])
         axes.legend(loc="best")
-        _label_rates(axes, comparison)
+        _label_rates(axes, comparison, style)
 
 
 def _plot_front(axes: Any, comparison: Comparison, label: str, style: Mapping) -> None:
@@ -119,30 +119,33 @@ def _mark_base_model(axes: Any, comparison: Comparison) -> None:
         )
 
 
-def _label_rates(axes: Any, comparison: Comparison) -> None:
-    """Write learning rates beside their points, on the side with the most room."""
+def _label_rates(axes: Any, comparison: Comparison, style: Mapping[str, Mapping]) -> None:
+    """Write learning rates beside their points, where no other text or mark of a point is.
+
+    A rate that finds no such place is left out; learning_rates.png has them all.
+    """
     x, y = comparison.learning, comparison.forgetting
     axes.figure.canvas.draw()  # settles the layout, which maps data to pixels
     all_points = points(comparison.groups, x, y)
     data = _scaled(comparison, [point.position for point in all_points])
     positions = axes.transData.transform(data) * 72 / axes.figure.dpi
-    taken = list(positions)
+    at_rates = comparison.at_matched_rates
+    matched = [at_rates.summaries[metric] for metric in (x, y)] if at_rates else [[], []]
+    means = [(one.mean, other.mean) for one, other in zip(*matched, strict=True)]
+    big = axes.transData.transform(_scaled(comparison, means)) if means else np.empty((0, 2))
+    taken = [*positions, *big * 72 / axes.figure.dpi]
     for point, end, position in zip(all_points, data, positions, strict=True):
         text = f"{point.learning_rate:g}"
         half = 2.2 * len(text)
-        sides = [(half + 5, 0), (-half - 5, 0), (0, 8), (0, -8), (half + 5, 8), (-half - 5, -8)]
-        side = max(sides, key=lambda s: min(_gap(position + np.array(s), t) for t in taken))
-        taken.append(position + np.array(side))
-        axes.annotate(
-            text,
-            end,
-            side,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="#6a6a6a",
-        )
+        beside = [(sign * (half + 6), up) for sign in (1, -1) for up in (0, 8, -8)]
+        sides = [np.array(side) for side in (*beside, (0, 9), (0, -9))]
+        gaps = [min(_gap(position + side, other) for other in taken) for side in sides]
+        best = int(np.argmax(gaps))
+        if gaps[best] < 0.8:
+            continue
+        taken.append(position + sides[best])
+        look = {"ha": "center", "va": "center", "fontsize": 7, "color": style[point.label]["color"]}
+        axes.annotate(text, end, sides[best], textcoords="offset points", **look)
 
 
 def _gap(first: np.ndarray, second: np.ndarray) -> float:
