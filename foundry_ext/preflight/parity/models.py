@@ -58,8 +58,9 @@ def load_pair(model: str) -> Pair:
             raise UserError(
                 f"MODEL: {model} is an adapter; merge it first: foundry-ext merge {model} OUT"
             )
-        ours = load_model(str(folder), SmolLM2ForCausalLM)
-        return _sharing(ours, load_model(str(folder), LlamaForCausalLM))
+        advice = {"way_out": "name another MODEL"}
+        ours = load_model(str(folder), SmolLM2ForCausalLM, **advice)
+        return _sharing(ours, load_model(str(folder), LlamaForCausalLM, **advice))
 
 
 def random_pair(config: LlamaConfig) -> Pair:

@@ -148,7 +148,7 @@ def test_a_wrong_loss_is_found(pair, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_an_error_beside_much_rounding_is_found_in_its_layer(pair, dtype):
     """After three layers in bf16 it is smaller than what rounding has added up to."""
-    pair.ours.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: out * 1.06)
+    pair.ours.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: out * 1.08)
     (column,) = run(pair, [dtype]).columns
     assert column.first_beyond() == Site("layer 1", "mlp")
     assert not column.parts("layer 2")["block"].exceeds
@@ -292,6 +292,9 @@ def test_a_folder_and_an_adapter(pair, tmp_path, capsys):
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an adapter; merge it first"):
         models.load_pair(str(tmp_path / "adapter"))
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(UserError, match="model cannot be loaded; name another MODEL: "):
+        models.load_pair(str(tmp_path / "model"))
 
 
 def test_a_size_has_random_weights_that_repeat(monkeypatch):
