@@ -15,6 +15,7 @@ from foundry_ext.utils.redaction import remember_secrets
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
 COMMANDS = {
+    "new": "write the files of an experiment on your own data into a new folder",
     "config": "print a run's YAML with every variable and choice filled in",
     "inspect": "write an HTML page of the first packs as the model sees them",
     "plan": "estimate steps, tokens, memory and time of a run; nothing is trained",

@@ -4,6 +4,8 @@ import difflib
 import re
 from pathlib import Path
 
+from foundry_ext.config.shipped import shipped_yamls
+
 SUFFIXES = (".yaml", ".yml")
 # Earlier versions had a file per size, data set and method. Now one per method has variables.
 _OLD = re.compile(r"smollm2-(135m|360m|1\.7b)_(.+)_(full|lora|dora|rslora)\.ya?ml")
@@ -36,10 +38,13 @@ def _replacement(path: Path) -> str:
 
 
 def _near_files(path: Path) -> str:
-    """Name files of a similar name beside the missing one, or under yamls/."""
+    """Name files of a similar name beside the missing one, in yamls/ or shipped."""
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    found = dict.fromkeys([*beside, *sorted(Path("yamls").rglob("*"))])
+    here = Path("yamls")
+    shipped = here if here.is_dir() else shipped_yamls()
+    found = dict.fromkeys([*beside, *sorted(shipped.rglob("*"))])
     found = [file for file in found if file.suffix in SUFFIXES]
     stems = difflib.get_close_matches(path.stem, {file.stem for file in found}, n=3, cutoff=0.6)
-    near = [str(file) for stem in stems for file in found if file.stem == stem]
-    return f", did you mean {' or '.join(near[:3])}?" if near else ""
+    near = [file for stem in stems for file in found if file.stem == stem]
+    near.sort(key=lambda file: file.parts[-len(path.parts) :] != path.parts)  # the same name first
+    return f", did you mean {' or '.join(map(str, near[:3]))}?" if near else ""
