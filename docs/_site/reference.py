@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -42,7 +42,7 @@ def pages() -> dict[str, str]:
 
 def cli() -> str:
     """Return the help of every command of foundry-ext."""
-    os.environ["COLUMNS"] = "100"  # argparse wraps at the terminal's width
+    os.environ["COLUMNS"] = "84"  # the width of a block of code in the site
     parts = ["# Commands\n\nThe help of each command, as `foundry-ext COMMAND --help` prints it.\n"]
     for name in COMMANDS:
         parser, _ = build_parser(name)
@@ -89,25 +89,25 @@ def record() -> str:
 
 
 def _rows(section: type[BaseModel]) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        nested = [
-            one.__name__
-            for one in (field.annotation, *get_args(field.annotation))
-            if inspect.isclass(one) and issubclass(one, BaseModel)
-        ]
-        meaning = field.description or ""
-        if nested:
-            meaning = f"{meaning} see [{nested[0]}](#{nested[0].lower()})".strip()
-        yield f"| `{name}` | `{_type(field.annotation)}` | {meaning} |"
+    for name, field in section.model_json_schema()["properties"].items():
+        yield f"| `{name}` | {_type(field)} | {field.get('description', '')} |"
 
 
-def _type(annotation: object) -> str:
-    text = annotation.__name__ if inspect.isclass(annotation) and not get_args(annotation) else None
-    shown = text or str(annotation)
-    for noise in ("typing.", f"{schema.__name__}."):
-        shown = shown.replace(noise, "")
-    shown = shown.split("Annotated[", 1)[-1].split(", FieldInfo", 1)[0]
-    return shown.replace("|", "\\|")
+def _type(field: dict[str, Any]) -> str:
+    """Return a type of JSON Schema in words."""
+    if "$ref" in field:
+        name = field["$ref"].rsplit("/", 1)[-1]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in field:
+        return " or ".join(map(_type, field["anyOf"]))
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field["type"] == "array":
+        return f"list of {_type(field['items'])}"
+    values = field.get("additionalProperties")
+    if isinstance(values, dict):
+        return f"object of {_type(values)}"
+    return field["type"]
 
 
 def metrics() -> str:
