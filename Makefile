@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check bench lock hashes audit clean
+.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check package bench lock hashes audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -80,6 +80,12 @@ check: install ## ruff and pyright, in the pinned world
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+# An isolated build would download setuptools; the locked one is of the versions that pyproject.toml asks for.
+package: install ## dist/: the source archive and the wheel, built without the network and checked
+	rm -rf dist
+	@$(BIN)/python -m build --no-isolation > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	$(BIN)/twine check --strict dist/*
+
 bench: install ## the CPU rows of benchmarks/RESULTS.md: some minutes on two idle cores
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/step_time.py
@@ -112,5 +118,5 @@ audit: ## known vulnerabilities in the packages of requirements.lock; needs the 
 	.venv-audit/bin/pip-audit --strict --requirement requirements.sha256 --disable-pip --require-hashes
 
 clean: ## remove caches and builds; keeps .venv and outputs
-	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
