@@ -1,12 +1,14 @@
 """Project files around the code: installation, locks and entry points."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
@@ -122,7 +124,8 @@ def test_the_installed_packages_are_the_locked_ones():
 
 
 def test_one_version_everywhere():
-    assert PROJECT["version"] == foundry_ext.__version__ == version("foundry-ext")
+    assert "version" not in PROJECT, "setuptools reads it from foundry_ext/__init__.py"
+    assert foundry_ext.__version__ == version("foundry-ext")
     assert "llm-foundry[peft]==0.22.0" in (requires("foundry-ext") or [])
 
 
@@ -132,19 +135,36 @@ def test_one_lock_and_one_licence():
     assert PROJECT["license"] == "Apache-2.0"
 
 
-def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path):
+def test_a_wheel_holds_every_file_of_the_package_and_the_yamls(tmp_path: Path):
     """This includes templates, styles and configs, which need pyproject.toml's package-data."""
-    for name in ("pyproject.toml", "LICENSE"):
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "foundry_ext", tmp_path / "foundry_ext", ignore=ignore)
+    for name in ("foundry_ext", "yamls"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("foundry_ext/")}
-    files = [path for path in (tmp_path / "foundry_ext").rglob("*") if path.is_file()]
-    assert held == {path.relative_to(tmp_path).as_posix() for path in files}
-    assert "foundry_ext/utils/templates/base.html" in held
+    assert wheel.name.startswith(f"foundry_ext-{foundry_ext.__version__}-py3")
+    archive = zipfile.ZipFile(wheel)
+    held = {name: archive.read(name) for name in archive.namelist() if "dist-info" not in name}
+    expected = {}
+    for folder, place in (("foundry_ext", "foundry_ext"), ("yamls", "foundry_ext/yamls")):
+        for path in (tmp_path / folder).rglob("*"):
+            if path.is_file():
+                name = path.relative_to(tmp_path / folder).as_posix()
+                expected[f"{place}/{name}"] = path.read_bytes()
+    assert held.keys() == expected.keys() and held == expected
+    assert {"foundry_ext/utils/templates/base.html", "foundry_ext/yamls/smollm2_lora.yaml"} <= {
+        *held
+    }
+    archive.extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    code = "from foundry_ext.cli.main import main; raise SystemExit(main(['new', 'mine']))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    run = partial(subprocess.run, cwd=tmp_path / "empty", env=environment, check=True)
+    run([sys.executable, "-c", code], capture_output=True)
+    assert (tmp_path / "empty/mine/yamls/smollm2_lora.yaml").is_file()
 
 
 def test_every_file_of_text_is_opened_as_utf_8():

@@ -74,8 +74,18 @@ def base_name(folder: Path, given: str | None) -> str:
     return name
 
 
-def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
+def load_model(
+    name: str,
+    kind: type[Model] = LlamaForCausalLM,
+    *,
+    way_out: str = "name another by --base",
+) -> Model:
     """Return a Llama-shaped model in fp32 and evaluation mode.
+
+    Args:
+        name: a folder or a name on the hub.
+        kind: the class to load.
+        way_out: what an error advises.
 
     Raises:
         UserError: it cannot be loaded, has another architecture, or its weights do not match.
@@ -90,9 +100,7 @@ def load_model(name: str, kind: type[Model] = LlamaForCausalLM) -> Model:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"model {name} cannot be loaded; name another by --base: {one_line(error)}"
-        ) from error
+        raise UserError(f"model {name} cannot be loaded; {way_out}: {one_line(error)}") from error
     model, report = loaded
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:

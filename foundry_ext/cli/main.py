@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "write an HTML page of the first packs as the model sees them",
     "plan": "estimate steps, tokens, memory and time of a run; nothing is trained",
     "verify": "train a few steps and check that packing and resumption change nothing",
+    "parity": "compare a model with transformers' Llama, layer by layer",
     "check-fair": "name every difference between runs that should differ by method only",
     "sweep": "run a W&B sweep file on this machine, without a server",
     "compare": "compare runs: learning, forgetting and cost as comparison.md, an HTML page, plots",

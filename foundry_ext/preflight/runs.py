@@ -43,6 +43,8 @@ def inspect_run(
 ) -> "Inspection":
     """Return the first packs of a run as the model receives them, and the totals of an epoch.
 
+    The epoch is also counted padded and unpadded, with the speed that each layout would have.
+
     Args:
         path: the YAML file.
         overrides: `key=value` texts.
@@ -54,8 +56,15 @@ def inspect_run(
     """
     config = _checked(load_config(path, overrides))
     from foundry_ext.preflight.inspect.packs import inspect_config
+    from foundry_ext.preflight.plan.layouts import predict_speeds
 
-    return inspect_config(config, name=str(path), loader=loader, num_packs=num_packs)
+    return inspect_config(
+        config,
+        name=str(path),
+        loader=loader,
+        num_packs=num_packs,
+        predict=lambda layouts, train: predict_speeds(layouts, config, train),
+    )
 
 
 def verify_run(

@@ -4,7 +4,7 @@ Packs come from the same builder, sampler and collator as in training. A token's
 document and whether it carries loss are read from the pack's own tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.special_tokens import SpecialTokens
 from foundry_ext.packing.batch import Pack
 from foundry_ext.preflight.components import without_remote_code
+from foundry_ext.preflight.inspect.layouts import Layouts, lay_out
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
 
@@ -104,10 +105,17 @@ class Inspection:
     sources: list[dict[str, Any]] = field(default_factory=list)
     """PackedDataset's description: per source name, split, revision, documents, tokens, counts."""
     packs: list[PackView] = field(default_factory=list)
+    layouts: Layouts | None = None
+    """The first epoch padded, unpadded and packed."""
 
 
 def inspect_config(
-    config: Mapping[str, Any], *, name: str, loader: str = "train", num_packs: int = 4
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    loader: str = "train",
+    num_packs: int = 4,
+    predict: Callable[[Layouts, PackedDataset], Layouts] | None = None,
 ) -> Inspection:
     """Build a loader of a resolved configuration and return its first packs.
 
@@ -116,6 +124,7 @@ def inspect_config(
         name: name of the YAML, for the page's title.
         loader: "train", or "eval" for the first eval loader.
         num_packs: how many packs to return.
+        predict: adds speeds to the layouts of the training data.
 
     Raises:
         UserError: the loader is missing or not packed, or its builder rejects the configuration.
@@ -143,6 +152,9 @@ def inspect_config(
             )
         if len(packs) >= num_packs:
             break
+    layouts = lay_out(dataset)
+    if predict is not None and loader == "train":
+        layouts = predict(layouts, dataset)
     return Inspection(
         name=name,
         loader=loader,
@@ -151,6 +163,7 @@ def inspect_config(
         epoch=totals_of(dataset),
         sources=dataset.description,
         packs=packs[:num_packs],
+        layouts=layouts,
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+from foundry_ext.preflight.inspect.layouts import LONGEST_PANEL
 from foundry_ext.preflight.inspect.packs import Inspection
 from foundry_ext.utils.pages import render_page
 
@@ -17,6 +18,7 @@ def format_inspection(inspection: Inspection) -> str:
         "inspection.html",
         title=f"{inspection.name}: {inspection.loader}_loader",
         inspection=inspection,
+        limit=LONGEST_PANEL,
         # Outcomes that never occurred get no column.
         outcomes=[name for name in names if name == "kept" or any(c.get(name) for c in counts)],
         pieces=_LINE_BREAK_OR_TAB.split,

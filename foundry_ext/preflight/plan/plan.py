@@ -21,7 +21,6 @@ from foundry_ext.evaluation.measure import build_sets
 from foundry_ext.models.activations import Layer, count_layer
 from foundry_ext.models.loss import chunk_rows
 from foundry_ext.models.memory import (
-    PRECISIONS,
     Memory,
     Parameters,
     estimate_memory,
@@ -31,7 +30,11 @@ from foundry_ext.preflight.inspect.packs import Epoch, open_loader, open_tokeniz
 from foundry_ext.preflight.plan.model import PlannedModel
 from foundry_ext.preflight.plan.roofline import Microbatch, card, predict
 from foundry_ext.preflight.plan.schedule import Schedule, simulate_schedule
-from foundry_ext.preflight.plan.throughput import ThroughputEstimate, estimate_throughput
+from foundry_ext.preflight.plan.throughput import (
+    ThroughputEstimate,
+    check_precision,
+    estimate_throughput,
+)
 from foundry_ext.preflight.plan.work import StepWork, count_work
 from foundry_ext.training.data_checks import (
     check_evaluation_data,
@@ -40,7 +43,6 @@ from foundry_ext.training.data_checks import (
 )
 from foundry_ext.utils import nested
 from foundry_ext.utils.environment import peak_memory
-from foundry_ext.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +153,7 @@ def plan_config(
         UserError: the run cannot be planned, or training itself would refuse it.
     """
     config = dict(config)
-    precision = str(config.get("precision"))
-    if precision not in PRECISIONS:
-        raise UserError(f"precision: {precision!r} cannot be planned; {', '.join(PRECISIONS)} can")
+    precision = check_precision(config)
     model = PlannedModel.of(config["model"])
     tokenizer = open_tokenizer(config)
     _, train = open_loader(config, "train", tokenizer)

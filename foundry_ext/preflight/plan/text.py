@@ -10,6 +10,7 @@ from foundry_ext.models.memory import (
     CARDS,
     CONTEXT_BYTES,
     GIB,
+    HEAP_GROWTH,
     USABLE_SHARE,
     Memory,
     largest_pack,
@@ -252,9 +253,10 @@ def _time(plan: Plan) -> list[str]:
             f"about {duration(seconds * share)} of evaluation by its FLOPs, without generation"
         )
     if throughput.kind == "cpu":
-        total = plan.own_memory.peak + plan.process_bytes
+        peak, own = plan.own_memory.peak, plan.process_bytes
         lines.append(
-            f"{gib(total)} of memory here, {gib(plan.process_bytes)} of it"
-            " for Python, its imports and the data"
+            f"{gib(own + peak)} to {gib(own + peak * HEAP_GROWTH)} of memory here: {gib(own)} for"
+            " Python, its imports and the data, the rest as above; packs of different sizes leave"
+            " gaps in the C library's heap, which the larger figure counts"
         )
     return lines

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.models.memory import PRECISIONS
 from foundry_ext.preflight.plan.model import MeasuredThroughput, PlannedModel, measure_throughput
 from foundry_ext.preflight.plan.schedule import Schedule
 from foundry_ext.sweeps.plan import cost_key, finished_records
 from foundry_ext.utils import nested
 from foundry_ext.utils.environment import device_name
+from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.redaction import redact
 
 
@@ -51,6 +53,18 @@ class ThroughputEstimate:
             return schedule.totals.real_tokens / self.tokens_per_second
         per_step = self.measured.seconds_per_step * schedule.steps
         return self.measured.seconds_per_token * schedule.totals.slots + per_step
+
+
+def check_precision(config: Mapping[str, Any]) -> str:
+    """Return the run's precision, whose cost is known.
+
+    Raises:
+        UserError: it is none of those, or missing.
+    """
+    precision = str(config.get("precision"))
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} cannot be planned; {', '.join(PRECISIONS)} can")
+    return precision
 
 
 def estimate_throughput(

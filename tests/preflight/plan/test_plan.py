@@ -1,6 +1,7 @@
 """A plan predicts training: every count is compared with that of a run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,15 @@ def test_an_80_gb_card_gets_larger_packs_of_the_same_batch(world, tmp_path):
     assert pack * packs == 96 * 1024 and pack > 1024
     assert "RTX 3090 24 GB: pack" not in text, "full fine-tuning of 1.7B does not fit it"
     assert "  mine " in text
+
+
+def test_the_heap_s_gaps_are_counted_on_a_cpu(world, tmp_path):
+    shape = {"pretrained_model_name_or_path": "smollm2-135m", "pretrained": False}
+    overrides = {f"model__{key}": value for key, value in shape.items()}
+    text = format_plan(plan_of(config_of(world, tmp_path, **overrides)))
+    (line,) = [line for line in text.splitlines() if "of memory here" in line]
+    low, high, own = (float(number) for number in re.findall(r"([\d.]+) [GM]iB", line))
+    assert own < low < high
 
 
 def test_what_cannot_be_planned_is_named(world, tmp_path):

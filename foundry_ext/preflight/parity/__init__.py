@@ -1,0 +1,1 @@
+"""Compares SmolLM2ForCausalLM with transformers' LlamaForCausalLM, layer by layer."""
