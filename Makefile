@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check package bench lock hashes audit clean
+.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check docs package bench lock hashes audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -74,11 +74,14 @@ browser: ## headless Chromium for the tests of pages, which are skipped without 
 	fi || true; \
 	command -v chromium >/dev/null || echo "no Chromium: the tests that open a page will be skipped"
 
-check: install ## ruff and pyright, in the pinned world
+check: install docs ## ruff, pyright and the documentation's links, in the pinned world
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+docs: install ## the documentation as a site in build/site/, built without the network; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # An isolated build would download setuptools; the locked one is of the versions that pyproject.toml asks for.
 package: install ## dist/: the source archive and the wheel, built without the network and checked

@@ -53,8 +53,11 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
             llm-foundry ignores fsdp_config on a single GPU, activation checkpointing included.
         frozen_dtype: bf16 stores an adapter's frozen linears in bf16, for precision: amp_bf16.
         use_train_metrics: must be false because training computes no logits.
-        trust_remote_code, use_auth_token, allow_embedding_resizing, additional_eval_metrics,
-        should_save_peft_only: as in `hf_causal_lm`, with trust_remote_code off.
+        trust_remote_code: as in `hf_causal_lm`, but off by default.
+        use_auth_token: as in `hf_causal_lm`.
+        allow_embedding_resizing: as in `hf_causal_lm`.
+        additional_eval_metrics: as in `hf_causal_lm`.
+        should_save_peft_only: as in `hf_causal_lm`.
 
     Raises:
         UserError: an impossible setting; names the key, the value and the way out.

@@ -112,7 +112,7 @@ class Kept:
 
 
 def test_no_copy_is_kept_for_the_backward_pass(world, monkeypatch):
-    """Autocast alone would keep a bf16 copy of every frozen weight of LoRA. (README's memory.)"""
+    """Autocast alone would keep a bf16 copy of LoRA's frozen weights (docs/concepts/methods.md)."""
     kept, held = {}, {}
     for dtype in ("bf16", "fp32"):
         model = build(world, peft_config=kit.LORA, frozen_dtype=dtype)
