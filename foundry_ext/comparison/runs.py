@@ -112,8 +112,11 @@ def _records_below(folder: Path) -> list[Path]:
     return originals or paths
 
 
-def load_runs(references: Sequence[str]) -> Loaded:
+def load_runs(references: Sequence[Path | str]) -> Loaded:
     """Load runs, leaving out those that are unfinished, failed, or lack two evaluations.
+
+    Args:
+        references: what `find_records` takes, as paths or texts.
 
     Raises:
         FileNotFoundError: a reference has no record.
@@ -121,7 +124,7 @@ def load_runs(references: Sequence[str]) -> Loaded:
     """
     loaded = Loaded()
     with tempfile.TemporaryDirectory() as downloads:
-        for path in find_records(references, Path(downloads)):
+        for path in find_records(list(map(str, references)), Path(downloads)):
             # Names and errors come from wherever the run was made, and end in terminals and pages.
             record = printable_texts(read_record(path))
             fairness.check_sections(str(path), record["config"])

@@ -1,4 +1,7 @@
-"""Progress of long work, with the time left: a bar on a terminal, a line a minute in a log."""
+"""Progress of long work, with the time left.
+
+It is a bar on a terminal and in a notebook, and a line per minute in a log.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -43,20 +46,25 @@ def progress(
         unit: what an element is.
         shown: show nothing if False, as on all ranks but one.
     """
-    is_terminal = sys.stderr.isatty()
+    has_bar = sys.stderr.isatty() or is_notebook(sys.stderr)
     bar = _Bar(
         elements,
         name,
         total=total,
         unit=f" {unit}",
-        file=sys.stderr if is_terminal else _Lines(sys.stderr),  # pyright: ignore
+        file=sys.stderr if has_bar else _Lines(sys.stderr),  # pyright: ignore
         leave=False,
         miniters=1,
-        mininterval=0.2 if is_terminal else LOG_SECONDS,
-        delay=_BAR_SECONDS if is_terminal else LOG_SECONDS,
+        mininterval=0.2 if has_bar else LOG_SECONDS,
+        delay=_BAR_SECONDS if has_bar else LOG_SECONDS,
         disable=not shown,
     )
     try:
         yield from bar
     finally:
         bar.close()
+
+
+def is_notebook(stream: TextIO) -> bool:
+    """Return whether the stream is shown below a cell of a notebook, not by a terminal."""
+    return type(stream).__module__.partition(".")[0] == "ipykernel"

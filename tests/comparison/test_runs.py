@@ -47,6 +47,7 @@ def test_every_way_to_name_runs(two, tmp_path: Path):
         [full, lora, full / "record.json"],
     ):
         loaded = load_runs([str(one) for one in references])
+        assert load_runs(references).runs == loaded.runs, "paths are as good as texts"
         assert [run.label for run in loaded.runs] == ["full", "LoRA"]
         assert all(len(run.items) == 180 for run in loaded.runs)
     # A folder of runs, with W&B's copies below it, holds each run once.

@@ -16,6 +16,10 @@ class Terminal(io.StringIO):
         return True
 
 
+class Notebook(io.StringIO):
+    __module__ = "ipykernel.iostream"  # as that of a kernel's sys.stderr, which is no terminal
+
+
 def shown(monkeypatch, stream: io.StringIO, *, seconds: float, count: int = 40, **more) -> str:
     """Return what is shown of `count` elements that take so long each."""
     clock = itertools.count(start=0.0, step=seconds)
@@ -40,8 +44,9 @@ def test_short_work_leaves_no_line(monkeypatch):
     assert shown(monkeypatch, io.StringIO(), seconds=30.0, shown=False) == ""
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
-    text = shown(monkeypatch, Terminal(), seconds=2.0)
+@pytest.mark.parametrize("stream", [Terminal, Notebook])
+def test_a_terminal_and_a_notebook_get_a_bar(monkeypatch, stream):
+    text = shown(monkeypatch, stream(), seconds=2.0)
     assert "\r" in text and "\n" not in text and "20/40" in text
 
 
