@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from foundry_ext.models import compiled as compiled_code
 from foundry_ext.models.compiled import graphs_compiled
 from tests.tiers import one_of
 from tests.training import kit
@@ -15,7 +16,11 @@ def without_code_generation(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     traced = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", lambda f, *, mode, **options: traced(f, **options))
+    monkeypatch.setattr(torch, "compile", lambda f, *, mode=None, **options: traced(f, **options))
+    # What evaluation compiles is kept for the process: made anew here, and again by the next test.
+    compiled_code._fused_pieces.cache_clear()
+    yield
+    compiled_code._fused_pieces.cache_clear()
 
 
 # DoRA computes norms of weights that change in place, LoRA has dropout: both are traced too.
