@@ -122,3 +122,18 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def mesh(tmp_path: Path):
+    """Return a mesh of one rank, in Composer's process group if an earlier test left one."""
+    import torch.distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    begun = not torch.distributed.is_initialized()
+    if begun:
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    if begun:
+        torch.distributed.destroy_process_group()

@@ -18,13 +18,13 @@ import numpy as np
 from experiments.simulations.truths import TRUTHS, Method, Noise, Truth
 from foundry_ext.comparison.front_comparison import (
     FrontComparison,
-    FrontPair,
     FrontValue,
     LevelPair,
     compare_fronts,
 )
 from foundry_ext.comparison.fronts import SeedPoints, forgetting_at, resampled_ratios
 from foundry_ext.comparison.hypervolume import hypervolume
+from foundry_ext.comparison.pairwise import MethodPair
 from foundry_ext.comparison.statistics import Interval
 from foundry_ext.comparison.tradeoff import Point
 
@@ -143,7 +143,7 @@ class Counts:
     def add(
         self,
         values: Mapping[str, FrontValue],
-        pairs: Sequence[FrontPair],
+        pairs: Sequence[MethodPair],
         true: Mapping[str, float],
     ) -> None:
         """Add a trial; values without an interval, and upper bounds, cover nothing."""

@@ -16,20 +16,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations. Seeds': of a run's mean. Items': of one item's value."""
+    """Standard deviations: a seed's are of a run's mean, an item's of that item's value."""
 
     data_order: float = 0.03
-    """What a seed does to all methods and rates alike."""
+    """Effect of a seed on all methods and rates alike."""
     seed: float = 0.05
-    """What a seed does to one method at all rates alike."""
+    """Effect of a seed on one method at all rates alike."""
     run: float = 0.05
-    """What is each run's own."""
+    """Effect of each run alone."""
     item: float = 1.0
-    """What an item does to all runs alike."""
+    """Effect of an item on all runs alike."""
     response: float = 0.5
-    """What an item does to all seeds of one method at one rate."""
+    """Effect of an item on all seeds of one method at one rate."""
     rest: float = 0.5
-    """What is each run's own on each item."""
+    """Effect of each run alone on each item."""
     coupling: float = 0.7
     """Share of a run's noise in learning that appears in its forgetting too."""
 

@@ -53,7 +53,7 @@ class Weights:
     """The base model, if the weights themselves name it."""
     is_adapter: bool = False
     merged: str = ""
-    """How an adapter was merged into the weights; empty if none was."""
+    """Description of the merge of an adapter into the weights; empty if none was merged."""
     has_patterns: bool = False
     """Whether some modules have another rank or alpha than the method's."""
     has_tokenizer: bool = True

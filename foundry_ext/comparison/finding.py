@@ -9,7 +9,7 @@ from foundry_ext.comparison.statistics import MIN_SEEDS
 
 
 class Verdict(StrEnum):
-    """How a finding relates to a claim."""
+    """Relation of a finding to a claim."""
 
     AGREES = "agrees"
     DISAGREES = "disagrees"

@@ -33,7 +33,7 @@ import numpy as np
 
 from foundry_ext.comparison.fronts import SeedPoints, matching_levels
 from foundry_ext.comparison.hypervolume import default_reference
-from foundry_ext.comparison.pairwise import is_distinguishable
+from foundry_ext.comparison.pairwise import MethodPair
 from foundry_ext.comparison.seed_item_interval import (
     Sample,
     interval_of_difference,
@@ -57,37 +57,8 @@ class FrontValue:
     """Seeds whose value is an upper bound, because their front learned more than the level."""
 
 
-@dataclass(frozen=True)
-class FrontPair:
-    """Difference of two methods, first minus second."""
-
-    first: str
-    second: str
-    difference: float
-    interval: Interval | None
-    adjusted_p: float | None
-    """p-value after Holm's correction over the pairs."""
-    seeds: tuple[tuple[int, ...], tuple[int, ...]]
-    """Seeds used of the first and of the second method; equal if they are paired."""
-
-    @property
-    def in_general(self) -> bool:
-        """True if seeds vary in the interval, so that it holds for methods, not only for runs."""
-        return self.interval is not None and self.interval.kind.startswith("seeds")
-
-    @property
-    def p(self) -> float | None:
-        """p-value before Holm's correction."""
-        return self.interval.p if self.interval else None
-
-    @property
-    def is_distinguishable(self) -> bool:
-        """True if both the interval and the adjusted p-value exclude a difference of 0."""
-        return is_distinguishable(self.interval, self.adjusted_p)
-
-
-@dataclass(frozen=True)
-class AreaPair(FrontPair):
+@dataclass(frozen=True, kw_only=True)
+class AreaPair(MethodPair):
     """Difference of two methods' areas."""
 
     covered_from: float | None
@@ -111,8 +82,8 @@ class AreaPair(FrontPair):
         return super().is_distinguishable and is_same
 
 
-@dataclass(frozen=True)
-class LevelPair(FrontPair):
+@dataclass(frozen=True, kw_only=True)
+class LevelPair(MethodPair):
     """Difference of two methods' forgetting at a level of learning."""
 
     bound: str | None
@@ -125,7 +96,7 @@ class LevelPair(FrontPair):
         return super().is_distinguishable and self.bound != larger
 
 
-_Pair = TypeVar("_Pair", bound=FrontPair)
+_Pair = TypeVar("_Pair", bound=MethodPair)
 
 
 @dataclass(frozen=True)
@@ -252,7 +223,16 @@ def _area_pairs(
         difference, interval, seeds = _difference(areas[first], areas[second])
         covered_from = start if np.isfinite(start) else None
         pairs.append(
-            AreaPair(first, second, difference, interval, None, seeds, covered_from, covered)
+            AreaPair(
+                first=first,
+                second=second,
+                difference=difference,
+                interval=interval,
+                adjusted_p=None,
+                seeds=seeds,
+                covered_from=covered_from,
+                covered=covered,
+            )
         )
     return _with_holm(pairs)
 
@@ -266,7 +246,16 @@ def _level_pairs(samples: Mapping[str, tuple[Sample, int]]) -> list[LevelPair]:
             continue
         bound = "first" if our_bounds else "second" if their_bounds else None
         difference, interval, seeds = _difference(ours, theirs)
-        pairs.append(LevelPair(first, second, difference, interval, None, seeds, bound))
+        pair = LevelPair(
+            first=first,
+            second=second,
+            difference=difference,
+            interval=interval,
+            adjusted_p=None,
+            seeds=seeds,
+            bound=bound,
+        )
+        pairs.append(pair)
     return _with_holm(pairs)
 
 

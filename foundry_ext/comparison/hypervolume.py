@@ -23,9 +23,10 @@ import numpy as np
 from foundry_ext.comparison.tradeoff import Point, pareto_front
 
 MARGIN = 1.1
-"""Of the default reference over the largest forgetting on a front, so that the end of that front
-counts too (Ishibuchi et al. 2018, Evolutionary Computation 26, advise a reference slightly worse
-than the nadir point)."""
+"""Ratio of the default reference to the largest forgetting on a front.
+
+It is above 1 so that the end of that front counts too. Ishibuchi et al. 2018, Evolutionary
+Computation 26, advise a reference slightly worse than the nadir point."""
 
 
 def hypervolume(

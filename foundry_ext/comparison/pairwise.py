@@ -45,19 +45,40 @@ def is_distinguishable(interval: Interval | None, adjusted_p: float | None) -> b
     return not interval.includes_zero and adjusted_p < ALPHA
 
 
-@dataclass(frozen=True)
-class PairwiseComparison:
-    """Difference of two methods, first minus second, in one metric."""
+@dataclass(frozen=True, kw_only=True)
+class MethodPair:
+    """Difference of two methods, first minus second."""
 
-    metric: Metric
     first: str
     second: str
     difference: float
     interval: Interval | None
     adjusted_p: float | None
-    """p-value after Holm's correction over the pairs of this metric."""
+    """p-value after Holm's correction over the pairs."""
     seeds: tuple[tuple[int, ...], tuple[int, ...]]
     """Seeds used of the first and of the second method; equal if they are paired."""
+
+    @property
+    def in_general(self) -> bool:
+        """True if seeds vary in the interval, so that it holds for methods, not only for runs."""
+        return self.interval is not None and self.interval.kind.startswith("seeds")
+
+    @property
+    def p(self) -> float | None:
+        """p-value before Holm's correction."""
+        return self.interval.p if self.interval else None
+
+    @property
+    def is_distinguishable(self) -> bool:
+        """True if both the interval and the adjusted p-value exclude a difference of 0."""
+        return is_distinguishable(self.interval, self.adjusted_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseComparison(MethodPair):
+    """Difference of two methods in one metric; the correction is over this metric's pairs."""
+
+    metric: Metric
     num_items: int | None
     mcnemar: McNemar | None
     """McNemar's test on one run of each method, with the seeds `mcnemar_seeds`."""
@@ -73,22 +94,12 @@ class PairwiseComparison:
     """Number of pairs of this metric; the needed numbers divide the 5 % by it."""
 
     @property
-    def in_general(self) -> bool:
-        """True if seeds vary in the interval, so that it holds for methods, not only for runs."""
-        return self.interval is not None and self.interval.kind.startswith("seeds")
-
-    @property
     def p(self) -> float | None:
         """McNemar's p-value for a single pair of runs with a binary metric, else the interval's."""
         if self.interval is None:
             return None
         single = len(self.seeds[0]) == len(self.seeds[1]) == 1
         return self.mcnemar.p if self.mcnemar and single else self.interval.p
-
-    @property
-    def is_distinguishable(self) -> bool:
-        """True if both the interval and the adjusted p-value exclude a difference of 0."""
-        return is_distinguishable(self.interval, self.adjusted_p)
 
     @property
     def sentence(self) -> str:

@@ -22,7 +22,7 @@ class SensitivityPair:
     """Difference of two methods in learning lost beside the best rate, first minus second."""
 
     factor: float
-    """By which the rates beside the best one are larger and smaller, the same for both."""
+    """Ratio of the rates beside the best one to it, up and down; the same for both methods."""
     lost: tuple[float, float]
     """Learning at the best rate minus the mean of that at the two rates beside it."""
     difference: float

@@ -35,9 +35,9 @@ class DocumentScore(NamedTuple):
     """Score of one document, summed over its labelled tokens."""
 
     index: int
-    """The caller's."""
+    """Index that the caller gave the document."""
     log_prob: float
-    """In nats."""
+    """Nats."""
     num_tokens: int
     """Labelled tokens."""
     kl: float | None

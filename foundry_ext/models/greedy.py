@@ -24,7 +24,7 @@ from foundry_ext.models.smollm2 import SmolLM2ForCausalLM
 PREFILL_TOKENS = 8192
 
 HasEnded = Callable[[Sequence[int]], bool]
-"""Whether a row ends, by its new tokens."""
+"""Function from a row's new tokens to whether the row ends."""
 
 
 class _Cache:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -471,18 +470,6 @@ def test_recomputed_in_the_backward_pass(autocast, only_fast, use_dora):
 
     again = {n.removeprefix("inner."): v for n, v in run(Checkpointed(), data(), autocast).items()}
     assert_close(again, run(fast, data(), autocast), rtol=0, atol=0)
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """Return a mesh of one rank, in Composer's process group if an earlier test left one."""
-    begun = not torch.distributed.is_initialized()
-    if begun:
-        store = f"file://{tmp_path / 'store'}"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    if begun:
-        torch.distributed.destroy_process_group()
 
 
 def test_sharded_weights(mesh, monkeypatch, use_dora):

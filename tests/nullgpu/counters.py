@@ -1,4 +1,4 @@
-"""What a process asked of the null GPU: operations, kernels by name, waits of the host by place."""
+"""Counts of the null GPU's work: operations, kernels by name, waits of the host by place."""
 
 import collections
 import contextlib
@@ -26,13 +26,13 @@ class Counts:
     """Counts of one piece of work."""
 
     calls: dict[str, int] = dataclasses.field(default_factory=dict)
-    """By kind: launch, driver_launch (Triton's), gemm, memset, copy_d2d, wait, ..."""
+    """Counts by kind: launch, driver_launch (Triton's), gemm, memset, copy_d2d, wait, ..."""
     kernels: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Launches by the kernel's name, matrix products excepted."""
     waits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Calls for which the host waits, by kind, file and line."""
     gemm_flops: float = 0.0
-    """Of the matrix products; attention's are in its kernels, and not counted."""
+    """FLOPs of the matrix products; attention's are in its kernels, and not counted."""
 
     @property
     def operations(self) -> int:

@@ -30,7 +30,7 @@ RESULT = "null GPU's result: "
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a card tells torch of itself."""
+    """Properties of a card as torch asks for them."""
 
     name: str
     capability: int

@@ -25,7 +25,7 @@ _INITIALISERS = ("normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a step has besides a `Setup`."""
+    """Settings of a step besides its `Setup`."""
 
     variant: str = "ours"
     layers: int | None = None
@@ -33,7 +33,7 @@ class Case:
     pack_tokens: int = 16384
     num_packs: int = 1
     rows: int = 4
-    """Of a padded microbatch."""
+    """Rows of a padded microbatch."""
     rank: int = 64
     labelled: float = 1.0
     warm_up: int = 2

@@ -8,7 +8,6 @@ import torch
 from composer.optim import DecoupledAdamW
 from llmfoundry.optim import DecoupledLionW
 from llmfoundry.utils.builders import build_optimizer
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -173,18 +172,6 @@ def test_operations_do_not_grow_with_the_parameters(kind, ours, theirs):
         found.append(counted.launches)
     assert len(found[0]) == ours, found[0]
     assert len(found[1]) == theirs * 40, found[1][:20]
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """Start a process group of one rank, unless an earlier test left Composer's."""
-    begun = not torch.distributed.is_initialized()
-    if begun:
-        store = f"file://{tmp_path / 'store'}"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    if begun:
-        torch.distributed.destroy_process_group()
 
 
 def test_sharded_parameters(mesh):

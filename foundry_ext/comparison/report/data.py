@@ -9,9 +9,9 @@ from typing import Any
 
 from foundry_ext.comparison.claims import find_claims
 from foundry_ext.comparison.comparison import Comparison
-from foundry_ext.comparison.front_comparison import FrontComparison, FrontPair
+from foundry_ext.comparison.front_comparison import FrontComparison
 from foundry_ext.comparison.matched_runs import MatchedRuns
-from foundry_ext.comparison.pairwise import PairwiseComparison
+from foundry_ext.comparison.pairwise import MethodPair, PairwiseComparison
 from foundry_ext.comparison.tradeoff import matched_pairs
 
 
@@ -79,7 +79,7 @@ def _at_matched_rates(at_rates: MatchedRuns | None) -> dict[str, Any] | None:
 
 
 def _fronts(fronts: FrontComparison) -> dict[str, Any]:
-    def pair_data(pair: FrontPair) -> dict[str, Any]:
+    def pair_data(pair: MethodPair) -> dict[str, Any]:
         return {**asdict(pair), "distinguishable": pair.is_distinguishable}
 
     return {

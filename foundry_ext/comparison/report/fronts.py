@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 
 from foundry_ext.comparison.comparison import Comparison
-from foundry_ext.comparison.front_comparison import AreaPair, FrontPair, LevelPair
+from foundry_ext.comparison.front_comparison import AreaPair, LevelPair
 from foundry_ext.comparison.metrics import Metric
+from foundry_ext.comparison.pairwise import MethodPair
 from foundry_ext.comparison.report.document import Block, Bullets, Figure, Heading, Paragraph, Table
 from foundry_ext.comparison.report.wording import (
     NO_VALUE,
@@ -238,7 +239,7 @@ def _difference(metric: Metric, interval: Interval, width: float) -> str:
 
 
 def _finding(
-    pair: FrontPair,
+    pair: MethodPair,
     difference: float,
     interval: Interval | None,
     metric: Metric,
@@ -267,7 +268,7 @@ def _finding(
     return f"{not_distinguishable} {limits}."
 
 
-def _start(pair: FrontPair, where: str) -> str:
+def _start(pair: MethodPair, where: str) -> str:
     """Return the beginning of a sentence.
 
     The place stands first, because "token: " before a number would be redacted as a secret.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from foundry_ext.data.dataset import PackedDataset
 
-LONGEST_PANEL = 200
+MOST_LINES = 200
 """Most lines that are drawn of a layout."""
 
 
@@ -30,14 +30,14 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One layout of the first epoch, and its drawing of the first pack's documents."""
+    """Counts of one layout over the first epoch, and a drawing of its first microbatch."""
 
     name: str
     num_tokens: int
     num_slots: int
     """Slots that are computed: tokens and padding."""
     sum_squared_lengths: int
-    """Of what attention sees as one sequence: documents, or whole padded rows."""
+    """Squared lengths of the sequences that attention computes: documents, or whole padded rows."""
     largest: int
     """Slots of the largest microbatch, which the memory must hold."""
     smallest: int
@@ -46,7 +46,7 @@ class Layout:
     drawn_slots: int
     """Slots of the first microbatch, which is drawn."""
     lines: list[list[Segment]]
-    """The drawing."""
+    """Lines of the drawing."""
     line_slots: int | None = None
     """Computed slots of each line; None if only its tokens are computed."""
     capacity: int = 0

@@ -100,7 +100,7 @@ class Inspection:
     loader: str
     tokenizer: str
     special_tokens: str
-    """What the tokenizer makes a row begin and end with."""
+    """Sentence on the special tokens at the start and end of a row."""
     epoch: Epoch
     sources: list[dict[str, Any]] = field(default_factory=list)
     """PackedDataset's description: per source name, split, revision, documents, tokens, counts."""

@@ -2,7 +2,7 @@
 
 import re
 
-from foundry_ext.preflight.inspect.layouts import LONGEST_PANEL
+from foundry_ext.preflight.inspect.layouts import MOST_LINES
 from foundry_ext.preflight.inspect.packs import Inspection
 from foundry_ext.utils.pages import render_page
 
@@ -18,7 +18,7 @@ def format_inspection(inspection: Inspection) -> str:
         "inspection.html",
         title=f"{inspection.name}: {inspection.loader}_loader",
         inspection=inspection,
-        limit=LONGEST_PANEL,
+        limit=MOST_LINES,
         # Outcomes that never occurred get no column.
         outcomes=[name for name in names if name == "kept" or any(c.get(name) for c in counts)],
         pieces=_LINE_BREAK_OR_TAB.split,

@@ -82,17 +82,17 @@ class Documents:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run by parts is given, in the dtype that is compared."""
+    """Inputs of a run by parts, in the dtype that is compared."""
 
     hidden: Sequence[Tensor]
     """Inputs [T, D] of the n layers and of the final norm."""
     cotangent: Tensor
-    """[T, D], the gradient of a layer's output."""
+    """Gradient of a layer's output, [T, D]."""
 
 
 @dataclass
 class _Recording:
-    """Outputs by site; a document after another, as hooks see them."""
+    """Outputs by site, one document after another."""
 
     outputs: dict[Site, list[Tensor]] = field(default_factory=dict)
 
@@ -148,6 +148,7 @@ def whole_of_ours(
 
 
 def parts_of_theirs(model: LlamaForCausalLM, documents: Documents, inputs: Inputs) -> Activations:
+    """Run theirs with the given input of each layer, one document at a time."""
     recording, angles = _Recording(), []
     for span in documents.spans:
         given = [x[span].to(model.dtype).requires_grad_() for x in inputs.hidden]
@@ -181,6 +182,7 @@ def parts_of_ours(
     backend: str,
     gradients: bool,
 ) -> Activations:
+    """Run ours with the given input of each layer, on all documents as one pack."""
     recording, cu_seqlens = _Recording(), documents.cu_seqlens
     max_seqlen = max(documents.lengths)
 

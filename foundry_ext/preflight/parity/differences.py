@@ -25,15 +25,15 @@ in a layer, and by 2.9 in the gradient through all layers of a narrow model."""
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far ours is from theirs at one site, and both from the exact result."""
+    """Distance of ours from theirs at one site, and of both from the exact result."""
 
     largest: float
-    """Of the absolute differences of ours from theirs."""
+    """Largest absolute difference of ours from theirs."""
     mean: float
     error: float
-    """Of ours: norm of the difference from the exact result over its norm, at the worst token."""
+    """Relative error of ours at the worst token, in norms of the exact result."""
     rounding: float
-    """The same of theirs, and at least one rounding of the dtype."""
+    """Error of theirs, computed alike, and at least one rounding of the dtype."""
 
     @property
     def ratio(self) -> float:

@@ -36,7 +36,7 @@ class ThroughputEstimate:
 
     @property
     def source(self) -> str:
-        """How the throughput is known."""
+        """Source of the throughput, in words."""
         if self.measured is None:
             return f"by {self.num_records} finished run{'s'[: self.num_records > 1]} like this one"
         return (

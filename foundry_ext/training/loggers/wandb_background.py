@@ -155,7 +155,7 @@ class BackgroundWandB(WandBLogger):
             )
 
     def _restart(self, reason: str) -> bool:
-        """If W&B's service has died, start another one, with another run of W&B's."""
+        """Start another service, with another run, if W&B's has died; return whether it runs."""
         import wandb
         from wandb.util import generate_id
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from foundry_ext.preflight.inspect.layouts import Segment, lay_out, wrap
@@ -105,4 +104,3 @@ def test_the_page_draws_them(made):
         Inspection("a", "train", "t", "nothing", epoch, layouts=replace(layouts, layouts=[many]))
     )
     assert "the first 200 of 999 lines" in page and page.count('class="d0"') == 200
-    assert np.isfinite(layouts.layouts[0].wasted_share)
