@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import wandb
 from composer.core import Callback
 
 from foundry_ext.training.loggers import wandb_background
@@ -16,7 +17,6 @@ from foundry_ext.training.loggers.wandb_background import BackgroundWandB
 from foundry_ext.training.loggers.wandb_metrics import WandBMetrics
 from tests.training import kit
 from tests.training.loggers.test_wandb_metrics import offline_in, read_back, read_records, values
-from tests.training.loggers.wandb_server import serving
 
 
 class Trouble(Callback):
@@ -154,44 +154,16 @@ def test_the_end_of_a_run_starts_no_other_service(tmp_path, caplog, monkeypatch)
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(wandb_background, "CALL_SECONDS", 2.0)
-    monkeypatch.setattr(wandb_background, "CLOSE_SECONDS", 6.0)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    # Earlier tests leave threads that still ask their own server, and what W&B keeps for a process:
-    # a session and an API object, each with an address. The object is replaced, and not cleared,
-    # because such a thread may be about to fill the old one.
-    wandb_background.leave(0)
-    with serving() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.address)
-        monkeypatch.setattr(wandb, "api", type(wandb.api)())
-        yield server
-
-
-def check(folder: Path, expected: dict[int, float], said: list[str]) -> None:
-    """Check that the run's folder, which is named, holds the losses of all steps."""
-    (folder,) = (folder / "wandb").glob("run-*")
-    assert len(expected) == 8 and any(f"wandb sync {folder}" in line for line in said), said
-    logged = losses(folder, finished=False)
-    assert logged == pytest.approx({step: expected[step] for step in logged})
-    assert set(range(7)) <= logged.keys()  # W&B writes a step when the next one begins
-
-
-def test_a_table_that_the_server_loses_ends_no_run(world, tmp_path, caplog, server, monkeypatch):
-    monkeypatch.setattr(wandb_background, "CALL_SECONDS", 60.0)
-    monkeypatch.setattr(wandb_background, "CLOSE_SECONDS", 60.0)
-    expected = train(world, tmp_path, lambda _: None, mode="online", dir=str(tmp_path))
-    said = warnings_in(caplog)
-    assert "text_samples of step 6" in said[0] and "ValueError" in said[0]
-    check(tmp_path, expected, said)
-
-
-def test_no_step_waits_for_a_server_that_stops_answering(world, tmp_path, caplog, server):
-    def stop(_):
-        server.silent.set()
-
-    expected = train(world, tmp_path, stop, mode="online", dir=str(tmp_path))
-    said = warnings_in(caplog)
-    assert "text_samples of step 6" in said[0] and f"{tmp_path}/metrics.jsonl" in said[0]
-    check(tmp_path, expected, said)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_a_table_that_the_server_loses_ends_no_run",
+        "test_no_step_waits_for_a_server_that_stops_answering",
+    ],
+)
+def test_with_a_server(name):
+    """Run a test of with_a_server.py in a process that W&B has not been used in."""
+    path = Path(__file__).with_name("with_a_server.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{path}::{name}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
