@@ -1,48 +1,49 @@
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of these that is here; figures in this project were measured with 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
 WORLD ?= pinned
 FAST ?=
 REAL ?=
 JOBS ?= auto
-HASHES ?=
+INSTALL ?=
 SEEDS ?= 17 18 19 20 21
 DATA ?=
 STAGE ?= a
 
 ifeq ($(WORLD),pinned)
 VENV := .venv
+LOCK := requirements.lock
 else ifeq ($(WORLD),current)
 VENV := .venv-current
-OVERRIDES := requirements-current.txt
+LOCK := requirements-current.txt
+# llm-foundry's metadata asks for torch 2.7.
+OVERRIDES := torch==2.14.1 torchvision==0.29.2
 else
-$(error WORLD=$(WORLD) is unknown; pinned (torch as in requirements.lock) or current (requirements-current.txt))
+$(error WORLD=$(WORLD) is unknown; pinned (requirements.lock) or current (requirements-current.txt))
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torch and packages that only torch needs: the lines that requirements-current.txt replaces.
-FAMILY := ^(torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+)=
+# uv installs ten times faster, if it is there. Both check every file against the lock's hashes.
+PIP := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
+
+export HINT = If a package could not be built: sentencepiece (Python 3.13) and zstd (Python 3.12 and 3.13 on aarch64) have no wheel and need cmake and a C++ compiler. Install these, or take Python 3.11: docs/how-to/install.md
 
 export TOKENIZERS_PARALLELISM = false
 # One process per core, or JOBS, each on one thread: tests/conftest.py sets OMP_NUM_THREADS.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check docs package bench lock hashes audit clean
+.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check docs package bench lock matrix audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv from requirements.lock; PYTHON=... picks another Python 3.11; WORLD=current: torch 2.13; HASHES=1: only files with the hashes of requirements.sha256
+install: $(STAMP) ## make .venv from requirements.lock, checking hashes; PYTHON=... picks a Python from 3.10 to 3.13; WORLD=current: torch 2.14
 
-$(STAMP): requirements.lock pyproject.toml $(OVERRIDES)
-	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
+$(STAMP): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.10 to 3.13 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-ifdef OVERRIDES
-	grep -Ev '$(FAMILY)' requirements.lock > $(VENV)/others.txt
-	$(BIN)/pip install --quiet --no-deps -r $(VENV)/others.txt -r $(OVERRIDES)
-else
-	$(BIN)/pip install --quiet $(if $(HASHES),--no-deps --require-hashes -r requirements.sha256,-r requirements.lock)
-endif
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) --no-deps --require-hashes -r $(LOCK) || { echo "$$HINT" >&2; exit 1; }
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: install ## a base model, four methods compared, a report; FAST=1: one learning rate, one seed; REAL=1: SmolLM2-135M itself, two methods
@@ -94,31 +95,20 @@ bench: install ## the CPU rows of benchmarks/RESULTS.md: some minutes on two idl
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/data.py collation
 
-lock: ## resolve pyproject.toml into a new requirements.lock; WORLD=current: renew requirements-current.txt
-	rm -rf .venv-lock
-	$(PYTHON) -m venv .venv-lock
-ifdef OVERRIDES
-	grep -Ev '$(FAMILY)' requirements.lock > .venv-lock/others.txt
-	grep -E '^(#|torch)' $(OVERRIDES) > .venv-lock/new
-	.venv-lock/bin/pip install --quiet -c .venv-lock/others.txt -r .venv-lock/new
-	.venv-lock/bin/pip freeze --all | grep -E '$(FAMILY)' | grep -v '^torch' >> .venv-lock/new
-	mv .venv-lock/new $(OVERRIDES)
-else
-	.venv-lock/bin/pip install --quiet '.[dev,docs]'
-	sed '/^#/!d' requirements.lock > .venv-lock/new
-	.venv-lock/bin/pip freeze --all --exclude pip --exclude foundry-ext >> .venv-lock/new
-	mv .venv-lock/new requirements.lock
-endif
-	rm -rf .venv-lock
+lock: install ## resolve pyproject.toml into requirements.lock, for all Pythons and platforms, moving as little as it can; WORLD=current: requirements-current.txt
+	printf '%s\n' $(OVERRIDES) > $(VENV)/overrides.txt
+	sed '/^#/!d' $(LOCK) > $(VENV)/header.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
+		--extra dev --extra docs --overrides $(VENV)/overrides.txt --output-file $(LOCK) pyproject.toml
+	cat $(VENV)/header.txt $(LOCK) > $(VENV)/lock.txt && mv $(VENV)/lock.txt $(LOCK)
 
-hashes: install ## write requirements.sha256: the packages of requirements.lock with the SHA-256 of each file
-	$(BIN)/pip install --quiet --dry-run --ignore-installed --no-deps --report $(VENV)/report.json -r requirements.lock
-	$(BIN)/python .ci/hashes.py $(VENV)/report.json > requirements.sha256
+matrix: install ## what of the lock each Python and platform can install; INSTALL=1: also installs and tests each Python that is here, needs 15 GB
+	$(BIN)/python .ci/matrix.py $(if $(INSTALL),--install --jobs $(JOBS))
 
 audit: ## known vulnerabilities in the packages of requirements.lock; needs the network for pip-audit and its database
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet pip-audit==2.10.1
-	.venv-audit/bin/pip-audit --strict --requirement requirements.sha256 --disable-pip --require-hashes
+	.venv-audit/bin/pip-audit --strict --requirement requirements.lock --disable-pip --require-hashes
 
 clean: ## remove caches and builds; keeps .venv and outputs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         **{name: version for name in PACKAGES if (version := installed(name))},
         "torch": torch.__version__,  # with its build tag

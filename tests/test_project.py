@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from functools import partial
 from importlib.metadata import entry_points, requires, version
@@ -16,9 +15,10 @@ import pytest
 from packaging.requirements import Requirement
 
 import foundry_ext
+from tests.pyproject import PYPROJECT
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = PYPROJECT["project"]
 ENTRY_POINTS = [
     (group, name, target)
     for group, entries in PROJECT["entry-points"].items()
@@ -29,25 +29,22 @@ FILES = ("requirements.lock", "requirements-current.txt")
 INDEX = r"index[-_]url|find[-_]links|trusted[-_]host|/simple\b|/whl\b"
 
 
-def locked(file: str = "requirements.lock") -> dict[str, str]:
+def entries(file: str) -> list[Requirement]:
+    """Return all lines of a lock, of every Python and platform, without their hashes."""
     lines = (ROOT / file).read_text().splitlines()
-    pins = [re.split("===?", line) for line in lines if not line.startswith("#")]
-    return {normal(name): pinned for name, pinned in pins}
+    return [Requirement(line.rstrip("\\ ")) for line in lines if re.match(r"[A-Za-z0-9]", line)]
 
 
-def torch_family() -> re.Pattern[str]:
-    """Return the pattern of lines that the Makefile removes from the lock for `WORLD=current`."""
-    [pattern] = re.findall("^FAMILY := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    return re.compile(pattern)
+def locked(file: str = "requirements.lock") -> dict[str, str]:
+    """Return the versions that a lock has for this Python and platform."""
+    chosen = [one for one in entries(file) if one.marker is None or one.marker.evaluate()]
+    return {normal(one.name): str(one.specifier).removeprefix("==") for one in chosen}
 
 
 def this_world() -> dict[str, str]:
     """Return the pins of the environment that runs the tests: the lock's or the current world's."""
-    pins, overrides = locked(), locked("requirements-current.txt")
-    if version("torch") != overrides["torch"]:
-        return pins
-    kept = {name: pin for name, pin in pins.items() if not torch_family().match(f"{name}==")}
-    return kept | overrides
+    pins, current = locked(), locked("requirements-current.txt")
+    return current if version("torch") == current["torch"] else pins
 
 
 def normal(name: str) -> str:
@@ -62,12 +59,29 @@ def test_entry_points_resolve(group: str, name: str, target: str):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_lock_pins_every_line_and_names_no_address(file: str):
+def test_a_lock_pins_and_hashes_every_package_and_names_no_address(file: str):
     text = (ROOT / file).read_text()
     assert not re.search(r"://|^-| @ |foundry[-_]ext==|\.whl", text, re.MULTILINE)
-    for line in text.splitlines():
-        pin = r"[A-Za-z0-9._-]+===?[A-Za-z0-9.!+]+"
-        assert line.startswith("#") or re.fullmatch(pin, line), line
+    content = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
+    entry = r"[a-z0-9.-]+==[A-Za-z0-9.!+]+(?: ; [^\n]+)?(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n"
+    assert re.fullmatch(f"(?:{entry})+", content)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("file", FILES)
+def test_each_python_and_platform_gets_one_version_of_each_package(file: str, python: str):
+    """macOS gets neither CUDA nor Triton. `make matrix` shows what of this has wheels."""
+    for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")):
+        here = {"python_version": python, "python_full_version": f"{python}.9"}
+        here |= {"sys_platform": system, "platform_machine": machine}
+        here |= {"platform_system": {"linux": "Linux", "darwin": "Darwin"}[system]}
+        chosen = [e for e in entries(file) if e.marker is None or e.marker.evaluate(here)]
+        names = {normal(one.name) for one in chosen}
+        assert len(names) == len(chosen)
+        assert {"torch", "llm-foundry", "mosaicml", "peft", "wandb"} <= names
+        gpu = {name for name in names if re.match("nvidia-|cuda-|triton$", name)}
+        assert not gpu or system == "linux", gpu
+        assert gpu or machine != "x86_64"
 
 
 @pytest.mark.parametrize("line", ["pip install --find-links x", "a.b/simple/", "INDEX_URL"])
@@ -85,16 +99,15 @@ def test_no_file_names_a_package_index():
     assert [path for path, text in texts.items() if re.search(INDEX, text, re.IGNORECASE)] == []
 
 
-def test_the_current_world_names_what_it_overrides():
-    """It has only torch, torchvision and torch's own dependencies, and it replaces every line of
-    the lock that the Makefile leaves out."""
-    pins, overrides, family = locked(), locked("requirements-current.txt"), torch_family()
-    assert all(family.match(f"{name}==") for name in overrides)
-    left_out = {name for name in pins if family.match(f"{name}==")}
-    assert left_out - set(overrides) == {name for name in left_out if name.endswith("-cu12")}
-    assert {"torch", "torchvision", "triton"} <= left_out & set(overrides)
-    changed = [name for name in left_out & set(overrides) if pins[name] == overrides[name]]
-    assert changed == [], "no override: the lock says the same"
+def test_the_current_world_differs_in_torch_alone():
+    """Torch, torchvision and torch's own dependencies; `make lock` moves nothing else."""
+    pinned, current = ({str(one) for one in entries(file)} for file in FILES)
+    names = {normal(Requirement(line).name) for line in pinned ^ current}
+    assert {"torch", "torchvision", "triton"} <= names
+    family = r"torch|torchvision|triton|(cuda|nvidia)-[a-z0-9-]+"
+    assert [name for name in names if not re.fullmatch(family, name)] == []
+    overrides = re.search("^OVERRIDES := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert overrides is not None and set(overrides[1].split()) <= current - pinned
 
 
 def test_torch_gets_what_it_asks_for():
@@ -112,8 +125,9 @@ def test_the_lock_agrees_with_pyproject():
     assert f"llm-foundry[peft]=={pins['llm-foundry']}" in PROJECT["dependencies"]
     extras = PROJECT["optional-dependencies"]
     assert extras.keys() == {"gpu", "lm-eval", "dev", "docs"}, "is a new one locked?"
+    names = {normal(one.name) for one in entries("requirements.lock")}
     for requirement in [*PROJECT["dependencies"], *extras["dev"], *extras["docs"]]:
-        assert normal(re.split(r"[\[<>=]", requirement)[0]) in pins, requirement
+        assert normal(Requirement(requirement).name) in names, requirement
 
 
 def test_the_installed_packages_are_the_locked_ones():

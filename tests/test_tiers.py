@@ -4,11 +4,11 @@ import itertools
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.pyproject import PYPROJECT
 from tests.tiers import one_of
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def test_a_case_of_several_arguments_stays_whole():
 
 def test_every_test_is_in_a_tier():
     """For each combination of marks, one of pytest's and make's expressions selects the test."""
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    options = PYPROJECT["tool"]["pytest"]["ini_options"]
     makefile = (ROOT / "Makefile").read_text()
     pattern = r'^(test-\w+):.*\n\t.*(?:PYTEST\)|pytest).* -m "?(.*?)"?$'
     tiers = dict(re.findall(pattern, makefile, re.MULTILINE))

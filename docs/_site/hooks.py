@@ -1,8 +1,9 @@
-"""Hooks of mkdocs: pages generated from the code, and files of the repository that pages link to.
+"""Hooks of mkdocs: generated pages, and files of the repository that pages link to.
 
-A page of docs/ may link to any file of the repository, as it must on a code host. In the site,
-Markdown files and pictures outside docs/ are copied below `repository/`; a link to any other file
-becomes its text, because the site does not hold the code.
+Pages are generated from the code and from the executable pages. A page of docs/ may link to any
+file of the repository, as it must on a code host. In the site, Markdown files and pictures outside
+docs/ are copied below `repository/`; a link to any other file becomes its text, because the site
+does not hold the code.
 """
 
 import os
@@ -18,16 +19,24 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-import reference  # noqa: E402 # pyright: ignore[reportMissingImports] # beside this file
+import executable  # noqa: E402 # pyright: ignore[reportMissingImports] # beside this file
+import reference  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
 COPIED = (".md", ".png", ".svg")
+EXECUTABLE = dict(executable.addresses())
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and what pages link to outside docs/, directly or through others."""
     for name, text in reference.pages().items():
         files.append(File.generated(config, name, content=text))
+    for source in executable.sources():
+        uri = EXECUTABLE[source.relative_to(ROOT).as_posix()]
+        files.append(File.generated(config, uri, content=executable.page(source)))
+    for name, picture in executable.plots().items():
+        uri = f"from-scratch/{name}.png"
+        files.append(File.generated(config, uri, abs_src_path=str(picture)))
     waiting = [f"docs/{file.src_uri}" for file in files if file.src_uri.endswith(".md")]
     while waiting:
         page = waiting.pop()
@@ -79,4 +88,6 @@ def _resolve(page: str, address: str) -> str | None:
 
 
 def _uri(target: str) -> str:
+    if target in EXECUTABLE:
+        return EXECUTABLE[target]
     return target.removeprefix("docs/") if target.startswith("docs/") else f"repository/{target}"

@@ -3,10 +3,15 @@
 import argparse
 import inspect
 import os
-import tomllib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from pydantic import BaseModel
 

@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from pathlib import Path
 
 from foundry_ext.utils.errors import UserError
@@ -75,9 +76,12 @@ class FolderLock:
 
 def _holder(file: int) -> str:
     """Return the process that holds the lock, as the kernel knows it and the file describes it."""
-    layout = "hhqqi"  # Linux's struct flock: type, whence, start, length, pid
-    asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    pid = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, asked))[-1]
+    if sys.platform == "darwin":  # struct flock: start, length, pid, type, whence
+        asked = struct.pack("qqihh", 0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+        pid = struct.unpack("qqihh", fcntl.fcntl(file, fcntl.F_GETLK, asked))[2]
+    else:  # Linux's: type, whence, start, length, pid
+        asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        pid = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[-1]
     signed = os.pread(file, 200, 0).decode(errors="replace").strip()
     if pid <= 0 or signed.startswith(f"process {pid} "):
         return signed or "unknown process"

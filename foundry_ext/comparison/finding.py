@@ -1,14 +1,14 @@
 """A finding on a claim about methods, and the verdict that follows from it."""
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 from foundry_ext.comparison.interval import Interval
 from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.statistics import MIN_SEEDS
 
 
-class Verdict(StrEnum):
+class Verdict(Enum):
     """Relation of a finding to a claim."""
 
     AGREES = "agrees"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from enum import StrEnum
+from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from foundry_ext.utils.nested import leaves
 from foundry_ext.utils.redaction import REDACTED, is_secret_name, redact
 
 
-class Effect(StrEnum):
+class Effect(Enum):
     """The effect of a setting on the result of a run that changes it when it resumes."""
 
     DECIDES = "another result"

@@ -136,13 +136,16 @@ def _slots(gpus: Sequence[str], parallel: int | None, launcher: str) -> list[dic
 
 
 def _choose_launcher(asked: str | None, runs: Sequence[PlannedRun], gpus: Sequence[str]) -> str:
-    forks = all(can_fork(run.command, run.program) for run in runs)
+    is_macos = sys.platform == "darwin"  # whose system libraries do not survive a fork
+    forks = not is_macos and all(can_fork(run.command, run.program) for run in runs)
     if asked is None:
         return "fork" if forks and not _has_gpu(gpus) else "subprocess"
     if asked not in LAUNCHERS:
         raise UserError(f"launcher, {asked!r}, is neither fork nor subprocess")
     if asked == "fork" and gpus:
         raise UserError("launcher fork is for a CPU: a process that uses CUDA cannot be forked")
+    if asked == "fork" and is_macos:
+        raise UserError("launcher fork is for Linux; use launcher subprocess")
     if asked == "fork" and not forks:
         raise UserError(
             f"launcher fork is for one rank: {shlex.join(runs[0].command[:4])} ... is not composer "

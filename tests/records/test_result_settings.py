@@ -120,6 +120,6 @@ def test_the_page_lists_what_may_change():
     """Its table has a row per effect, with the keys in backticks."""
     rows = dict(re.findall(r"^\| \*\*(.+?)\*\* \|.*?\|(.*)\|$", PAGE.read_text(), re.MULTILINE))
     for effect in (Effect.SAME_BITS, Effect.ROUNDING, Effect.ANNOUNCED):
-        listed = re.findall(r"`([^`]+)`", rows[str(effect)])
+        listed = re.findall(r"`([^`]+)`", rows[effect.value])
         keys = {LOADER.sub("LOADER.", key) for key in _TABLE[effect]}
         assert sorted(listed) == sorted(keys), effect

@@ -62,6 +62,15 @@ def test_forking_is_the_choice_where_it_can_be(folder: Path, monkeypatch: pytest
         run_sweep(write_sweep(folder, {}), launcher="thread")
 
 
+def test_macos_does_not_fork(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    said: list[str] = []
+    run_sweep(write_sweep(folder, {}), dry_run=True, echo=said.append)
+    assert "launcher subprocess" in said[0]
+    with pytest.raises(UserError, match="launcher fork is for Linux; use launcher subprocess"):
+        run_sweep(write_sweep(folder, {}), launcher="fork")
+
+
 def test_a_temporary_folder_too_long_for_a_socket_is_no_end_of_sweeps(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

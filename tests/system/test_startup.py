@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.startup import _BUILDERS, PARTS, Marks
+from tests.pyproject import PYPROJECT
 
 ROOT = Path(__file__).parents[2]
 SLOW = {
@@ -40,9 +41,7 @@ def packages(modules: set[str]) -> set[str]:
 
 def entry_modules() -> set[str]:
     """Return the modules that a run's YAML can name."""
-    import tomllib
-
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    points = PYPROJECT["project"]["entry-points"]
     return {value.partition(":")[0] for group in points.values() for value in group.values()}
 
 

@@ -53,11 +53,11 @@ def _seen(finding: Finding) -> str:
 
 def verdict_text(finding: Finding) -> str:
     """Return the verdict, what would settle it, and what these runs show if seeds are too few."""
-    text = str(finding.verdict)
+    text = finding.verdict.value
     if finding.needs:
         text += f"; it would need {finding.needs}"
     if finding.verdict is Verdict.CANNOT_BE_TOLD and not finding.in_general:
         told = finding.in_these_runs
-        shown = "no difference shows" if told is Verdict.CANNOT_BE_TOLD else f"it {told}"
+        shown = "no difference shows" if told is Verdict.CANNOT_BE_TOLD else f"it {told.value}"
         text += f" (in these runs alone, {shown})"
     return text

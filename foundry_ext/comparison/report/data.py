@@ -38,7 +38,7 @@ def write_json(path: Path, comparison: Comparison) -> None:
         "claims": [
             {
                 **_as_measure(asdict(finding)),
-                "verdict": finding.verdict,
+                "verdict": finding.verdict.value,
                 "in_these_runs": finding.in_these_runs,
             }
             for finding in find_claims(comparison)
