@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from composer.callbacks.memory_monitor import _MEMORY_KEYS
 from composer.loggers import WandBLogger
 from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
@@ -16,15 +17,15 @@ from wandb.sdk.internal import datastore
 
 from foundry_ext.comparison.wandb_runs import is_local, local_record
 from foundry_ext.records.record import RECORD_NAME, read_items, read_record
+from foundry_ext.training.logged_metrics import AGAINST_TOKENS, METRICS, TOKENS, metric_of
 from foundry_ext.training.loggers import wandb_metrics
 from foundry_ext.training.loggers.wandb_metrics import (
-    AGAINST_TOKENS,
     PROMISED_CONFIG,
     PROMISED_KEYS,
-    TOKENS,
     WandBMetrics,
 )
 from tests.training import kit
+from tests.training.callbacks.forgetting_kit import make_sets
 from tests.training.callbacks.test_run_record import settings
 
 
@@ -62,12 +63,22 @@ def values(items) -> dict:
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
+def every_kind_of_set(world, folder: Path) -> dict:
+    """Return sets of every type, multiple choice and generation in both roles."""
+    sets = make_sets(world, folder)
+    sets["choice"]["logprob"] = True
+    sets |= {
+        "learned_choice": {**sets["choice"], "role": "learning"},
+        "lost_problems": {**sets["problems"], "role": "forgetting"},
+    }
+    return sets
+
+
 @pytest.fixture(scope="module")
 def offline(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     given = settings(world, folder, seed=23, save_folder=None, eval_first=True)
-    sets = given["callbacks"]["forgetting"]["sets"]
-    sets["source"] = {**sets["target"], "role": "forgetting", "kl": True}
+    given["callbacks"]["forgetting"]["sets"] = every_kind_of_set(world, folder)
     given["callbacks"]["packed_throughput"] = {}
     given["callbacks"] |= {"lr_monitor": {}, "guard": {}}
     given["callbacks"]["text_samples"] = {"prompts": ["one bird"], "max_new_tokens": 4}
@@ -82,14 +93,32 @@ def offline(world, tmp_path_factory):
     return run, folder, wandb_folder, read_back(wandb_folder)
 
 
-def test_every_promised_key_is_in_the_file(offline):
-    *_, records = offline
+def logged_by(records) -> set[str]:
+    """Return the keys of a run's history; a table has one."""
     logged = {key for record in records if record.HasField("history") for key in keys(record)}
-    logged |= {key.partition("/")[0] for key in logged if key.endswith("/_type")}  # a table
+    tables = {key.partition("/")[0] for key in logged if key.endswith("/_type")}
+    return {key for key in logged if key.partition("/")[0] not in tables} | tables
+
+
+def test_every_promised_key_is_in_the_file(offline):
+    logged = logged_by(offline[-1])
     missing = [
         promise for promise in PROMISED_KEYS if not any(fnmatch(key, promise) for key in logged)
     ]
     assert not missing, sorted(logged)
+
+
+def test_the_declaration_and_a_run_have_the_same_keys(offline):
+    """But for those that need a GPU, chats, or a wrong step."""
+    logged = {key for key in logged_by(offline[-1]) if not key.startswith("_")}
+    assert [key for key in logged if metric_of(key) is None] == []
+    missing = {
+        metric.key for metric in METRICS if not any(fnmatch(key, metric.key) for key in logged)
+    }
+    memory = {f"memory/{name}" for name in _MEMORY_KEYS.values()}
+    others = {"throughput/device/mfu", "guard/skipped", "data/responses_not_trained"}
+    assert missing == memory | others
+    assert all(metric.only for metric in METRICS if metric.key in missing)
 
 
 def keys(record):
