@@ -1,6 +1,7 @@
 """An offline W&B run: its file is read back and holds every promised key."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal import datastore
 
+from foundry_ext.comparison.dashboard import dashboard
 from foundry_ext.comparison.wandb_runs import is_local, local_record
 from foundry_ext.records.record import RECORD_NAME, read_items, read_record
 from foundry_ext.training.logged_metrics import AGAINST_TOKENS, METRICS, TOKENS, metric_of
@@ -24,6 +26,7 @@ from foundry_ext.training.loggers.wandb_metrics import (
     PROMISED_KEYS,
     WandBMetrics,
 )
+from tests.comparison.shown import Shown, shown
 from tests.training import kit
 from tests.training.callbacks.forgetting_kit import make_sets
 from tests.training.callbacks.test_run_record import settings
@@ -123,6 +126,41 @@ def test_the_declaration_and_a_run_have_the_same_keys(offline):
 
 def keys(record):
     return values(record.history.item)
+
+
+def missing_from(records, specification) -> set:
+    """Return what the dashboard's panels show and the run lacks, but for what needs a GPU."""
+    summary, config = {}, {}
+    for record in records:
+        if record.HasField("summary"):
+            summary |= values(record.summary.update)
+        if record.HasField("config"):
+            config |= values(record.config.update)
+        if record.HasField("run"):
+            config |= values(record.run.config.update)
+    logged = {
+        "history": logged_by(records),
+        "summary": {key.removesuffix("/_type") for key in summary},
+        "config": {*config, *(f"optimizer.{key}" for key in config["optimizer"])},
+    }
+    return {
+        one
+        for one in shown(specification)
+        if not any(re.fullmatch(one.key, key) for key in logged[one.place])
+        and not getattr(metric_of(one.key), "only", "")
+    }
+
+
+def test_the_dashboard_shows_what_the_run_has(offline):
+    keys = {
+        "learning": ["target_loss", "problems_strict_match"],
+        "forgetting": ["source_loss", "source_kl", "mean_accuracy"],
+    }
+    assert missing_from(offline[-1], dashboard("me", "trials", **keys)) == set()
+    (lost,) = missing_from(offline[-1], dashboard("me", "trials", learning=["other_loss"])) - {
+        Shown("history", "learning/other_loss")
+    }
+    assert lost == Shown("summary", "learning/other_loss")
 
 
 def test_values_stand_beside_real_tokens(offline):
