@@ -157,11 +157,11 @@ def save(specification: Data) -> str:
     Raises:
         UserError: the extra `dashboard` is missing, W&B refuses the view, or there is no login.
     """
-    from wandb.errors import Error
-
     workspace = to_workspace(specification)
     place = f"{specification['entity']}/{specification['project']}"
-    with naming(f"{place}: W&B says", (Error,)):
+    problem = f"{place}: W&B did not take the dashboard (is there a login, and such a project?)"
+    # Any error, because W&B raises a plain Exception if the server refuses.
+    with naming(problem, (Exception,)):
         return workspace.save().url
 
 

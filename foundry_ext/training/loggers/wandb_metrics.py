@@ -84,7 +84,7 @@ class WandBMetrics(BackgroundWandB):
         for names in AGAINST_TOKENS:
             wandb.define_metric(names, step_metric=TOKENS)
         if self._config:
-            super().log_hyperparameters(self._config)
+            self._log_config(self._config)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.state is not None:
@@ -110,7 +110,16 @@ class WandBMetrics(BackgroundWandB):
         values = redact(hyperparameters)
         if self.state is not None:
             self._config |= values
-        self.send("the configuration", partial(super().log_hyperparameters, values))
+        self.send("the configuration", partial(self._log_config, values))
+
+    def _log_config(self, values: dict[str, Any]) -> None:
+        import wandb
+
+        super().log_hyperparameters(values)
+        if wandb.run is not None and wandb.run.offline:
+            # `wandb sync` of 0.18 uploads the configuration of the run's own entry in its file, and
+            # leaves out what came later. Setting the tags writes that entry again.
+            wandb.run.tags = wandb.run.tags or ()
 
     def upload_file(self, state: State, remote_file_name: str, *args: Any, **kwargs: Any) -> None:
         call = partial(super().upload_file, state, remote_file_name, *args, **kwargs)

@@ -1,7 +1,9 @@
 """An offline W&B run: its file is read back and holds every promised key."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,8 @@ from tests.comparison.shown import Shown, shown
 from tests.training import kit
 from tests.training.callbacks.forgetting_kit import make_sets
 from tests.training.callbacks.test_run_record import settings
+from tests.training.loggers.wandb_server import serving
+from tests.training.loggers.wandb_store import Store
 
 
 def read_back(folder: Path):
@@ -128,8 +132,8 @@ def keys(record):
     return values(record.history.item)
 
 
-def missing_from(records, specification) -> set:
-    """Return what the dashboard's panels show and the run lacks, but for what needs a GPU."""
+def logged_in(records) -> dict[str, set[str]]:
+    """Return the keys of an offline run by the place that a panel names."""
     summary, config = {}, {}
     for record in records:
         if record.HasField("summary"):
@@ -138,11 +142,15 @@ def missing_from(records, specification) -> set:
             config |= values(record.config.update)
         if record.HasField("run"):
             config |= values(record.run.config.update)
-    logged = {
+    return {
         "history": logged_by(records),
         "summary": {key.removesuffix("/_type") for key in summary},
         "config": {*config, *(f"optimizer.{key}" for key in config["optimizer"])},
     }
+
+
+def missing_from(logged: dict[str, set[str]], specification) -> set[Shown]:
+    """Return what the dashboard's panels show and the run lacks, but for what needs a GPU."""
     return {
         one
         for one in shown(specification)
@@ -151,16 +159,42 @@ def missing_from(records, specification) -> set:
     }
 
 
+KEYS = {
+    "learning": ["target_loss", "problems_strict_match"],
+    "forgetting": ["source_loss", "source_kl", "mean_accuracy"],
+}
+
+
 def test_the_dashboard_shows_what_the_run_has(offline):
-    keys = {
-        "learning": ["target_loss", "problems_strict_match"],
-        "forgetting": ["source_loss", "source_kl", "mean_accuracy"],
+    logged = logged_in(offline[-1])
+    assert missing_from(logged, dashboard("me", "trials", **KEYS)) == set()
+    other = dashboard("me", "trials", learning=["other_loss"])
+    key = "learning/other_loss"
+    assert missing_from(logged, other) == {Shown("history", key), Shown("summary", key)}
+
+
+@pytest.mark.more
+def test_an_offline_run_that_is_synced_later_is_in_the_same_panels(offline, tmp_path):
+    """With its configuration, which `wandb sync` takes from the run's own entry in the file."""
+    shutil.copytree(offline[2], tmp_path / offline[2].name)
+    with serving(Store()) as server:
+        environment = {**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40}
+        command = [sys.executable, "-m", "wandb", "sync", offline[2].name]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    (run,) = server.runs.values()
+    assert missing_from(run.logged, dashboard("me", "trials", **KEYS)) == set()
+    assert run.config["optimizer"]["value"]["lr"] == 0.01
+    record = read_record(offline[1] / "record.json")
+    assert run.summary["learning/target_loss"] == pytest.approx(
+        record["evaluations"][-1]["learning"]["target_loss"]
+    )
+    curve = {
+        row["_step"]: row["time/token"] for row in run.history if "learning/target_loss" in row
     }
-    assert missing_from(offline[-1], dashboard("me", "trials", **keys)) == set()
-    (lost,) = missing_from(offline[-1], dashboard("me", "trials", learning=["other_loss"])) - {
-        Shown("history", "learning/other_loss")
-    }
-    assert lost == Shown("summary", "learning/other_loss")
+    assert curve == {entry["step"]: entry["real_tokens"] for entry in record["evaluations"]}
 
 
 def test_values_stand_beside_real_tokens(offline):
@@ -204,8 +238,9 @@ def test_metrics_are_defined_against_tokens(offline):
 
 def test_runs_are_grouped(offline):
     *_, records = offline
-    (started,) = [record.run for record in records if record.HasField("run")]
-    assert (started.run_group, started.job_type) == ("trial", "dora")
+    started, *again = [record.run for record in records if record.HasField("run")]
+    for entry in (started, *again):
+        assert (entry.run_group, entry.job_type) == ("trial", "dora")
     assert (started.project, started.display_name) == ("trials", "one")
     config = values(started.config.update)
     for record in records:
@@ -243,7 +278,7 @@ def test_what_the_yaml_says_of_group_and_job_type_wins(world, tmp_path):
     given = {"loggers": {"inmemory": {}, "wandb_metrics": logger}, "save_folder": None}
     kit.run(kit.run_config(world, tmp_path, max_duration="1ba", **given))
     (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (started,) = [record.run for record in read_back(wandb_folder) if record.HasField("run")]
+    started, *_ = [record.run for record in read_back(wandb_folder) if record.HasField("run")]
     assert (started.run_group, started.job_type) == ("mine", "my job")
     with pytest.raises(FileNotFoundError, match=r"has no record.json"):
         local_record(wandb_folder)
