@@ -36,7 +36,7 @@ class LoggedMetric:
 
     @property
     def is_table(self) -> bool:
-        """True if the values are tables of text, which only W&B keeps."""
+        """True if the values are tables of text, not numbers."""
         return self.unit == "table"
 
     @property

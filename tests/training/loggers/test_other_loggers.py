@@ -18,6 +18,7 @@ def folder(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("loggers")
     given = settings(world, folder, save_folder=None, eval_first=True)
     given["callbacks"] |= {"packed_throughput": {}, "lr_monitor": {}, "guard": {}}
+    given["callbacks"]["text_samples"] = {"prompts": ["one bird"], "max_new_tokens": 4}
     given["loggers"] = {
         "inmemory": {},
         "metrics_file": {"path": f"{folder}/metrics.jsonl"},
@@ -66,6 +67,7 @@ def test_mlflow_has_the_scalars_of_metrics_file(folder: Path, expected: Scalars)
         )
         for key in run.data.metrics
     }
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"text_samples.json"}
     check(logged, {key: without_repeats(values) for key, values in expected.items()})
 
 
