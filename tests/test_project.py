@@ -124,7 +124,7 @@ def test_the_lock_agrees_with_pyproject():
     assert int(pins["setuptools"].split(".")[0]) < 82
     assert f"llm-foundry[peft]=={pins['llm-foundry']}" in PROJECT["dependencies"]
     extras = PROJECT["optional-dependencies"]
-    assert extras.keys() == {"gpu", "lm-eval", "dev", "docs"}, "is a new one locked?"
+    assert extras.keys() == {"gpu", "dashboard", "lm-eval", "dev", "docs"}, "is a new one locked?"
     names = {normal(one.name) for one in entries("requirements.lock")}
     for requirement in [*PROJECT["dependencies"], *extras["dev"], *extras["docs"]]:
         assert normal(Requirement(requirement).name) in names, requirement

@@ -20,6 +20,7 @@ from foundry_ext.cli.main import COMMANDS, build_parser
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.records import schema
 from foundry_ext.records.metric import KINDS, Metric
+from foundry_ext.training.logged_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 # What an entry point's group registers -> the YAML's place for it.
@@ -116,9 +117,13 @@ def _type(field: dict[str, Any]) -> str:
 
 
 def metrics() -> str:
-    """Return what is measured: kinds of learning and forgetting, and callbacks that log."""
+    """Return every logged key, the kinds of learning and forgetting, and callbacks that log."""
     parts = [
-        "# Metrics\n\n## Learning and forgetting\n\n"
+        "# Metrics\n\n## Keys\n\nRuns of the shipped YAMLs log these keys to every logger; `*` is a"
+        " set, an evaluator or an optimizer. W&B's own charts show some against real tokens, and"
+        " the others against steps. `foundry-ext dashboard` shows those that have a panel.\n",
+        *_keys(),
+        "\n## Learning and forgetting\n\n"
         "A key is `<set>_<kind>`, under `learning/` or `forgetting/`. Values are changes since step"
         " 0; positive means more learned, or more forgotten.\n",
         "| kind | unit in the report | factor from the record's value | right or wrong per item |",
@@ -133,6 +138,19 @@ def metrics() -> str:
     callbacks = _entry_points()["llmfoundry_callbacks"]
     parts += [_documented(name, callbacks[name]) for name in MEASURING]
     return "\n".join(parts)
+
+
+def _keys() -> Iterator[str]:
+    """Yield the table of logged metrics."""
+    yield "| key | unit | meaning | logged by | axis | panel |\n|---|---|---|---|---|---|"
+    for metric in METRICS:
+        only = f"; only {metric.only}" if metric.only else ""
+        axis = "real tokens" if metric.axis else "steps"
+        writer = metric.writer if metric.writer == "Composer" else f"`{metric.writer}`"
+        yield (
+            f"| `{metric.key}` | {metric.unit} | {metric.meaning}{only} | {writer} | {axis}"
+            f" | {metric.section} |"
+        )
 
 
 def api() -> str:

@@ -24,6 +24,7 @@ COMMANDS = {
     "check-fair": "name every difference between runs that should differ by method only",
     "sweep": "run a W&B sweep file on this machine, without a server",
     "compare": "compare runs: learning, forgetting and cost as comparison.md, an HTML page, plots",
+    "dashboard": "make a W&B dashboard of learning, forgetting and throughput",
     "eval": "measure learning and forgetting of a checkpoint, a model or an adapter",
     "tasks": "write evaluation tasks as JSONL, from the hub or a local file",
     "analyse": "measure rank and intruder dimensions of the weight change",

@@ -13,25 +13,13 @@ from composer.loggers import Logger
 
 from foundry_ext.records.record import RECORD_NAME, items_path, read_record
 from foundry_ext.training.callbacks.run_record import RunRecord
+from foundry_ext.training.logged_metrics import AGAINST_TOKENS, METRICS, TOKENS
 from foundry_ext.training.loggers.wandb_background import BackgroundWandB
 from foundry_ext.training.run_description import find_callback, method_of
 from foundry_ext.utils.redaction import redact
 
-TOKENS = "time/token"  # real tokens, Composer's name for them
-# Charts of these have real tokens as x axis; W&B's own steps can still be selected.
-AGAINST_TOKENS = ("learning/*", "forgetting/*", "evaluation/*", "metrics/*", "loss/*")
-# Keys that runs of the shipped YAMLs log; * is a set, an evaluator, an optimizer or a count.
-PROMISED_KEYS = (
-    *("loss/train/total", "time/batch", "time/epoch", "time/sample", TOKENS),
-    *("learning/*_loss", "forgetting/*_loss", "forgetting/*_kl"),
-    *("evaluation/*/loss", "evaluation/*/kl"),
-    *("metrics/*/LanguageCrossEntropy", "metrics/*/LanguagePerplexity", "metrics/*/TokenAccuracy"),
-    *("throughput/real_tokens_per_sec", "throughput/loss_tokens_per_sec"),
-    *("throughput/documents_per_sec", "throughput/device/real_tokens_per_sec"),
-    *("throughput/waiting_for_data", "packing/fill", "packing/documents_per_pack"),
-    *("data/kept", "data/truncated", "data/tokens_cut", "lr-*/group0", "text_samples"),
-    "guard/gradient_norm",
-)
+# Keys that every run of the shipped YAMLs logs.
+PROMISED_KEYS = tuple(metric.key for metric in METRICS if not metric.only)
 # Keys of the run's configuration besides the YAML; the first two are also its group and job type.
 PROMISED_CONFIG = ("experiment", "method", "seed")
 
@@ -96,7 +84,7 @@ class WandBMetrics(BackgroundWandB):
         for names in AGAINST_TOKENS:
             wandb.define_metric(names, step_metric=TOKENS)
         if self._config:
-            super().log_hyperparameters(self._config)
+            self._log_config(self._config)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if self.state is not None:
@@ -122,7 +110,16 @@ class WandBMetrics(BackgroundWandB):
         values = redact(hyperparameters)
         if self.state is not None:
             self._config |= values
-        self.send("the configuration", partial(super().log_hyperparameters, values))
+        self.send("the configuration", partial(self._log_config, values))
+
+    def _log_config(self, values: dict[str, Any]) -> None:
+        import wandb
+
+        super().log_hyperparameters(values)
+        if wandb.run is not None and wandb.run.offline:
+            # `wandb sync` of 0.18 uploads the configuration of the run's own entry in its file, and
+            # leaves out what came later. Setting the tags writes that entry again.
+            wandb.run.tags = wandb.run.tags or ()
 
     def upload_file(self, state: State, remote_file_name: str, *args: Any, **kwargs: Any) -> None:
         call = partial(super().upload_file, state, remote_file_name, *args, **kwargs)

@@ -1,6 +1,9 @@
 """An offline W&B run: its file is read back and holds every promised key."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -9,23 +12,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from composer.callbacks.memory_monitor import _MEMORY_KEYS
 from composer.loggers import WandBLogger
 from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal import datastore
 
+from foundry_ext.comparison.dashboard import dashboard
 from foundry_ext.comparison.wandb_runs import is_local, local_record
 from foundry_ext.records.record import RECORD_NAME, read_items, read_record
+from foundry_ext.training.logged_metrics import AGAINST_TOKENS, METRICS, TOKENS, metric_of
 from foundry_ext.training.loggers import wandb_metrics
 from foundry_ext.training.loggers.wandb_metrics import (
-    AGAINST_TOKENS,
     PROMISED_CONFIG,
     PROMISED_KEYS,
-    TOKENS,
     WandBMetrics,
 )
+from tests.comparison.shown import Shown, shown
 from tests.training import kit
+from tests.training.callbacks.forgetting_kit import make_sets
 from tests.training.callbacks.test_run_record import settings
+from tests.training.loggers.wandb_server import serving
+from tests.training.loggers.wandb_store import Store
 
 
 def read_back(folder: Path):
@@ -62,12 +70,22 @@ def values(items) -> dict:
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
+def every_kind_of_set(world, folder: Path) -> dict:
+    """Return sets of every type, multiple choice and generation in both roles."""
+    sets = make_sets(world, folder)
+    sets["choice"]["logprob"] = True
+    sets |= {
+        "learned_choice": {**sets["choice"], "role": "learning"},
+        "lost_problems": {**sets["problems"], "role": "forgetting"},
+    }
+    return sets
+
+
 @pytest.fixture(scope="module")
 def offline(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     given = settings(world, folder, seed=23, save_folder=None, eval_first=True)
-    sets = given["callbacks"]["forgetting"]["sets"]
-    sets["source"] = {**sets["target"], "role": "forgetting", "kl": True}
+    given["callbacks"]["forgetting"]["sets"] = every_kind_of_set(world, folder)
     given["callbacks"]["packed_throughput"] = {}
     given["callbacks"] |= {"lr_monitor": {}, "guard": {}}
     given["callbacks"]["text_samples"] = {"prompts": ["one bird"], "max_new_tokens": 4}
@@ -82,18 +100,101 @@ def offline(world, tmp_path_factory):
     return run, folder, wandb_folder, read_back(wandb_folder)
 
 
-def test_every_promised_key_is_in_the_file(offline):
-    *_, records = offline
+def logged_by(records) -> set[str]:
+    """Return the keys of a run's history; a table has one."""
     logged = {key for record in records if record.HasField("history") for key in keys(record)}
-    logged |= {key.partition("/")[0] for key in logged if key.endswith("/_type")}  # a table
+    tables = {key.partition("/")[0] for key in logged if key.endswith("/_type")}
+    return {key for key in logged if key.partition("/")[0] not in tables} | tables
+
+
+def test_every_promised_key_is_in_the_file(offline):
+    logged = logged_by(offline[-1])
     missing = [
         promise for promise in PROMISED_KEYS if not any(fnmatch(key, promise) for key in logged)
     ]
     assert not missing, sorted(logged)
 
 
+def test_the_declaration_and_a_run_have_the_same_keys(offline):
+    """But for those that need a GPU, chats, or a wrong step."""
+    logged = {key for key in logged_by(offline[-1]) if not key.startswith("_")}
+    assert [key for key in logged if metric_of(key) is None] == []
+    missing = {
+        metric.key for metric in METRICS if not any(fnmatch(key, metric.key) for key in logged)
+    }
+    memory = {f"memory/{name}" for name in _MEMORY_KEYS.values()}
+    others = {"throughput/device/mfu", "guard/skipped", "data/responses_not_trained"}
+    assert missing == memory | others
+    assert all(metric.only for metric in METRICS if metric.key in missing)
+
+
 def keys(record):
     return values(record.history.item)
+
+
+def logged_in(records) -> dict[str, set[str]]:
+    """Return the keys of an offline run by the place that a panel names."""
+    summary, config = {}, {}
+    for record in records:
+        if record.HasField("summary"):
+            summary |= values(record.summary.update)
+        if record.HasField("config"):
+            config |= values(record.config.update)
+        if record.HasField("run"):
+            config |= values(record.run.config.update)
+    return {
+        "history": logged_by(records),
+        "summary": {key.removesuffix("/_type") for key in summary},
+        "config": {*config, *(f"optimizer.{key}" for key in config["optimizer"])},
+    }
+
+
+def missing_from(logged: dict[str, set[str]], specification) -> set[Shown]:
+    """Return what the dashboard's panels show and the run lacks, but for what needs a GPU."""
+    return {
+        one
+        for one in shown(specification)
+        if not any(re.fullmatch(one.key, key) for key in logged[one.place])
+        and not getattr(metric_of(one.key), "only", "")
+    }
+
+
+KEYS = {
+    "learning": ["target_loss", "problems_strict_match"],
+    "forgetting": ["source_loss", "source_kl", "mean_accuracy"],
+}
+
+
+def test_the_dashboard_shows_what_the_run_has(offline):
+    logged = logged_in(offline[-1])
+    assert missing_from(logged, dashboard("me", "trials", **KEYS)) == set()
+    other = dashboard("me", "trials", learning=["other_loss"])
+    key = "learning/other_loss"
+    assert missing_from(logged, other) == {Shown("history", key), Shown("summary", key)}
+
+
+@pytest.mark.more
+def test_an_offline_run_that_is_synced_later_is_in_the_same_panels(offline, tmp_path):
+    """With its configuration, which `wandb sync` takes from the run's own entry in the file."""
+    shutil.copytree(offline[2], tmp_path / offline[2].name)
+    with serving(Store()) as server:
+        environment = {**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40}
+        command = [sys.executable, "-m", "wandb", "sync", offline[2].name]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    (run,) = server.runs.values()
+    assert missing_from(run.logged, dashboard("me", "trials", **KEYS)) == set()
+    assert run.config["optimizer"]["value"]["lr"] == 0.01
+    record = read_record(offline[1] / "record.json")
+    assert run.summary["learning/target_loss"] == pytest.approx(
+        record["evaluations"][-1]["learning"]["target_loss"]
+    )
+    curve = {
+        row["_step"]: row["time/token"] for row in run.history if "learning/target_loss" in row
+    }
+    assert curve == {entry["step"]: entry["real_tokens"] for entry in record["evaluations"]}
 
 
 def test_values_stand_beside_real_tokens(offline):
@@ -137,8 +238,9 @@ def test_metrics_are_defined_against_tokens(offline):
 
 def test_runs_are_grouped(offline):
     *_, records = offline
-    (started,) = [record.run for record in records if record.HasField("run")]
-    assert (started.run_group, started.job_type) == ("trial", "dora")
+    started, *again = [record.run for record in records if record.HasField("run")]
+    for entry in (started, *again):
+        assert (entry.run_group, entry.job_type) == ("trial", "dora")
     assert (started.project, started.display_name) == ("trials", "one")
     config = values(started.config.update)
     for record in records:
@@ -176,7 +278,7 @@ def test_what_the_yaml_says_of_group_and_job_type_wins(world, tmp_path):
     given = {"loggers": {"inmemory": {}, "wandb_metrics": logger}, "save_folder": None}
     kit.run(kit.run_config(world, tmp_path, max_duration="1ba", **given))
     (wandb_folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (started,) = [record.run for record in read_back(wandb_folder) if record.HasField("run")]
+    started, *_ = [record.run for record in read_back(wandb_folder) if record.HasField("run")]
     assert (started.run_group, started.job_type) == ("mine", "my job")
     with pytest.raises(FileNotFoundError, match=r"has no record.json"):
         local_record(wandb_folder)

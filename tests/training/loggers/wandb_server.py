@@ -1,6 +1,7 @@
 """As much of W&B's server as a run needs, on this machine; it can stop answering."""
 
 import contextlib
+import gzip
 import json
 import threading
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ class Server(ThreadingHTTPServer):
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
         return {}
 
+    def receive(self, path: str, body: bytes) -> None:
+        """Take the body of a request that is no query: a run's history, or a file."""
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -48,8 +52,20 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
+    def read_body(self) -> bytes:
+        if self.headers.get("transfer-encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            body = b"".join(parts)
+        else:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        return gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
+
     def handle_request(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = self.read_body()
         if self.server.silent.is_set():
             self.server.closed.wait()
             return
@@ -57,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/graphql"):
             asked = json.loads(body)
             content = {"data": self.server.answer(asked["query"], asked.get("variables") or {})}
+        else:
+            self.server.receive(self.path, body)
         text = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -68,8 +86,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
+def serving(server: Server | None = None) -> Iterator[Server]:
+    server = server or Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
