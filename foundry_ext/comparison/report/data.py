@@ -39,7 +39,7 @@ def write_json(path: Path, comparison: Comparison) -> None:
             {
                 **_as_measure(asdict(finding)),
                 "verdict": finding.verdict.value,
-                "in_these_runs": finding.in_these_runs,
+                "in_these_runs": finding.in_these_runs.value,
             }
             for finding in find_claims(comparison)
         ],
