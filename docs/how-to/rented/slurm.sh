@@ -1,0 +1,58 @@
+#!/bin/bash
+# Slurm: trains on one node of a cluster and continues after a pre-emption or at the time limit.
+# How it was tried: docs/how-to/rented-machines.md
+#
+#   make install                          # once, on the login node
+#   sbatch docs/how-to/rented/slurm.sh composer train.py yamls/smollm2_lora.yaml
+#   sbatch --gpus-per-node=4 docs/how-to/rented/slurm.sh foundry-ext sweep experiments/paper/sweep.yaml --gpus 0,1,2,3 --yes
+#
+# Submit from the project's folder, on a file system that all nodes share: outputs/ stays there.
+# The W&B key comes from `wandb login` on the login node, or from WANDB_API_KEY in your shell.
+#
+#SBATCH --job-name=foundry-ext
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1
+#SBATCH --mem=32G
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+# Two minutes before the time limit, and only to this script.
+#SBATCH --signal=B:TERM@120
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+
+if [ $# = 0 ]; then
+    echo "usage: sbatch $0 COMMAND ..., such as composer train.py yamls/smollm2_lora.yaml" >&2
+    exit 2
+fi
+make install
+# shellcheck disable=SC1091
+source .venv/bin/activate
+
+caught=
+stop() {
+    trap '' TERM # a second SIGINT would end the command without saving
+    caught=1
+    # To the command alone. Composer's launcher and a sweep pass it on; the runs save at the end of a batch.
+    kill -INT "$command" || true
+}
+
+set -m # a process group for the command, which receives no signal of this script's, and SIGINT not ignored
+"$@" &
+command=$!
+trap stop TERM
+status=0
+wait "$command" || status=$?
+if [ -n "$caught" ]; then # it was the signal that ended the first wait
+    status=0
+    wait "$command" || status=$?
+fi
+
+# Slurm requeues a pre-empted job by itself, and a cancelled one must not come back: neither is RUNNING.
+if [ -n "$caught" ] && [ "$status" != 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+    echo "stopped by Slurm; requeued to continue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
