@@ -3,11 +3,12 @@
 Parsed by Modal, not run: docs/how-to/rented-machines.md
 
     modal secret create wandb WANDB_API_KEY=...      # once; or WANDB_MODE=offline
-    modal run --detach docs/how-to/rented/modal_train.py --command "composer train.py yamls/smollm2_lora.yaml"
+    modal run --detach docs/how-to/rented/modal_train.py \
+        --command "composer train.py yamls/smollm2_lora.yaml"
     modal volume get foundry-ext-outputs smollm2-135m_metamathqa_lora outputs/
 
-Call it from the project's folder, which is copied with its data/. GPU=A100 before `modal run` asks for another GPU, and
-GPU=H100:4 for four.
+Call it from the project's folder, which is copied with its data/. GPU=A100 before `modal run` asks
+for another GPU, and GPU=H100:4 for four.
 """
 
 import os
@@ -24,7 +25,7 @@ NOT_COPIED = [".venv*", ".cache", "build", "dist", "outputs", "wandb", "**/__pyc
 image = (
     modal.Image.debian_slim(python_version="3.11")
     .apt_install("gcc", "git", "make")
-    # A layer of its own, which a change of the code leaves as it is. `make install` finds its packages there.
+    # The same packages as `make install`; a layer of their own, which a change of the code keeps.
     .pip_install_from_requirements("requirements.lock")
     .add_local_dir(".", PROJECT, copy=True, ignore=NOT_COPIED)
     .run_commands(f"pip install --no-deps --no-build-isolation -e {PROJECT}")
@@ -46,14 +47,15 @@ app = modal.App("foundry-ext")
     single_use_containers=True,  # a retry begins in a fresh process
 )
 def train(command: str) -> int:
-    """Run the command until it ends and return its exit code; after an interruption Modal calls this again.
+    """Run the command until it ends and return its exit code.
 
-    An exit code that is not 0 is no exception, so Modal does not repeat a run that would fail again.
+    Modal calls this again after an interruption. A run that fails is not repeated, because its exit
+    code is returned and not raised.
     """
     child = subprocess.Popen(shlex.split(command), cwd=PROJECT, start_new_session=True)
     try:
         return child.wait()
-    except BaseException:  # KeyboardInterrupt: the container is pre-empted, and killed after 30 seconds
+    except BaseException:  # Ctrl-C's signal announces a pre-emption, 30 seconds before the kill
         child.send_signal(signal.SIGINT)  # the run saves at the end of its batch
         child.wait()
         raise

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Slurm: trains on one node of a cluster and continues after a pre-emption or at the time limit.
-# How it was tried: docs/how-to/rented-machines.md
+# What was tried: docs/how-to/rented-machines.md
 #
 #   make install                          # once, on the login node
 #   sbatch docs/how-to/rented/slurm.sh composer train.py yamls/smollm2_lora.yaml
@@ -32,6 +32,7 @@ make install
 source .venv/bin/activate
 
 caught=
+# shellcheck disable=SC2329 # the trap calls it
 stop() {
     trap '' TERM # a second SIGINT would end the command without saving
     caught=1
