@@ -12,22 +12,24 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/how-to/rented"
 SLURM, SKY, MODAL = FOLDER / "slurm.sh", FOLDER / "sky.yaml", FOLDER / "modal_train.py"
 
-# Saves when it receives SIGINT, as a run does. A process that inherited SIGINT as ignored cannot.
+# Saves at the first signal, as a run does, and ends at once at a second one. A process that has
+# inherited SIGINT as ignored saves nothing.
 COMMAND = """#!/bin/bash
 mkdir -p outputs/run/checkpoints
+echo $$ > pid
 echo started >> outputs/run/metrics.jsonl
 if [ -e outputs/run/checkpoints/ba1.pt ]; then echo continued >> outputs/run/metrics.jsonl; exit; fi
 save() {
-  trap '' INT
-  sleep 0.3
+  trap 'exit 9' INT TERM
+  for _ in $(seq 8); do sleep 0.1; done
   echo 1 > outputs/run/checkpoints/partial-ba1.pt
   cp outputs/run/checkpoints/partial-ba1.pt outputs/run/checkpoints/ba1.pt
   ln -s ba1.pt outputs/run/checkpoints/latest.pt
-  exit 130
+  exit $1
 }
-trap save INT
-trap 'echo TERM >> outputs/run/metrics.jsonl' TERM
-for _ in $(seq 600); do sleep 0.1; done
+trap 'save 130' INT
+trap 'save 143' TERM
+for _ in $(seq 600); do sleep 0.1 || true; done
 """
 
 

@@ -31,16 +31,23 @@ make install
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
+state() {
+    squeue --noheader --job "$SLURM_JOB_ID" --format %T || true
+}
+
 caught=
 # shellcheck disable=SC2329 # the trap calls it
 stop() {
-    trap '' TERM # a second SIGINT would end the command without saving
+    trap '' TERM
     caught=1
-    # To the command alone. Composer's launcher and a sweep pass it on; the runs save at the end of a batch.
-    kill -INT "$command" || true
+    # Before the time limit only this script is signalled, and a run saves at the end of its batch. When a job is pre-empted
+    # or cancelled, Slurm has signalled all its processes, and a second signal would end them without saving.
+    if [ "$(state)" != COMPLETING ]; then
+        kill -INT "$command" || true
+    fi
 }
 
-set -m # a process group for the command, which receives no signal of this script's, and SIGINT not ignored
+set -m # a process group of its own for the command, in which SIGINT is not ignored
 "$@" &
 command=$!
 trap stop TERM
@@ -52,7 +59,7 @@ if [ -n "$caught" ]; then # it was the signal that ended the first wait
 fi
 
 # Slurm requeues a pre-empted job by itself, and a cancelled one must not come back: neither is RUNNING.
-if [ -n "$caught" ] && [ "$status" != 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+if [ -n "$caught" ] && [ "$status" != 0 ] && [ "$(state)" = RUNNING ]; then
     echo "stopped by Slurm; requeued to continue"
     scontrol requeue "$SLURM_JOB_ID"
 fi
