@@ -21,8 +21,8 @@ class StopSignals:
     A second signal of the same kind ends the process as without these handlers. It must be of the
     same kind because a terminal sends Ctrl-C to Composer's launcher and to its ranks, and the
     launcher then sends its ranks SIGTERM. A machine that shuts down and a cluster's scheduler send
-    SIGTERM to all processes, and the launcher passes it on: under a launcher, SIGTERM counts as the
-    second one only from 5 seconds after the first.
+    SIGTERM to all processes, and the launcher passes it on, so another SIGTERM within 5 seconds
+    is taken for the first one.
     """
 
     def __init__(self):
@@ -46,8 +46,8 @@ class StopSignals:
     def _receive(self, kind: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         is_second = kind in self.received
-        if kind == signal.SIGTERM and "RANK" in os.environ:
-            is_second = is_second and now - self._times[kind] >= ECHO_SECONDS
+        if is_second and kind == signal.SIGTERM and now - self._times[kind] < ECHO_SECONDS:
+            return
         self._times.setdefault(kind, now)
         self.received.append(kind)
         if os.getpid() != self._pid:  # a forked worker of the loader, which ends with its rank
