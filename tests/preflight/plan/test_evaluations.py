@@ -67,7 +67,7 @@ def config_of(world: kit.World, folder: Path, method: str) -> Any:
         world,
         folder,
         method,
-        callbacks={"forgetting": {"sets": sets}, "eval_flops": {}},
+        callbacks={"spy": {}, "forgetting": {"sets": sets}, "eval_flops": {}},
         eval_loader=kit.loader_config(world.eval_rows, pack_tokens=64, eval_packs=1),
         eval_subset_num_batches=2,
         eval_interval="1ba",
@@ -95,7 +95,9 @@ def test_planned_flops_are_those_that_a_run_computes(world, tmp_path, monkeypatc
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     planned = plan_config(resolved, name="my.yaml").evaluations
     run = kit.run(config)
-    by_composer = next(one for one in run.callbacks if isinstance(one, EvalFlops)).counts
+    by_composer = next(
+        one for one in run.trainer.state.callbacks if isinstance(one, EvalFlops)
+    ).counts
     counts = [count for count in counts if count]  # two events may end one step
     assert planned.steps == [0, 1, 2] and len(counts) == len(by_composer) == 3
     assert by_composer[0] == by_composer[1] > 0
