@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -11,6 +12,7 @@ from composer.core import State
 from composer.utils import dist
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_SECONDS = 5.0
 
 
 class StopSignals:
@@ -18,11 +20,14 @@ class StopSignals:
 
     A second signal of the same kind ends the process as without these handlers. It must be of the
     same kind because a terminal sends Ctrl-C to Composer's launcher and to its ranks, and the
-    launcher then sends its ranks SIGTERM.
+    launcher then sends its ranks SIGTERM. A machine that shuts down and a cluster's scheduler send
+    SIGTERM to all processes, and the launcher passes it on, so another SIGTERM within 5 seconds
+    is taken for the first one.
     """
 
     def __init__(self):
         self.received: list[int] = []
+        self._times: dict[int, float] = {}
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
 
@@ -39,7 +44,11 @@ class StopSignals:
         self._previous = {}
 
     def _receive(self, kind: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         is_second = kind in self.received
+        if is_second and kind == signal.SIGTERM and now - self._times[kind] < ECHO_SECONDS:
+            return
+        self._times.setdefault(kind, now)
         self.received.append(kind)
         if os.getpid() != self._pid:  # a forked worker of the loader, which ends with its rank
             return

@@ -113,15 +113,23 @@ class PlannedModel:
             adapter_parameters=adapter_parameters(self.without_weights()),
         )
 
-    def evaluation_flops(self, tokens: int, sum_squared_lengths: int) -> float:
-        """Return the FLOPs of a forward pass with loss at every token."""
+    def evaluation_flops(
+        self,
+        num_tokens: int,
+        num_head_rows: int,
+        sum_squared_lengths: int,
+        *,
+        adapted: bool = True,
+    ) -> float:
+        """Return the FLOPs of a forward pass, of the base model unless it is `adapted`."""
         parts = forward_flops(
             self.config,
-            num_tokens=tokens,
-            num_loss_tokens=tokens,
+            num_tokens=num_tokens,
+            num_loss_tokens=num_head_rows,
             sum_squared_lengths=sum_squared_lengths,
         )
-        return sum(parts.values())
+        adapter = adapter_parameters(self.without_weights()) if adapted else 0
+        return sum(parts.values()) + 2.0 * adapter * num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,7 +229,7 @@ def test_what_is_evaluated_is_counted(world, tmp_path):
     found = plan.evaluations
     assert found.steps == [0, 2, 4]
     assert found.generated == 14
-    assert found.tokens["kept"] == 2 * found.tokens["target"] == 2 * found.tokens["eval"] > 0
+    assert found.tokens["kept"] == found.tokens["target"] == found.tokens["eval"] > 0
     assert found.tokens["choice"] > 0 and "unset" not in found.tokens
     copies = plan.memory(64, checkpointing=False).frozen_copy
     assert copies == 4 * plan.parameters.total, "KL is measured against a copy"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from foundry_ext.checkpoints import files as checkpoint_files
 from foundry_ext.records.record import read_record
 from foundry_ext.records.result_settings import EFFECTS, Effect
+from foundry_ext.training import signals
 from foundry_ext.utils.errors import UserError
 from tests.training import kit
 from tests.training.test_resume import assert_ends_like
@@ -363,13 +364,24 @@ def test_a_signal_saves_and_ends(world, finished, tmp_path, capfd, number, batch
     assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_the_second_signal_ends_at_once(world, finished, tmp_path):
+def test_the_second_signal_ends_at_once(world, finished, tmp_path, monkeypatch):
     reference = finished("full")
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 0.0)
     callbacks = {"signal_at": {"batch": 3, "number": int(signal.SIGTERM), "times": 2}}
     with pytest.raises(SystemExit) as ended:
         kit.run(config(world, reference, tmp_path, callbacks=callbacks))
     assert ended.value.code == 128 + signal.SIGTERM
     assert "ep0-ba3-rank0.pt" not in names(tmp_path)
+
+
+def test_sigterm_that_a_launcher_passes_on_is_no_second_one(world, finished, tmp_path):
+    """At a shutdown all processes receive SIGTERM, and the launcher sends it to its ranks again."""
+    reference = finished("full")
+    callbacks = {"signal_at": {"batch": 3, "number": int(signal.SIGTERM), "times": 2}}
+    with pytest.raises(SystemExit) as ended:
+        kit.run(config(world, reference, tmp_path, callbacks=callbacks))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "ep0-ba3-rank0.pt" in names(tmp_path)
 
 
 def test_a_signal_in_the_last_batch_lets_the_run_end(world, finished, tmp_path):
