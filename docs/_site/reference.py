@@ -20,7 +20,7 @@ from foundry_ext.cli.main import COMMANDS, build_parser
 from foundry_ext.config.top_level_keys import REQUIRED_KEYS, TOP_LEVEL_KEYS
 from foundry_ext.records import schema
 from foundry_ext.records.metric import KINDS, Metric
-from foundry_ext.training.logged_metrics import METRICS
+from foundry_ext.training.logged_metrics import AGAINST_TOKENS, METRICS
 
 ROOT = Path(__file__).parents[2]
 # What an entry point's group registers -> the YAML's place for it.
@@ -120,8 +120,9 @@ def metrics() -> str:
     """Return every logged key, the kinds of learning and forgetting, and callbacks that log."""
     parts = [
         "# Metrics\n\n## Keys\n\nRuns of the shipped YAMLs log these keys to every logger; `*` is a"
-        " set, an evaluator or an optimizer. W&B's own charts show some against real tokens, and"
-        " the others against steps. `foundry-ext dashboard` shows those that have a panel.\n",
+        " set, an evaluator or an optimizer. W&B's own charts show those that begin with"
+        f" {', '.join(f'`{group}`' for group in AGAINST_TOKENS)} against real tokens, and the"
+        " others against steps. `foundry-ext dashboard` shows those that have a panel.\n",
         *_keys(),
         "\n## Learning and forgetting\n\n"
         "A key is `<set>_<kind>`, under `learning/` or `forgetting/`. Values are changes since step"
@@ -141,16 +142,15 @@ def metrics() -> str:
 
 
 def _keys() -> Iterator[str]:
-    """Yield the table of logged metrics."""
-    yield "| key | unit | meaning | logged by | axis | panel |\n|---|---|---|---|---|---|"
-    for metric in METRICS:
-        only = f"; only {metric.only}" if metric.only else ""
-        axis = "real tokens" if metric.axis else "steps"
-        writer = metric.writer if metric.writer == "Composer" else f"`{metric.writer}`"
-        yield (
-            f"| `{metric.key}` | {metric.unit} | {metric.meaning}{only} | {writer} | {axis}"
-            f" | {metric.section} |"
-        )
+    """Yield the logged metrics, a table for each writer."""
+    for writer in dict.fromkeys(metric.writer for metric in METRICS):
+        name = writer if writer == "Composer" else f"`{writer}`"
+        yield f"\n### Logged by {name}\n\n| key | unit | meaning | panel |\n|---|---|---|---|"
+        for metric in METRICS:
+            if metric.writer == writer:
+                only = f"; only {metric.only}" if metric.only else ""
+                row = (f"`{metric.key}`", metric.unit, f"{metric.meaning}{only}", metric.section)
+                yield f"| {' | '.join(row)} |"
 
 
 def api() -> str:
