@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,14 +21,24 @@ PROGRAMS = ("foundry-ext", "composer", "make", "python", "llmfoundry")
 READERS = re.compile(r"outputs/|data/|dist/|train\.jsonl|eval\.jsonl|FILE|MODEL|mine")
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Return the commands of the page's blocks without a language, as words."""
+class Command(NamedTuple):
+    words: list[str]
+    needs: str
+    """GPUs or hub, if a comment beside it or above it says so."""
+
+
+def commands(page: Path) -> list[Command]:
+    """Return the commands of the page's blocks without a language."""
     found = []
     for block in re.findall(r"^ *```\n(.*?)^ *```$", page.read_text("utf-8"), re.M | re.S):
+        above = ""
         for line in block.replace("\\\n", " ").splitlines():
+            code, _, comment = line.strip().partition("#")
+            above = comment if comment and not code else above
+            needed = re.search("GPUs|hub", comment) or re.search("GPUs|hub", above)
             found += [
-                shlex.split(part, comments=True)
-                for part in re.split(r";\s*(?:do\s)?", line.strip())
+                Command(shlex.split(part), needed[0] if needed else "")
+                for part in re.split(r";\s*(?:do\s)?", code)
                 if part.startswith(PROGRAMS)
             ]
     return found
@@ -85,7 +96,7 @@ def test_links_lead_somewhere(page: Path):
 
 @every_page
 def test_commands_exist(page: Path, folder: None):
-    for words in commands(page):
+    for words, _ in commands(page):
         try:
             wrong = problem(words)
         except (SystemExit, ValueError) as error:
