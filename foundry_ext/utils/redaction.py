@@ -33,7 +33,9 @@ _remembered: set[str] = set()
 # The patterns take linear time: a name is sought only where a run of its characters begins (or
 # behind a quote), and the number of backslashes is bounded. Quotes in five nested texts have 31.
 _NAME = r"[A-Za-z_][\w.@/-]*"
-_WHOLE_NAME = r"(?<![\w.@/-])(?P<name>[\w.@/-]++)"
+# All of the characters that follow: what a lookahead has matched is not given back.
+_ALL = r"(?=(?P<name>[\w.@/-]+))(?P=name)"
+_WHOLE_NAME = rf"(?<![\w.@/-]){_ALL}"
 _SLASHES = r"\\{1,31}"
 _QUOTE = r"""(?P<quote>\\{0,31}["'])"""
 _QUOTED = "|".join(rf"{_SLASHES}{q}(?:(?!{_SLASHES}{q}).)*(?:{_SLASHES}{q})?" for q in "\"'")
@@ -61,7 +63,7 @@ _NAMED = [
         # `api_key=x`, `?token=x&`, `password = "x y"`
         (rf"{_WHOLE_NAME}[ \t]?=[ \t]?(?!=){_SCHEME}", rf"{_QUOTED}|{_WORD}"),
         (
-            r"(?:(?<=%[0-9A-Fa-f]{2})|(?<![\w.@/%-]))(?P<name>[\w.@/-]++)%3D",
+            rf"(?:(?<=%[0-9A-Fa-f]{{2}})|(?<![\w.@/%-])){_ALL}%3D",
             r"""(?:(?!%26|%23)[^\s'"&])+""",
         ),
         # `--password x`

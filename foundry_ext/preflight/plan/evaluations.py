@@ -13,12 +13,13 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.config.values import evaluates
-from foundry_ext.data.dataloader import PackedDataset
+from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.evaluation.config import GenerationSetConfig, parse_sets
 from foundry_ext.evaluation.documents import DocumentsSet
 from foundry_ext.evaluation.measure import EvalSet, build_sets
 from foundry_ext.evaluation.multiple_choice import MultipleChoiceSet
 from foundry_ext.evaluation.trees import common_prefix
+from foundry_ext.models.memory import PRECISIONS
 from foundry_ext.models.scores import BaseStates
 from foundry_ext.preflight.inspect.packs import open_loader
 from foundry_ext.preflight.plan.model import PlannedModel
@@ -40,10 +41,15 @@ class Evaluations:
     """FLOPs of one evaluation."""
     base_flops: float
     """FLOPs of the base model for KL, once per run."""
+    not_at_start: float = 0.0
+    """FLOPs of `flops` that step 0 leaves out: Composer's evaluation without `eval_first`."""
 
     @property
     def total_flops(self) -> float:
-        return len(self.steps) * self.flops + (self.base_flops if self.steps else 0.0)
+        if not self.steps:
+            return 0.0
+        skipped = self.not_at_start if self.steps[0] == 0 else 0.0
+        return len(self.steps) * self.flops + self.base_flops - skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,39 +76,46 @@ def plan_evaluations(
     model: PlannedModel,
     tokenizer: PreTrainedTokenizerBase,
     trained: PackedDataset,
+    *,
+    num_ranks: int = 1,
 ) -> Evaluations:
-    """Return the evaluations of a run that trains on `trained`.
+    """Return the evaluations of a run that trains on `trained`, by all of its ranks together.
 
     Raises:
         UserError: a set cannot be read, or holds training documents.
     """
     positions = model.config.max_position_embeddings
-    work = _composers_evaluation(config, tokenizer, trained, positions)
+    by_loader = _composers_evaluation(config, tokenizer, trained, positions, num_ranks)
+    by_set: dict[str, Forward] = {}
     samples = nested.get(config, "callbacks.text_samples") or {}
     generated = len(samples.get("prompts") or []) * int(samples.get("max_new_tokens", 48))
     given = planned_sets(config)
-    base_flops = again = 0.0
+    of_base = kept_bytes = 0.0
     for eval_set in build_sets(parse_sets(given) if given else [], tokenizer, positions):
         name = eval_set.config.name
-        work[name] = set_work(eval_set)
+        by_set[name] = set_work(eval_set)
         if isinstance(eval_set, DocumentsSet):
             key = f"sets.{name}.loader"
             refuse_training_documents(key, eval_set.dataset, trained, eval_set.indices)
             if eval_set.config.kl:
-                base = _flops(model, work[name], is_base=True)
-                share = _not_kept(work[name], model, str(config.get("precision")))
-                base_flops += base * (1 - share)
-                again += base * share
+                of_base += _flops(model, by_set[name], is_base=True)
+                kept_bytes += _bytes_of_base(by_set[name], model, str(config.get("precision")))
         if isinstance(eval_set.config, GenerationSetConfig):
             generated += int(eval_set.description["documents"]) * eval_set.config.max_new_tokens
-    tokens = {name: forward.tokens for name, forward in work.items()}
-    starts = bool(config.get("eval_first")) or bool(given)
+    tokens: dict[str, int] = {}
+    for name, forward in (*by_loader.items(), *by_set.items()):  # a set may have a loader's name
+        tokens[name] = tokens.get(name, 0) + forward.tokens
+    again = of_base * max(0.0, 1 - BaseStates.limit * num_ranks / kept_bytes) if kept_bytes else 0.0
+    by_composer = sum(_flops(model, forward) for forward in by_loader.values())
+    eval_first = bool(config.get("eval_first"))
+    starts = eval_first or bool(given)
     return Evaluations(
         steps=([0] if starts and tokens else []) + (schedule.evaluated_at if tokens else []),
         tokens=tokens,
         generated=generated,
-        flops=again + sum(_flops(model, forward) for forward in work.values()),
-        base_flops=base_flops,
+        flops=by_composer + again + sum(_flops(model, forward) for forward in by_set.values()),
+        base_flops=of_base - again,
+        not_at_start=0.0 if eval_first else by_composer,
     )
 
 
@@ -111,6 +124,7 @@ def _composers_evaluation(
     tokenizer: PreTrainedTokenizerBase,
     trained: PackedDataset,
     positions: int,
+    num_ranks: int,
 ) -> dict[str, Forward]:
     """Return the work of one evaluation by Composer, by the loader's label."""
     section = config.get("eval_loader") or []
@@ -123,7 +137,7 @@ def _composers_evaluation(
             check_evaluation_data(label, dataset, trained, positions)
         batches = PackCounts(dataset).batches(0)
         if subset is not None and subset >= 0:  # -1 is all of them
-            batches = batches[:subset]
+            batches = batches[: subset * num_ranks]
         work[label] = Forward(
             tokens=sum(batch.slots for batch in batches),
             head_rows=sum(batch.loss_tokens for batch in batches),
@@ -175,8 +189,7 @@ def _flops(model: PlannedModel, work: Forward, *, is_base: bool = False) -> floa
     return model.evaluation_flops(work.tokens, rows, work.sum_squared_lengths, adapted=not is_base)
 
 
-def _not_kept(work: Forward, model: PlannedModel, precision: str) -> float:
-    """Return the share of the base model's states that do not fit what is kept of them."""
-    size = 4 if precision == "fp32" else 2
-    num_bytes = work.head_rows // 2 * model.config.hidden_size * size
-    return max(0.0, 1 - BaseStates.limit / num_bytes) if num_bytes else 0.0
+def _bytes_of_base(work: Forward, model: PlannedModel, precision: str) -> float:
+    """Return the bytes of the base model's states at a set's labels."""
+    _, _, residual = PRECISIONS[precision]
+    return work.head_rows // 2 * model.config.hidden_size * residual

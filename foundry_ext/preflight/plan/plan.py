@@ -140,7 +140,9 @@ def plan_config(
         sources=train.description,
         epoch=totals_of(train),
         schedule=schedule,
-        evaluations=plan_evaluations(config, schedule, model, tokenizer, train),
+        evaluations=plan_evaluations(
+            config, schedule, model, tokenizer, train, num_ranks=num_ranks
+        ),
         model=model,
         parameters=model.parameters,
         method=method_of_config(model.peft_config),

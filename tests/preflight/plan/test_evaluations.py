@@ -132,3 +132,35 @@ def test_all_batches_count_without_a_subset(world, tmp_path):
     ]
     assert tokens[0] == tokens[1] == tokens[2]
     assert tokens[0]["eval"] == some.tokens["target"] > some.tokens["eval"] > 0
+
+
+def planned_with(config: Any, **changes: Any) -> Any:
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    num_ranks = changes.pop("num_ranks", 1)
+    return plan_config({**resolved, **changes}, name="my.yaml", num_ranks=num_ranks).evaluations
+
+
+def test_step_0_is_without_composer_s_evaluation_unless_it_is_asked_for(world, tmp_path):
+    config = config_of(world, tmp_path, "full")
+    first, later = planned_with(config), planned_with(config, eval_first=False)
+    without_loader = planned_with(config, eval_subset_num_batches=0)
+    assert later.steps == first.steps == [0, 1, 2] and later.flops == first.flops
+    by_composer = first.flops - without_loader.flops
+    assert first.total_flops - later.total_flops == pytest.approx(by_composer) and by_composer > 0
+
+
+def test_a_set_may_have_a_loader_s_name(world, tmp_path):
+    config = config_of(world, tmp_path, "full")
+    loader: Any = OmegaConf.to_container(config.eval_loader, resolve=True)
+    named = [
+        planned_with(config, eval_loader=[{**loader, "label": x}]) for x in ("other", "target")
+    ]
+    assert named[0].flops == named[1].flops
+    assert sum(named[0].tokens.values()) == sum(named[1].tokens.values())
+
+
+def test_each_rank_evaluates_a_subset_of_batches(world, tmp_path):
+    config = config_of(world, tmp_path, "full")
+    one, two = (planned_with(config, num_ranks=n, eval_subset_num_batches=1) for n in (1, 2))
+    assert two.tokens["eval"] > one.tokens["eval"] > 0
+    assert two.tokens["target"] == one.tokens["target"]
