@@ -32,16 +32,23 @@ export TOKENIZERS_PARALLELISM = false
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment-real test test-all test-slow test-gpu coverage browser check docs package bench lock matrix audit clean
+.PHONY: help install same-python quickstart experiment-real test test-all test-slow test-gpu coverage browser check docs package bench lock matrix audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## make .venv from requirements.lock, checking hashes; PYTHON=... picks a Python from 3.10 to 3.13; WORLD=current: torch 2.14
+install: same-python $(STAMP) ## make .venv from requirements.lock, checking hashes; PYTHON=... picks a Python from 3.10 to 3.13; WORLD=current: torch 2.14
+
+# An environment keeps its Python, so another one that is asked for must not be passed over.
+same-python:
+ifneq ($(origin PYTHON),file)
+	@[ ! -x $(BIN)/python ] || [ "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" ] || { \
+		echo "$(VENV) has $$($(BIN)/python -V), not $$($(PYTHON) -V): rm -r $(VENV), or leave out PYTHON" >&2; exit 1; }
+endif
 
 $(STAMP): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.10 to 3.13 is needed, not " + sys.version.split()[0] + "; make install PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps --require-hashes -r $(LOCK) || { echo "$$HINT" >&2; exit 1; }
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -53,7 +53,8 @@ def main() -> int:
     if not arguments.install:
         return 0
     print("\n| Python | `make install` | `make test` |\n|---|---|---|")
-    return max(install_and_test(python, arguments.jobs) for python in PYTHONS)
+    codes = [install_and_test(python, arguments.jobs) for python in PYTHONS]
+    return int(any(codes))  # negative after a signal
 
 
 def describe(resolution: Resolution) -> str:
@@ -113,6 +114,7 @@ def install_and_test(python: str, jobs: str) -> int:
     if (free := shutil.disk_usage(ROOT).free / 1e9) < NEEDED_GB:
         raise SystemExit(f"{ROOT}: {free:.0f} GB free, {NEEDED_GB} are needed")
     venv = ROOT / ".venv-matrix"
+    shutil.rmtree(venv, ignore_errors=True)  # of a run that was killed, with another Python
     make = ["make", f"VENV={venv.name}", f"PYTHON={interpreter}", f"JOBS={jobs}"]
     try:
         installed, first = run([*make, "install"])

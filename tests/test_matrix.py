@@ -32,7 +32,7 @@ def matrix(tmp_path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.UV = tmp_path / "uv"  # type: ignore[attr-defined]
-    module.UV.write_text(UV.format(python=sys.executable))
+    module.UV.write_text(UV.format(python=sys.executable), encoding="utf-8")
     module.UV.chmod(0o755)
     return module
 
@@ -40,13 +40,13 @@ def matrix(tmp_path: Path) -> ModuleType:
 def write_lock(folder: Path, *names: str) -> Path:
     entries = "".join(f"{name}==1.0 \\\n    --hash=sha256:{'0' * 64}\n" for name in names)
     lock = folder / "requirements.lock"
-    lock.write_text(f"# A comment with a package==2.0\n{entries}")
+    lock.write_text(f"# A comment with a package==2.0\n{entries}", encoding="utf-8")
     return lock
 
 
 def test_every_package_of_the_lock_is_asked_for_with_its_hashes(matrix: ModuleType):
     entries = list(matrix.entries(matrix.LOCK))
-    text = matrix.LOCK.read_text()
+    text = matrix.LOCK.read_text(encoding="utf-8")
     assert len(entries) == len(re.findall(r"^[a-z].*==", text, re.MULTILINE)) > 250
     assert sum(entry.count("--hash=sha256:") for entry in entries) == text.count("--hash=sha256:")
 
@@ -72,7 +72,7 @@ def test_a_shim_without_its_python_is_passed_over(
     real = tmp_path / "pyenv" / "versions" / "3.99.1" / "bin" / "python"
     for path in (shim, real):
         path.parent.mkdir(parents=True)
-    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.write_text("#!/bin/sh\nexit 127\n", encoding="utf-8")
     shim.chmod(0o755)
     monkeypatch.setenv("PATH", f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))

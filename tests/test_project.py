@@ -174,10 +174,12 @@ def test_a_wheel_holds_every_file_of_the_package_and_the_yamls(tmp_path: Path):
     }
     archive.extractall(tmp_path / "site")
     (tmp_path / "empty").mkdir()
-    code = "from foundry_ext.cli.main import main; raise SystemExit(main(['new', 'mine']))"
+    code = "import foundry_ext; print(foundry_ext.__file__);"
+    code += "from foundry_ext.cli.main import main; raise SystemExit(main(['new', 'mine']))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     run = partial(subprocess.run, cwd=tmp_path / "empty", env=environment, check=True)
-    run([sys.executable, "-c", code], capture_output=True)
+    printed = run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert printed.startswith(str(tmp_path / "site"))
     assert (tmp_path / "empty/mine/yamls/smollm2_lora.yaml").is_file()
 
 
@@ -192,6 +194,16 @@ def test_every_file_of_text_is_opened_as_utf_8():
                     names = {keyword.arg for keyword in node.keywords}
                     assert names & {"encoding", None}, f"{path}:{node.lineno}: no encoding"
     assert found > 40
+
+
+def test_no_pattern_needs_python_3_11():
+    """Possessive quantifiers and atomic groups of `re`, which 3.10 fails to compile on import."""
+    newer = re.compile(r"(?<!\\)(?:[*+?}]\+|\(\?>)")
+    assert newer.search(r"[\w.]++") and newer.search("(?>a)") and not newer.search(r"\++ c")
+    for path in (ROOT / "foundry_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not newer.search(node.value), f"{path}:{node.lineno}"
 
 
 def opens_text(call: ast.Call) -> bool:

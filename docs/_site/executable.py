@@ -7,6 +7,7 @@ digest of the pages and of the package, so that a second build takes no time.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ def plots() -> dict[str, Path]:
         path.stem: folder / "outputs" / "from-scratch" / f"{path.stem}.png" for path in pages
     }
     if not all(picture.is_file() for picture in pictures.values()):
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(KEPT, ignore_errors=True)  # of earlier pages
+        folder.mkdir(parents=True)
         environment = {**os.environ, "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
         command = [sys.executable, "-c", RUN_ALL, *map(str, pages)]

@@ -73,8 +73,9 @@ def dashboard(
 
 
 def _checked(role: str, key: str) -> Metric:
+    key = key.removeprefix(f"{role}/")  # as W&B shows it
     metric = Metric(role, key)
-    if metric_of(f"{role}/{key}") is None:
+    if "/" in key or key.startswith("_") or metric_of(f"{role}/{key}") is None:
         kinds = ", ".join(f"_{kind}" for kind in KINDS if metric_of(f"{role}/set_{kind}"))
         other = f", or {MEAN_ACCURACY}" if role == "forgetting" else ""
         raise UserError(f"--{role} {key}: must be a set's name with one of {kinds}{other}")
@@ -159,7 +160,8 @@ def save(specification: Data) -> str:
     """
     workspace = to_workspace(specification)
     place = f"{specification['entity']}/{specification['project']}"
-    problem = f"{place}: W&B did not take the dashboard (is there a login, and such a project?)"
+    asked = "is there a login, a project of this name, a way to the server?"
+    problem = f"{place}: W&B did not take the dashboard ({asked})"
     # Any error, because W&B raises a plain Exception if the server refuses.
     with naming(problem, (Exception,)):
         return workspace.save().url

@@ -40,8 +40,8 @@ class ChildRunner:
     """A runner of commands that forwards SIGINT and SIGTERM to the current one.
 
     The child gets its own session, so a terminal's Ctrl-C reaches it once, through here. Composer's
-    launcher handles SIGINT only, and kills its ranks at a second one. It is therefore sent a single
-    SIGINT for either signal; it then stops its ranks with SIGTERM and waits for them.
+    launcher kills its ranks at a second signal. It is therefore sent a single SIGINT for either
+    signal; it then stops its ranks with SIGTERM and waits for them.
     """
 
     def __init__(self, *, is_launcher: bool) -> None:

@@ -44,7 +44,7 @@ class Process:
         raise NotImplementedError
 
     def interrupt(self) -> None:
-        """Send SIGINT, the only signal that Composer's launcher handles."""
+        """Send SIGINT, at which Composer's launcher stops its ranks and waits for them."""
         self._signal(os.kill, signal.SIGINT)
 
     def kill(self) -> None:

@@ -25,24 +25,14 @@ class LoggedMetric:
     writer: str
     """The callback that logs it, by its name in a YAML, or Composer."""
     only: str = ""
-    """Condition, as "on a GPU"; empty if every run with the writer logs it."""
+    """Condition, as "on a GPU"; empty if runs with the writer, and such a set, log it."""
     section: str = ""
     """Section of the dashboard with a panel for it; empty for none."""
-
-    @property
-    def is_pattern(self) -> bool:
-        """True if the key holds a `*`."""
-        return "*" in self.key
 
     @property
     def is_table(self) -> bool:
         """True if the values are tables of text, not numbers."""
         return self.unit == "table"
-
-    @property
-    def axis(self) -> str:
-        """X axis in W&B's own charts: `time/token`, or empty for its steps."""
-        return TOKENS if self.key.partition("/")[0] in _AGAINST_TOKENS else ""
 
 
 # W&B takes one axis for all keys of a group.

@@ -62,7 +62,8 @@ class StopSignals:
         elif len(self.received) == 1 and os.environ.get("RANK", "0") == "0":
             # Not by print, which the signal may have interrupted: it is not reentrant.
             name = signal.Signals(kind).name
-            text = f"{name}: saving at the end of this batch; send it again to end at once\n"
+            later = f" after {ECHO_SECONDS:g} seconds" if kind == signal.SIGTERM else ""
+            text = f"{name}: saving at the end of this batch; send it again{later} to end at once\n"
             os.write(2, text.encode())
 
     def agreed(self, state: State) -> int:

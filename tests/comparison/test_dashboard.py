@@ -76,6 +76,8 @@ def test_own_sets_take_the_place_of_the_shipped_ones(capsys):
         (["me/trials/run"], ["me/trials/run", "ENTITY/PROJECT"]),
         (["me/trials", "--learning", "target"], ["--learning target", "_loss", "_acc_norm"]),
         (["me/trials", "--learning", "source_kl"], ["--learning source_kl", "_loss"]),
+        (["me/trials", "--learning", "forgetting/a_loss"], ["--learning forgetting/a_loss"]),
+        (["me/trials", "--learning", "_loss"], ["--learning _loss", "a set's name"]),
         (["me/trials", "--forgetting", "accuracy"], ["accuracy", "_kl", "mean_accuracy"]),
     ],
 )
@@ -83,6 +85,15 @@ def test_mistakes_are_named(arguments, named, capsys):
     assert main(["dashboard", *arguments, "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert all(text in said for text in named) and said.count("\n") == 1
+
+
+def test_a_key_may_be_written_as_w_and_b_shows_it(capsys):
+    short, long = ["--learning", "a_loss"], ["--learning", "learning/a_loss"]
+    shown = []
+    for keys in (short, long):
+        assert main(["dashboard", "me/trials", "--dry-run", *keys]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
 
 
 def test_without_the_extra_it_names_the_line_that_installs_it(capsys, monkeypatch):

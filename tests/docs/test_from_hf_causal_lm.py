@@ -1,4 +1,4 @@
-"""The page for users of `hf_causal_lm` has every key of llm-foundry's, and what it says is so."""
+"""The page for users of `hf_causal_lm` has every key, and those it calls refused are refused."""
 
 import inspect
 import re

@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ class CountTheLastStep(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.counts is not None:
             self.counting.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def changed_to(folder: str) -> Iterator[None]:
+    """Change to a folder; contextlib.chdir is Python 3.11's."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def counted(path: Path, *overrides: str) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def emulated(path: Path, tokenizer: str, *overrides: str) -> dict[str, Any]:
         from tests.nullgpu.emulate import Emulate
 
         mode = Emulate()
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), mode:
+    with tempfile.TemporaryDirectory() as folder, changed_to(folder), mode:
         config = load_config(path, [*overrides, "variables.compile=none"])
         precision = "amp_bf16" if torch.cuda.is_available() else "fp32"
         return take_step(config, Path(tokenizer), precision)
@@ -129,7 +141,7 @@ def quickstart(*names: str) -> list[dict[str, Any]]:
     cut = ["max_duration=2ba", "eval_interval=2ba", "model.attention_backend=sdpa"]
     small = ["callbacks.forgetting.sets.library.max_documents=4"]
     records = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as folder, changed_to(folder):
         prepare(Path("outputs/quickstart"))
         for name in ("base.yaml", *names):
             config = load_config(yamls / name, cut + (small if records else []))

@@ -6,7 +6,7 @@ import random
 import re
 from pathlib import Path
 
-from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.errors import UserError, naming
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 FILES = ("train.py", "sweep.yaml", "README.md")
@@ -24,12 +24,15 @@ def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.utils.atomic import write_text
 
     folder: Path = arguments.folder
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file; give the name of a new folder")
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise UserError(f"{folder}: a file or a link; give the name of a new folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: not empty; give the name of a new folder, or empty this one")
-    for name, text in new_files().items():
-        write_text(folder / name, text)
+    with naming(
+        f"{folder}: give the name of a new folder in one that you may write to", (OSError,)
+    ):
+        for name, text in new_files().items():
+            write_text(folder / name, text)
     print(f"{folder}: {', '.join(new_files())}")
     print("The rows in data/ are an example; README.md says how to use yours, and what to run.")
     return 0

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from foundry_ext.utils.errors import naming
+
 _DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -31,6 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.preflight.parity.text import format_parity
 
     backends = check_arguments(arguments.backends, arguments.tokens)
+    if arguments.out is not None:
+        with naming(f"--out, {arguments.out}", (OSError,)):
+            arguments.out.mkdir(parents=True, exist_ok=True)
     parity = compare(
         load_pair(arguments.model),
         model=arguments.model,

@@ -76,7 +76,8 @@ def verdict(parity: Parity) -> str:
     if not parity.columns:
         return "nothing was compared"
     if not beyond:
-        return f"within rounding: every layer of {len(parity.columns)} combinations"
+        plural = "" if len(parity.columns) == 1 else "s"
+        return f"within rounding: every layer of {len(parity.columns)} combination{plural}"
     site, columns = next(iter(beyond.items()))
     worst = max((column.differences[site] for column in columns), key=lambda d: d.ratio)
     num_beyond, num_all = sum(map(len, beyond.values())), len(parity.columns)

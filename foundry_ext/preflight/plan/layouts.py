@@ -25,7 +25,7 @@ def predict_speeds(layouts: Layouts, config: dict[str, Any], train: PackedDatase
         model = PlannedModel.of(config["model"])
         schedule = simulate_schedule(train, config)
         estimate = estimate_throughput(config, model, train, schedule)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:  # also torch's, out of memory
         return replace(layouts, why_no_speed=one_line(str(error)))
     seconds = estimate.training_seconds(schedule)
     share = schedule.totals.loss_tokens / schedule.totals.real_tokens

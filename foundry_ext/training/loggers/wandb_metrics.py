@@ -18,7 +18,7 @@ from foundry_ext.training.loggers.wandb_background import BackgroundWandB
 from foundry_ext.training.run_description import find_callback, method_of
 from foundry_ext.utils.redaction import redact
 
-# Keys that every run of the shipped YAMLs logs.
+# Keys that runs of the shipped YAMLs log; those of a kind of set, if they measure such a set.
 PROMISED_KEYS = tuple(metric.key for metric in METRICS if not metric.only)
 # Keys of the run's configuration besides the YAML; the first two are also its group and job type.
 PROMISED_CONFIG = ("experiment", "method", "seed")

@@ -26,6 +26,9 @@ def test_it_writes_what_its_readme_lists(folder: Path, capsys):
     data = {"data/train.jsonl", "data/eval.jsonl"}
     written = {path.as_posix() for path in folder.rglob("*") if path.is_file()}
     assert written == {"train.py", "sweep.yaml", "README.md", *data, *yamls}
+    readme = Path("README.md").read_text(encoding="utf-8")
+    assert [name for name in written - {"README.md"} - yamls if name not in readme] == []
+    assert "yamls/" in readme
 
 
 def test_the_yamls_read_the_rows_of_the_folder_and_compare_fairly(folder: Path):
@@ -72,7 +75,10 @@ def test_what_is_there_already_stays(tmp_path: Path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, words in (("full", "not empty; give the name"), ("file", "a file; give the name")):
+    for name, words in (
+        ("full", "not empty; give the name"),
+        ("file", "give the name of a new folder"),
+    ):
         assert main(["new", str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]

@@ -238,7 +238,7 @@ def parity_of(pair, monkeypatch, capsys):
 
 def test_the_command_and_its_page(parity_of, pair, tmp_path):
     code, out = parity_of("--backends", "sdpa", "flash_attn", "--out", str(tmp_path / "out"))
-    assert code == 0 and "within rounding: every layer of 1 combinations" in out
+    assert code == 0 and "within rounding: every layer of 1 combination\n" in out
     assert "skipped: flash_attn in fp32: needs a GPU" in out
     page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page

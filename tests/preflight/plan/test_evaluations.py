@@ -3,14 +3,17 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llmfoundry
+import numpy as np
 import pytest
 from composer.core import Callback
 from omegaconf import OmegaConf
 
 from foundry_ext.models.scores import BaseStates
+from foundry_ext.preflight.plan.evaluations import _forest_work
 from foundry_ext.preflight.plan.model import PlannedModel
 from foundry_ext.preflight.plan.plan import plan_config
 from foundry_ext.training.callbacks.forgetting import Forgetting
@@ -164,3 +167,20 @@ def test_each_rank_evaluates_a_subset_of_batches(world, tmp_path):
     one, two = (planned_with(config, num_ranks=n, eval_subset_num_batches=1) for n in (1, 2))
     assert two.tokens["eval"] > one.tokens["eval"] > 0
     assert two.tokens["target"] == one.tokens["target"]
+
+
+def test_choices_see_their_question_and_not_one_another(monkeypatch):
+    """Twice the pairs of a token and one that it sees, counted one by one."""
+    question, answers = list(range(400)), [list(range(500, 700)), list(range(800, 900))]
+    documents = [
+        SimpleNamespace(
+            input_ids=np.array([*question, *answer, 0]),
+            loss_mask=np.array([False] * len(question) + [True] * (len(answer) + 1)),
+        )
+        for answer in answers
+    ]
+    forest = SimpleNamespace(trees=[[0, 1]])
+    work: Any = _forest_work(SimpleNamespace(forest=forest, documents=documents))  # pyright: ignore
+    pairs = sum(range(1, 401)) + sum(sum(range(401, 401 + len(each))) for each in answers)
+    assert work.tokens == 400 + 200 + 100
+    assert work.sum_squared_lengths == pytest.approx(2 * pairs, rel=0.01)
