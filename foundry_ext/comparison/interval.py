@@ -52,7 +52,9 @@ def interval_from_parts(
         return Interval(estimate, estimate, estimate, p, error, kind)
     half = half_width((1 - LEVEL) / 2, varying)
     p = 2 * _LEAST_TAIL
-    if half_width(_LEAST_TAIL, varying) > abs(estimate):
+    if half_width(0.5, varying) >= abs(estimate):  # an estimate of 0; the quantile may be rounded
+        p = 1.0
+    elif half_width(_LEAST_TAIL, varying) > abs(estimate):
         # Twice the one-sided tail at which the interval just touches 0.
         touching = optimize.root_scalar(
             lambda tail: half_width(tail, varying) - abs(estimate),
