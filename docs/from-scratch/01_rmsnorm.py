@@ -4,7 +4,7 @@
 # RMSNorm divides a token's vector by its root mean square and scales each dimension by a learned
 # weight ([arXiv 1910.07467](https://arxiv.org/abs/1910.07467)):
 #
-# $$y_i = w_i \, \frac{x_i}{\sqrt{\frac{1}{D}\sum_j x_j^2 + \epsilon}}$$
+#     y[i] = w[i] * x[i] / sqrt(mean(x²) + eps)
 #
 # The formula leaves open in which dtype each step is computed. With fp32 inputs that hardly
 # matters. With bf16 and fp16 it decides the error, and whether the result is a number at all.

@@ -5,7 +5,7 @@
 # ([arXiv 2104.09864](https://arxiv.org/abs/2104.09864)) gives it the order: it cuts each head of a
 # query or key into pairs of numbers and turns pair `i` of the token at position `p` by the angle
 #
-# $$p \cdot \theta^{-2i/N}$$
+#     p * theta ** (-2 * i / N)
 #
 # where N is the head dimension. The dot product of a turned query and a turned key then depends on
 # the distance between their positions only.

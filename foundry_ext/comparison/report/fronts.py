@@ -1,6 +1,6 @@
 """Section on the methods' whole fronts over learning rates, with their areas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -122,10 +122,15 @@ def _table(comparison: Comparison, reference: float) -> Table:
         ["learning rates", *(str(len(fronts.points[label].rates)) for label in labels)],
         [
             "seeds with a whole front",
-            *(", ".join(map(str, fronts.points[label].seeds)) or "none" for label in labels),
+            *(_counted(fronts.points[label].seeds) for label in labels),
         ],
     ]
     return Table(["", *labels], rows, _table_caption(comparison, up_to[0]))
+
+
+def _counted(seeds: Sequence[int]) -> str:
+    """Return e.g. "2 (17, 18)", so that a seed's name is not read as a number of seeds."""
+    return f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none"
 
 
 def _averaged(comparison: Comparison, divisor: int, label: str) -> str:

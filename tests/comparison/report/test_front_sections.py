@@ -91,7 +91,7 @@ def test_whole_fronts_come_first_and_the_best_rate_is_a_row(whole: Path, tmp_pat
     assert "4.000 nats per token, the same for every method (given by --reference)" in text
     assert "with 95 % intervals over seeds and items" in text
     assert "| the point at its best rate | 0.002: learned 4.7" in text
-    assert "| seeds with a whole front | 1, 2, 3 | 1, 2, 3 |" in text
+    assert "| seeds with a whole front | 3 (1, 2, 3) | 3 (1, 2, 3) |" in text
     headings = re.findall("^## (.*)$", text, re.MULTILINE)
     assert headings[:3] == [
         "Learning against forgetting: whole fronts",
