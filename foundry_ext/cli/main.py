@@ -10,7 +10,7 @@ from types import ModuleType
 
 from foundry_ext import __version__
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
-from foundry_ext.utils.output import quiet_bars, redact_output, redacted_output
+from foundry_ext.utils.output import quiet_libraries, redact_output, redacted_output
 from foundry_ext.utils.redaction import remember_secrets
 
 # name -> what it does; `check-fair` is foundry_ext/cli/commands/check_fair.py
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         redact_output()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     remember_secrets(arguments)
-    quiet_bars()
+    quiet_libraries()
     with redacted_output():
         return _main(arguments)
 

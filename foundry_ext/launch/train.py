@@ -28,7 +28,7 @@ from foundry_ext.launch.trainer_checks import trainer_is_checked
 from foundry_ext.utils.allocator import keep_freed_memory
 from foundry_ext.utils.environment import has_gpu
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
-from foundry_ext.utils.output import quiet_bars, redacted_arguments, redacted_output
+from foundry_ext.utils.output import quiet_libraries, redacted_arguments, redacted_output
 from foundry_ext.utils.redaction import redact, remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
@@ -56,7 +56,7 @@ def main(script: str, arguments: Sequence[str]) -> int:
         arguments: its command line.
     """
     remember_secrets(list(arguments))
-    quiet_bars()
+    quiet_libraries()
     with redacted_output(is_progress=True):
         return _main(script, arguments)
 

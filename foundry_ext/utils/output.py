@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -169,11 +170,13 @@ class _Bytes:
         self._stream.flush()
 
 
-def quiet_bars() -> None:
+def quiet_libraries() -> None:
     """Make the libraries' progress bars write a line a minute, and none before, into a log.
 
-    To be called before tqdm is imported, which reads these variables then.
+    Also silences a deprecation that only llm-foundry can mend. To be called before tqdm is
+    imported, which reads these variables then.
     """
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     if not sys.stderr.isatty():
         for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):
             os.environ.setdefault(name, "60")

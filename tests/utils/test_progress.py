@@ -60,7 +60,7 @@ def test_work_that_fails_closes_the_bar(monkeypatch):
 
 def test_bars_of_libraries_are_quiet_in_a_log():
     code = (
-        "from foundry_ext.utils.output import quiet_bars; quiet_bars()\n"
+        "from foundry_ext.utils.output import quiet_libraries; quiet_libraries()\n"
         "from datasets import Dataset\n"
         "import datasets.utils.tqdm, tqdm, tqdm.auto\n"
         "for bar in (tqdm.tqdm, tqdm.auto.tqdm, datasets.utils.tqdm):\n"
