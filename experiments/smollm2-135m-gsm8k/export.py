@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 from foundry_ext.adapters.fast import use_fast_linears
 from foundry_ext.checkpoints.export import export_checkpoint
-from foundry_ext.checkpoints.loading import is_adapter, load_tokenizer, load_tuned
-from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, compare_logits, merge_adapter
+from foundry_ext.checkpoints.loading import CERTIFICATE, is_adapter, load_tokenizer, load_tuned
+from foundry_ext.checkpoints.merge import TEXT, compare_logits, merge_adapter
 from foundry_ext.checkpoints.model_card import CARD, weights_in, write_card
 from foundry_ext.checkpoints.provenance import provenance_of
 from foundry_ext.models.smollm2 import SmolLM2ForCausalLM

@@ -21,6 +21,9 @@ from foundry_ext.models.pretrained import HUB_NAMES
 from foundry_ext.records.record import read_record
 from foundry_ext.utils.errors import UserError, naming, one_line
 
+CERTIFICATE = "merge_certificate.json"
+"""Name of what a merge writes beside its model."""
+
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -109,7 +112,14 @@ def load_model(
 
 
 def recorded_base(path: Path) -> str | None:
-    """Return the model that the run which wrote `path` started from, if its record is near."""
+    """Return the base model that a merge's certificate names, or the record of the run.
+
+    None if neither is near.
+    """
+    certificate = path / CERTIFICATE
+    if certificate.is_file():
+        with naming(str(certificate), (ValueError, KeyError)):  # no JSON, or another one
+            return json.loads(certificate.read_text(encoding="utf-8"))["base"]
     record = record_above(path)
     if record is None:
         return None

@@ -22,6 +22,7 @@ from foundry_ext.adapters import methods
 from foundry_ext.adapters.pissa import adapters_off
 from foundry_ext.checkpoints.export import refuse_folder_in_use
 from foundry_ext.checkpoints.loading import (
+    CERTIFICATE,
     as_folder,
     base_name,
     is_adapter,
@@ -34,7 +35,6 @@ from foundry_ext.checkpoints.provenance import provenance_of
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError
 
-CERTIFICATE = "merge_certificate.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest difference of a logit. In fp32 it is rounding. In bf16 every weight is off by up to 2^-9
 # of itself, which is the price of the cast, with or without an adapter.

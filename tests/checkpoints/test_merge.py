@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaF
 import foundry_ext.checkpoints.merge
 from foundry_ext.adapters import methods
 from foundry_ext.checkpoints.export import export_checkpoint
-from foundry_ext.checkpoints.merge import CERTIFICATE, compare_logits, merge_adapter
+from foundry_ext.checkpoints.loading import CERTIFICATE, recorded_base
+from foundry_ext.checkpoints.merge import compare_logits, merge_adapter
 from foundry_ext.cli.main import main
+from foundry_ext.utils.errors import UserError
 from tests.training import kit
 
 VARIANTS = {
@@ -249,3 +251,13 @@ def test_the_command(saved, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "no.pt"), str(tmp_path / "b")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_merged_model_names_its_base(saved, world, tmp_path):
+    """So that `foundry-ext eval` can compare it with its base without being told."""
+    _, _, adapter = saved("lora")
+    merge_adapter(adapter, tmp_path / "merged")
+    assert recorded_base(tmp_path / "merged") == str(world.base)
+    (tmp_path / "merged" / CERTIFICATE).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=CERTIFICATE):
+        recorded_base(tmp_path / "merged")

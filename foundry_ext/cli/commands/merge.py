@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from foundry_ext.checkpoints.merge import CERTIFICATE, TEXT, merge_adapter
+    from foundry_ext.checkpoints.loading import CERTIFICATE
+    from foundry_ext.checkpoints.merge import TEXT, merge_adapter
 
     certificate = merge_adapter(
         arguments.adapter,
