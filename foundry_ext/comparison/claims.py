@@ -55,7 +55,7 @@ def _changes_by_high_rank(
 ) -> Iterator[Finding]:
     values = full_ranks([run for run in comparison.all_runs if run.label == full])
     if not values:
-        yield Finding(needs="`foundry-ext analyse` of full fine-tuning's runs")
+        yield Finding(needs="foundry-ext analyse of full fine-tuning's runs")
         return
     mean, in_general = fmean(values), len(values) >= MIN_SEEDS
     findings = []

@@ -101,6 +101,8 @@ def forgets_less(comparison: Comparison, full: str, adapters: Sequence[str]) -> 
         signs = [_pair(comparison, metric, {full, label}) for metric in others]
         same = sum(each is not None and each.difference * pair.difference > 0 for each in signs)
         detail = f"{same} of {len(others)} other measures have the same sign" if others else ""
+        if len(others) == 1:
+            detail = f"the other measure has {'the same' if same else 'another'} sign"
         yield _at_best(pair, full, detail)
 
 
@@ -171,7 +173,7 @@ def gap_shrinks(comparison: Comparison, full: str, adapters: Sequence[str]) -> I
             if method_of_group(comparison, label) == method
         }
         if len(set(ranks.values())) < 2 or len(set(ranks.values())) < len(ranks):
-            yield Finding(needs="runs of two ranks of one adapter (experiments/ranks)")
+            yield Finding(needs="runs of two ranks of one adapter (in a clone, experiments/ranks)")
             continue
         high, low = max(ranks, key=ranks.__getitem__), min(ranks, key=ranks.__getitem__)
         pair = _pair(comparison, comparison.learning, {high, low})
@@ -189,7 +191,8 @@ def regularises_more(
     }
     if not regularised:
         yield Finding(
-            needs="full fine-tuning with weight decay or dropout, too (experiments/regularisers)",
+            needs="full fine-tuning with weight decay or dropout, too"
+            " (in a clone, experiments/regularisers)",
         )
     for (label, names), adapter in product(regularised.items(), adapters):
         pair = _pair(comparison, comparison.forgetting, {label, adapter})

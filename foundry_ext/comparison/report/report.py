@@ -274,8 +274,9 @@ def _statistics() -> list[Block]:
                 " test.",
                 "Intervals of hypervolumes and of forgetting along fronts resample the items (2,000"
                 " bootstrap samples, the same for all methods, fixed seed) and take a t interval"
-                " over seeds; variance that both parts hold counts once. docs/comparison.md has"
-                " their coverage in simulations with known truth.",
+                " over seeds; variance that both parts hold counts once. The"
+                " documentation's page on the report has their coverage in simulations with known"
+                " truth.",
                 "Not distinguishable does not mean equal: see how many seeds or items it would"
                 " take.",
             ]
