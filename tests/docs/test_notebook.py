@@ -4,6 +4,8 @@ import base64
 import json
 import os
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,8 +52,17 @@ def experiment(tmp_path: Path, tokenizer_folder: Path, make_rows, monkeypatch) -
     return folder
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Restore the handlers of signals: nbclient leaves the default ones, not Composer's."""
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
 @pytest.mark.more
-def test_the_page_runs_with_progress_and_plots(experiment: Path):
+def test_the_page_runs_with_progress_and_plots(experiment: Path, handlers: None):
     import jupytext
     import nbformat
     from nbclient import NotebookClient
