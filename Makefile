@@ -22,7 +22,7 @@ $(error WORLD=$(WORLD) is unknown; pinned (requirements.lock) or current (requir
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# uv installs ten times faster, if it is there. Both check every file against the lock's hashes.
+# uv, which is faster, if it is there. Both check every file against the lock's hashes.
 PIP := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
 export HINT = If a package could not be built: sentencepiece (Python 3.13) and zstd (Python 3.12 and 3.13 on aarch64) have no wheel and need cmake and a C++ compiler. Install these, or take Python 3.11: docs/how-to/install.md

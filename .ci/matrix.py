@@ -34,7 +34,7 @@ NO_WHEEL = re.compile(r"[Bb]ecause ([\w.-]+)==\S+ has no usable wheels")
 
 
 class Resolution(NamedTuple):
-    """What one Python on one platform installs."""
+    """The packages that one Python on one platform installs."""
 
     packages: list[str]
     compiled: list[str]

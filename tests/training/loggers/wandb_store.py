@@ -14,7 +14,7 @@ from tests.training.loggers.wandb_server import Server
 
 @dataclass
 class StoredRun:
-    """What the server has of a run."""
+    """A run as the server holds it."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """As the server keeps it: {"seed": {"value": 17, ...}, ...}."""
