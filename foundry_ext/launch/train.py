@@ -21,6 +21,7 @@ from foundry_ext.config.values import find_warning
 from foundry_ext.launch.building import errors_name_their_section, no_questions
 from foundry_ext.launch.console import configuration_on_one_line, format_end, is_rank_zero
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
+from foundry_ext.launch.finished import describe_finished
 from foundry_ext.launch.nodes import check_configurations, share_fault, signals_per_node
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.launch.trainer_checks import trainer_is_checked
@@ -123,6 +124,11 @@ def train_here(path: Path, config: DictConfig, overrides: Sequence[str] = ()) ->
 
     `overrides` are in the configuration already; a message repeats them.
     """
+    finished = describe_finished(_resolved(config))
+    if finished:
+        if is_rank_zero():
+            print(f"train.py: {path}: {finished}", flush=True)
+        return 0
     automatic = automatic_keys(config)
     resolved = _settled(path, config)
     fault = missing_checkpoint(resolved) or unwritable(resolved)
@@ -174,6 +180,10 @@ def _settled(path: Path, config: DictConfig) -> dict[str, Any]:
         print(f"train.py: {path}: {chosen}", file=sys.stderr)
     if not has_gpu():
         keep_freed_memory()
+    return _resolved(config)
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 

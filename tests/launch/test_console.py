@@ -9,6 +9,8 @@ from foundry_ext.launch.console import format_end
 from tests.system.bad_input.bench import Bench, environment
 from tests.training import kit
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer_folder, make_rows):
