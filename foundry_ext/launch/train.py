@@ -29,6 +29,7 @@ from foundry_ext.utils.allocator import keep_freed_memory
 from foundry_ext.utils.environment import has_gpu
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.output import quiet_libraries, redacted_arguments, redacted_output
+from foundry_ext.utils.progress import announce
 from foundry_ext.utils.redaction import remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
@@ -203,6 +204,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     os.environ.update(ALONE if num_ranks > 1 else {})
+    announce("loading torch and llm-foundry")
     from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.plan.text import format_plan

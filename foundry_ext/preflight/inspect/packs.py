@@ -23,6 +23,7 @@ from foundry_ext.preflight.components import without_remote_code
 from foundry_ext.preflight.inspect.layouts import Layouts, lay_out
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
+from foundry_ext.utils.progress import announce
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
@@ -190,6 +191,7 @@ def open_loader(
         UserError: the loader is missing or not packed, or its builder rejects the configuration.
     """
     section, size = _section(config, loader)
+    announce(f"reading and tokenising the data of {loader}_loader")
     spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
     dataset = getattr(spec.dataloader, "dataset", None)
     assert isinstance(dataset, PackedDataset), type(dataset)
