@@ -16,6 +16,7 @@ from foundry_ext.sweeps.plan import cost_key, finished_records
 from foundry_ext.utils import nested
 from foundry_ext.utils.environment import device_name
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.progress import announce
 from foundry_ext.utils.redaction import redact
 
 
@@ -94,6 +95,7 @@ def estimate_throughput(
         )
     if device == "cpu" and str(config["precision"]).startswith("amp_"):
         return ThroughputEstimate(device=name, kind=device)  # Composer refuses to train like this
+    announce("measuring one layer and three of the model on this machine")
     lengths = np.asarray(train.documents.lengths)[train.sampler.used]
     first_pack = lengths[train.sampler.plan(0)[0]]
     measured = measure_throughput(
