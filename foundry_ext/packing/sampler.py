@@ -10,15 +10,16 @@ Example, 2 ranks of 1 pack, packs A B C: rank 0 gets [A] [C], rank 1 gets [B] [e
 
 import hashlib
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from foundry_ext.packing.algorithm import pack, pack_in_order
-from foundry_ext.packing.packs import Packs
+from foundry_ext.packing.packs import Packs, reordered
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,19 +27,20 @@ log = logging.getLogger(__name__)
 _EMPTY = np.empty(0, dtype=np.int64)
 
 
-class PackedBatchSampler(DistributedSampler):
-    """A batch sampler that yields lists of packs, each an int64 array of document indices.
+class BatchSampler(DistributedSampler):
+    """A batch sampler that yields lists of packs, each an int64 array of documents.
 
     Composer recognises a sampler that distributes data over ranks by its type, DistributedSampler,
     and calls `set_epoch` before every epoch. In evaluation it also cuts off
     `total_size - len(dataset)` samples as padding. Here the two are equal, because an empty pack
     holds no sample.
+
+    Subclasses say which packs an epoch has.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        lengths: NDArray[np.integer],
         *,
         capacity: int,
         batch_packs: int,
@@ -48,11 +50,10 @@ class PackedBatchSampler(DistributedSampler):
         seed: int,
         drop_last: bool = False,
     ):
-        """Plan the first epoch.
+        """Hold the settings.
 
         Args:
             dataset: `len` is the number of documents.
-            lengths: [num_documents], tokens of each document; 0 leaves a document out.
             capacity: tokens that a pack can hold.
             batch_packs: packs per batch on this rank.
             rank: this process's rank.
@@ -61,78 +62,38 @@ class PackedBatchSampler(DistributedSampler):
                 their own order, in packs of neighbours.
             seed: seed of the plans; without effect if nothing is shuffled.
             drop_last: leave out a last global batch that is incomplete.
-
-        Raises:
-            UserError: there are no documents, or with `drop_last` too few for one batch.
         """
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.total_size = len(dataset)  # pyright: ignore[reportArgumentType]
-        self.used = np.flatnonzero(lengths)
-        self.lengths = np.asarray(lengths)[self.used]
         self.capacity, self.batch_packs = capacity, batch_packs
         self.drop_last = drop_last
         self._resume_at = 0, 0  # epoch, batch
-        self._plan: tuple[int, Packs] | None = None
         self._num_batches: int | None = None
-        if len(self.used) == 0:
-            raise UserError(
-                "no documents left to train on; the counts logged above say why rows were dropped"
-            )
+
+    @abstractmethod
+    def num_packs(self, epoch: int) -> int:
+        """Return the number of packs of an epoch."""
+
+    @abstractmethod
+    def documents_of_pack(self, epoch: int, index: int) -> NDArray[np.int64]:
+        """Return the documents of one pack of an epoch."""
+
+    def _check_not_empty(self) -> None:
         if len(self) == 0:
             raise UserError(
-                f"{len(self.plan(0))} packs do not fill one global batch of"
-                f" {batch_packs} x {world_size}; lower the batch size, or set drop_last: false"
+                f"{self.num_packs(0)} packs do not fill one global batch of"
+                f" {self.batch_packs} x {self.num_replicas}; lower the batch size, or set"
+                " drop_last: false"
             )
 
-    def plan(self, epoch: int) -> Packs:
-        """Return the packs of an epoch; their indices are into `used`.
-
-        Composer reads the number of batches once and holds every epoch to it. An epoch whose own
-        plan has one batch more or less therefore gets the first epoch's packs in another order.
-        """
-        epoch = epoch if self.shuffle else 0
-        if self._plan is not None and self._plan[0] == epoch:
-            return self._plan[1]
-        # A plan of 10 M documents is 100 MiB and takes seconds: keep one at a time, and make the
-        # first epoch's again only if it is needed.
-        first = self._plan[1] if self._plan is not None and self._plan[0] == 0 else None
-        self._plan = None
-        if not self.shuffle:
-            self._plan = epoch, self._plan_in_order()
-            return self._plan[1]
-        packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
-        efficiency = 100 * packs.packing_efficiency
-        log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), efficiency)
-        if self._num_batches is not None and self._batches_of(packs) != self._num_batches:
-            del packs
-            if first is None:
-                first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
-            packs = _reordered(first, np.random.default_rng((self.seed, epoch)))
-        self._plan = epoch, packs
-        return packs
-
-    def _plan_in_order(self) -> Packs:
-        packs = pack_in_order(self.lengths, self.capacity)
-        log.info(
-            "shuffle: false, documents in their order: %d packs, %.2f %% full; shuffled documents"
-            " would fill about %d",
-            *(len(packs), 100 * packs.packing_efficiency, -(-packs.num_tokens // self.capacity)),
-        )
-        return packs
-
-    def plan_digest(self, epoch: int) -> str:
-        """Return a hash of an epoch's packs, to compare the packs of two runs."""
-        packs = self.plan(epoch)
-        return hashlib.sha256(packs.documents.tobytes() + packs.offsets.tobytes()).hexdigest()[:16]
-
-    def _batches_of(self, packs: Packs) -> int:
-        complete, rest = divmod(len(packs), self.batch_packs * self.num_replicas)
+    def _batches_of(self, num_packs: int) -> int:
+        complete, rest = divmod(num_packs, self.batch_packs * self.num_replicas)
         return complete if self.drop_last else complete + bool(rest)
 
     def __len__(self) -> int:
         """Return the number of batches per epoch, the same in every epoch and on every rank."""
         if self._num_batches is None:
-            self._num_batches = self._batches_of(self.plan(0))
+            self._num_batches = self._batches_of(self.num_packs(0))
         return self._num_batches
 
     def resume_at(self, *, epoch: int, batch: int) -> None:
@@ -157,19 +118,77 @@ class PackedBatchSampler(DistributedSampler):
 
     def batch(self, index: int) -> list[NDArray[np.int64]]:
         """Return this rank's packs of one batch, without walking over the batches before it."""
-        packs = self.plan(self.epoch)
         global_size = self.batch_packs * self.num_replicas
-        start = index * global_size + self.rank
-        pack_indices = range(start, start + global_size, self.num_replicas)
-        return [self.used[packs[i]] if i < len(packs) else _EMPTY for i in pack_indices]
+        start, num_packs = index * global_size + self.rank, self.num_packs(self.epoch)
+        packs = range(start, start + global_size, self.num_replicas)
+        return [self.documents_of_pack(self.epoch, i) if i < num_packs else _EMPTY for i in packs]
 
 
-def _reordered(packs: Packs, rng: np.random.Generator) -> Packs:
-    """Return the same packs in another order."""
-    # numpy only: there may be millions of packs, too many for a Python object each.
-    order = rng.permutation(len(packs))
-    sizes = np.diff(packs.offsets)[order]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    index = np.repeat(packs.offsets[:-1][order] - offsets[:-1], sizes)
-    index += np.arange(len(index))
-    return replace(packs, documents=packs.documents[index], offsets=offsets)
+class PackedBatchSampler(BatchSampler):
+    """Batches of a plan over all documents; packs hold indices into them.
+
+    Args:
+        dataset: as in BatchSampler, like `settings`.
+        lengths: [num_documents], tokens of each document; 0 leaves a document out.
+
+    Raises:
+        UserError: there are no documents, or with `drop_last` too few for one batch.
+    """
+
+    def __init__(self, dataset: Dataset, lengths: NDArray[np.integer], **settings: Any):
+        super().__init__(dataset, **settings)
+        self.used = np.flatnonzero(lengths)
+        self.lengths = np.asarray(lengths)[self.used]
+        self._plan: tuple[int, Packs] | None = None
+        if len(self.used) == 0:
+            raise UserError(
+                "no documents left to train on; the counts logged above say why rows were dropped"
+            )
+        self._check_not_empty()
+
+    def num_packs(self, epoch: int) -> int:
+        return len(self.plan(epoch))
+
+    def documents_of_pack(self, epoch: int, index: int) -> NDArray[np.int64]:
+        return self.used[self.plan(epoch)[index]]
+
+    def plan(self, epoch: int) -> Packs:
+        """Return the packs of an epoch; their indices are into `used`.
+
+        Composer reads the number of batches once and holds every epoch to it. An epoch whose own
+        plan has one batch more or less therefore gets the first epoch's packs in another order.
+        """
+        epoch = epoch if self.shuffle else 0
+        if self._plan is not None and self._plan[0] == epoch:
+            return self._plan[1]
+        # A plan of 10 M documents is 100 MiB and takes seconds: keep one at a time, and make the
+        # first epoch's again only if it is needed.
+        first = self._plan[1] if self._plan is not None and self._plan[0] == 0 else None
+        self._plan = None
+        if not self.shuffle:
+            self._plan = epoch, self._plan_in_order()
+            return self._plan[1]
+        packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
+        efficiency = 100 * packs.packing_efficiency
+        log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), efficiency)
+        if self._num_batches is not None and self._batches_of(len(packs)) != self._num_batches:
+            del packs
+            if first is None:
+                first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
+            packs = reordered(first, np.random.default_rng((self.seed, epoch)))
+        self._plan = epoch, packs
+        return packs
+
+    def _plan_in_order(self) -> Packs:
+        packs = pack_in_order(self.lengths, self.capacity)
+        log.info(
+            "shuffle: false, documents in their order: %d packs, %.2f %% full; shuffled documents"
+            " would fill about %d",
+            *(len(packs), 100 * packs.packing_efficiency, -(-packs.num_tokens // self.capacity)),
+        )
+        return packs
+
+    def plan_digest(self, epoch: int) -> str:
+        """Return a hash of an epoch's packs, to compare the packs of two runs."""
+        packs = self.plan(epoch)
+        return hashlib.sha256(packs.documents.tobytes() + packs.offsets.tobytes()).hexdigest()[:16]
