@@ -6,7 +6,7 @@ packed once, which the ranks share; whoever keeps the numbers plans one window t
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +40,7 @@ class Shards(Protocol):
     def documents(
         self, epoch: int, units: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
-        """Return [n] documents of units, in their order, and [n] tokens of each; 0 leaves it out."""
+        """Return [n] documents of units, in order, and [n] tokens of each; 0 leaves one out."""
         ...
 
     def prepare(self, epoch: int, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:

@@ -161,7 +161,7 @@ def test_going_on_packs_no_window_before_it():
 
 def test_epochs_differ_in_windows_and_packs():
     shards = random_shards(30)
-    sampler = make(shards, window=40)
+    sampler = make(shards, window=40, batch_packs=500)  # one batch in any epoch
     windows = [{frozenset(units.tolist()) for units in sampler.plan(e).windows} for e in (0, 1)]
     assert len(windows[0] & windows[1]) < len(windows[0]) / 2
     assert walk(sampler, 0) == walk(sampler, 0) != walk(sampler, 1)
