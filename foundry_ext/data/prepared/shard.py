@@ -8,8 +8,9 @@ change without tokenising again. A row without tokens is an empty sample, so it 
 | `ids` | bytes | token ids, uint16 or uint32 by the size of the vocabulary, little-endian |
 | `loss` | bytes | a bit per token, 1 if it is predicted, lowest first; zeros fill 4 bytes |
 
-Plain text, all of which is predicted, has no column `loss`. `StreamingDataset` reads these files. `Shard` reads many rows at once, which is needed for short
-ones: its cost is per token, not per row.
+Plain text, all of which is predicted, has no column `loss`. `StreamingDataset` reads these files,
+one row at a time. `Shard` reads many rows at once: its cost is per token, which matters for short
+ones.
 """
 
 import json
