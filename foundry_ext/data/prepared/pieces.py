@@ -13,6 +13,7 @@ copy of the file has the same pieces.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def split_lines(path: Path, piece_bytes: int) -> list[Piece]:
             if cuts[-1] < file.tell() < size:
                 cuts.append(file.tell())
     cuts.append(size)
-    return [LinesPiece(path, start, end) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [LinesPiece(path, start, end) for start, end in pairwise(cuts)]
 
 
 class GroupsPiece(Piece):

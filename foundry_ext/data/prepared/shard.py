@@ -30,7 +30,8 @@ from foundry_ext.data.table import Tokens
 from foundry_ext.utils.errors import UserError
 
 _HASH = "xxh3_64"
-_NEVER = np.iinfo(np.uint32).max
+# RowSizes.first_loss of a row that has none.
+NEVER = np.iinfo(np.uint32).max
 
 
 class FlatTokens(NamedTuple):
@@ -65,7 +66,7 @@ class RowSizes:
 def _first_loss(row: Tokens) -> int:
     mask = row.loss_mask[1:]
     position = int(mask.argmax()) if len(mask) else 0
-    return position + 1 if len(mask) and mask[position] else _NEVER
+    return position + 1 if len(mask) and mask[position] else NEVER
 
 
 def ids_type(vocabulary_size: int) -> str:
