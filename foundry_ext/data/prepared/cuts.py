@@ -24,11 +24,11 @@ class Cuts:
         num_truncated_tokens: [n] tokens removed from the document, or dropped with it.
     """
 
-    rows: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    lengths: NDArray[np.int32]
     outcomes: NDArray[np.int8]
-    num_truncated_tokens: NDArray[np.int64]
+    num_truncated_tokens: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,11 +57,11 @@ def cut_rows(sizes: RowSizes, max_seq_len: int, overlong: str) -> Cuts:
     outcomes[whole == 0] = RowOutcome.DROPPED_EMPTY
     lengths[has_no_loss] = 0
     return Cuts(
-        rows=np.arange(len(whole)),
-        starts=np.zeros(len(whole), dtype=np.int64),
-        lengths=lengths,
+        rows=np.arange(len(whole), dtype=np.int32),
+        starts=np.zeros(len(whole), dtype=np.int32),
+        lengths=lengths.astype(np.int32),
         outcomes=outcomes.astype(np.int8),
-        num_truncated_tokens=whole - lengths,
+        num_truncated_tokens=(whole - lengths).astype(np.int32),
     )
 
 
@@ -77,9 +77,9 @@ def _split(whole: NDArray[np.int64], max_seq_len: int) -> Cuts:
     outcomes[has_no_loss] = RowOutcome.DROPPED_NO_LOSS
     outcomes[whole[rows] == 0] = RowOutcome.DROPPED_EMPTY
     return Cuts(
-        rows=rows,
-        starts=starts,
-        lengths=np.where(has_no_loss, 0, lengths),
+        rows=rows.astype(np.int32),
+        starts=starts.astype(np.int32),
+        lengths=np.where(has_no_loss, 0, lengths).astype(np.int32),
         outcomes=outcomes.astype(np.int8),
-        num_truncated_tokens=np.where(has_no_loss, 1, 0),
+        num_truncated_tokens=has_no_loss.astype(np.int32),
     )

@@ -174,7 +174,9 @@ def read_index(storage: Storage, local: Path) -> PreparedIndex:
     about = _read_about(storage, folder)
     for name, digest in about["files"].items():
         path = folder / name
-        if folder != Path(storage.place) and not (path.exists() and content_digest([path]) == digest):
+        if folder != Path(storage.place) and not (
+            path.exists() and content_digest([path]) == digest
+        ):
             storage.get(name, path)
         # The row sizes decide every plan, so a damaged one would go unnoticed.
         if not path.exists() or content_digest([path]) != digest:

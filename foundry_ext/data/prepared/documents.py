@@ -1,0 +1,216 @@
+"""Documents of prepared data, read shard by shard; see packing/windows.py for their order.
+
+A document is named by one number: its shard's position, over all sources, times 2**32, plus its
+position among the shard's documents.
+
+A source may be used several times in an epoch, or in part. Each complete pass over it has all its
+shards as *units*. A part f of a pass has them, too, with a share f of each shard's tokens, which
+moves on with every epoch: after 1/f epochs every document has been used.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from foundry_ext.data.prepared.cuts import Cuts, cut_rows
+from foundry_ext.data.prepared.index import PreparedIndex
+from foundry_ext.data.prepared.local_shards import LocalShards
+from foundry_ext.data.prepared.shard import FlatTokens, Shard
+from foundry_ext.packing.collator import Document
+from foundry_ext.utils.errors import UserError
+
+_SHARD = 2**32
+_DRAW_SEED = 17  # of the order in which parts of a shard are taken
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSource:
+    """Prepared data, and how it is used."""
+
+    index: PreparedIndex
+    files: LocalShards
+    max_seq_len: int
+    overlong: str
+    passes: float = 1.0
+    """Passes over the source in an epoch."""
+
+    def check_overlong(self, name: str) -> None:
+        """Check that the rows can be cut as `overlong` says.
+
+        Raises:
+            UserError: a row is too long under `error`, or rows with prompts are to be split.
+        """
+        if self.overlong == "split" and self.index.recipe.with_loss:
+            raise UserError(
+                f"{name}: overlong: split is for prepared plain text; set truncate or drop, or"
+                " raise max_seq_len"
+            )
+        if self.overlong == "error":
+            for shard in self.index.shards:
+                if shard.longest > self.max_seq_len:
+                    raise UserError(
+                        f"{name}: {shard.piece}: a row has {shard.longest} tokens, more than"
+                        f" max_seq_len {self.max_seq_len}; raise max_seq_len, or set overlong to"
+                        " truncate, split or drop"
+                    )
+
+    def cuts(self, shard: int) -> Cuts:
+        """Return the documents of a shard."""
+        overlong = "truncate" if self.overlong == "error" else self.overlong
+        return cut_rows(self.index.sizes(shard), self.max_seq_len, overlong)
+
+
+class PreparedDocuments:
+    """The documents of all sources.
+
+    Args:
+        sources: at least one.
+        window: documents that a window has at least. The sizes and files of two windows are kept
+            open.
+    """
+
+    def __init__(self, sources: Sequence[PreparedSource], *, window: int):
+        self.sources = list(sources)
+        counts = [len(source.index.shards) for source in sources]
+        self._first_shard = np.cumsum([0, *counts])
+        self._source = np.repeat(np.arange(len(sources)), counts)
+        self._rows = np.concatenate([np.diff(source.index.first_row) for source in sources])
+        self._most_rows = 2 * (window + int(self._rows.max(initial=0)))
+        self._units = _units(sources, self._first_shard)
+        self._open: OrderedDict[int, tuple[Cuts, Shard | None]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind, for a worker process to open its own."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the shards, and of what decides the documents they have."""
+        digest = xxhash.xxh3_128()
+        for source in self.sources:
+            deciding = (source.max_seq_len, source.overlong, source.passes)
+            digest.update(f"{source.index.fingerprint} {deciding}".encode())
+        return digest.hexdigest()[:16]
+
+    def sizes(self, epoch: int) -> NDArray[np.int64]:
+        """Return [num_units], rows of each unit of an epoch, or about as many in a part."""
+        shards, parts = self._units
+        return np.round(self._rows[shards] * parts).astype(np.int64)
+
+    def documents(
+        self, epoch: int, units: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return [n] documents of units, in order, and [n] tokens of each; 0 leaves one out."""
+        names, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for unit in units.tolist():
+            shard, part = int(self._units[0][unit]), float(self._units[1][unit])
+            cuts = self._cuts(shard)
+            names.append(shard * _SHARD + np.arange(len(cuts)))
+            used = cuts.lengths if part == 1 else _part(cuts.lengths, shard, part, epoch)
+            lengths.append(used)
+        return np.concatenate(names), np.concatenate(lengths)
+
+    def prepare(self, epoch: int, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
+        """Make the shards of a window readable, and begin to fetch those of the next."""
+        now, next_ = (np.unique(self._units[0][some]) for some in (units, following))
+        for number, source in enumerate(self.sources):
+            first = self._first_shard[number]
+            mine = [some[self._source[some] == number] - first for some in (now, next_)]
+            source.files.need(mine[0].tolist(), mine[1].tolist())
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """Return (source, row in it) of a document."""
+        shard, position = divmod(document, _SHARD)
+        source = int(self._source[shard])
+        first = self.sources[source].index.first_row[shard - self._first_shard[source]]
+        return source, int(first + self._cuts(shard).rows[position])
+
+    def read_flat(self, documents: NDArray[np.int64]) -> tuple[FlatTokens, NDArray[np.int64]]:
+        """Return the tokens of documents, end to end, and [n] tokens of each."""
+        shards, positions = np.divmod(documents, _SHARD)
+        used = np.unique(shards)
+        lengths = np.zeros(len(documents), dtype=np.int64)
+        for shard in used:
+            mine = shards == shard
+            lengths[mine] = self._cuts(int(shard)).lengths[positions[mine]]
+        total = int(lengths.sum())
+        ids, mask = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.bool_)
+        owner = np.repeat(shards, lengths) if len(used) > 1 else None
+        for shard in used:
+            mine = shards == shard
+            cuts, file = self._opened(int(shard))
+            at = positions[mine]
+            part = file.read(cuts.rows[at], cuts.starts[at], cuts.lengths[at])
+            where = slice(None) if owner is None else owner == shard
+            ids[where], mask[where] = part.input_ids, part.loss_mask
+        return FlatTokens(ids, mask), lengths
+
+    def read(self, documents: NDArray[np.int64]) -> list[Document]:
+        """Return documents one by one."""
+        (ids, mask), lengths = self.read_flat(documents)
+        ends = np.cumsum(lengths)[:-1]
+        parts = zip(np.split(ids, ends), np.split(mask, ends), strict=True)
+        return [Document(*part) for part in parts] if len(documents) else []
+
+    def shards(self) -> Iterator[tuple[int, Cuts]]:
+        """Yield (source, documents) of each shard, in the order of the sources."""
+        for shard, source in enumerate(self._source.tolist()):
+            yield source, self.sources[source].cuts(shard - int(self._first_shard[source]))
+
+    def _cuts(self, shard: int) -> Cuts:
+        if shard not in self._open:
+            source = int(self._source[shard])
+            cuts = self.sources[source].cuts(shard - int(self._first_shard[source]))
+            self._keep(shard, cuts, None)
+        self._open.move_to_end(shard)
+        return self._open[shard][0]
+
+    def _opened(self, shard: int) -> tuple[Cuts, Shard]:
+        cuts, file = self._cuts(shard), self._open[shard][1]
+        if file is None:
+            source = int(self._source[shard])
+            file = self.sources[source].files.open(shard - int(self._first_shard[source]))
+            self._keep(shard, cuts, file)
+        return cuts, file
+
+    def _keep(self, shard: int, cuts: Cuts, file: Shard | None) -> None:
+        self._open[shard] = cuts, file
+        rows = sum(len(cuts) for cuts, _ in self._open.values())
+        while rows > self._most_rows and len(self._open) > 1:
+            _, (removed, _) = self._open.popitem(last=False)
+            rows -= len(removed)
+
+
+def _units(
+    sources: Sequence[PreparedSource], first_shard: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the shard of each unit, and the part of it that an epoch uses."""
+    shards, parts = [], []
+    for number, source in enumerate(sources):
+        own = np.arange(first_shard[number], first_shard[number + 1])
+        whole, rest = divmod(source.passes, 1)
+        for part in [1.0] * int(whole) + [rest] * (rest > 0):
+            shards.append(own)
+            parts.append(np.full(len(own), part))
+    return np.concatenate(shards), np.concatenate(parts)
+
+
+def _part(lengths: NDArray[np.int64], shard: int, part: float, epoch: int) -> NDArray[np.int64]:
+    """Return the lengths of an epoch's part of a shard's documents, 0 for the others.
+
+    The documents lie in a random order on a circle of as many tokens as they have. The part is an
+    arc, which begins where that of the epoch before ended.
+    """
+    order = np.random.default_rng((_DRAW_SEED, shard)).permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    total = int(ends[-1]) if len(ends) else 0
+    starts = (ends - lengths[order]) / max(total, 1)
+    is_used = np.zeros(len(lengths), dtype=np.bool_)
+    is_used[order] = (starts - epoch * part) % 1 < part
+    return np.where(is_used, lengths, 0)
