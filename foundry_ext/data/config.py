@@ -6,6 +6,7 @@ from typing import Any
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
 from foundry_ext.data.mixture import check_shares
+from foundry_ext.data.prepared.settings import KEYS as PREPARED_KEYS
 from foundry_ext.data.tokenize import Preprocess, TokenizeSettings
 from foundry_ext.utils.errors import UserError, suggest
 
@@ -14,6 +15,7 @@ _PROMPT_KEYS = frozenset(("preprocessing_fn", "target_prompts", "target_response
 _COMMON_KEYS = _SOURCE_KEYS | {
     *("datasets", "max_seq_len", "pack_tokens", "eval_packs", "fixed_shape"),
     *("shuffle", "shuffle_seed"),
+    *PREPARED_KEYS,
 }
 STREAM_KEYS = {
     *("streams", "remote", "local", "split", "download_retry", "download_timeout"),

@@ -26,6 +26,9 @@ from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.mixture import MixedDocuments, draw
+from foundry_ext.data.prepared.documents import PreparedDocuments
+from foundry_ext.data.prepared.loading import load_prepared
+from foundry_ext.data.prepared.settings import is_prepared
 from foundry_ext.data.ranks import local_rank_zero_first, telling_others
 from foundry_ext.data.row_errors import separator_hint
 from foundry_ext.data.sources import (
@@ -35,7 +38,7 @@ from foundry_ext.data.sources import (
     load_streams,
 )
 from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
-from foundry_ext.packing.algorithm import most_documents
+from foundry_ext.packing.algorithm import most_documents, most_of_counts
 from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.utils.absent import dataset_settings
@@ -134,11 +137,20 @@ def _plan_packs(
         raise UserError(f"{name} needs a tokenizer with an end-of-text token (eos_token)")
     pack_tokens = get_pack_tokens(dataset)
     batch_packs = get_batch_packs(dataset.get("eval_packs") or device_batch_size)
-    if stream_key(dataset) is None:
+    if is_prepared(dataset):
+        documents, descriptions = load_prepared(dataset, tokenizer, name=name)
+    elif stream_key(dataset) is None:
         documents, descriptions = _read_sources(get_sources(dataset, name), tokenizer)
     else:
         documents, descriptions = _read_streams(dataset, tokenizer)
-    if not documents.lengths.any():
+    if isinstance(documents, PreparedDocuments):
+        lengths = documents.census.lengths
+        most = most_of_counts(lengths, pack_tokens)
+        is_empty = not lengths.any()
+    else:
+        most = most_documents(documents.lengths[documents.lengths > 0], pack_tokens)
+        is_empty = not documents.lengths.any()
+    if is_empty:
         raise UserError(describe_nothing_left(documents, descriptions, dataset["max_seq_len"]))
     packed = PackedDataset(
         documents,
@@ -147,7 +159,7 @@ def _plan_packs(
             pack_tokens=pack_tokens,
             pad_token_id=cast(int, tokenizer.pad_token_id or 0),
             fixed_shape=dataset.get("fixed_shape", False) is True,  # auto: train.py has not decided
-            max_documents=most_documents(documents.lengths[documents.lengths > 0], pack_tokens),
+            max_documents=most,
         ),
         {
             "capacity": pack_tokens,

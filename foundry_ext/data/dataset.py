@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from foundry_ext import __version__
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments
+from foundry_ext.data.prepared.documents import PreparedDocuments
+from foundry_ext.data.prepared.loading import window_sampler
 from foundry_ext.data.ranks import check_same
 from foundry_ext.packing.batch import Pack
 from foundry_ext.packing.collator import PackCollator
@@ -34,14 +36,20 @@ class PackedDataset(Dataset):
 
     def __init__(
         self,
-        documents: Documents | MixedDocuments,
+        documents: Documents | MixedDocuments | PreparedDocuments,
         collator: PackCollator,
         sampler_settings: dict[str, Any],
         description: Sequence[dict[str, Any]] = (),
     ):
         self.documents, self.collator, self.description = documents, collator, list(description)
-        self.num_documents = int(np.count_nonzero(documents.lengths))
-        self.sampler = PackedBatchSampler(self, documents.lengths, **sampler_settings)
+        if isinstance(documents, PreparedDocuments):
+            self.num_documents = documents.census.num_documents
+            self.num_tokens = documents.census.num_tokens
+            self.sampler = window_sampler(self, documents, **sampler_settings)
+        else:
+            self.num_documents = int(np.count_nonzero(documents.lengths))
+            self.num_tokens = int(documents.lengths.sum())
+            self.sampler = PackedBatchSampler(self, documents.lengths, **sampler_settings)
         self.epoch, self.next_batch = 0, 0
         self.pending_rng: Any = None
 
@@ -50,6 +58,9 @@ class PackedDataset(Dataset):
         return self.num_documents
 
     def __getitem__(self, pack: NDArray[np.int64]) -> Pack:
+        if isinstance(self.documents, PreparedDocuments):
+            tokens, lengths = self.documents.read_flat(pack)
+            return self.collator.join(*tokens, lengths)
         return self.collator(self.documents.read(pack))
 
     def describe_sources(self, key: str) -> str | None:
@@ -70,8 +81,10 @@ class PackedDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """Hash of the data and of all settings that decide the plan, ranks excluded."""
-        sampler = self.sampler
-        return f"{self.documents.fingerprint}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
+        sampler, data = self.sampler, self.documents.fingerprint
+        if isinstance(self.documents, PreparedDocuments):
+            data += f" window {self.documents.window}"
+        return f"{data}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
 
     def compare_ranks(self) -> None:
         """Check that all ranks, which must call this together, have the same plan.

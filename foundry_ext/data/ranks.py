@@ -14,7 +14,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from composer.utils import dist
@@ -81,6 +81,30 @@ def check_same(items: Mapping[str, Any], way_out: str) -> None:
                 faults = _differences(*(meeting.items(one) for one in (0, rank)))
                 if faults:
                     raise UserError(_describe(faults, meeting.name(0), meeting.name(rank), way_out))
+
+
+def shared_out(own: Any) -> list[Any]:
+    """Return what each rank gives, by rank; anything that JSON has. All ranks call it together."""
+    if dist.get_world_size() == 1:
+        return [own]
+    with _Meeting() as meeting:
+        meeting.post(json.dumps(own))
+        return [json.loads(meeting.wait_for(rank)) for rank in range(dist.get_world_size())]
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """Return what rank 0 makes; anything that JSON has. All ranks call it together."""
+    if dist.get_world_size() == 1:
+        return make()
+    with _Meeting() as meeting:
+        if meeting.rank == 0:
+            meeting.post(json.dumps(make()))
+        made = json.loads(meeting.wait_for(0))
+        if meeting.rank != 0:
+            meeting.post("heard")
+        for rank in range(dist.get_world_size()):  # rank 0's process holds the store
+            meeting.wait_for(rank)
+        return made
 
 
 @contextlib.contextmanager

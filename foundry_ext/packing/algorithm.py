@@ -119,12 +119,18 @@ def most_documents(lengths: np.ndarray, capacity: int) -> int:
         lengths: [num_documents], tokens of each document, positive integers.
         capacity: tokens that a pack can hold.
     """
-    counts = np.bincount(lengths)
+    return most_of_counts(np.bincount(lengths), capacity)
+
+
+def most_of_counts(counts: np.ndarray, capacity: int) -> int:
+    """Return `most_documents` for counts[l] documents of l tokens; counts[0] is ignored."""
+    counts = counts.copy()
+    counts[:1] = 0
     tokens = np.cumsum(counts * np.arange(len(counts)))  # in documents of up to this length
     # The first length of which not all documents fit beside all shorter ones.
     partial = int(np.searchsorted(tokens, capacity, side="right"))
     if partial == len(counts):
-        return len(lengths)
+        return int(counts.sum())
     left = capacity - int(tokens[partial - 1])
     return int(counts[:partial].sum()) + left // partial
 

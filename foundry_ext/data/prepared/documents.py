@@ -9,8 +9,7 @@ moves on with every epoch: after 1/f epochs every document has been used.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,52 +17,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from foundry_ext.data.prepared.cuts import Cuts, cut_rows
-from foundry_ext.data.prepared.index import PreparedIndex
-from foundry_ext.data.prepared.local_shards import LocalShards
+from foundry_ext.data.prepared.census import Census, merge_censuses
+from foundry_ext.data.prepared.cuts import Cuts
 from foundry_ext.data.prepared.shard import FlatTokens, Shard
+from foundry_ext.data.prepared.source import PreparedSource
 from foundry_ext.packing.collator import Document
-from foundry_ext.utils.errors import UserError
 
 _SHARD = 2**32
 _DRAW_SEED = 17  # of the order in which parts of a shard are taken
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedSource:
-    """Prepared data, and how it is used."""
-
-    index: PreparedIndex
-    files: LocalShards
-    max_seq_len: int
-    overlong: str
-    passes: float = 1.0
-    """Passes over the source in an epoch."""
-
-    def check_overlong(self, name: str) -> None:
-        """Check that the rows can be cut as `overlong` says.
-
-        Raises:
-            UserError: a row is too long under `error`, or rows with prompts are to be split.
-        """
-        if self.overlong == "split" and self.index.recipe.with_loss:
-            raise UserError(
-                f"{name}: overlong: split is for prepared plain text; set truncate or drop, or"
-                " raise max_seq_len"
-            )
-        if self.overlong == "error":
-            for shard in self.index.shards:
-                if shard.longest > self.max_seq_len:
-                    raise UserError(
-                        f"{name}: {shard.piece}: a row has {shard.longest} tokens, more than"
-                        f" max_seq_len {self.max_seq_len}; raise max_seq_len, or set overlong to"
-                        " truncate, split or drop"
-                    )
-
-    def cuts(self, shard: int) -> Cuts:
-        """Return the documents of a shard."""
-        overlong = "truncate" if self.overlong == "error" else self.overlong
-        return cut_rows(self.index.sizes(shard), self.max_seq_len, overlong)
 
 
 class PreparedDocuments:
@@ -71,12 +32,19 @@ class PreparedDocuments:
 
     Args:
         sources: at least one.
+        censuses: the counts of one pass over each source.
         window: documents that a window has at least. The sizes and files of two windows are kept
             open.
+
+    Attributes:
+        census: the counts of an epoch. A part of a pass counts by its share.
     """
 
-    def __init__(self, sources: Sequence[PreparedSource], *, window: int):
-        self.sources = list(sources)
+    def __init__(
+        self, sources: Sequence[PreparedSource], censuses: Sequence[Census], *, window: int
+    ):
+        self.sources, self.window = list(sources), window
+        self.census = merge_censuses(censuses, [source.passes for source in sources])
         counts = [len(source.index.shards) for source in sources]
         self._first_shard = np.cumsum([0, *counts])
         self._source = np.repeat(np.arange(len(sources)), counts)
@@ -97,6 +65,15 @@ class PreparedDocuments:
             deciding = (source.max_seq_len, source.overlong, source.passes)
             digest.update(f"{source.index.fingerprint} {deciding}".encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Documents of an epoch per outcome, as `counts` of `Documents`."""
+        return self.census.counts
+
+    def source_fingerprints(self) -> list[str]:
+        """Return the hash of each source's shards."""
+        return [source.index.fingerprint for source in self.sources]
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """Return [num_units], rows of each unit of an epoch, or about as many in a part."""
@@ -157,11 +134,6 @@ class PreparedDocuments:
         ends = np.cumsum(lengths)[:-1]
         parts = zip(np.split(ids, ends), np.split(mask, ends), strict=True)
         return [Document(*part) for part in parts] if len(documents) else []
-
-    def shards(self) -> Iterator[tuple[int, Cuts]]:
-        """Yield (source, documents) of each shard, in the order of the sources."""
-        for shard, source in enumerate(self._source.tolist()):
-            yield source, self.sources[source].cuts(shard - int(self._first_shard[source]))
 
     def _cuts(self, shard: int) -> Cuts:
         if shard not in self._open:

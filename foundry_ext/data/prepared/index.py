@@ -11,7 +11,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from foundry_ext.data.content import content_digest
+from foundry_ext.data.prepared.recipe import Recipe
 from foundry_ext.data.prepared.shard import NEVER, RowSizes
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.utils.errors import UserError
@@ -59,25 +60,6 @@ class ShardAbout:
     @property
     def bytes(self) -> int:
         return self.mds["raw_data"]["bytes"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What decides the tokens of a row, apart from the row."""
-
-    key: str
-    """Hash of tokenizer, template, settings, preprocessing's source and versions."""
-    tokenizer: str
-    text_key: str | None
-    target_prompts: str
-    target_responses: str
-    ids: str
-    """Type of the token ids, uint16 or uint32."""
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def with_loss(self) -> bool:
-        return self.text_key is None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ already, for which it waits.
 """
 
 import contextlib
-import logging
 import os
 import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -21,18 +21,70 @@ from foundry_ext.data.prepared.shard import Shard
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.utils.errors import UserError
 
-log = logging.getLogger(__name__)
+
+class LocalFolder:
+    """A folder of fetched shards, of one source or of several.
+
+    Args:
+        path: the folder, on a disk of this machine.
+        limit: most bytes of the shards in it; None for no limit.
+    """
+
+    def __init__(self, path: Path, limit: int | None = None):
+        self.path, self.limit = path, limit
+        self._needed: dict[str, dict[str, int]] = {}
+
+    def need(self, place: str, sizes: dict[str, int]) -> None:
+        """Keep the shards of a source's last two windows, {key: bytes}.
+
+        Raises:
+            UserError: those of all sources are more than the limit.
+        """
+        self._needed[place] = sizes
+        size = sum(sum(some.values()) for some in self._needed.values())
+        if self.limit is not None and size > self.limit:
+            raise UserError(
+                f"cache_limit: {self.limit:,} bytes do not hold two windows of shards, {size:,}"
+                " bytes; raise it, or lower window"
+            )
+
+    def file(self, key: str) -> Path:
+        return self.path / "shards" / f"{key}.mds"
+
+    def make_room(self, size: int) -> None:
+        """Remove the shards used longest ago, other than the needed ones, to stay in the limit.
+
+        Raises:
+            UserError: the disk has no room for `size` bytes.
+        """
+        folder = self.path / "shards"
+        with filelock.FileLock(folder / "room.lock"):
+            files = {path: path.stat() for path in folder.glob("*.mds")}
+            used = sum(status.st_size for status in files.values())
+            needed = {key for some in self._needed.values() for key in some}
+            for path in sorted(files, key=lambda one: files[one].st_mtime_ns):
+                if self.limit is None or used + size <= self.limit:
+                    break
+                if path.stem not in needed:
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".lock").unlink(missing_ok=True)
+                    used -= files[path].st_size
+            free = shutil.disk_usage(folder).free
+            if free < size:
+                raise UserError(
+                    f"{folder}: {free:,} bytes are free, and a shard has {size:,}; make room, set"
+                    " cache_limit, or set local to a folder on another disk"
+                )
 
 
 class LocalShards:
-    """Files of shards, by their position in the index.
+    """Files of the shards of a source, by their position in the index.
 
     Args:
         storage: where the shards are.
         shards: their descriptions.
         ids: type of their token ids.
         local: folder for fetched shards; None to read those of a folder in place.
-        cache_limit: most bytes of fetched shards; None for no limit.
     """
 
     def __init__(
@@ -40,17 +92,14 @@ class LocalShards:
         storage: Storage,
         shards: Sequence[ShardAbout],
         ids: str,
-        *,
-        local: Path | None = None,
-        cache_limit: int | None = None,
+        local: LocalFolder | None = None,
     ):
-        self.storage, self.shards, self.ids = storage, shards, ids
-        self.local, self.cache_limit = local, cache_limit
-        self._needed: set[str] = set()
+        self.storage, self.shards, self.ids, self.local = storage, shards, ids, local
+        self._window: tuple[list[int], list[int]] = [], []
         self._fetching: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Leave the thread behind: a worker process reads, and fetches what is missing."""
         return {**self.__dict__, "_fetching": None, "_error": None}
 
@@ -67,42 +116,37 @@ class LocalShards:
                 return Shard(path, about.mds, self.ids)
         for _ in range(3):
             # Between the two lines another process may remove it, to make room.
-            path = self._fetch(about)
+            path = self._fetch(about, self.local)
             with contextlib.suppress(FileNotFoundError):
                 return Shard(path, about.mds, self.ids)
         raise UserError(
-            f"{self.local}: {about.key} was removed each time it was fetched; raise cache_limit, or"
-            " give each run a folder of its own"
+            f"{self.local.path}: {about.key} was removed each time it was fetched; raise"
+            " cache_limit, or give each run a folder of its own"
         )
 
     def need(self, now: Sequence[int], next_: Sequence[int]) -> None:
-        """Wait until the shards of a window are here, and begin to fetch those of the next one."""
-        if self.local is None:
-            return
-        needed = {self.shards[shard].key for shard in (*now, *next_)}
-        if needed == self._needed:
+        """Wait until the shards of a window are here, and begin to fetch those of the next one.
+
+        Raises:
+            UserError: as in `open`; or both windows are more than the folder may hold.
+        """
+        if self.local is None or self._window == (window := (list(now), list(next_))):
             return
         self._wait()
-        self._needed = needed
-        self._check_limit(now, next_)
+        self._window = window
+        shards = [self.shards[shard] for shard in (*now, *next_)]
+        self.local.need(self.storage.place, {shard.key: shard.bytes for shard in shards})
         for shard in now:
-            self._fetch(self.shards[shard])
-        self._fetching = threading.Thread(target=self._fetch_all, args=(next_,), daemon=True)
+            self._fetch(self.shards[shard], self.local)
+        self._fetching = threading.Thread(
+            target=self._fetch_all, args=(next_, self.local), daemon=True
+        )
         self._fetching.start()
 
-    def _check_limit(self, now: Sequence[int], next_: Sequence[int]) -> None:
-        shards = {self.shards[shard].key: self.shards[shard].bytes for shard in (*now, *next_)}
-        size = sum(shards.values())
-        if self.cache_limit is not None and size > self.cache_limit:
-            raise UserError(
-                f"cache_limit: {self.cache_limit:,} bytes do not hold two windows of shards,"
-                f" {size:,} bytes; raise it, or lower window"
-            )
-
-    def _fetch_all(self, shards: Sequence[int]) -> None:
+    def _fetch_all(self, shards: Sequence[int], local: LocalFolder) -> None:
         try:
             for shard in shards:
-                self._fetch(self.shards[shard])
+                self._fetch(self.shards[shard], local)
         except BaseException as error:  # raised where it is waited for
             self._error = error
 
@@ -114,49 +158,28 @@ class LocalShards:
             error, self._error = self._error, None
             raise error
 
-    def _fetch(self, about: ShardAbout) -> Path:
-        assert self.local is not None
-        path = self.local / "shards" / f"{about.key}.mds"
-        if not self._is_here(path, about):
+    def _fetch(self, about: ShardAbout, local: LocalFolder) -> Path:
+        path = local.file(about.key)
+        if not _is_here(path, about):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(path.parent / f"{about.key}.lock"):
-                if not self._is_here(path, about):
-                    self._make_room(about.bytes)
+            with filelock.FileLock(path.with_suffix(".lock")):
+                if not _is_here(path, about):
+                    local.make_room(about.bytes)
                     name = f"{shard_folder(about.key)}/{SHARD_FILE}"
                     with _naming_missing(Path(self.storage.place, name)):
                         self.storage.get(name, path)
         return path
 
-    def _is_here(self, path: Path, about: ShardAbout) -> bool:
-        """Return whether a whole file is here, which counts as a use of it."""
-        try:
-            is_here = path.stat().st_size == about.bytes
-            if is_here:
-                os.utime(path)
-        except FileNotFoundError:
-            return False
-        return is_here
 
-    def _make_room(self, size: int) -> None:
-        """Remove the shards used longest ago, other than the needed ones, to stay in the limit."""
-        assert self.local is not None
-        folder = self.local / "shards"
-        with filelock.FileLock(folder / "room.lock"):
-            files = {path: path.stat() for path in folder.glob("*.mds")}
-            used = sum(status.st_size for status in files.values())
-            for path in sorted(files, key=lambda one: files[one].st_mtime_ns):
-                if self.cache_limit is None or used + size <= self.cache_limit:
-                    break
-                if path.stem not in self._needed:
-                    path.unlink(missing_ok=True)
-                    (folder / f"{path.stem}.lock").unlink(missing_ok=True)
-                    used -= files[path].st_size
-            free = shutil.disk_usage(folder).free
-            if free < size:
-                raise UserError(
-                    f"{folder}: {free:,} bytes are free, and a shard has {size:,}; make room, set"
-                    " cache_limit, or set local to a folder on another disk"
-                )
+def _is_here(path: Path, about: ShardAbout) -> bool:
+    """Return whether a whole file is here, which counts as a use of it."""
+    try:
+        is_here = path.stat().st_size == about.bytes
+        if is_here:
+            os.utime(path)
+    except FileNotFoundError:
+        return False
+    return is_here
 
 
 @contextlib.contextmanager

@@ -4,17 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
-from foundry_ext.data.prepared.documents import PreparedDocuments, PreparedSource
+from foundry_ext.data.prepared.census import take_census
+from foundry_ext.data.prepared.documents import PreparedDocuments
 from foundry_ext.data.prepared.index import (
     PreparedIndex,
-    Recipe,
     ShardAbout,
     read_index,
     shard_folder,
     write_index,
 )
 from foundry_ext.data.prepared.local_shards import LocalShards
+from foundry_ext.data.prepared.recipe import Recipe
 from foundry_ext.data.prepared.shard import RowSizes, write_shard
+from foundry_ext.data.prepared.source import PreparedSource
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.data.table import Tokens
 
@@ -30,12 +32,18 @@ def write_prepared(
 ) -> PreparedIndex:
     """Write shards with these rows, and their index; return it."""
     recipe = Recipe(
-        key="recipe",
+        source="rows",
+        split="train",
+        revision=None,
         tokenizer="t",
+        tokenizer_digest="0",
         text_key=None if with_loss else "text",
         target_prompts="none",
         target_responses="last",
+        preprocessing_fn=None,
+        preprocess_digest="0",
         ids="uint16",
+        versions={},
     )
     abouts, sizes = [], []
     for number, rows in enumerate(shards):
@@ -61,13 +69,18 @@ def write_prepared(
 
 
 def open_source(
-    folder: Path, max_seq_len: int, overlong: str = "truncate", passes: float = 1.0, **files
+    folder: Path, max_seq_len: int, overlong: str = "truncate", passes: float = 1.0
 ) -> PreparedSource:
     storage = Storage(str(folder))
-    index = read_index(storage, files.get("local") or folder)
-    shards = LocalShards(storage, index.shards, index.recipe.ids, **files)
+    index = read_index(storage, folder)
+    shards = LocalShards(storage, index.shards, index.recipe.ids)
     return PreparedSource(index, shards, max_seq_len, overlong, passes)
 
 
+def join_sources(sources: list[PreparedSource], *, window: int = 10) -> PreparedDocuments:
+    censuses = [take_census(source, "data") for source in sources]
+    return PreparedDocuments(sources, censuses, window=window)
+
+
 def open_documents(folder: Path, max_seq_len: int, *, window: int = 10, **options):
-    return PreparedDocuments([open_source(folder, max_seq_len, **options)], window=window)
+    return join_sources([open_source(folder, max_seq_len, **options)], window=window)

@@ -12,7 +12,13 @@ from foundry_ext.data.prepared.documents import PreparedDocuments
 from foundry_ext.data.table import to_records
 from foundry_ext.packing.window_sampler import WindowSampler
 from foundry_ext.utils.errors import UserError
-from tests.data.prepared.kit import make_row, open_documents, open_source, write_prepared
+from tests.data.prepared.kit import (
+    join_sources,
+    make_row,
+    open_documents,
+    open_source,
+    write_prepared,
+)
 
 LIMIT = 12
 
@@ -111,13 +117,13 @@ def test_parts_of_an_epoch_differ_between_epochs(tmp_path, shards):
 def test_several_sources(tmp_path, shards):
     write_prepared(tmp_path / "more", [[make_row(5, row, with_loss=True) for row in range(4)]])
     sources = [open_source(tmp_path / "data", LIMIT), open_source(tmp_path / "more", LIMIT)]
-    documents = PreparedDocuments(sources, window=10)
+    documents = join_sources(sources)
     names, lengths = all_documents(documents)
     assert documents.locate(int(names[-1])) == (1, 3)
     (ids, _), read_lengths = documents.read_flat(names[::-1])
     assert read_lengths.tolist() == lengths[::-1].tolist()
     assert ids[:5].tolist() == make_row(5, 3, with_loss=True).input_ids.tolist()
-    assert documents.fingerprint != PreparedDocuments(sources[:1], window=10).fingerprint
+    assert documents.fingerprint != join_sources(sources[:1]).fingerprint
 
 
 def test_fingerprint_changes_with_what_decides_the_documents(tmp_path, shards):

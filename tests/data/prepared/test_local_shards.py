@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from foundry_ext.data.prepared import local_shards
-from foundry_ext.data.prepared.local_shards import LocalShards
+from foundry_ext.data.prepared.local_shards import LocalFolder, LocalShards
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.utils.errors import UserError
 from tests.data.prepared.kit import make_row, write_prepared
@@ -28,8 +28,7 @@ def make(tmp_path: Path, index, *, shards: float | None = None) -> LocalShards:
         Storage(str(tmp_path / "remote")),
         index.shards,
         index.recipe.ids,
-        local=tmp_path / "local",
-        cache_limit=None if shards is None else int(shards * size),
+        LocalFolder(tmp_path / "local", None if shards is None else int(shards * size)),
     )
 
 
