@@ -15,11 +15,9 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,6 +32,7 @@ from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.preprocessing import module_sources
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.processes import is_running, machine_name
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -172,7 +171,7 @@ def _fill(folder: Path, write: Callable[[Path], None], fault: str) -> None:
     for part in folder.parent.glob(f"{folder.name}.*.part"):
         if _is_dead(part, folder.name):
             shutil.rmtree(part, ignore_errors=True)
-    name = f"{folder.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex}.part"
+    name = f"{folder.name}.{machine_name()}.{os.getpid()}.{uuid.uuid4().hex}.part"
     try:
         with replaced_folder(folder, partial=folder.with_name(name), must_be_new=True) as part:
             write(part)
@@ -192,33 +191,13 @@ def _is_dead(part: Path, key: str) -> bool:
     """
     machine, _, process = part.name.removeprefix(f"{key}.").partition(".")
     process = process.partition(".")[0]
-    if machine == _machine() and process.isdecimal():
-        return not _is_running(int(process))
+    if machine == machine_name() and process.isdecimal():
+        return not is_running(int(process))
     try:
         newest = max(path.stat().st_mtime for path in (part, *part.iterdir()))
     except OSError:  # another writer is removing or renaming it
         return False
     return time.time() - newest > _OLD
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-@cache
-def _machine() -> str:
-    """Return a name for what process numbers are unique in: a container, until the next boot."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not Linux
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
-        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
 
 
 def _find_fault(folder: Path) -> str | None:

@@ -158,14 +158,10 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
     """
     if by not in rows.column_names:
         raise UserError(f"holdout: no column {by!r}; there are {', '.join(rows.column_names)}")
-    if part not in ("train", "eval") or not 0 < fraction < 1:
-        raise UserError(
-            f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in"
-            " (0, 1)"
-        )
+    check_part(fraction, part)
 
     def is_wanted(values: list[Any]) -> list[bool]:
-        return [(_share(str(value)) < fraction) == (part == "eval") for value in values]
+        return [is_in_part(value, fraction, part) for value in values]
 
     return rows.filter(
         is_wanted,
@@ -176,6 +172,24 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
         keep_in_memory=True,
         load_from_cache_file=False,
     )
+
+
+def check_part(fraction: Any, part: Any) -> None:
+    """Check the values of `holdout`.
+
+    Raises:
+        UserError: they name no part.
+    """
+    if part not in ("train", "eval") or not 0 < fraction < 1:
+        raise UserError(
+            f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in"
+            " (0, 1)"
+        )
+
+
+def is_in_part(value: Any, fraction: float, part: str) -> bool:
+    """Return whether a row with this value of the column `by` is in a part, see `hold_out`."""
+    return (_share(str(value)) < fraction) == (part == "eval")
 
 
 def _share(value: str) -> float:

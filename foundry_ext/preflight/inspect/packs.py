@@ -189,14 +189,14 @@ def open_loader(
     Raises:
         UserError: the loader is missing or not packed, or its builder rejects the configuration.
     """
-    section, size = _section(config, loader)
+    section, size = loader_section(config, loader)
     spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
     dataset = getattr(spec.dataloader, "dataset", None)
     assert isinstance(dataset, PackedDataset), type(dataset)
     return spec.dataloader, dataset
 
 
-def _section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], int]:
+def loader_section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], int]:
     """Return the loader's section, and the number of packs in a batch over all devices."""
     section: Any = config.get(f"{loader}_loader")
     if isinstance(section, list):

@@ -1,0 +1,314 @@
+"""Making of prepared data: every piece of a source becomes a shard, in any order, on any machine.
+
+A shard's folder appears under its key when all of it is written, so a kill loses the shards under
+way at most, and a second start skips what is there. Two writers of one shard write equal files, of
+which the first stays.
+
+    OUT/shards/<key>/     shard.00000.mds, sizes.npy and, last, about.json
+    OUT/parts/3-of-8.json the keys of a part's pieces, when all of them are there
+
+`merge_parts` makes the index of all parts.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foundry_ext.data.prepared.index import SHARD_FILE, ShardAbout, shard_folder, write_index
+from foundry_ext.data.prepared.pieces import Piece, Row, describe_pieces
+from foundry_ext.data.prepared.recipe import Recipe
+from foundry_ext.data.prepared.shard import RowSizes, write_shard
+from foundry_ext.data.prepared.storage import Storage
+from foundry_ext.data.sources import is_in_part
+from foundry_ext.data.table import NO_TOKENS, Tokens
+from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.processes import is_running, machine_name
+
+_SIZES, _ABOUT = "sizes.npy", "about.json"
+_BATCH_CHARACTERS = 2**22  # of rows that are tokenised together
+
+ReadRows = Callable[[Sequence[Row], Sequence[str]], list[Tokens]]
+"""(rows, their places) -> the tokens of each; raises a UserError that names a bad one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What it takes to make shards.
+
+    Attributes:
+        recipe: of the tokens.
+        pieces: all pieces of the source.
+        read: tokenises rows.
+        holdout: as in `load_rows`; None to read all rows.
+        out: where the shards go.
+    """
+
+    recipe: Recipe
+    pieces: Sequence[Piece]
+    read: ReadRows
+    holdout: dict[str, Any] | None
+    out: Storage
+
+    def make(self, number: int) -> ShardAbout:
+        """Return the shard of a piece, made if it is not there.
+
+        Raises:
+            UserError: a row cannot be read; names its file and place there.
+        """
+        piece = self.pieces[number]
+        key = self.recipe.shard_key(f"{piece.digest()} {json.dumps(self.holdout)}")
+        found = _find(self.out, key)
+        if found is not None:
+            return found
+        try:
+            rows = self._tokens(piece)
+        except UserError:
+            # Where a piece begins in its file is not known; it is found out for the error.
+            self._tokens(piece.located())
+            raise
+        with _new_folder(self.out, key) as folder:
+            mds = write_shard(folder, rows, ids=self.recipe.ids, with_loss=self.recipe.with_loss)
+            (folder / "index.json").unlink()
+            sizes = RowSizes.of(rows)
+            np.save(folder / _SIZES, np.stack([sizes.lengths, sizes.first_loss]))
+            lengths = sizes.lengths.astype(np.int64)
+            about = ShardAbout(
+                key=key,
+                piece=piece.name,
+                rows=len(rows),
+                tokens=int(lengths.sum()),
+                longest=int(lengths.max()),
+                num_untrained=sum(row.num_untrained for row in rows),
+                mds=mds,
+            )
+            (folder / _ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
+        return about
+
+    def _tokens(self, piece: Piece) -> list[Tokens]:
+        tokens: list[Tokens] = []
+        for places, rows in _batches(piece):
+            chosen = [i for i, row in enumerate(rows) if self._is_used(row)]
+            tokens += self.read([rows[i] for i in chosen], [places[i] for i in chosen])
+        return tokens or [NO_TOKENS]  # a shard has a row
+
+    def _is_used(self, row: Row) -> bool:
+        if self.holdout is None:
+            return True
+        by, fraction, part = (self.holdout[key] for key in ("by", "fraction", "part"))
+        if by not in row:
+            raise UserError(f"holdout: no column {by!r}; there are {', '.join(row)}")
+        return is_in_part(row[by], fraction, part)
+
+
+def _batches(piece: Piece) -> Iterator[tuple[list[str], list[Row]]]:
+    places: list[str] = []
+    rows: list[Row] = []
+    size = 0
+    for place, row in piece.rows():
+        places.append(place)
+        rows.append(row)
+        size += sum(len(value) for value in row.values() if isinstance(value, str)) + 100
+        if size >= _BATCH_CHARACTERS:
+            yield places, rows
+            places, rows, size = [], [], 0
+    if rows:
+        yield places, rows
+
+
+def _find(out: Storage, key: str) -> ShardAbout | None:
+    """Return the description of a shard that is whole, or None."""
+    name = f"{shard_folder(key)}/{_ABOUT}"
+    if not out.exists(name):
+        return None
+    about = ShardAbout(**json.loads(_read(out, name)))
+    if out.is_folder:
+        path = out.path(f"{shard_folder(key)}/{SHARD_FILE}")
+        if not path.exists() or path.stat().st_size != about.bytes:
+            return None
+    return about
+
+
+def _read(storage: Storage, name: str) -> bytes:
+    if storage.is_folder:
+        return storage.path(name).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        storage.get(name, Path(folder, "file"))
+        return Path(folder, "file").read_bytes()
+
+
+@contextlib.contextmanager
+def _new_folder(out: Storage, key: str) -> Iterator[Path]:
+    """Yield a folder to fill, which then is the shard's, unless another writer was faster."""
+    if not out.is_folder:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary, "shard")
+            for name in (SHARD_FILE, _SIZES, _ABOUT):  # the last one says that all are there
+                out.put(Path(temporary, "shard", name), f"{shard_folder(key)}/{name}")
+        return
+    final = out.path(shard_folder(key))
+    name = f"{key}.{machine_name()}.{os.getpid()}.{uuid.uuid4().hex}.part"
+    partial = final.with_name(name)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)  # what is not whole
+        with contextlib.suppress(OSError):
+            partial.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"no space is left for shards in {out.place}; make some and start the same command"
+            " again, which goes on, or give --out a folder on another disk",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(out: Storage) -> None:
+    """Remove what killed processes of this machine have left of shards."""
+    if not out.is_folder:
+        return
+    for part in Path(out.place, "shards").glob("*.part"):
+        _, machine, process, *_ = part.name.split(".")
+        if machine == machine_name() and process.isdecimal() and not is_running(int(process)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def check_room(out: Storage, pieces: Sequence[Piece]) -> None:
+    """Check that the shards of pieces can fit on the disk.
+
+    Raises:
+        OSError: less is free than they certainly need.
+    """
+    if not out.is_folder:
+        return
+    folder = Path(out.place).absolute()
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    # Text has 3 to 5 bytes a token, and a token has 2: half of that is taken for certain.
+    need = sum(piece.size for piece in pieces) // 4
+    if free < need:
+        raise OSError(
+            errno.ENOSPC,
+            f"{out.place}: {free / 1e6:,.1f} MB are free, and the shards need about"
+            f" {2 * need / 1e6:,.1f}; make room, or give --out a folder on another disk",
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `of`, counted from 1."""
+
+    number: int
+    of: int
+
+    def of_pieces(self, num: int) -> range:
+        """Return the pieces of this part."""
+        return range(self.number - 1, num, self.of)
+
+    @property
+    def file(self) -> str:
+        return f"parts/{self.number}-of-{self.of}.json"
+
+
+def write_part(making: Making, part: Part, shards: Sequence[ShardAbout]) -> None:
+    """Note that all shards of a part are there."""
+    about = {
+        "recipe": asdict(making.recipe),
+        "pieces": describe_pieces(making.pieces),
+        "num_pieces": len(making.pieces),
+        "keys": [shard.key for shard in shards],
+    }
+    _put_text(making.out, part.file, json.dumps(about))
+
+
+def _put_text(out: Storage, name: str, text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        path.write_text(text, encoding="utf-8")
+        out.put(path, name)
+
+
+def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
+    """Write the index of all parts' shards, and return these.
+
+    Args:
+        out: where the parts are.
+        of: how many parts there are; None to find out.
+
+    Raises:
+        UserError: a part is not finished, or parts were made from different sources or recipes.
+    """
+    names = {name for name in out.names("parts/") if name.endswith(".json")}
+    numbers = sorted({int(Path(name).stem.split("-of-")[1]) for name in names})
+    if of is None and len(numbers) == 1:
+        of = numbers[0]
+    if of is None:
+        found = f"parts of {' and of '.join(map(str, numbers))}" if numbers else "no part"
+        raise UserError(
+            f"{out.place}: there is {found} to merge; finish all of one number of parts, such as"
+            " --part 1/4 to --part 4/4, and remove the others in its folder parts"
+        )
+    parts = [Part(number, of) for number in range(1, of + 1)]
+    missing = [part for part in parts if part.file not in names]
+    if missing:
+        listed = ", ".join(f"{part.number}/{part.of}" for part in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{out.place}: parts {listed}{more} are not finished; run `foundry-ext prepare` with"
+            " --part for them, then --merge"
+        )
+    abouts = [json.loads(_read(out, part.file)) for part in parts]
+    for part, about in zip(parts, abouts, strict=True):
+        for key in ("recipe", "pieces"):
+            if about[key] != abouts[0][key]:
+                raise UserError(
+                    f"{out.place}: part {part.number}/{of} was made from another"
+                    f" {'source' if key == 'pieces' else 'recipe'} than part 1/{of}; run it again"
+                )
+    keys: list[str] = [""] * abouts[0]["num_pieces"]
+    for part, about in zip(parts, abouts, strict=True):
+        for piece, key in zip(part.of_pieces(len(keys)), about["keys"], strict=True):
+            keys[piece] = key
+    return _write_index(out, Recipe(**abouts[0]["recipe"]), keys)
+
+
+def _write_index(out: Storage, recipe: Recipe, keys: Sequence[str]) -> Sequence[ShardAbout]:
+    shards, sizes = [], []
+    for key in keys:
+        about = _find(out, key)
+        if about is None:
+            raise UserError(
+                f"{out.place}: shard {key} is not there any more; run `foundry-ext prepare` for its"
+                " part again"
+            )
+        shards.append(about)
+        sizes.append(_read_sizes(out, key))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in write_index(Path(folder), recipe, shards, sizes):
+            out.put(Path(folder, name), name)
+    return shards
+
+
+def _read_sizes(out: Storage, key: str) -> RowSizes:
+    name = f"{shard_folder(key)}/{_SIZES}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "sizes.npy")
+        if out.is_folder:
+            path = out.path(name)
+        else:
+            out.get(name, path)
+        lengths, first_loss = np.load(path)
+    return RowSizes(lengths, first_loss)
