@@ -232,9 +232,15 @@ def _plan_of(fingerprint: str) -> list[str]:
 
 def describe_change(saved: str, current: str) -> str:
     """Return `pack_tokens: 64, now 96` for two fingerprints of PackedDataset."""
-    names = ("documents' tokens and labels", "pack_tokens", "shuffle_seed", "shuffle")
-    pairs = zip(names, saved.rsplit("-", 3), current.rsplit("-", 3), strict=False)
+    names = ("documents' tokens and labels", "window", "pack_tokens", "shuffle_seed", "shuffle")
+    pairs = zip(names, _parts_of(saved), _parts_of(current), strict=True)
     return "; ".join(f"{name}: {old}, now {new}" for name, old, new in pairs if old != new)
+
+
+def _parts_of(fingerprint: str) -> list[str]:
+    data, *rest = fingerprint.rsplit("-", 3)
+    documents, _, window = data.partition(" window ")
+    return [documents, window or "none", *rest]
 
 
 def _same(packs: list[Pack]) -> list[Pack]:

@@ -272,7 +272,7 @@ def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
         )
     abouts = [json.loads(_read(out, part.file)) for part in parts]
     for part, about in zip(parts, abouts, strict=True):
-        for key in ("recipe", "pieces"):
+        for key in ("pieces", "recipe"):
             if about[key] != abouts[0][key]:
                 raise UserError(
                     f"{out.place}: part {part.number}/{of} was made from another"
