@@ -5,6 +5,8 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 `max_seq_len` tokens; `overlong` decides what happens to a longer row, which is always counted.
 """
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,17 +16,19 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.utils import tqdm
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
 from llmfoundry.data.finetuning.tasks import (
     StreamingFinetuningDataset,
     _get_example_type,
-    _slice_chat_formatted_example,
     tokenize_formatted_example,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.batches import count_processes, row_sizes, split_rows, work_on
 from foundry_ext.data.cache import table_key
 from foundry_ext.data.cached_documents import cached_documents
+from foundry_ext.data.chats import ChatSlicer
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.full_disk import check_space
 from foundry_ext.data.preprocessing import format_row
@@ -54,7 +58,7 @@ def tokenize_rows(
     """Tokenise rows, or find them in the cache by their content, see data/cache.py.
 
     Rows are prompt/response or chat rows after `preprocess`, or have `settings.text_key`. Each of
-    `num_proc` processes gets 1000 rows or more. The progress bar shows `name`.
+    `num_proc` processes gets some MB of rows. The progress bar shows `name`.
 
     Raises:
         UserError: no rows; a row that cannot be read, or is too long under `overlong: error`. The
@@ -66,16 +70,17 @@ def tokenize_rows(
         rows = without_empty_columns(rows)
     reader = _Reader(tokenizer, settings)
 
-    def write(folder: Path) -> datasets.Dataset:
+    def write(folder: Path) -> None:
         if preprocess is None:  # which may leave out anything
             most = None if settings.overlong == "split" else len(rows) * settings.max_seq_len
             check_space(rows, [settings.text_key or "prompt", "response", "messages"], most)
-        return _map(
-            rows,
-            _table_of(reader, preprocess),
-            num_proc=min(num_proc or 1, len(rows) // 1000) or None,
-            desc=f"Tokenizing {name}",
-            cache_file_name=str(folder / "part.arrow"),
+        sizes = row_sizes(rows)
+        _write(
+            folder / "part.arrow",
+            split_rows(sizes),
+            _table_of(rows, reader, preprocess),
+            count_processes(int(sizes.sum()), num_proc or 1),
+            f"Tokenizing {name}",
         )
 
     deciding = asdict(settings) | reader.version
@@ -113,14 +118,39 @@ def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any
     )
 
 
-def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[..., pa.Table]:
-    def table(batch: dict[str, list[Any]], indices: list[int]) -> pa.Table:
-        names = list(batch)
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+def _write(
+    path: Path,
+    batches: Sequence[range],
+    table: Callable[[range], pa.Table],
+    num_processes: int,
+    description: str,
+) -> None:
+    """Write the tables of all batches, in order, as one Arrow stream."""
+    with (
+        contextlib.closing(work_on(batches, table, num_processes)) as tables,
+        tqdm(total=batches[-1].stop, unit=" rows", desc=description) as bar,
+        pa.OSFile(str(path), "wb") as sink,
+    ):
+        first = next(tables)
+        with pa.ipc.new_stream(sink, first.schema) as writer:
+            for batch, one in zip(batches, itertools.chain([first], tables), strict=True):
+                writer.write_table(one)
+                bar.update(len(batch))
+
+
+def _table_of(
+    rows: datasets.Dataset, reader: "_Reader", preprocess: Preprocess | None
+) -> Callable[[range], pa.Table]:
+    """Return a function that makes the table of a batch of rows."""
+
+    def table(batch: range) -> pa.Table:
+        columns = rows[batch.start : batch.stop]
+        names = list(columns)
+        found = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         if preprocess is not None and reader.settings.text_key is None:
             formatted = partial(format_row, preprocess)
-            rows = [naming_row(i, formatted, row) for i, row in zip(indices, rows, strict=True)]
-        return reader.table(indices, _read(reader, rows, indices, reader.read))
+            found = [naming_row(i, formatted, row) for i, row in zip(batch, found, strict=True)]
+        return reader.table(batch, _read(reader, found, batch, reader.read))
 
     return table
 
@@ -145,6 +175,7 @@ class _Reader:
         self.tokenizer, self.settings = tokenizer, settings
         self.plain: Any = WithoutSpecialTokens(tokenizer)
         self.special = SpecialTokens(tokenizer)
+        self.slice_chat = ChatSlicer(tokenizer)
 
     @property
     def version(self) -> dict[str, int]:
@@ -249,8 +280,7 @@ class _Reader:
     def _texts(self, row: dict[str, Any], kind: str) -> list[str]:
         """Return prompt, response, prompt, response, ... of a row."""
         if kind == "chat":
-            turns = _slice_chat_formatted_example(cast(Any, row), self.tokenizer)
-            return [text for turn in turns for text in turn]
+            return self.slice_chat(row)
         return [row["prompt"], *(text for key, text in row.items() if key != "prompt")]
 
     def _encode(self, texts: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:

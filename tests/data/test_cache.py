@@ -11,14 +11,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import datasets.config
 import numpy as np
+import pyarrow as pa
 import pytest
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
-from foundry_ext.data import cache
+from foundry_ext.data import batches, cache
 from foundry_ext.data.documents import FEATURES, Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
@@ -224,8 +226,9 @@ def test_chat_rows_and_missing_values_are_hashed(tmp_path):
 def test_the_number_of_processes_is_not_in_the_key(tokenizer, make_rows, monkeypatch):
     rows = datasets.Dataset.from_list(make_rows(2100, longest=6))
     settings = TokenizeSettings(max_seq_len=16)
+    monkeypatch.setattr(batches, "_BYTES_PER_PROCESS", 10_000)
     first = tokenize_rows(rows, tokenizer, settings, num_proc=2)
-    monkeypatch.setattr("foundry_ext.data.tokenize._map", pytest.fail)
+    monkeypatch.setattr("foundry_ext.data.tokenize._write", pytest.fail)
     assert contents(tokenize_rows(rows, tokenizer, settings)) == contents(first)
 
 
@@ -392,16 +395,55 @@ def test_the_fingerprint_sees_tokens_flags_and_lengths(tokenizer):
     assert fingerprint(ids[::-1], flags[::-1]) != first
 
 
-def test_several_processes_make_the_same_table(tokenizer, make_rows, write_jsonl, monkeypatch):
+@pytest.mark.parametrize("changed", ["processes", "batches"])
+def test_processes_and_batches_change_nothing(
+    tokenizer, make_rows, write_jsonl, monkeypatch, tmp_path, changed: str
+):
+    """The key, the documents and their fingerprint are the same; of processes, the bytes too."""
     rows = load_rows(str(write_jsonl(make_rows(2100, longest=6))), "train")
     settings = TokenizeSettings(max_seq_len=16)
-    alone = tokenize_rows(rows, tokenizer, settings, num_proc=1)
-    monkeypatch.setattr("foundry_ext.data.cache._FORMAT_VERSION", -1)  # past the cache
-    several = tokenize_rows(rows, tokenizer, settings, num_proc=2)
-    assert len(several._chunks) > len(alone._chunks)
-    np.testing.assert_array_equal(several.lengths, alone.lengths)
-    assert several.counts == alone.counts
-    assert several.fingerprint == alone.fingerprint
+
+    def make() -> tuple[Documents, Path]:
+        documents = tokenize_rows(rows, tokenizer, settings, num_proc=2)
+        assert documents._stored is not None
+        return documents, documents._stored.folder / "part.arrow"
+
+    first, path = make()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
+    if changed == "batches":
+        few = {"most_bytes": 999, "most_rows": 50}
+        monkeypatch.setattr(batches.split_rows, "__kwdefaults__", few)
+    else:
+        monkeypatch.setattr(batches, "_BYTES_PER_PROCESS", 10_000)
+    started, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: (started.append(1), fork())[1])
+    again, other = make()
+    assert len(started) == (2 if changed == "processes" else 0)
+    assert other.parent.name == path.parent.name and other != path
+    assert (len(again._chunks) > len(first._chunks)) == (changed == "batches")
+    assert (other.read_bytes() == path.read_bytes()) == (changed == "processes")
+    np.testing.assert_array_equal(again.lengths, first.lengths)
+    assert again.counts == first.counts
+    assert again.fingerprint == first.fingerprint
+    assert contents(again) == contents(first)
+
+
+def test_books_are_read_a_few_at_a_time(tokenizer, monkeypatch):
+    """Neither their key nor their tokens need the memory of a thousand of them."""
+    rows = datasets.Dataset.from_dict({"text": ["x" * 10**6] * 100})
+    hashed, make = [], pa.record_batch
+    fake = SimpleNamespace(**{**vars(pa), "record_batch": None})
+    fake.record_batch = lambda *a, **k: (hashed.append(make(*a, **k).nbytes), make(*a, **k))[1]
+    monkeypatch.setattr(cache, "pa", fake)
+    written = []
+    monkeypatch.setattr("foundry_ext.data.tokenize._write", lambda *a: written.append(a[1:4:2]))
+    with pytest.raises(ValueError, match="concatenate"):  # no table was written
+        settings = TokenizeSettings(max_seq_len=512, text_key="text")
+        tokenize_rows(rows, tokenizer, settings, num_proc=3)
+    assert len(hashed) == 2 and max(hashed) < 2**26
+    ((read, processes),) = written
+    assert [len(batch) for batch in read] == [16] * 6 + [4]
+    assert processes == 3
 
 
 # --- file systems without locks, and full ones ----------------------------------------------------
@@ -529,7 +571,7 @@ def test_too_little_space_is_known_before(tokenizer, make_rows, store: Path, mon
         return shutil._ntuple_diskusage(10**12, 0, int(free))
 
     monkeypatch.setattr("foundry_ext.data.full_disk.shutil.disk_usage", disk_usage)
-    monkeypatch.setattr("foundry_ext.data.tokenize._map", pytest.fail)
+    monkeypatch.setattr("foundry_ext.data.tokenize._write", pytest.fail)
     with pytest.raises(OSError) as raised:
         tokenize_rows(rows, tokenizer, TokenizeSettings(max_seq_len=512))
     assert f"of about {need / 1e6:,.1f} MB needed" in str(raised.value)
