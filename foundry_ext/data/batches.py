@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from foundry_ext.utils.errors import UserError
 
 T = TypeVar("T")
+Batch = TypeVar("Batch")  # such as a range of rows
 
 _MOST_ROWS = 1000
 _MOST_BYTES = 2**24
@@ -86,7 +87,7 @@ def count_processes(num_bytes: int, most: int) -> int:
 
 
 def work_on(
-    batches: Sequence[range], work: Callable[[range], T], num_processes: int
+    batches: Sequence[Batch], work: Callable[[Batch], T], num_processes: int
 ) -> Iterator[T]:
     """Yield work(batch) of each batch, in order, whatever the number of processes.
 
@@ -123,13 +124,13 @@ def work_on(
 _work: Any = None  # in a process of `work_on`
 
 
-def _begin(work: Callable[[range], Any], parent: int) -> None:
+def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _call(batch: range) -> Any:
+def _call(batch: Any) -> Any:
     return _work(batch)
 
 

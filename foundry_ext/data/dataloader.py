@@ -151,7 +151,9 @@ def _plan_packs(
         most = most_documents(documents.lengths[documents.lengths > 0], pack_tokens)
         is_empty = not documents.lengths.any()
     if is_empty:
-        raise UserError(describe_nothing_left(documents, descriptions, dataset["max_seq_len"]))
+        raise UserError(
+            describe_nothing_left(documents.counts, descriptions, dataset["max_seq_len"])
+        )
     packed = PackedDataset(
         documents,
         PackCollator(

@@ -1,6 +1,7 @@
 """Tokenised documents, memory-mapped; packs hold indices into them."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -43,6 +44,21 @@ NUM_UNTRAINED = "num_untrained"
 
 
 _ODD = np.uint64(0x9E3779B185EBCA87)  # spreads a value over all bits, as in xxHash
+
+
+def sketch(
+    lengths: NDArray[np.integer], tokens: Sequence[NDArray[np.integer]]
+) -> NDArray[np.uint64]:
+    """Return [n], a hash of documents' lengths and of their tokens after each quarter but the last.
+
+    Args:
+        lengths: [n] tokens of each document.
+        tokens: three times [n] token ids, at a quarter, half and three quarters of the length.
+    """
+    values = lengths.astype(np.uint64)
+    for ids in tokens:
+        values = (values ^ ids.astype(np.uint64)) * _ODD
+    return values
 
 
 def count_outcomes(
@@ -173,11 +189,8 @@ class Documents:
             lengths = np.minimum(np.diff(offsets), most_tokens)
             hashes = sketches[start : start + len(lengths)]
             rows = np.flatnonzero(lengths)
-            values = lengths[rows].astype(np.uint64)
-            for quarter in (1, 2, 3):
-                at = offsets[rows] + lengths[rows] * quarter // 4
-                values = (values ^ ids[at].astype(np.uint64)) * _ODD
-            hashes[rows] = values
+            at = [offsets[rows] + lengths[rows] * quarter // 4 for quarter in (1, 2, 3)]
+            hashes[rows] = sketch(lengths[rows], [ids[one] for one in at])
         return sketches
 
     @cached_property

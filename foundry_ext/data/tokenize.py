@@ -158,7 +158,7 @@ def _table_of(
 def _read(
     reader: "_Reader",
     rows: Sequence[dict[str, Any]],
-    indices: Sequence[int],
+    indices: Sequence[int | str],
     read: Callable[[dict[str, Any]], Tokens],
 ) -> list[Tokens]:
     """Return the tokens of rows, read together if that is possible, otherwise by `read`."""

@@ -78,6 +78,18 @@ class BatchSampler(DistributedSampler):
     def documents_of_pack(self, epoch: int, index: int) -> NDArray[np.int64]:
         """Return the documents of one pack of an epoch."""
 
+    @abstractmethod
+    def first_window(self) -> tuple[NDArray[np.int64], NDArray[np.integer], Packs]:
+        """Return documents that are planned together, from the beginning of the first epoch.
+
+        They are [n] documents, [n] tokens of each, and their packs, which hold indices into both.
+        Without windows they are all documents of the epoch.
+        """
+
+    @abstractmethod
+    def plan_digest(self, epoch: int) -> str:
+        """Return a hash of an epoch's packs, to compare the packs of two runs."""
+
     def _check_not_empty(self) -> None:
         if len(self) == 0:
             raise UserError(
@@ -152,6 +164,9 @@ class PackedBatchSampler(BatchSampler):
     def documents_of_pack(self, epoch: int, index: int) -> NDArray[np.int64]:
         return self.used[self.plan(epoch)[index]]
 
+    def first_window(self) -> tuple[NDArray[np.int64], NDArray[np.integer], Packs]:
+        return self.used, self.lengths, self.plan(0)
+
     def plan(self, epoch: int) -> Packs:
         """Return the packs of an epoch; their indices are into `used`.
 
@@ -189,6 +204,5 @@ class PackedBatchSampler(BatchSampler):
         return packs
 
     def plan_digest(self, epoch: int) -> str:
-        """Return a hash of an epoch's packs, to compare the packs of two runs."""
         packs = self.plan(epoch)
         return hashlib.sha256(packs.documents.tobytes() + packs.offsets.tobytes()).hexdigest()[:16]

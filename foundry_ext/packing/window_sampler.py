@@ -148,6 +148,12 @@ class WindowSampler(BatchSampler):
         window, pack = self.plan(epoch).locate(index)
         return self.window(epoch, window)[pack]
 
+    def first_window(self) -> tuple[NDArray[np.int64], NDArray[np.integer], Packs]:
+        documents, lengths = self.shards.documents(0, self.plan(0).windows[0])
+        used = lengths > 0
+        packs = pack_window(lengths[used], self.settings, epoch=0, number=0)
+        return documents[used], lengths[used], packs
+
     def batch(self, index: int) -> list[NDArray[np.int64]]:
         plan = self.plan(self.epoch)
         size = self.batch_packs * self.num_replicas
@@ -163,7 +169,6 @@ class WindowSampler(BatchSampler):
         return super().batch(index)
 
     def plan_digest(self, epoch: int) -> str:
-        """Return a hash of what decides an epoch's packs, to compare ranks and runs."""
         plan = self.plan(epoch)
         digest = hashlib.sha256(plan.counts.tobytes())
         digest.update(self.window(epoch, 0).documents.tobytes())

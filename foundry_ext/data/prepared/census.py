@@ -38,6 +38,16 @@ class Census:
         return int(self.lengths @ np.arange(len(self.lengths)))
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest document; 0 if there is none."""
+        return int(np.flatnonzero(self.lengths).max(initial=0))
+
+    @property
+    def num_squared(self) -> int:
+        """Squared tokens of all documents, which their attention costs."""
+        return int(self.lengths @ np.arange(len(self.lengths)) ** 2)
+
+    @property
     def counts(self) -> dict[str, int]:
         """As `counts` of `Documents`."""
         named = {kind.name.lower(): int(self.outcomes[kind]) for kind in RowOutcome}

@@ -9,7 +9,7 @@ moves on with every epoch: after 1/f epochs every document has been used.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from foundry_ext.data.documents import RowOutcome, sketch
 from foundry_ext.data.prepared.census import Census, merge_censuses
 from foundry_ext.data.prepared.cuts import Cuts
 from foundry_ext.data.prepared.shard import FlatTokens, Shard
@@ -43,7 +44,7 @@ class PreparedDocuments:
     def __init__(
         self, sources: Sequence[PreparedSource], censuses: Sequence[Census], *, window: int
     ):
-        self.sources, self.window = list(sources), window
+        self.sources, self.censuses, self.window = list(sources), list(censuses), window
         self.census = merge_censuses(censuses, [source.passes for source in sources])
         counts = [len(source.index.shards) for source in sources]
         self._first_shard = np.cumsum([0, *counts])
@@ -75,6 +76,22 @@ class PreparedDocuments:
         """Return the hash of each source's shards."""
         return [source.index.fingerprint for source in self.sources]
 
+    def estimate_loss_tokens(self) -> int:
+        """Return the tokens of an epoch that are predicted.
+
+        It is exact for plain text, and where no row is cut.
+        """
+        total = 0.0
+        for source, census in zip(self.sources, self.censuses, strict=True):
+            if source.index.recipe.with_loss:
+                shards = source.index.shards
+                tokens = sum(shard.tokens for shard in shards)
+                share = sum(shard.loss_tokens for shard in shards) / max(tokens, 1)
+                total += census.num_tokens * share * source.passes
+            else:
+                total += (census.num_tokens - census.num_documents) * source.passes
+        return round(total)
+
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """Return [num_units], rows of each unit of an epoch, or about as many in a part."""
         shards, parts = self._units
@@ -89,8 +106,8 @@ class PreparedDocuments:
             shard, part = int(self._units[0][unit]), float(self._units[1][unit])
             cuts = self._cuts(shard)
             names.append(shard * _SHARD + np.arange(len(cuts)))
-            used = cuts.lengths if part == 1 else _part(cuts.lengths, shard, part, epoch)
-            lengths.append(used)
+            used = cuts.lengths.astype(np.int64)
+            lengths.append(used if part == 1 else _part(used, shard, part, epoch))
         return np.concatenate(names), np.concatenate(lengths)
 
     def prepare(self, epoch: int, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
@@ -108,14 +125,25 @@ class PreparedDocuments:
         first = self.sources[source].index.first_row[shard - self._first_shard[source]]
         return source, int(first + self._cuts(shard).rows[position])
 
+    def lengths_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return [n] tokens of documents."""
+        shards, positions = np.divmod(documents, _SHARD)
+        lengths = np.zeros(len(documents), dtype=np.int64)
+        for shard in np.unique(shards):
+            mine = shards == shard
+            lengths[mine] = self._cuts(int(shard)).lengths[positions[mine]]
+        return lengths
+
+    def outcome_of(self, document: int) -> tuple[RowOutcome, int]:
+        """Return the outcome of a document, and how many tokens were removed from it."""
+        shard, position = divmod(document, _SHARD)
+        cuts = self._cuts(shard)
+        return RowOutcome(int(cuts.outcomes[position])), int(cuts.num_truncated_tokens[position])
+
     def read_flat(self, documents: NDArray[np.int64]) -> tuple[FlatTokens, NDArray[np.int64]]:
         """Return the tokens of documents, end to end, and [n] tokens of each."""
         shards, positions = np.divmod(documents, _SHARD)
-        used = np.unique(shards)
-        lengths = np.zeros(len(documents), dtype=np.int64)
-        for shard in used:
-            mine = shards == shard
-            lengths[mine] = self._cuts(int(shard)).lengths[positions[mine]]
+        used, lengths = np.unique(shards), self.lengths_of(documents)
         total = int(lengths.sum())
         ids, mask = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.bool_)
         owner = np.repeat(shards, lengths) if len(used) > 1 else None
@@ -134,6 +162,26 @@ class PreparedDocuments:
         ends = np.cumsum(lengths)[:-1]
         parts = zip(np.split(ids, ends), np.split(mask, ends), strict=True)
         return [Document(*part) for part in parts] if len(documents) else []
+
+    def used_documents(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the documents of each shard that are used."""
+        for shard in range(len(self._source)):
+            yield shard * _SHARD + np.flatnonzero(self._cuts(shard).lengths)
+
+    def sketches(self, documents: NDArray[np.int64], most_tokens: int) -> NDArray[np.uint64]:
+        """Return [n], as in `Documents.sketches`."""
+        hashes = np.zeros(len(documents), dtype=np.uint64)
+        shards, positions = np.divmod(documents, _SHARD)
+        for shard in np.unique(shards):
+            mine = shards == shard
+            cuts, file = self._opened(int(shard))
+            at = positions[mine]
+            lengths = np.minimum(cuts.lengths[at], most_tokens)
+            one = np.ones(len(at), dtype=np.int64)
+            places = [cuts.starts[at] + lengths * quarter // 4 for quarter in (1, 2, 3)]
+            tokens = [file.read(cuts.rows[at], place, one).input_ids for place in places]
+            hashes[mine] = sketch(lengths, tokens)
+        return hashes
 
     def _cuts(self, shard: int) -> Cuts:
         if shard not in self._open:

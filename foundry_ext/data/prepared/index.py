@@ -52,6 +52,8 @@ class ShardAbout:
     tokens: int
     longest: int
     """Tokens of its longest row."""
+    loss_tokens: int
+    """Tokens that are predicted, without the first of each row."""
     num_untrained: int
     """Responses of chats that `target_responses` leaves out."""
     mds: dict[str, Any]

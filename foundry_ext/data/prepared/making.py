@@ -88,6 +88,7 @@ class Making:
                 rows=len(rows),
                 tokens=int(lengths.sum()),
                 longest=int(lengths.max()),
+                loss_tokens=sum(int(row.loss_mask[1:].sum()) for row in rows),
                 num_untrained=sum(row.num_untrained for row in rows),
                 mds=mds,
             )

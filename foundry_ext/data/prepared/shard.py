@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -124,7 +124,7 @@ class Shard:
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
             )
         size, digest = about["raw_data"]["bytes"], about["raw_data"]["hashes"][_HASH]
-        if len(self._bytes) != size or xxhash.xxh3_64_hexdigest(self._bytes) != digest:
+        if len(self._bytes) != size or xxhash.xxh3_64_hexdigest(cast(Any, self._bytes)) != digest:
             raise UserError(
                 f"{path}: its bytes are not those that were written; delete it, and fetch or"
                 " prepare it again"

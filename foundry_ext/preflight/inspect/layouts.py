@@ -98,10 +98,10 @@ class Layouts:
 
 
 def lay_out(dataset: PackedDataset) -> Layouts:
-    """Count the three layouts of a data set's first epoch."""
+    """Count the three layouts of a data set's first epoch, or of its first window."""
     sampler = dataset.sampler
-    lengths = np.asarray(sampler.lengths, dtype=np.int64)
-    plan = sampler.plan(0)
+    _, found, plan = sampler.first_window()
+    lengths = np.asarray(found, dtype=np.int64)
     count = max(1, round(len(lengths) / len(plan)))
     order = np.arange(len(lengths))
     if sampler.shuffle:

@@ -60,6 +60,7 @@ def write_prepared(
                 rows=len(rows),
                 tokens=sum(lengths),
                 longest=max(lengths),
+                loss_tokens=sum(int(row.loss_mask[1:].sum()) for row in rows),
                 num_untrained=0,
                 mds=mds,
             )
