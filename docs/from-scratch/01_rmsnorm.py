@@ -107,7 +107,7 @@ for axes, dtype in zip(panels, (torch.bfloat16, torch.float16), strict=True):
         errors = [error(norm(*pair), y) for pair, y in zip(inputs, exact, strict=True)]
         axes.loglog(scales, errors, marker=".", label=name)
     axes.axhline(torch.finfo(dtype).eps / 2, color="grey", linestyle="--", label="eps / 2")
-    axes.set(title=str(dtype), xlabel="size of the input")
+    axes.set(title=f"RMSNorm in {dtype}", xlabel="size of the input")
 panels[0].set_ylabel("relative error")
 panels[0].legend(fontsize=8)
 folder = Path("outputs/from-scratch")

@@ -88,14 +88,16 @@ for H, K in LAYOUTS.values():
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 for index, (name, values) in enumerate(errors.items()):
     left.scatter([place + 0.1 * index for place in range(3)], values, label=name)
-left.set(yscale="log", ylim=(1e-8, 1e3), ylabel="largest difference from fp64")
+left.set(title="Error", yscale="log", ylim=(1e-8, 1e3), ylabel="largest difference from fp64")
 left.set_xticks([0.15, 1.15, 2.15], list(LAYOUTS))
 left.legend(fontsize=8, loc="upper right", ncols=2)
 for index, name in enumerate(("multi-head", "grouped")):
     kilobytes = [2 * 2 * N * heads[index] / 1024 for heads in LAYOUTS.values()]
     right.bar([x + 0.35 * index for x in range(3)], kilobytes, width=0.34, label=name)
 right.set_xticks([0.175, 1.175, 2.175], list(LAYOUTS))
-right.set(ylabel="cache per token and layer, KiB")
+right.set(title="Size of the cache", ylabel="cache per token and layer, KiB")
+for axes in (left, right):
+    axes.set_xlabel("size of SmolLM2")
 right.legend(fontsize=8)
 folder = Path("outputs/from-scratch")
 folder.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,8 @@ for axes, (dtype, by_kernel) in zip(panels, errors.items(), strict=True):
         style = {"linestyle": ("-", "--")[index % 2], "marker": "os^vDP"[index], "alpha": 0.7}
         axes.plot(LENGTHS, values, markersize=5, label=name, **style)
     axes.axhline(torch.finfo(dtype).eps / 2, color="grey", linestyle=":", label="eps / 2")
-    axes.set(xscale="log", ylim=(0, None), title=str(dtype), xlabel="tokens")
+    axes.set(xscale="log", ylim=(0, None))
+    axes.set(title=f"Attention in {dtype}", xlabel="length, tokens")
 panels[0].set_ylabel("relative error")
 panels[0].legend(fontsize=7)
 folder = Path("outputs/from-scratch")

@@ -129,7 +129,7 @@ places = ["embedding", *(f"layer {i}" for i in range(CONFIG.num_hidden_layers)),
 for axes, (dtype, by_name) in zip(panels, errors.items(), strict=True):
     for marker, (name, values) in zip("os^", by_name.items(), strict=True):
         axes.plot(values, marker=marker, alpha=0.7, label=name)
-    axes.set(title=str(dtype), ylim=(0, None))
+    axes.set(title=f"Activations in {dtype}", xlabel="place in the model", ylim=(0, None))
     axes.set_xticks(range(len(places)), places, rotation=45, ha="right", fontsize=8)
 panels[0].set_ylabel("relative error")
 panels[0].legend(fontsize=8)

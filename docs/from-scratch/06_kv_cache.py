@@ -135,13 +135,15 @@ for bf16, colour in ((False, "tab:blue"), (True, "tab:orange")):
         label = f"cache, {name}, {'bf16' if bf16 else 'fp32'}"
         left.semilogy(by_position.clamp(min=1e-7), label=label, **style)
 left.semilogy(by_bf16, color="grey", linestyle=":", label="bf16 from fp32, no cache")
-left.set(xlabel="position", ylabel="largest difference of a logit", ylim=(1e-7, 1e3))
+left.set(title="With the cache and without", ylabel="largest difference of a logit")
+left.set(xlabel="position, tokens", ylim=(1e-7, 1e3))
 left.legend(fontsize=7, loc="upper center", ncols=2)
 lengths = list(range(2, T + 1, 6))
 for cached in (False, True):
     counts = [operations(length, cached=cached) / 1e6 for length in lengths]
     right.plot(lengths, counts, marker=".", label=f"{'with' if cached else 'without'} cache")
-right.set(xlabel="length", ylabel="million operations per token")
+right.set(title="Cost of the next token", ylabel="million operations per token")
+right.set_xlabel("length, tokens")
 right.legend(fontsize=8)
 folder = Path("outputs/from-scratch")
 folder.mkdir(parents=True, exist_ok=True)

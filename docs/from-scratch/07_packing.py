@@ -122,12 +122,13 @@ for name, (rows, width) in layouts.items():
         row += 1
     row += 1
 top.set_yticks(list(ticks.values()), list(ticks))
-top.set_xlabel("tokens of a row")
+top.set(title="Batches of the same documents", xlabel="tokens of a row", ylabel="rows of the batch")
 for name, found in difference.items():
     bottom.semilogy(found.clamp(min=1e-8), marker=".", label=name)
 for end in cu_seqlens[1:-1]:
     bottom.axvline(end - 0.5, color="lightgrey")
-bottom.set(xlabel="token", ylabel="largest difference of a logit", ylim=(5e-9, 1e3))
+bottom.set(title="Logits against those of each document alone", ylim=(5e-9, 1e3))
+bottom.set(xlabel="token of the unpadded row", ylabel="largest difference of a logit")
 bottom.legend(fontsize=8, loc="upper right", ncols=3)
 folder = Path("outputs/from-scratch")
 folder.mkdir(parents=True, exist_ok=True)

@@ -135,13 +135,14 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained
 for index, (name, values) in enumerate(errors.items()):
     left.scatter([place + 0.1 * index for place in range(len(METHODS))], values, label=name)
 left.set_xticks([0.05, 1.05, 2.05], list(METHODS))
-left.set(yscale="log", ylim=(1e-8, 1e-5), ylabel="relative error")
+left.set(title="Error of output and gradients", yscale="log", ylim=(1e-8, 1e-5))
+left.set(xlabel="method", ylabel="relative error")
 left.legend(fontsize=8)
 ranks = [2**power for power in range(8)]
 moves = {name: [moved_by_a_step(r, **METHODS[name]) for r in ranks] for name in ("LoRA", "rsLoRA")}
 for name, values in moves.items():
     right.loglog(ranks, values, marker="o", label=name)
-right.set(xlabel="rank", ylabel="change of the output after a step")
+right.set(title="One step of gradient descent", xlabel="rank", ylabel="change of the output")
 right.legend(fontsize=8)
 for name, expected in (("LoRA", 1 / ranks[-1]), ("rsLoRA", 1.0)):
     assert 0.5 < moves[name][-1] / moves[name][0] / expected < 2

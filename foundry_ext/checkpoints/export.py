@@ -268,12 +268,3 @@ def _saved_tokenizer(saved: dict[str, Any], scratch: Path) -> PreTrainedTokenize
         )
     shutil.rmtree(scratch, ignore_errors=True)
     return tokenizer
-
-
-def describe_export(out: Path) -> str:
-    """Return one line: what was written, and how to load it."""
-    adapter = out / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return f"{out}: adapter; PeftModel.from_pretrained(base, path), base model {base!r}"
-    return f"{out}: full model; AutoModelForCausalLM.from_pretrained(path)"

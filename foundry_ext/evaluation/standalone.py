@@ -32,6 +32,9 @@ from foundry_ext.utils.atomic import write_text
 from foundry_ext.utils.environment import why_no_kernels
 from foundry_ext.utils.errors import UserError, one_line
 
+# In a file of sets, in a run's YAML, in a run's record.
+_SETS = ("sets", "callbacks.forgetting.sets", "config.callbacks.forgetting.sets")
+
 
 class CheckpointEvaluation(NamedTuple):
     """Results of `evaluate_checkpoint`."""
@@ -49,6 +52,8 @@ class CheckpointEvaluation(NamedTuple):
 def read_sets(path: Path) -> list[EvalSetConfig]:
     """Return the sets of a YAML: its `sets`, or the `forgetting` callback's in a run's YAML.
 
+    A run's record, which has the run's overrides too, does in place of its YAML.
+
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the file is not a YAML or has no sets, or a set is impossible.
@@ -58,9 +63,8 @@ def read_sets(path: Path) -> list[EvalSetConfig]:
     try:
         config = OmegaConf.load(path)
         assert isinstance(config, DictConfig)
-        node = OmegaConf.select(config, "sets")
-        if node is None:
-            node = OmegaConf.select(config, "callbacks.forgetting.sets")
+        found = (OmegaConf.select(config, place) for place in _SETS)
+        node = next((node for node in found if node is not None), None)
         sets: Any = None if node is None else OmegaConf.to_container(node, resolve=True)
     # OmegaConf raises OSError and AssertionError for a YAML that is a single value; ValueError
     # comes from bytes that are not text.
@@ -81,7 +85,7 @@ def evaluate_checkpoint(
 
     Args:
         path: a Hugging Face folder, an adapter folder or a Composer checkpoint.
-        sets: a YAML with `sets`, or a run's own YAML.
+        sets: a YAML with `sets`, or a run's own YAML or record.
         base: the base model, a folder or a hub name. By default the one that the adapter names, or
             that the record beside the checkpoint names.
 

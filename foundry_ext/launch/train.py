@@ -7,11 +7,9 @@ another known failure (failures.py), ends in such a line and exit code 1. Every 
 its traceback; --traceback shows the others' too.
 """
 
-import contextlib
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +19,9 @@ from foundry_ext.config.automatic import COMPILE, automatic_keys, compiles_on_gp
 from foundry_ext.config.loading import check_several, load_config, record_path, split_arguments
 from foundry_ext.config.values import find_warning
 from foundry_ext.launch.building import errors_name_their_section, no_questions
+from foundry_ext.launch.console import configuration_on_one_line, format_end, is_rank_zero
 from foundry_ext.launch.failures import explain, missing_checkpoint, unwritable
+from foundry_ext.launch.finished import describe_finished
 from foundry_ext.launch.nodes import check_configurations, share_fault, signals_per_node
 from foundry_ext.launch.sequence import train_in_turn
 from foundry_ext.launch.trainer_checks import trainer_is_checked
@@ -29,7 +29,8 @@ from foundry_ext.utils.allocator import keep_freed_memory
 from foundry_ext.utils.environment import has_gpu
 from foundry_ext.utils.errors import TRACEBACK_VARIABLE, UserError, one_line, wants_traceback
 from foundry_ext.utils.output import quiet_libraries, redacted_arguments, redacted_output
-from foundry_ext.utils.redaction import redact, remember_secrets
+from foundry_ext.utils.progress import announce
+from foundry_ext.utils.redaction import remember_secrets
 
 USAGE = """usage: composer train.py a.yaml [b.yaml ...] [key=value ...] [--dry-run] [--traceback]
 
@@ -88,7 +89,7 @@ def _main(script: str, arguments: Sequence[str]) -> int:
         found = plan_each(configs)
         return USAGE_EXIT if complaints else found
     if len(files) == 1:
-        return train_here(*configs[0])
+        return train_here(*configs[0], overrides)
     # A file with a mistake is started too: it fails at once and is named in the summary.
     return train_in_turn(script, files, overrides)
 
@@ -119,22 +120,25 @@ def check_all(
     return configs, list(dict.fromkeys(complaints))
 
 
-def train_here(path: Path, config: DictConfig) -> int:
-    """Train one run in this process and return the exit code."""
+def train_here(path: Path, config: DictConfig, overrides: Sequence[str] = ()) -> int:
+    """Train one run in this process and return the exit code.
+
+    `overrides` are in the configuration already; a message repeats them.
+    """
+    finished = describe_finished(_resolved(config))
+    if finished:
+        if is_rank_zero():
+            print(f"train.py: {path}: {finished}", flush=True)
+        return 0
     automatic = automatic_keys(config)
-    chosen = settle(config, has_gpu=has_gpu())
-    if chosen and in_effect(config, COMPILE) != "none" and os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {path}: {chosen}", file=sys.stderr)
-    if not has_gpu():
-        keep_freed_memory()
-    resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    resolved = _settled(path, config)
     fault = missing_checkpoint(resolved) or unwritable(resolved)
     if fault:
         complain(path, fault)
         share_fault(fault)
         return USAGE_EXIT
     warning = find_warning(resolved)
-    if warning and os.environ.get("RANK", "0") == "0":
+    if warning and is_rank_zero():
         print(f"train.py: warning: {path}: {warning}", file=sys.stderr)
     from composer.utils import format_name_with_dist
     from llmfoundry.command_utils import train
@@ -149,7 +153,8 @@ def train_here(path: Path, config: DictConfig) -> int:
         if config.get("load_path") and "exact_resume" not in (config.get("callbacks") or {}):
             check_load_path(format_name_with_dist(config.load_path, str(config.get("run_name"))))
         with (
-            _log_without_secrets(),
+            configuration_on_one_line(path, overrides),
+            redacted_arguments(),
             no_questions(),
             errors_name_their_section(),
             trainer_is_checked(resolved, automatic),
@@ -164,24 +169,23 @@ def train_here(path: Path, config: DictConfig) -> int:
         complain(path, f"{known or one_line(error)} {TRACEBACK_HINT}")
         return USAGE_EXIT if known is None and isinstance(error, UserError) else FAILURE_EXIT
     trainer.close()  # loggers flush
+    if is_rank_zero():
+        print(format_end({**resolved, "run_name": trainer.state.run_name}), flush=True)
     return 0
 
 
-@contextlib.contextmanager
-def _log_without_secrets() -> Iterator[None]:
-    """Redact the YAML that llm-foundry gives to every logger, and the command line."""
-    module: Any = importlib.import_module("llmfoundry.command_utils.train")
-    whole = module.log_config
+def _settled(path: Path, config: DictConfig) -> dict[str, Any]:
+    """Give automatic settings their values on this machine; return the resolved configuration."""
+    chosen = settle(config, has_gpu=has_gpu())
+    if chosen and in_effect(config, COMPILE) != "none" and is_rank_zero():
+        print(f"train.py: {path}: {chosen}", file=sys.stderr)
+    if not has_gpu():
+        keep_freed_memory()
+    return _resolved(config)
 
-    def log_config(logger: Any, config: dict[str, Any]) -> None:
-        whole(logger, redact(config))
 
-    module.log_config = log_config
-    try:
-        with redacted_arguments():
-            yield
-    finally:
-        module.log_config = whole
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def complain(path: Path, text: str) -> None:
@@ -200,6 +204,7 @@ def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     os.environ.update(ALONE if num_ranks > 1 else {})
+    announce("loading torch and llm-foundry")
     from foundry_ext.preflight.components import check_components
     from foundry_ext.preflight.plan.plan import plan_config  # llm-foundry: some 20 seconds
     from foundry_ext.preflight.plan.text import format_plan

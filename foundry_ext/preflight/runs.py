@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from foundry_ext.config.automatic import compiles_on_gpu, settle
 from foundry_ext.config.loading import load_config
 from foundry_ext.utils.environment import has_gpu
+from foundry_ext.utils.progress import announce
 
 if TYPE_CHECKING:
     from foundry_ext.preflight.inspect.packs import Inspection
@@ -95,6 +96,7 @@ def verify_run(
 
 def checked(loaded: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration; its components' names and keys are known to be right."""
+    announce("loading torch and llm-foundry")
     settle(loaded, has_gpu=has_gpu())
     config: Any = OmegaConf.to_container(loaded, resolve=True)
     from foundry_ext.preflight.components import check_components

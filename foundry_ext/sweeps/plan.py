@@ -180,18 +180,29 @@ def _changes(
     run: PlannedRun, config: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[Change]:
     """Return the settings of the planned run that make another result than those of `config`."""
-    # llm-foundry adds the keys of `metadata` to those of the YAML.
-    recorded = {key: value for key, value in config.items() if key in TOP_LEVEL_KEYS}
-    before, now = (
-        digest_settings(result_settings(side)) for side in (recorded, redact(run.config))
-    )
     without_effect = (Effect.SAME_BITS, Effect.ROUNDING)
     return [
         change
-        for change in find_changes(Saved(before, defaults), Saved(now, {}))
-        if not _is_open(change)
-        and (change.key in run.keys or effect_of(change.key) not in without_effect)
+        for change in changes_since(config, defaults, run.config)
+        if change.key in run.keys or effect_of(change.key) not in without_effect
     ]
+
+
+def changes_since(
+    recorded: Mapping[str, Any], defaults: Mapping[str, Any], config: Mapping[str, Any]
+) -> list[Change]:
+    """Return all settings of a resolved configuration that differ from those of a record.
+
+    Args:
+        recorded: the record's `config`.
+        defaults: the record's `defaults`.
+        config: the configuration; what it leaves to the machine is no difference.
+    """
+    # llm-foundry adds the keys of `metadata` to those of the YAML.
+    before = {key: value for key, value in recorded.items() if key in TOP_LEVEL_KEYS}
+    settings = (digest_settings(result_settings(side)) for side in (before, redact(config)))
+    changes = find_changes(Saved(next(settings), defaults), Saved(next(settings), {}))
+    return [change for change in changes if not _is_open(change)]
 
 
 def _is_open(change: Change) -> bool:

@@ -13,7 +13,13 @@ from foundry_ext.sweeps.kept import keep, with_kept
 from foundry_ext.sweeps.launchers import SubprocessLauncher, can_fork, threads_each
 from foundry_ext.sweeps.plan import CostEstimate, PlannedRun, SweepRunResult, estimate_costs, plan
 from foundry_ext.sweeps.runner import SweepRunner
-from foundry_ext.sweeps.text import duration, estimate_hours, format_summary, format_sweep
+from foundry_ext.sweeps.text import (
+    comparison_of,
+    duration,
+    estimate_hours,
+    format_summary,
+    format_sweep,
+)
 from foundry_ext.utils.errors import UserError
 
 LAUNCHERS = ("fork", "subprocess")
@@ -78,6 +84,8 @@ def run_sweep(
         for line in (*lines, *(shlex.join(run.command) for run in waiting if dry_run)):
             echo(line)
         if dry_run:
+            for line in [] if waiting else comparison_of(runner.results(), runner.folder):
+                echo(line)
             return runner.results()
         if waiting and not yes:
             _confirm(costs, len(slots), limit_hours)
@@ -92,7 +100,7 @@ def run_sweep(
         log = runner.folder / "fork_server.log"
         fork = ForkLauncher(parallel=len(slots), log=log, sweep_lock=lock)
         results = runner.run(waiting, fork if launcher == "fork" else SubprocessLauncher())
-    for line in format_summary(results, runner.folder / "report"):
+    for line in (*format_summary(results), *comparison_of(results, runner.folder)):
         echo(line)
     if runner.caught is not None:
         raise KeyboardInterrupt(f"signal {runner.caught}")

@@ -76,8 +76,8 @@ def last_error(log: Path) -> str:
     return shorten(said.partition("\n")[0], 400, placeholder=" ...") if found else ""
 
 
-def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]:
-    """Return a table of all runs and the command that compares the finished ones."""
+def format_summary(results: Sequence[SweepRunResult]) -> list[str]:
+    """Return a table of all runs."""
     finished = [result for result in results if result.status == "finished"]
     width = max(len(result.name) for result in results)
     lines = [
@@ -91,10 +91,18 @@ def format_summary(results: Sequence[SweepRunResult], report: Path) -> list[str]
         lines.append(
             f"  {result.name:<{width}}  {result.status:<8}  {loss_text:>11}  {time_text:>10}"
         )
-    if len(finished) > 1:
-        folders = [os.fspath(result.record.parent) for result in finished]
-        lines.append(f"compare: foundry-ext compare {shlex.join(folders)} --out {report}")
     return lines
+
+
+def comparison_of(results: Sequence[SweepRunResult], folder: Path) -> list[str]:
+    """Return a line with the command that compares the finished runs; none for a single one.
+
+    `folder` is the sweep's, where the report will be.
+    """
+    finished = [result for result in results if result.status == "finished"]
+    folders = [os.fspath(result.record.parent) for result in finished]
+    command = ["foundry-ext", "compare", *folders, "--out", str(folder / "report")]
+    return [f"compare: {shlex.join(command)}"] if len(finished) > 1 else []
 
 
 def target_loss(record: Mapping[str, Any]) -> float | None:

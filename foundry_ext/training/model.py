@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from composer.metrics.nlp import LanguageCrossEntropy
-from llmfoundry.metrics.token_acc import TokenAccuracy
 from llmfoundry.models.hf.hf_base import BaseHuggingFaceModel
 from llmfoundry.models.hf.hf_causal_lm import ComposerHFCausalLM
 from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
@@ -22,6 +20,7 @@ from foundry_ext.models.loss import check_loss
 from foundry_ext.models.pretrained import load_generation_config
 from foundry_ext.models.smollm2 import PackedCausalLMOutput, SmolLM2ForCausalLM
 from foundry_ext.training import attention_choice, model_building, model_settings
+from foundry_ext.training.packed_metrics import update_by_sums
 from foundry_ext.utils.errors import UserError
 
 
@@ -286,21 +285,5 @@ class ComposerSmolLM2(BaseHuggingFaceModel):
         """
         if not isinstance(outputs, PackedCausalLMOutput):
             return super().update_metric(batch, outputs, metric)
-        count = outputs.num_loss_tokens
-        assert outputs.loss is not None and outputs.num_correct is not None and count is not None
-        device = metric.device
-        if isinstance(metric, LanguageCrossEntropy):  # perplexity is a subclass
-            metric.sum_loss += (outputs.loss * count).to(device)
-            metric.total_items += count.to(device)
-        elif isinstance(metric, TokenAccuracy):
-            metric.correct_tokens += outputs.num_correct.to(device)
-            metric.total_tokens += count.to(device)
-        else:
-            raise UserError(
-                f"{type(metric).__name__} needs logits, which a packed evaluation does not compute;"
-                " take it out of additional_eval_metrics, or evaluate with the finetuning loader"
-            )
-        # As Metric.update does; without it torchmetrics warns, or returns an earlier result.
-        metric._update_count += 1
-        metric._computed = None
+        update_by_sums(metric, outputs)
         return {}

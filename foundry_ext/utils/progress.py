@@ -1,6 +1,7 @@
 """Progress of long work, with the time left.
 
-It is a bar on a terminal and in a notebook, and a line per minute in a log.
+It is a bar on a terminal and in a notebook, and a line per minute in a log. Steps that cannot say
+how far they are have a line on a terminal when they begin.
 """
 
 import sys
@@ -46,7 +47,7 @@ def progress(
         unit: what an element is.
         shown: show nothing if False, as on all ranks but one.
     """
-    has_bar = sys.stderr.isatty() or is_notebook(sys.stderr)
+    has_bar = _is_watched()
     bar = _Bar(
         elements,
         name,
@@ -63,6 +64,19 @@ def progress(
         yield from bar
     finally:
         bar.close()
+
+
+def announce(step: str) -> None:
+    """Print a line about a long step that begins now, to stderr and only if somebody watches.
+
+    A log gets none, as from git and from `progress`: a script that reads stderr wants errors.
+    """
+    if _is_watched():
+        print(f"{step} ...", file=sys.stderr, flush=True)
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty() or is_notebook(sys.stderr)
 
 
 def is_notebook(stream: TextIO) -> bool:

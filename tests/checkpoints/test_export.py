@@ -5,6 +5,7 @@ Checkpoints come from Composer's own saver, without training; tests/training exp
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import foundry_ext.checkpoints.export
-from foundry_ext.checkpoints.export import describe_export, export_checkpoint
+from foundry_ext.checkpoints.export import export_checkpoint
 from foundry_ext.checkpoints.loading import as_folder
+from foundry_ext.checkpoints.next_steps import next_steps
 from foundry_ext.cli.main import main
+from tests.comparison.records import write_run
 from tests.training import kit
 
 
@@ -74,7 +77,6 @@ def test_a_full_model_loads_in_transformers(world, saved, tmp_path):
     assert_same_logits(model, theirs)
     assert (out / "config.json").read_text() == (world.base / "config.json").read_text()
     assert theirs.generation_config.max_new_tokens == 77
-    assert describe_export(out).endswith("AutoModelForCausalLM.from_pretrained(path)")
     assert not list(tmp_path.rglob("*.partial"))
     assert_same_logits(model, kit.run_the_card(out)["model"])
 
@@ -99,7 +101,6 @@ def test_an_adapter_loads_in_peft(world, saved, tmp_path, method, whole):
     # And the head is still tied once the adapter is merged. (Trap 23.)
     merged = theirs.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert str(world.base) in describe_export(out)
     given = kit.run_the_card(out)
     assert isinstance(given["model"], PeftModel)
     assert_same_logits(model, given["model"])
@@ -215,6 +216,33 @@ def test_leaves_nothing_when_writing_fails(saved, tmp_path, monkeypatch):
 
 
 # --- foundry-ext export --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_command_says_what_to_do_next(saved, tmp_path, capsys, method):
+    out = tmp_path / "an out"
+    assert main(["export", str(saved(method)[1]), str(out)]) == 0
+    headline, *lines = capsys.readouterr().out.splitlines()
+    assert headline.startswith(f"{out}: ") and ("adapter of" in headline) == (method == "lora")
+    steps = [line.split(maxsplit=1) for line in lines]
+    given: dict = {}
+    exec(dict(steps)["load"], given)
+    assert isinstance(given["model"], PeftModel) == (method == "lora")
+    commands = [shlex.split(text)[1:] for label, text in steps if label == "next"]
+    assert commands[0] == ["eval", str(out), "--sets", "FILE", "--out", f"{out}-eval"]
+    assert len(commands) == (2 if method == "lora" else 1)
+    assert all(main(command) == 0 for command in commands[1:])  # merge
+    merged = capsys.readouterr().out
+    assert method == "full" or f"from_pretrained('{out}-merged')" in merged
+
+
+def test_the_sets_of_the_run_are_named(tmp_path):
+    run = write_run(tmp_path, "lora", 1e-3, 17)
+    checkpoint = run / "checkpoints/latest-rank0.pt"
+    (run / "out").mkdir()
+    assert f"--sets {run}/record.json --out" in next_steps(run / "out", checkpoint)
+    (run / "record.json").write_text("{")
+    assert "--sets FILE --out" in next_steps(run / "out", checkpoint)
 
 
 def test_the_command(saved, tmp_path, capsys):

@@ -124,6 +124,7 @@ def test_a_page_runs_and_its_exercise_can_be_failed(page: Path, tmp_path: Path, 
 
     monkeypatch.chdir(tmp_path)
     plt.switch_backend("Agg")
+    plt.close("all")
     with torch.random.fork_rng(devices=[]):
         names = runpy.run_path(str(page), run_name="__main__")
         picture = tmp_path / f"outputs/from-scratch/{page.stem}.png"
@@ -131,6 +132,12 @@ def test_a_page_runs_and_its_exercise_can_be_failed(page: Path, tmp_path: Path, 
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         with pytest.raises(AssertionError):
             names["check"](WRONG[page.stem](names))
+    (figure,) = map(plt.figure, plt.get_fignums())
+    assert all(axes.get_title() and axes.get_xlabel() for axes in figure.axes)
+    rows: dict[int, list[str]] = {}  # panels in a row may share the quantity of the first
+    for axes in figure.axes:
+        rows.setdefault(axes.get_subplotspec().rowspan.start, []).append(axes.get_ylabel())
+    assert all(labels[0] for labels in rows.values())
     plt.close("all")
 
 

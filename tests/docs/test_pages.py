@@ -125,6 +125,9 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path):
     for page in pages:
         loaded = foreign_references(page.read_text("utf-8"))
         assert not [address for address in loaded if "//" in address], page
+        # Without these two the search waits forever in a page that is opened from the folder.
+        assert any(address.endswith("_site/iframe-worker.js") for address in loaded), page
+    assert (tmp_path / "search/search_index.js").is_file()
     written = (tmp_path / "reference/cli.html").read_text("utf-8")
     for name in COMMANDS:
         assert f"usage: foundry-ext {name}" in written

@@ -122,35 +122,6 @@ def test_what_cannot_start_says_why(folder: Path, settings, message: str):
     assert names(folder) == []
 
 
-def test_an_estimate_below_the_limit_asks_nothing(folder: Path):
-    statuses, said = run(write_sweep(folder, {}), yes=False, tokens_per_second=1e6)
-    assert set(statuses.values()) == {"finished"}
-    assert "time: about 0 s" in said[1]
-
-
-def test_epochs_are_unknown_until_the_data_is_read(folder: Path):
-    path = write_sweep(folder, {"max_duration": {"values": ["1ep", "5_000tok", "2ba"]}})
-    _, said = run(path, dry_run=True, tokens_per_second=10.0)
-    assert said[1] == (
-        "tokens: unknown until the data is read, for 2 of 6 runs; "
-        "time: unknown until the first runs have finished"
-    )
-    path = write_sweep(folder, {"max_duration": {"values": ["5_000tok", "2ba"]}})
-    _, said = run(path, dry_run=True, tokens_per_second=10.0)
-    assert said[1] == "tokens: at most 11,024; time: about 18 min"  # 2 x (5,000 + 2 x 4 x 64) / 10
-
-
-def test_a_dry_run_prints_the_commands_and_starts_nothing(folder: Path):
-    _, said = run(
-        write_sweep(folder, SEEDS, command=["composer", "${program}", "${args_no_hyphens}"]),
-        dry_run=True,
-    )
-    assert said[2:] == [
-        f"composer train.py config={name}.yaml seed={seed}" for name in "ab" for seed in (17, 18)
-    ]
-    assert names(folder) == []
-
-
 @pytest.mark.parametrize(
     ("parameters", "more", "message"),
     [

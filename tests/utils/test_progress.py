@@ -8,7 +8,7 @@ import sys
 import pytest
 import tqdm.std
 
-from foundry_ext.utils.progress import progress
+from foundry_ext.utils.progress import announce, progress
 
 
 class Terminal(io.StringIO):
@@ -68,3 +68,13 @@ def test_bars_of_libraries_are_quiet_in_a_log():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_long_step_is_announced_where_somebody_watches(monkeypatch):
+    for stream, text in ((Terminal(), "reading ...\n"), (Notebook(), "reading ...\n")):
+        monkeypatch.setattr("sys.stderr", stream)
+        announce("reading")
+        assert stream.getvalue() == text
+    monkeypatch.setattr("sys.stderr", log := io.StringIO())
+    announce("reading")
+    assert log.getvalue() == ""

@@ -1,9 +1,13 @@
 """`foundry-ext check-fair FILE...`: names differences between runs besides their method."""
 
 import argparse
+import shlex
+from collections.abc import Sequence
 
 from foundry_ext.cli.yaml_arguments import add_yaml_arguments
 from foundry_ext.utils.errors import UserError
+
+_MOST_KEYS = 8  # in the command that accepts all differences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,5 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{len(configs)} runs differ in more than method and learning rate:")
     for difference in found:
         print(f"  {difference}")
-    print("make these equal in every file, or name a key that may differ by --allow KEY")
+    print("make these equal in every file, or accept them, here and in `foundry-ext compare`:")
+    print(f"  {_allowing(arguments, [difference.key for difference in found])}")
     return 1
+
+
+def _allowing(arguments: argparse.Namespace, keys: Sequence[str]) -> str:
+    """Return the command that accepts these keys, and what it has accepted already."""
+    keys = [*arguments.allow, *keys] if len(keys) <= _MOST_KEYS else [*arguments.allow, "KEY"]
+    allowed = [word for key in keys for word in ("--allow", key)]
+    return shlex.join(["foundry-ext", "check-fair", *arguments.arguments, *allowed])

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--sets", type=Path, metavar="FILE", help="a YAML with `sets`, or a run's own YAML"
+        "--sets", type=Path, metavar="FILE", help="a YAML with `sets`, or a run's YAML or record"
     )
     what.add_argument(
         "--lm-eval",

@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from foundry_ext.checkpoints.export import describe_export, export_checkpoint
+    from foundry_ext.checkpoints.export import export_checkpoint
+    from foundry_ext.checkpoints.next_steps import describe_export
 
-    print(describe_export(export_checkpoint(arguments.checkpoint, arguments.out)))
+    out = export_checkpoint(arguments.checkpoint, arguments.out)
+    print(describe_export(out, arguments.checkpoint))
     return 0

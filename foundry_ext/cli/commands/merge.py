@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from foundry_ext.checkpoints.loading import CERTIFICATE
     from foundry_ext.checkpoints.merge import TEXT, merge_adapter
+    from foundry_ext.checkpoints.next_steps import next_steps
 
     certificate = merge_adapter(
         arguments.adapter,
@@ -38,8 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     written = certificate["written"]
     print(
         f"{arguments.out}: {certificate['method']} merged into {certificate['base']},"
-        f" {certificate['dtype']}; AutoModelForCausalLM.from_pretrained(path). Logits differ by at"
-        f" most {written['largest']:.2g}, {written['mean']:.2g} on average; the likeliest token is"
-        f" the same at {written['argmax_agreement']:.2%} of positions ({CERTIFICATE})"
+        f" {certificate['dtype']}. Logits differ by at most {written['largest']:.2g},"
+        f" {written['mean']:.2g} on average; the likeliest token is the same at"
+        f" {written['argmax_agreement']:.2%} of positions ({CERTIFICATE})\n"
+        f"{next_steps(arguments.out, arguments.adapter)}"
     )
     return 0

@@ -1,7 +1,19 @@
 """`foundry-ext sweep FILE`: runs a W&B sweep file on this machine, without a server."""
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foundry_ext.sweeps.plan import SweepRunResult
+
+# Options that a dry run passes on to the real one, with their defaults.
+_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("launcher", "gpus", "parallel", "runs", "results", "tokens-per-second")),
+    "seed": 17,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,5 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     if arguments.dry_run:
+        _print_start(arguments, outcomes)
         return 0
     return 0 if all(outcome.status == "finished" for outcome in outcomes) else 1
+
+
+def _print_start(arguments: argparse.Namespace, outcomes: "Sequence[SweepRunResult]") -> None:
+    """Print the command that starts the runs of a dry run, if there are any to start."""
+    from foundry_ext.sweeps.state import is_started_again
+
+    again = arguments.retry_failed
+    if not any(is_started_again(outcome.status, retry_failed=again) for outcome in outcomes):
+        return
+    options = ["--retry-failed"] if again else []
+    for name, default in _OPTIONS.items():
+        value = getattr(arguments, name.replace("-", "_"))
+        if value != default:
+            options += [f"--{name}", str(value)]
+    command = ["foundry-ext", "sweep", str(arguments.file), *options, "--yes"]
+    print(f"start: {shlex.join(command)}")

@@ -10,6 +10,7 @@ from foundry_ext.comparison.comparison import Comparison
 from foundry_ext.comparison.front_comparison import AreaPair, LevelPair
 from foundry_ext.comparison.metrics import Metric
 from foundry_ext.comparison.pairwise import MethodPair
+from foundry_ext.comparison.report.best_points import best_point_table
 from foundry_ext.comparison.report.document import Block, Bullets, Figure, Heading, Paragraph, Table
 from foundry_ext.comparison.report.wording import (
     NO_VALUE,
@@ -42,7 +43,7 @@ def front_blocks(comparison: Comparison) -> list[Block]:
     if not fronts.areas:
         text = "No seed was run at each learning rate of its method, so no seed has a whole front,"
         return [*blocks, Paragraph(f"{text} and areas are not compared. {_WAY_OUT}")]
-    blocks.append(_table(comparison, fronts.reference))
+    blocks += [_table(comparison, fronts.reference), best_point_table(comparison)]
     if has_points_only(comparison):
         blocks.append(Paragraph(ONE_RATE))
         return blocks
@@ -118,7 +119,6 @@ def _table(comparison: Comparison, reference: float) -> Table:
         row(f"the same up to {up_to[2]}", partial(_averaged, comparison, 4)),
         row("least forgotten at any rate", partial(_least_forgotten, comparison)),
         row(f"hypervolume up to {up_to[0]}: the first row times {up_to[0]}", area),
-        ["the point at its best rate", *(_best_point(comparison, label) for label in labels)],
         ["learning rates", *(str(len(fronts.points[label].rates)) for label in labels)],
         [
             "seeds with a whole front",
@@ -183,16 +183,6 @@ def _basis(comparison: Comparison) -> str:
     intervals = [value.interval for value in comparison.fronts.areas.values()]
     kinds = sorted({interval.kind for interval in intervals if interval is not None})
     return f"with 95 % intervals over {' or '.join(kinds)}" if kinds else "without intervals"
-
-
-def _best_point(comparison: Comparison, label: str) -> str:
-    x, y = comparison.learning, comparison.forgetting
-    learned, forgot = (
-        format_mean_and_interval(metric, summary.mean, summary.interval)
-        for metric in (x, y)
-        for summary in [comparison.summary(label, metric)]
-    )
-    return f"{comparison.best[label].learning_rate:g}: learned {learned}, forgot {forgot}"
 
 
 def scaled(interval: Interval | None, factor: float) -> Interval | None:

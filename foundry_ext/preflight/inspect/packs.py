@@ -4,7 +4,7 @@ Packs come from the same builder, sampler and collator as in training. A token's
 document and whether it carries loss are read from the pack's own tensors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from foundry_ext.preflight.components import without_remote_code
 from foundry_ext.preflight.inspect.layouts import Layouts, lay_out
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError, naming
+from foundry_ext.utils.progress import announce
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
@@ -133,24 +134,7 @@ def inspect_config(
     tokenizer = open_tokenizer(config)
     batches, dataset = open_loader(config, loader, tokenizer)
     dataset.sampler.set_epoch(0)
-    packs = []
-    for batch_index, batch in enumerate(batches):
-        indices_of_packs = dataset.sampler.batch(batch_index)
-        for index, (pack, indices) in enumerate(zip(batch, indices_of_packs, strict=True)):
-            documents = _document_views(pack, indices, dataset, tokenizer)
-            packs.append(
-                PackView(
-                    batch=batch_index,
-                    index_in_batch=index,
-                    documents=documents,
-                    num_computed_tokens=pack["input_ids"].shape[1],
-                    capacity=dataset.sampler.capacity,
-                    num_tokens=pack["num_tokens"],
-                    num_loss_tokens=pack["num_loss_tokens"],
-                )
-            )
-        if len(packs) >= num_packs:
-            break
+    packs = _pack_views(batches, dataset, tokenizer, num_packs)
     layouts = lay_out(dataset)
     if predict is not None and loader == "train":
         layouts = predict(layouts, dataset)
@@ -161,7 +145,7 @@ def inspect_config(
         special_tokens=SpecialTokens(tokenizer).describe(),
         epoch=totals_of(dataset),
         sources=dataset.description,
-        packs=packs[:num_packs],
+        packs=packs,
         layouts=layouts,
     )
 
@@ -189,6 +173,7 @@ def open_loader(
         UserError: the loader is missing or not packed, or its builder rejects the configuration.
     """
     section, size = loader_section(config, loader)
+    announce(f"reading and tokenising the data of {loader}_loader")
     spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
     dataset = getattr(spec.dataloader, "dataset", None)
     assert isinstance(dataset, PackedDataset), type(dataset)
@@ -209,6 +194,34 @@ def loader_section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, An
         )
     key = "global_train_batch_size" if loader == "train" else "device_eval_batch_size"
     return dict(section), config.get(key, 1)
+
+
+def _pack_views(
+    batches: Iterable[Sequence[Pack]],
+    dataset: PackedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    num_packs: int,
+) -> list[PackView]:
+    """Return the first packs of the loader's batches."""
+    packs: list[PackView] = []
+    for batch_index, batch in enumerate(batches):
+        indices_of_packs = dataset.sampler.batch(batch_index)
+        for index, (pack, indices) in enumerate(zip(batch, indices_of_packs, strict=True)):
+            documents = _document_views(pack, indices, dataset, tokenizer)
+            packs.append(
+                PackView(
+                    batch=batch_index,
+                    index_in_batch=index,
+                    documents=documents,
+                    num_computed_tokens=pack["input_ids"].shape[1],
+                    capacity=dataset.sampler.capacity,
+                    num_tokens=pack["num_tokens"],
+                    num_loss_tokens=pack["num_loss_tokens"],
+                )
+            )
+        if len(packs) >= num_packs:
+            break
+    return packs[:num_packs]
 
 
 def _document_views(

@@ -26,6 +26,7 @@ from foundry_ext.preflight.plan.model import PlannedModel
 from foundry_ext.preflight.plan.schedule import PackCounts, Schedule
 from foundry_ext.training.data_checks import check_evaluation_data, refuse_training_documents
 from foundry_ext.utils import nested
+from foundry_ext.utils.progress import announce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ def plan_evaluations(
     generated = len(samples.get("prompts") or []) * int(samples.get("max_new_tokens", 48))
     given = planned_sets(config)
     of_base = kept_bytes = 0.0
+    if given:
+        announce(f"reading and tokenising the sets {', '.join(given)}")
     for eval_set in build_sets(parse_sets(given) if given else [], tokenizer, positions):
         name = eval_set.config.name
         by_set[name] = set_work(eval_set)

@@ -15,6 +15,7 @@ from foundry_ext.sweeps.plan import cost_key, finished_records
 from foundry_ext.utils import nested
 from foundry_ext.utils.environment import device_name
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.progress import announce
 from foundry_ext.utils.redaction import redact
 
 
@@ -93,6 +94,7 @@ def estimate_throughput(
         )
     if device == "cpu" and str(config["precision"]).startswith("amp_"):
         return ThroughputEstimate(device=name, kind=device)  # Composer refuses to train like this
+    announce("measuring one layer and three of the model on this machine")
     first_pack = train.lengths_of(train.sampler.documents_of_pack(0, 0))
     measured = measure_throughput(
         model,

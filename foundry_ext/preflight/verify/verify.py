@@ -13,6 +13,7 @@ import torch
 
 from foundry_ext.preflight.verify.checks import Check
 from foundry_ext.utils.errors import UserError
+from foundry_ext.utils.progress import announce
 
 
 @dataclass
@@ -51,7 +52,9 @@ def verify_config(
         )
     result = Verification(name)
     config = _for_this_device(copy.deepcopy(dict(config)), result.notes)
+    announce("comparing packs with their documents")
     result.checks += check_packing(config, result.notes, num_packs=packs, most_tokens=tokens)
+    announce(f"training {steps} steps three times: uninterrupted, stopped, resumed")
     result.checks += check_resume(config, result.notes, steps=steps, most_tokens=tokens)
     return result
 

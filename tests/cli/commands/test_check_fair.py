@@ -1,6 +1,7 @@
 """`foundry-ext check-fair`: exit 0 with one line, or 1 and every difference."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def test_differences_are_named(capsys, tmp_path):
     assert main(["check-fair", FAMILY[0], str(changed)]) == 1
     out = capsys.readouterr().out
     assert f"  max_duration: {DURATION} in full.yaml; 9ba in changed.yaml\n" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["foundry-ext", "check-fair"] and main(command[1:]) == 0
     # an override holds for all, and so takes the difference away
     assert main(["check-fair", FAMILY[0], str(changed), "max_duration=5ba"]) == 0
     assert main(["check-fair", FAMILY[0], str(changed), "--allow", "max_duration"]) == 0

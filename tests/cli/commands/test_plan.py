@@ -1,5 +1,6 @@
 """`foundry-ext plan` and `train.py --dry-run`: same text, no training, one-line errors."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def write(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(name: str, **overrides) -> str:
-        config = kit.run_config(world, Path("outputs", name), callbacks={}, loggers={}, **overrides)
+        overrides = {"callbacks": {}, "loggers": {}, **overrides}
+        config = kit.run_config(world, Path("outputs", name), **overrides)
         Path(name).write_text(OmegaConf.to_yaml(config))
         return name
 
@@ -44,6 +46,23 @@ def test_both_commands_say_the_same_and_write_nothing(write, capsys):
     assert "plan of a.yaml: nothing is trained" in dry and "4 optimizer steps" in dry
     assert sorted(Path().rglob("*")) == before
     assert max(map(len, dry.splitlines())) < 200
+
+
+STEPS = {
+    "plan": ["loading", "data of train_loader", "sets page", "measuring"],
+    "inspect": ["loading", "data of train_loader", "measuring"],
+}
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_each_long_step_is_announced_on_a_terminal(write, world, monkeypatch, capsys, command):
+    page = {"role": "forgetting", "type": "documents", "loader": kit.loader_config(world.eval_rows)}
+    path = write("a.yaml", max_duration="4ba", callbacks={"forgetting": {"sets": {"page": page}}})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main([command, path]) == 0
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" ...")]
+    assert len(shown) == len(STEPS[command])
+    assert all(part in line for part, line in zip(STEPS[command], shown, strict=True))
 
 
 def test_overrides_are_planned(write, capsys):

@@ -75,7 +75,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whole_fronts_come_first_and_the_best_rate_is_a_row(whole: Path, tmp_path: Path, capsys):
+def test_whole_fronts_come_first_and_best_rates_have_a_table(whole: Path, tmp_path: Path, capsys):
     assert main(["compare", str(whole), "--out", str(tmp_path), "--reference", "4"]) == 0
     printed = capsys.readouterr().out
     text = (tmp_path / "comparison.md").read_text().replace("\\", "")
@@ -90,7 +90,13 @@ def test_whole_fronts_come_first_and_the_best_rate_is_a_row(whole: Path, tmp_pat
     assert level.is_distinguishable and ", full forgets more than LoRA: 0." in text
     assert "4.000 nats per token, the same for every method (given by --reference)" in text
     assert "with 95 % intervals over seeds and items" in text
-    assert "| the point at its best rate | 0.002: learned 4.7" in text
+    header = "| the point at its best rate | learning rate | learned | forgot |"
+    _, *rows = text.partition(header)[2].split("\n\n")[0].strip().splitlines()
+    assert [row.split(" | ")[:2] for row in rows] == [["| full", "0.002"], ["| LoRA", "0.01"]]
+    assert "| full | 0.002 | 4.7" in rows[0] and rows[0].count("[") == 2
+    # A table of a name and two methods: its cells keep intervals on one line, and no sentence.
+    first_table = text.partition("averaged over budgets up to")[2].partition("\n\n")[0]
+    assert "learned" not in first_table and max(map(len, first_table.splitlines())) < 100
     assert "| seeds with a whole front | 3 (1, 2, 3) | 3 (1, 2, 3) |" in text
     headings = re.findall("^## (.*)$", text, re.MULTILINE)
     assert headings[:3] == [
