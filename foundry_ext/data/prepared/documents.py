@@ -195,7 +195,7 @@ class PreparedDocuments:
         cuts, file = self._cuts(shard), self._open[shard][1]
         if file is None:
             source = int(self._source[shard])
-            file = self.sources[source].files.open(shard - int(self._first_shard[source]))
+            file = self.sources[source].files.open_shard(shard - int(self._first_shard[source]))
             self._keep(shard, cuts, file)
         return cuts, file
 

@@ -103,7 +103,7 @@ class LocalShards:
         """Leave the thread behind: a worker process reads, and fetches what is missing."""
         return {**self.__dict__, "_fetching": None, "_error": None}
 
-    def open(self, shard: int) -> Shard:
+    def open_shard(self, shard: int) -> Shard:
         """Return a shard, fetched if it is not here.
 
         Raises:
@@ -128,7 +128,7 @@ class LocalShards:
         """Wait until the shards of a window are here, and begin to fetch those of the next one.
 
         Raises:
-            UserError: as in `open`; or both windows are more than the folder may hold.
+            UserError: as in `open_shard`; or both windows are more than the folder may hold.
         """
         if self.local is None or self._window == (window := (list(now), list(next_))):
             return

@@ -38,7 +38,7 @@ def here(tmp_path: Path) -> set[str]:
 
 def read(files: LocalShards, shard: int) -> list[int]:
     one = np.array([0])
-    return files.open(shard).read(one, one, np.array([50])).input_ids.tolist()
+    return files.open_shard(shard).read(one, one, np.array([50])).input_ids.tolist()
 
 
 def test_next_window_is_fetched_while_one_is_read(tmp_path, index):
@@ -117,7 +117,7 @@ def test_damaged_file_is_an_error(tmp_path, index):
     (path,) = (tmp_path / "local" / "shards").glob("*.mds")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="not those that were written; delete it, and fetch"):
-        files.open(0)
+        files.open_shard(0)
 
 
 def test_full_disk_is_an_error_before_anything_is_written(tmp_path, index, monkeypatch):
