@@ -6,7 +6,6 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.utils import tqdm
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
 from llmfoundry.data.finetuning.tasks import (
     StreamingFinetuningDataset,
@@ -36,7 +34,8 @@ from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.rows import without_empty_columns
 from foundry_ext.data.settings import TokenizeSettings
 from foundry_ext.data.special_tokens import SpecialTokens, WithoutSpecialTokens
-from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
+from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table, write_table
+from foundry_ext.data.token_columns import ids_type
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
@@ -69,19 +68,18 @@ def tokenize_rows(
     if preprocess is None and settings.text_key is None:
         rows = without_empty_columns(rows)
     reader = _Reader(tokenizer, settings)
+    table = _table_of(rows, reader, preprocess)
 
     def write(folder: Path) -> None:
         if preprocess is None:  # which may leave out anything
             most = None if settings.overlong == "split" else len(rows) * settings.max_seq_len
-            check_space(rows, [settings.text_key or "prompt", "response", "messages"], most)
+            columns = [settings.text_key or "prompt", "response", "messages"]
+            check_space(rows, columns, most, reader.token_bytes)
         sizes = row_sizes(rows)
-        _write(
-            folder / "part.arrow",
-            split_rows(sizes),
-            _table_of(rows, reader, preprocess),
-            count_processes(int(sizes.sum()), num_proc or 1),
-            f"Tokenizing {name}",
-        )
+        batches = split_rows(sizes)
+        num_processes = count_processes(int(sizes.sum()), num_proc or 1)
+        with contextlib.closing(work_on(batches, table, num_processes)) as tables:
+            write_table(folder / "part.arrow", batches, tables, f"Tokenizing {name}")
 
     deciding = asdict(settings) | reader.version
     if preprocess is not None:  # earlier ones let nulls inside values become text
@@ -116,26 +114,6 @@ def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any
         load_from_cache_file=False,
         **{"with_indices": True, **settings},
     )
-
-
-def _write(
-    path: Path,
-    batches: Sequence[range],
-    table: Callable[[range], pa.Table],
-    num_processes: int,
-    description: str,
-) -> None:
-    """Write the tables of all batches, in order, as one Arrow stream."""
-    with (
-        contextlib.closing(work_on(batches, table, num_processes)) as tables,
-        tqdm(total=batches[-1].stop, unit=" rows", desc=description) as bar,
-        pa.OSFile(str(path), "wb") as sink,
-    ):
-        first = next(tables)
-        with pa.ipc.new_stream(sink, first.schema) as writer:
-            for batch, one in zip(batches, itertools.chain([first], tables), strict=True):
-                writer.write_table(one)
-                bar.update(len(batch))
 
 
 def _table_of(
@@ -176,6 +154,8 @@ class _Reader:
         self.plain: Any = WithoutSpecialTokens(tokenizer)
         self.special = SpecialTokens(tokenizer)
         self.slice_chat = ChatSlicer(tokenizer)
+        self.max_id = max(tokenizer.get_vocab().values())
+        self.token_bytes: int = ids_type(self.max_id).bit_width // 8
 
     @property
     def version(self) -> dict[str, int]:
@@ -232,7 +212,7 @@ class _Reader:
         for index, row in zip(indices, rows, strict=True):
             first, *rest = to_records(index, row, settings.max_seq_len, settings.overlong)
             records += [first._replace(num_untrained=row.num_untrained), *rest]
-        return to_table(records, with_responses=settings.text_key is None)
+        return to_table(records, max_id=self.max_id, with_responses=settings.text_key is None)
 
     def _text(self, text: str, ids: list[int]) -> Tokens:
         """Return a plain text: closed with end-of-text, which is learned too."""
