@@ -131,6 +131,11 @@ class Documents:
     def __getitem__(self, index: int) -> Document:
         return self.read(np.array([index]))[0]
 
+    @property
+    def key(self) -> str | None:
+        """The table's key in the cache, if it comes from there."""
+        return None if self._stored is None else self._stored.folder.name
+
     def locate(self, index: int) -> tuple[int, int]:
         """Return (source, index in it); there is one source here."""
         return 0, index

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
 from llmfoundry.data.finetuning.tasks import (
-    StreamingFinetuningDataset,
     _get_example_type,
     tokenize_formatted_example,
 )
+from numpy.typing import NDArray
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batches import count_processes, row_sizes, split_rows, work_on
@@ -87,35 +87,6 @@ def tokenize_rows(
     return cached_documents(table_key(rows, tokenizer, deciding, preprocess), write)
 
 
-def tokenize_stream(
-    rows: StreamingFinetuningDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: TokenizeSettings,
-) -> Documents:
-    """Tokenise the rows of `load_streams`; the documents stay in memory and are not cached."""
-    reader = _Reader(tokenizer, settings)
-
-    def table(batch: dict[str, list[int]]) -> pa.Table:
-        indices = batch["index"]
-        stored = [naming_row(index, rows.__getitem__, index) for index in indices]
-        return reader.table(indices, _read(reader, stored, indices, reader.read_stored))
-
-    indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
-    return Documents(_map(indices, table, with_indices=False, desc="Reading streams"))
-
-
-def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any) -> Any:
-    """Map without the cache of `datasets`, whose key would be the rows' path and time."""
-    return rows.map(
-        table,
-        batched=True,
-        remove_columns=rows.column_names,
-        new_fingerprint="documents",
-        load_from_cache_file=False,
-        **{"with_indices": True, **settings},
-    )
-
-
 def _table_of(
     rows: datasets.Dataset, reader: "_Reader", preprocess: Preprocess | None
 ) -> Callable[[range], pa.Table]:
@@ -178,7 +149,28 @@ class _Reader:
 
     def read_stored(self, row: dict[str, Any]) -> Tokens:
         """Return the tokens of a row of a stream, which may be tokenised already."""
-        return self.stitch(row["turns"], is_chat=True) if "turns" in row else self.read(row)
+        text_key = self.settings.text_key
+        if text_key is None and "turns" in row:
+            for turn in row["turns"]:
+                self._check(np.array([*turn["input_ids"], *turn["labels"]]))
+            return self.stitch(row["turns"], is_chat=True)
+        if text_key is None or text_key in row:
+            return self.read(row)
+        if "tokens" not in row:
+            raise UserError(f"no {text_key!r} and no 'tokens'; there are {', '.join(row)}")
+        ids = np.asarray(row["tokens"])  # as they are: whoever wrote them may have joined texts
+        self._check(ids)
+        ids = ids.astype(np.int32)
+        return Tokens(ids, np.ones(len(ids), np.bool_)) if len(ids) else NO_TOKENS
+
+    def _check(self, ids: NDArray[np.integer]) -> None:
+        """Check that stored ids are those of a tokenizer as large as this one."""
+        bad = ids[(ids < 0) | (ids >= (2**16 if self.token_bytes == 2 else 2**31))]
+        if len(bad):
+            raise UserError(
+                f"the token {bad[0]} is beyond the tokenizer's {self.max_id}; give the tokenizer"
+                " that the shards were tokenized with"
+            )
 
     def _join(self, turns: Sequence[Any], *, is_chat: bool) -> Tokens:
         """Join the turns of a row of text, with the tokens that the tokenizer puts around it."""
