@@ -189,7 +189,7 @@ class Documents:
         for first, chunk in zip(self._first, self._chunks, strict=False):
             lengths = self.lengths[first : first + len(chunk)].tolist()
             for row, length in enumerate(lengths):
-                digest.update(chunk.loss_mask(row, length))
+                digest.update(chunk.loss_mask(row, length).tobytes())
         return digest.hexdigest()[:16]
 
     def source_fingerprints(self) -> list[str]:
