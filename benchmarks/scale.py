@@ -144,7 +144,9 @@ def measure_chats(tokenizer: Any, folder: Path) -> None:
         for _ in range(60_000)
     ]
     path = folder / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in chats), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"messages": one}) + "\n" for one in chats), encoding="utf-8"
+    )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"

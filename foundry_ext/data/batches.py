@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -88,7 +88,7 @@ def count_processes(num_bytes: int, most: int) -> int:
 
 def work_on(
     batches: Sequence[Batch], work: Callable[[Batch], T], num_processes: int
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield work(batch) of each batch, in order, whatever the number of processes.
 
     Raises:

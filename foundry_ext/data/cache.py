@@ -56,18 +56,20 @@ class DamagedTableError(Exception):
 
 
 def table_key(
-    rows: datasets.Dataset,
+    rows: datasets.Dataset | str,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
     preprocess: Callable[..., Any] | None,
 ) -> str:
-    """Return a hash of rows, tokenizer, settings, preprocessing's source and versions."""
+    """Return a hash of rows, tokenizer, settings, preprocessing's source and versions.
+
+    `rows` may be a digest of rows that are no `datasets.Dataset`.
+    """
+    content = rows if isinstance(rows, str) else _hash_rows(rows)
     versions = [_FORMAT_VERSION, *map(importlib.metadata.version, _DECIDING_PACKAGES)]
     # Pickling keeps only a function's name.
     formatting = [preprocess, sorted(module_sources(preprocess).items())]
-    return Hasher.hash(
-        [_hash_rows(rows), _hash_tokenizer(tokenizer), settings, formatting, versions]
-    )
+    return Hasher.hash([content, _hash_tokenizer(tokenizer), settings, formatting, versions])
 
 
 def cached(key: str, write: Callable[[Path], None]) -> Path:
@@ -78,7 +80,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     Raises:
         OSError: the disk is full; names the folder, the space left and the variable that moves it.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", key)
+    folder = _folder(key)
     if _find_fault(folder) is not None:
         with _filled(folder, write):
             pass
@@ -107,6 +109,19 @@ def read_cached(key: str, write: Callable[[Path], None], read: Callable[[Path], 
     # Read before the lock is released, so that no other process replaces it in between.
     with _filled(folder, write):
         return _read(folder, read)
+
+
+def find_cached(key: str, read: Callable[[Path], T]) -> T | None:
+    """Return what `read` makes of the folder of a key, or None if it is missing or damaged."""
+    folder = _folder(key)
+    if _find_fault(folder) is None:
+        with contextlib.suppress(DamagedTableError):
+            return _read(folder, read)
+    return None
+
+
+def _folder(key: str) -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", key)
 
 
 def _read(folder: Path, read: Callable[[Path], T]) -> T:

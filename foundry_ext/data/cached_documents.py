@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from foundry_ext.data.cache import DamagedTableError, read_cached
+from foundry_ext.data.cache import DamagedTableError, find_cached, read_cached
 from foundry_ext.data.documents import Documents, Stored
 
 _ABOUT = "about.json"
@@ -32,6 +32,11 @@ def cached_documents(key: str, write: Callable[[Path], object]) -> Documents:
         (folder / _ABOUT).write_text(text, encoding="utf-8")
 
     return read_cached(key, fill, _read)
+
+
+def find_documents(key: str) -> Documents | None:
+    """Return the documents of a key, or None if they are missing or damaged."""
+    return find_cached(key, _read)
 
 
 def _read(folder: Path) -> Documents:

@@ -25,7 +25,7 @@ STREAM_KEYS = {
 _STOCK_KEYS = {"decoder_only_format", "allow_pad_trimming", "pad_to_longest"}
 _KEYS = {
     "packed_finetuning": _COMMON_KEYS | _PROMPT_KEYS | STREAM_KEYS | _STOCK_KEYS,
-    "packed_text": _COMMON_KEYS | {"text_key"},
+    "packed_text": _COMMON_KEYS | {"text_key"} | STREAM_KEYS,
 }
 # Beyond these something would run out of memory before it says what is wrong.
 _MOST_TOKENS, _MOST_PACKS = 2**24, 2**20
@@ -84,7 +84,7 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
             f"set {where}.hf_name: a hub dataset, a local file, or a folder; for MDS shards set"
             " dataset.local, dataset.remote or dataset.streams"
         )
-    text_key = section.get("text_key") or ("text" if name == "packed_text" else None)
+    text_key = get_text_key(section, name)
     prompt_keys = [key for key in sorted(_PROMPT_KEYS) if section.get(key)]
     if text_key and prompt_keys:
         raise UserError(
@@ -120,6 +120,11 @@ def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
             f"preprocessing_fn: {given!r} is no function that can be imported{cause}; write"
             " module:function, such as foundry_ext.data.prompts:gsm8k, of a module on Python's path"
         ) from error
+
+
+def get_text_key(section: dict[str, Any], name: str) -> str | None:
+    """Return the column of plain text of a source of the builder `name`, None for prompts."""
+    return section.get("text_key") or ("text" if name == "packed_text" else None)
 
 
 def tokenize_settings(

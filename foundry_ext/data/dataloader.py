@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import datasets
 import pyarrow as pa
 import torch
 from composer.core import DataSpec
@@ -12,12 +13,14 @@ from composer.utils import dist
 from datasets.exceptions import DatasetsError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.cached_documents import find_documents
 from foundry_ext.data.config import (
     Source,
     check_keys,
     get_batch_packs,
     get_pack_tokens,
     get_sources,
+    get_text_key,
     stream_key,
     tokenize_settings,
 )
@@ -35,9 +38,9 @@ from foundry_ext.data.sources import (
     fetch,
     find_revision,
     load_rows,
-    load_streams,
 )
-from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
+from foundry_ext.data.streams import load_streams, tokenize_stream
+from foundry_ext.data.tokenize import tokenize_rows
 from foundry_ext.packing.algorithm import most_documents, most_of_counts
 from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
 from foundry_ext.packing.collator import PackCollator
@@ -115,7 +118,7 @@ def build_packed_text_dataloader(
 
     Each document ends with end-of-text. Keys are those of `packed_finetuning` without the ones for
     prompts and responses; `text_key` (default "text") names the column, and `overlong` defaults to
-    "split".
+    "split". Rows of MDS streams may hold `tokens` instead, which are taken as they are stored.
     """
     packed = _plan_packs("packed_text", tokenizer, device_batch_size, dataset, drop_last)
     return _load_packs(
@@ -146,7 +149,7 @@ def _plan_packs(
     elif stream_key(dataset) is None:
         documents, descriptions = _read_sources(get_sources(dataset, name), tokenizer)
     else:
-        documents, descriptions = _read_streams(dataset, tokenizer)
+        documents, descriptions = _read_streams(dataset, name, tokenizer)
     if isinstance(documents, PreparedDocuments):
         lengths = documents.census.lengths
         most = most_of_counts(lengths, pack_tokens)
@@ -208,26 +211,42 @@ def _read_source(
     source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, str | None]:
     """Return the documents of a source, and the hub revision they come from."""
-    settings, text_key = source.settings, source.settings.text_key
     hf_name, split = fetch(source.hf_name, source.split)
-    with local_rank_zero_first(), naming_full_disk(), _naming(source.hf_name):
-        rows = load_rows(hf_name, split, **source.options)
-        revision = find_revision(rows, source.options.get("hf_kwargs"))
-        if text_key is not None:
-            if text_key not in rows.column_names:
-                raise UserError(
-                    f"no column {text_key!r} in {source.hf_name}; there are"
-                    f" {', '.join(rows.column_names)}"
-                    f"{separator_hint(rows.column_names) or ': set text_key'}"
-                )
-            rows = rows.select_columns([text_key])
-        documents = tokenize_rows(
-            *(rows, tokenizer, settings),
-            preprocess=source.preprocess,
-            num_proc=_num_proc(),
-            name=f"{source.hf_name} ({source.split})",
+    with local_rank_zero_first() as node, naming_full_disk(), _naming(source.hf_name):
+        documents = _documents_of_node(node)
+        if documents is None:
+            rows = load_rows(hf_name, split, **source.options)
+            revision = find_revision(rows, source.options.get("hf_kwargs"))
+            documents = tokenize_rows(
+                *(_with_text(rows, source), tokenizer, source.settings),
+                preprocess=source.preprocess,
+                num_proc=_num_proc(),
+                name=f"{source.hf_name} ({source.split})",
+            )
+            node |= {"key": documents.key, "revision": revision}
+        return documents, node["revision"]
+
+
+def _documents_of_node(node: dict[str, Any]) -> Documents | None:
+    """Return the documents whose key the node's first rank has handed over, if they are here.
+
+    So the others neither read the rows nor hash them.
+    """
+    return find_documents(node["key"]) if node.get("key") else None
+
+
+def _with_text(rows: datasets.Dataset, source: Source) -> datasets.Dataset:
+    """Return the rows without the columns that plain text does not need."""
+    text_key = source.settings.text_key
+    if text_key is None:
+        return rows
+    if text_key not in rows.column_names:
+        raise UserError(
+            f"no column {text_key!r} in {source.hf_name}; there are"
+            f" {', '.join(rows.column_names)}"
+            f"{separator_hint(rows.column_names) or ': set text_key'}"
         )
-        return documents, revision
+    return rows.select_columns([text_key])
 
 
 @contextlib.contextmanager
@@ -244,14 +263,19 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _read_streams(
-    dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    dataset: dict[str, Any], name: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Documents, list[dict[str, Any]]]:
-    settings = tokenize_settings(dataset, dataset["max_seq_len"])
+    """Return the documents of MDS streams, and their description, as `_read_sources` does."""
+    settings = tokenize_settings(dataset, dataset["max_seq_len"], get_text_key(dataset, name))
     stream = load_streams(dataset, tokenizer)
-    documents = tokenize_stream(stream, tokenizer, settings)
+    with local_rank_zero_first() as node, naming_full_disk(), _naming("streams"):
+        documents = _documents_of_node(node)
+        if documents is None:
+            documents = tokenize_stream(stream, tokenizer, settings, num_proc=_num_proc())
+            node["key"] = documents.key
     log_counts("streams", documents, settings)
-    name = {"name": "streams", "split": dataset.get("split"), "revision": None}
-    return documents, [name | draw([documents], [None])[0].describe()]
+    about = {"name": "streams", "split": dataset.get("split"), "revision": None}
+    return documents, [about | draw([documents], [None])[0].describe()]
 
 
 def _load_packs(

@@ -33,26 +33,30 @@ _SHOWN = 3  # differing keys that an error shows
 
 
 @contextlib.contextmanager
-def local_rank_zero_first() -> Iterator[None]:
+def local_rank_zero_first() -> Iterator[dict[str, Any]]:
     """Let each node's first rank fill the cache on disk before the node's other ranks read it.
 
     All ranks call it together, and leave it together when all are done. There is no time limit as
     long as the others are alive. The body must not contain a collective, or the first rank would
     wait for the others forever.
 
+    Yields:
+        what the node's first rank has found out, for the others: it fills the dict with anything
+        that JSON has, and each other rank gets a copy.
+
     Raises:
         UserError: another rank failed or died; names it, its node and its error. The rank that
             failed raises its own error.
     """
     if dist.get_world_size() == 1:
-        yield
+        yield {}
         return
     with _Meeting() as meeting:
         first = dist.get_global_rank() - dist.get_local_rank()
-        if first != dist.get_global_rank():
-            meeting.wait_for(first)
-        yield
-        meeting.post("done")
+        is_first = first == dist.get_global_rank()
+        found = {} if is_first else json.loads(meeting.wait_for(first))
+        yield found
+        meeting.post(json.dumps(found if is_first else {}))
         for rank in range(dist.get_world_size()):
             meeting.wait_for(rank)
 

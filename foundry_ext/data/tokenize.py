@@ -6,7 +6,6 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,13 +15,12 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.utils import tqdm
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
 from llmfoundry.data.finetuning.tasks import (
-    StreamingFinetuningDataset,
     _get_example_type,
     tokenize_formatted_example,
 )
+from numpy.typing import NDArray
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.batches import count_processes, row_sizes, split_rows, work_on
@@ -36,7 +34,8 @@ from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.rows import without_empty_columns
 from foundry_ext.data.settings import TokenizeSettings
 from foundry_ext.data.special_tokens import SpecialTokens, WithoutSpecialTokens
-from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
+from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table, write_table
+from foundry_ext.data.token_columns import ids_type
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
@@ -69,73 +68,23 @@ def tokenize_rows(
     if preprocess is None and settings.text_key is None:
         rows = without_empty_columns(rows)
     reader = _Reader(tokenizer, settings)
+    table = _table_of(rows, reader, preprocess)
 
     def write(folder: Path) -> None:
         if preprocess is None:  # which may leave out anything
             most = None if settings.overlong == "split" else len(rows) * settings.max_seq_len
-            check_space(rows, [settings.text_key or "prompt", "response", "messages"], most)
+            columns = [settings.text_key or "prompt", "response", "messages"]
+            check_space(rows, columns, most, reader.token_bytes)
         sizes = row_sizes(rows)
-        _write(
-            folder / "part.arrow",
-            split_rows(sizes),
-            _table_of(rows, reader, preprocess),
-            count_processes(int(sizes.sum()), num_proc or 1),
-            f"Tokenizing {name}",
-        )
+        batches = split_rows(sizes)
+        num_processes = count_processes(int(sizes.sum()), num_proc or 1)
+        with contextlib.closing(work_on(batches, table, num_processes)) as tables:
+            write_table(folder / "part.arrow", batches, tables, f"Tokenizing {name}")
 
     deciding = asdict(settings) | reader.version
     if preprocess is not None:  # earlier ones let nulls inside values become text
         deciding["nulls"] = 1
     return cached_documents(table_key(rows, tokenizer, deciding, preprocess), write)
-
-
-def tokenize_stream(
-    rows: StreamingFinetuningDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: TokenizeSettings,
-) -> Documents:
-    """Tokenise the rows of `load_streams`; the documents stay in memory and are not cached."""
-    reader = _Reader(tokenizer, settings)
-
-    def table(batch: dict[str, list[int]]) -> pa.Table:
-        indices = batch["index"]
-        stored = [naming_row(index, rows.__getitem__, index) for index in indices]
-        return reader.table(indices, _read(reader, stored, indices, reader.read_stored))
-
-    indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
-    return Documents(_map(indices, table, with_indices=False, desc="Reading streams"))
-
-
-def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any) -> Any:
-    """Map without the cache of `datasets`, whose key would be the rows' path and time."""
-    return rows.map(
-        table,
-        batched=True,
-        remove_columns=rows.column_names,
-        new_fingerprint="documents",
-        load_from_cache_file=False,
-        **{"with_indices": True, **settings},
-    )
-
-
-def _write(
-    path: Path,
-    batches: Sequence[range],
-    table: Callable[[range], pa.Table],
-    num_processes: int,
-    description: str,
-) -> None:
-    """Write the tables of all batches, in order, as one Arrow stream."""
-    with (
-        contextlib.closing(work_on(batches, table, num_processes)) as tables,
-        tqdm(total=batches[-1].stop, unit=" rows", desc=description) as bar,
-        pa.OSFile(str(path), "wb") as sink,
-    ):
-        first = next(tables)
-        with pa.ipc.new_stream(sink, first.schema) as writer:
-            for batch, one in zip(batches, itertools.chain([first], tables), strict=True):
-                writer.write_table(one)
-                bar.update(len(batch))
 
 
 def _table_of(
@@ -176,6 +125,8 @@ class _Reader:
         self.plain: Any = WithoutSpecialTokens(tokenizer)
         self.special = SpecialTokens(tokenizer)
         self.slice_chat = ChatSlicer(tokenizer)
+        self.max_id = max(tokenizer.get_vocab().values())
+        self.token_bytes: int = ids_type(self.max_id).bit_width // 8
 
     @property
     def version(self) -> dict[str, int]:
@@ -198,7 +149,28 @@ class _Reader:
 
     def read_stored(self, row: dict[str, Any]) -> Tokens:
         """Return the tokens of a row of a stream, which may be tokenised already."""
-        return self.stitch(row["turns"], is_chat=True) if "turns" in row else self.read(row)
+        text_key = self.settings.text_key
+        if text_key is None and "turns" in row:
+            for turn in row["turns"]:
+                self._check(np.array([*turn["input_ids"], *turn["labels"]]))
+            return self.stitch(row["turns"], is_chat=True)
+        if text_key is None or text_key in row:
+            return self.read(row)
+        if "tokens" not in row:
+            raise UserError(f"no {text_key!r} and no 'tokens'; there are {', '.join(row)}")
+        ids = np.asarray(row["tokens"])  # as they are: whoever wrote them may have joined texts
+        self._check(ids)
+        ids = ids.astype(np.int32)
+        return Tokens(ids, np.ones(len(ids), np.bool_)) if len(ids) else NO_TOKENS
+
+    def _check(self, ids: NDArray[np.integer]) -> None:
+        """Check that stored ids are those of a tokenizer as large as this one."""
+        bad = ids[(ids < 0) | (ids >= (2**16 if self.token_bytes == 2 else 2**31))]
+        if len(bad):
+            raise UserError(
+                f"the token {bad[0]} is beyond the tokenizer's {self.max_id}; give the tokenizer"
+                " that the shards were tokenized with"
+            )
 
     def _join(self, turns: Sequence[Any], *, is_chat: bool) -> Tokens:
         """Join the turns of a row of text, with the tokens that the tokenizer puts around it."""
@@ -232,7 +204,7 @@ class _Reader:
         for index, row in zip(indices, rows, strict=True):
             first, *rest = to_records(index, row, settings.max_seq_len, settings.overlong)
             records += [first._replace(num_untrained=row.num_untrained), *rest]
-        return to_table(records, with_responses=settings.text_key is None)
+        return to_table(records, max_id=self.max_id, with_responses=settings.text_key is None)
 
     def _text(self, text: str, ids: list[int]) -> Tokens:
         """Return a plain text: closed with end-of-text, which is learned too."""

@@ -13,7 +13,10 @@ from foundry_ext.utils.constants import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids [L], and a mask [L] bool of those that carry loss."""
+    """Token ids [L], perhaps uint16, and a mask [L] bool of those that carry loss.
+
+    Widen the ids before computing with them: in uint16, -100 is 65436.
+    """
 
     input_ids: NDArray[np.integer]
     loss_mask: NDArray[np.bool_]

@@ -66,7 +66,7 @@ def ours(documents: Documents, index: int):
     document = documents[index]
     if len(document.input_ids) == 0:
         return None
-    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
+    labels = np.where(document.loss_mask, document.input_ids.astype(int), IGNORE_INDEX)
     return document.input_ids.tolist(), labels.tolist()
 
 

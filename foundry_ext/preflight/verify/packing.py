@@ -150,7 +150,8 @@ def _build_reference_model(ours: Any) -> Any:
 
 
 def _labels(document: Document) -> Tensor:
-    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
+    # Ids of a table may have two bytes, in which -100 would be another id.
+    labels = np.where(document.loss_mask, document.input_ids.astype(np.int64), IGNORE_INDEX)
     return torch.from_numpy(labels[1:].astype(np.int64))
 
 
