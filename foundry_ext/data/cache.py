@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FORMAT_VERSION = 2  # of the table and of the key
-_DECIDING_PACKAGES = ("llm-foundry", "tokenizers", "transformers")
+DECIDING_PACKAGES = ("llm-foundry", "tokenizers", "transformers")
 _WHOLE = "whole.json"
 _MISSING, _DAMAGED = "missing", "damaged"
 _OLD = 2 * 24 * 3600.0  # seconds
@@ -65,11 +65,11 @@ def table_key(
 
     `rows` may be a digest of rows that are no `datasets.Dataset`.
     """
-    content = rows if isinstance(rows, str) else _hash_rows(rows)
-    versions = [_FORMAT_VERSION, *map(importlib.metadata.version, _DECIDING_PACKAGES)]
+    content = rows if isinstance(rows, str) else hash_rows(rows)
+    versions = [_FORMAT_VERSION, *map(importlib.metadata.version, DECIDING_PACKAGES)]
     # Pickling keeps only a function's name.
     formatting = [preprocess, sorted(module_sources(preprocess).items())]
-    return Hasher.hash([content, _hash_tokenizer(tokenizer), settings, formatting, versions])
+    return Hasher.hash([content, hash_tokenizer(tokenizer), settings, formatting, versions])
 
 
 def cached(key: str, write: Callable[[Path], None]) -> Path:
@@ -236,7 +236,7 @@ def _find_fault(folder: Path) -> str | None:
     return None
 
 
-def _hash_rows(rows: datasets.Dataset) -> str:
+def hash_rows(rows: datasets.Dataset) -> str:
     """Hash names, types and values; equal for any file, path or chunks they came in."""
     digest = xxhash.xxh3_128(repr(sorted(rows.features.items())).encode())
     columns, tables = sorted(rows.column_names), rows.with_format("arrow")
@@ -248,7 +248,7 @@ def _hash_rows(rows: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash what decides the output; a hash by pickling changes once it has been used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

@@ -30,7 +30,7 @@ from foundry_ext.data.full_disk import check_space_for_text
 from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.settings import TokenizeSettings
 from foundry_ext.data.table import write_table
-from foundry_ext.data.tokenize import _read, _Reader
+from foundry_ext.data.tokenize import RowReader, read_rows
 from foundry_ext.utils.errors import UserError
 
 _WEIGHTS = ("proportion", "repeat", "choose")
@@ -105,12 +105,12 @@ def tokenize_stream(
     """
     if rows.num_samples == 0:
         raise UserError("the streams have no rows; check their split")
-    reader, shards = _Reader(tokenizer, settings), list(rows.shards)
+    reader, shards = RowReader(tokenizer, settings), list(rows.shards)
     deciding = {"encoding": rows.token_encoding_type, **asdict(settings), **reader.version}
 
     def table(batch: range) -> pa.Table:
         stored = [naming_row(index, rows.__getitem__, index) for index in batch]
-        return reader.table(batch, _read(reader, stored, batch, reader.read_stored))
+        return reader.table(batch, read_rows(reader, stored, batch, reader.read_stored))
 
     def write(folder: Path) -> None:
         num_bytes = sum(shard.get_raw_size() for shard in shards)
@@ -148,7 +148,7 @@ def _batches(shards: Sequence[Shard]) -> list[range]:
     ]
 
 
-def _check_space(shards: Sequence[Any], num_bytes: int, num_rows: int, reader: _Reader) -> None:
+def _check_space(shards: Sequence[Any], num_bytes: int, num_rows: int, reader: RowReader) -> None:
     """Check that the tokens can fit on the disk of the cache.
 
     Raises:

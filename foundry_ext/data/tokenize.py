@@ -67,7 +67,7 @@ def tokenize_rows(
         raise UserError("the dataset has no rows; check its split and holdout")
     if preprocess is None and settings.text_key is None:
         rows = without_empty_columns(rows)
-    reader = _Reader(tokenizer, settings)
+    reader = RowReader(tokenizer, settings)
     table = _table_of(rows, reader, preprocess)
 
     def write(folder: Path) -> None:
@@ -88,7 +88,7 @@ def tokenize_rows(
 
 
 def _table_of(
-    rows: datasets.Dataset, reader: "_Reader", preprocess: Preprocess | None
+    rows: datasets.Dataset, reader: "RowReader", preprocess: Preprocess | None
 ) -> Callable[[range], pa.Table]:
     """Return a function that makes the table of a batch of rows."""
 
@@ -99,13 +99,13 @@ def _table_of(
         if preprocess is not None and reader.settings.text_key is None:
             formatted = partial(format_row, preprocess)
             found = [naming_row(i, formatted, row) for i, row in zip(batch, found, strict=True)]
-        return reader.table(batch, _read(reader, found, batch, reader.read))
+        return reader.table(batch, read_rows(reader, found, batch, reader.read))
 
     return table
 
 
-def _read(
-    reader: "_Reader",
+def read_rows(
+    reader: "RowReader",
     rows: Sequence[dict[str, Any]],
     indices: Sequence[int | str],
     read: Callable[[dict[str, Any]], Tokens],
@@ -117,7 +117,7 @@ def _read(
     return tokens
 
 
-class _Reader:
+class RowReader:
     """Tokenizer of formatted rows: one as llm-foundry does it, or many, equal but faster."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings):

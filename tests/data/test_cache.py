@@ -25,6 +25,7 @@ from foundry_ext.data.documents import FEATURES, Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
 from foundry_ext.launch.failures import explain
+from foundry_ext.utils.processes import machine_name
 
 FORMATTING = """
 calls = 0
@@ -204,20 +205,20 @@ def test_rows_have_one_hash_however_they_lie(make_rows, write_jsonl, tmp_path):
         datasets.concatenate_datasets([whole, first]).filter(lambda row: row["prompt"] != "a"),
         whole.select_columns(["s", "response", "n", "prompt"]),
     ]
-    assert {cache._hash_rows(one) for one in same} == {cache._hash_rows(whole)}
+    assert {cache.hash_rows(one) for one in same} == {cache.hash_rows(whole)}
     others = [
         whole.select(range(2499)),
         whole.select([1, 0, *range(2, 2500)]),
         whole.rename_columns({"prompt": "response", "response": "prompt"}),
         whole.add_column("more", [None] * 2500),
     ]
-    assert len({cache._hash_rows(one) for one in [whole, *others]}) == 5
+    assert len({cache.hash_rows(one) for one in [whole, *others]}) == 5
 
 
 def test_chat_rows_and_missing_values_are_hashed(tmp_path):
     def hashed(first, second):
         turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
-        return cache._hash_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
+        return cache.hash_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
 
     assert hashed("ab", "c") == hashed("ab", "c")
     assert len({hashed("ab", "c"), hashed("a", "bc"), hashed("ab", None), hashed("ab", "")}) == 4
@@ -514,7 +515,7 @@ def test_only_leftovers_of_dead_writers_are_removed(store: Path):
     dead = multiprocessing.get_context("fork").Process(target=int)
     dead.start()
     dead.join()
-    machine, other = cache._machine(), "0123456789abcdef"
+    machine, other = machine_name(), "0123456789abcdef"
     stay = [
         f"key.{machine}.{os.getppid()}.1.part",  # running
         f"key.{other}.{dead.pid}.2.part",  # of another machine, where that number may be running

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import xxhash
 from datasets.table import table_cast
 
-from foundry_ext.data.cache import _hash_rows as hash_rows
+from foundry_ext.data.batches import row_sizes, split_rows
+from foundry_ext.data.cache import hash_rows
 from foundry_ext.data.column_types import common_features
 from foundry_ext.data.files import suffixes
 from foundry_ext.data.json_lines import read_lines
@@ -32,6 +33,7 @@ from foundry_ext.utils.errors import naming
 Row = dict[str, Any]
 PARQUET_ERRORS = (pa.ArrowException, OSError, NotImplementedError)
 _BLOCK_BYTES = 2**20
+_MOST_ROWS = 2**20  # of a piece of a table
 
 
 class Piece(ABC):
@@ -197,12 +199,11 @@ class TablePiece(Piece):
 
 def split_table(table: datasets.Dataset, name: str, piece_bytes: int) -> list[Piece]:
     """Return the pieces of a table, of about `piece_bytes` each."""
-    if len(table) == 0:
-        return []
-    row_bytes = table.data.nbytes / max(table.data.num_rows, 1)
-    step = max(1, int(piece_bytes // max(row_bytes, 1)))
-    ranges = [range(at, min(at + step, len(table))) for at in range(0, len(table), step)]
-    return [TablePiece(table, rows, int(len(rows) * row_bytes), name) for rows in ranges]
+    sizes = row_sizes(table)
+    ranges = split_rows(sizes, most_bytes=piece_bytes, most_rows=_MOST_ROWS)
+    return [
+        TablePiece(table, rows, int(sizes[rows.start : rows.stop].sum()), name) for rows in ranges
+    ]
 
 
 def split_files(

@@ -31,8 +31,7 @@ from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.rows import without_empty_keys
 from foundry_ext.data.sources import check_part, fetch, find_revision, load_rows
 from foundry_ext.data.table import Tokens
-from foundry_ext.data.tokenize import _read as read_rows
-from foundry_ext.data.tokenize import _Reader as RowReader
+from foundry_ext.data.tokenize import RowReader, read_rows
 from foundry_ext.utils.absent import dataset_settings
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.progress import progress

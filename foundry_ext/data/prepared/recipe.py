@@ -9,8 +9,7 @@ import xxhash
 from datasets.fingerprint import Hasher
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.cache import _DECIDING_PACKAGES as DECIDING_PACKAGES
-from foundry_ext.data.cache import _hash_tokenizer as hash_tokenizer
+from foundry_ext.data.cache import DECIDING_PACKAGES, hash_tokenizer
 from foundry_ext.data.config import Source
 from foundry_ext.data.prepared.shard import ids_type
 from foundry_ext.data.preprocessing import module_sources
