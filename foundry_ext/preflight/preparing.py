@@ -6,7 +6,7 @@ from pathlib import Path
 from streaming.base.util import bytes_to_int
 
 from foundry_ext.config.loading import load_config
-from foundry_ext.data.prepared.making import Part, merge_parts
+from foundry_ext.data.prepared.merging import Part, merge_parts
 from foundry_ext.data.prepared.preparing import Prepared, prepare
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.preflight.inspect.packs import loader_section, open_tokenizer

@@ -5,9 +5,6 @@ way at most, and a second start skips what is there. Two writers of one shard wr
 which the first stays.
 
     OUT/shards/<key>/     shard.00000.mds, sizes.npy and, last, about.json
-    OUT/parts/3-of-8.json the keys of a part's pieces, when all of them are there
-
-`merge_parts` makes the index of all parts.
 """
 
 import contextlib
@@ -24,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from foundry_ext.data.prepared.index import SHARD_FILE, ShardAbout, shard_folder, write_index
-from foundry_ext.data.prepared.pieces import Piece, Row, describe_pieces
+from foundry_ext.data.prepared.index import SHARD_FILE, ShardAbout, shard_folder
+from foundry_ext.data.prepared.merging import ABOUT, SIZES, find_shard
+from foundry_ext.data.prepared.pieces import Piece, Row
 from foundry_ext.data.prepared.recipe import Recipe
 from foundry_ext.data.prepared.shard import RowSizes, write_shard
 from foundry_ext.data.prepared.storage import Storage
@@ -34,7 +32,6 @@ from foundry_ext.data.table import NO_TOKENS, Tokens
 from foundry_ext.utils.errors import UserError
 from foundry_ext.utils.processes import is_running, machine_name
 
-_SIZES, _ABOUT = "sizes.npy", "about.json"
 _BATCH_CHARACTERS = 2**22  # of rows that are tokenised together
 
 ReadRows = Callable[[Sequence[Row], Sequence[str]], list[Tokens]]
@@ -67,7 +64,7 @@ class Making:
         """
         piece = self.pieces[number]
         key = self.recipe.shard_key(f"{piece.digest()} {json.dumps(self.holdout)}")
-        found = _find(self.out, key)
+        found = find_shard(self.out, key)
         if found is not None:
             return found
         try:
@@ -80,7 +77,7 @@ class Making:
             mds = write_shard(folder, rows, ids=self.recipe.ids, with_loss=self.recipe.with_loss)
             (folder / "index.json").unlink()
             sizes = RowSizes.of(rows)
-            np.save(folder / _SIZES, np.stack([sizes.lengths, sizes.first_loss]))
+            np.save(folder / SIZES, np.stack([sizes.lengths, sizes.first_loss]))
             lengths = sizes.lengths.astype(np.int64)
             about = ShardAbout(
                 key=key,
@@ -92,7 +89,7 @@ class Making:
                 num_untrained=sum(row.num_untrained for row in rows),
                 mds=mds,
             )
-            (folder / _ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
+            (folder / ABOUT).write_text(json.dumps(asdict(about)), encoding="utf-8")
         return about
 
     def _tokens(self, piece: Piece) -> list[Tokens]:
@@ -126,34 +123,13 @@ def _batches(piece: Piece) -> Iterator[tuple[list[str], list[Row]]]:
         yield places, rows
 
 
-def _find(out: Storage, key: str) -> ShardAbout | None:
-    """Return the description of a shard that is whole, or None."""
-    name = f"{shard_folder(key)}/{_ABOUT}"
-    if not out.exists(name):
-        return None
-    about = ShardAbout(**json.loads(_read(out, name)))
-    if out.is_folder:
-        path = out.path(f"{shard_folder(key)}/{SHARD_FILE}")
-        if not path.exists() or path.stat().st_size != about.bytes:
-            return None
-    return about
-
-
-def _read(storage: Storage, name: str) -> bytes:
-    if storage.is_folder:
-        return storage.path(name).read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        storage.get(name, Path(folder, "file"))
-        return Path(folder, "file").read_bytes()
-
-
 @contextlib.contextmanager
 def _new_folder(out: Storage, key: str) -> Iterator[Path]:
     """Yield a folder to fill, which then is the shard's, unless another writer was faster."""
     if not out.is_folder:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary, "shard")
-            for name in (SHARD_FILE, _SIZES, _ABOUT):  # the last one says that all are there
+            for name in (SHARD_FILE, SIZES, ABOUT):  # the last one says that all are there
                 out.put(Path(temporary, "shard", name), f"{shard_folder(key)}/{name}")
         return
     final = out.path(shard_folder(key))
@@ -206,110 +182,3 @@ def check_room(out: Storage, pieces: Sequence[Piece]) -> None:
             f"{out.place}: {free / 1e6:,.1f} MB are free, and the shards need about"
             f" {2 * need / 1e6:,.1f}; make room, or give --out a folder on another disk",
         )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part `number` of `of`, counted from 1."""
-
-    number: int
-    of: int
-
-    def of_pieces(self, num: int) -> range:
-        """Return the pieces of this part."""
-        return range(self.number - 1, num, self.of)
-
-    @property
-    def file(self) -> str:
-        return f"parts/{self.number}-of-{self.of}.json"
-
-
-def write_part(making: Making, part: Part, shards: Sequence[ShardAbout]) -> None:
-    """Note that all shards of a part are there."""
-    about = {
-        "recipe": asdict(making.recipe),
-        "pieces": describe_pieces(making.pieces),
-        "num_pieces": len(making.pieces),
-        "keys": [shard.key for shard in shards],
-    }
-    _put_text(making.out, part.file, json.dumps(about))
-
-
-def _put_text(out: Storage, name: str, text: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "file")
-        path.write_text(text, encoding="utf-8")
-        out.put(path, name)
-
-
-def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
-    """Write the index of all parts' shards, and return these.
-
-    Args:
-        out: where the parts are.
-        of: how many parts there are; None to find out.
-
-    Raises:
-        UserError: a part is not finished, or parts were made from different sources or recipes.
-    """
-    names = {name for name in out.names("parts/") if name.endswith(".json")}
-    numbers = sorted({int(Path(name).stem.split("-of-")[1]) for name in names})
-    if of is None and len(numbers) == 1:
-        of = numbers[0]
-    if of is None:
-        found = f"parts of {' and of '.join(map(str, numbers))}" if numbers else "no part"
-        raise UserError(
-            f"{out.place}: there is {found} to merge; finish all of one number of parts, such as"
-            " --part 1/4 to --part 4/4, and remove the others in its folder parts"
-        )
-    parts = [Part(number, of) for number in range(1, of + 1)]
-    missing = [part for part in parts if part.file not in names]
-    if missing:
-        listed = ", ".join(f"{part.number}/{part.of}" for part in missing[:5])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(
-            f"{out.place}: parts {listed}{more} are not finished; run `foundry-ext prepare` with"
-            " --part for them, then --merge"
-        )
-    abouts = [json.loads(_read(out, part.file)) for part in parts]
-    for part, about in zip(parts, abouts, strict=True):
-        for key in ("pieces", "recipe"):
-            if about[key] != abouts[0][key]:
-                raise UserError(
-                    f"{out.place}: part {part.number}/{of} was made from another"
-                    f" {'source' if key == 'pieces' else 'recipe'} than part 1/{of}; run it again"
-                )
-    keys: list[str] = [""] * abouts[0]["num_pieces"]
-    for part, about in zip(parts, abouts, strict=True):
-        for piece, key in zip(part.of_pieces(len(keys)), about["keys"], strict=True):
-            keys[piece] = key
-    return _write_index(out, Recipe(**abouts[0]["recipe"]), keys)
-
-
-def _write_index(out: Storage, recipe: Recipe, keys: Sequence[str]) -> Sequence[ShardAbout]:
-    shards, sizes = [], []
-    for key in keys:
-        about = _find(out, key)
-        if about is None:
-            raise UserError(
-                f"{out.place}: shard {key} is not there any more; run `foundry-ext prepare` for its"
-                " part again"
-            )
-        shards.append(about)
-        sizes.append(_read_sizes(out, key))
-    with tempfile.TemporaryDirectory() as folder:
-        for name in write_index(Path(folder), recipe, shards, sizes):
-            out.put(Path(folder, name), name)
-    return shards
-
-
-def _read_sizes(out: Storage, key: str) -> RowSizes:
-    name = f"{shard_folder(key)}/{_SIZES}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sizes.npy")
-        if out.is_folder:
-            path = out.path(name)
-        else:
-            out.get(name, path)
-        lengths, first_loss = np.load(path)
-    return RowSizes(lengths, first_loss)

@@ -14,14 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.data.batches import work_on
 from foundry_ext.data.config import Source, check_keys, get_sources, stream_key
 from foundry_ext.data.local_rows import files_of_split
-from foundry_ext.data.prepared.making import (
-    Making,
-    Part,
-    check_room,
-    merge_parts,
-    remove_leftovers,
-    write_part,
-)
+from foundry_ext.data.prepared.making import Making, check_room, remove_leftovers
+from foundry_ext.data.prepared.merging import Part, merge_parts, write_part
 from foundry_ext.data.prepared.pieces import Piece, Row, split_files, split_table
 from foundry_ext.data.prepared.recipe import make_recipe
 from foundry_ext.data.prepared.settings import is_prepared
@@ -110,7 +104,7 @@ def prepare(
         unit="shards",
     )
     shards = list(made)
-    write_part(making, part or Part(1, 1), shards)
+    write_part(storage, part or Part(1, 1), recipe, pieces, shards)
     if part is None:
         shards = merge_parts(storage, of=1)
     return Prepared(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from foundry_ext.data.prepared.making import Part, merge_parts
+from foundry_ext.data.prepared.merging import Part, merge_parts
 from foundry_ext.data.prepared.preparing import prepare
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.utils.errors import UserError

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from foundry_ext.data.prepared import making
-from foundry_ext.data.prepared.making import Part, merge_parts
+from foundry_ext.data.prepared.merging import Part, merge_parts
 from foundry_ext.data.prepared.preparing import Prepared, prepare
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.packing.batch import Pack
