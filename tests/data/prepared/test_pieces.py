@@ -109,10 +109,10 @@ def test_other_files_are_not_read_in_parts(tmp_path, name):
 def test_rows_of_a_table(tmp_path):
     rows = [{"text": f"row {number}"} for number in range(40)]
     table = datasets.Dataset.from_list(rows)
-    pieces = split_table(table, "some/name", 100)
+    pieces = split_table(table, "some/name", 50)
     assert len(pieces) > 3
     assert all_rows(pieces) == rows
-    more = split_table(datasets.Dataset.from_list([*rows, {"text": "new"}]), "other", 100)
+    more = split_table(datasets.Dataset.from_list([*rows, {"text": "new"}]), "other", 50)
     assert [p.digest() for p in pieces[:-1]] == [p.digest() for p in more[: len(pieces) - 1]]
 
 
