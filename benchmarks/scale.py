@@ -203,6 +203,8 @@ def planted(
         source="planted",
         split="train",
         revision=None,
+        hf_kwargs={},
+        holdout=None,
         tokenizer="none",
         tokenizer_digest="0",
         text_key="text",

@@ -114,8 +114,8 @@ def work_on(
     except BrokenProcessPool as error:
         raise UserError(
             f"one of {num_processes} processes that tokenize was killed, perhaps because memory"
-            " was full; set the environment variable MAX_NUM_PROC to a smaller number, and start"
-            " the same command again"
+            " was full; set the environment variable MAX_NUM_PROC to a smaller number, or prepare's"
+            " --workers, and start the same command again"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

@@ -97,12 +97,17 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
         split=section.get("split"),
         options={key: section[key] for key in keys if section.get(key) is not None},
         settings=tokenize_settings(section, max_seq_len, text_key),
-        preprocess=None if text_key else _preprocessing_fn(section),
+        preprocess=None if text_key else get_preprocessing_fn(section),
         share=section.get("share"),
     )
 
 
-def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
+def get_preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
+    """Return the function that a source names, or the one that llm-foundry has for its rows.
+
+    Raises:
+        UserError: there is no such function.
+    """
     given = section.get("preprocessing_fn")
     if isinstance(given, str) and given.partition(":")[0].endswith(".py"):
         # An import of rows.py runs rows before it finds no py in it.

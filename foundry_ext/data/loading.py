@@ -71,7 +71,7 @@ def load_documents(
 def most_documents_of(documents: AnyDocuments, capacity: int) -> int:
     """Return the most documents that any plan can put into one pack."""
     if isinstance(documents, PreparedDocuments):
-        return most_of_counts(documents.census.lengths, capacity)
+        return most_of_counts(documents.most_lengths, capacity)
     return most_documents(documents.lengths[documents.lengths > 0], capacity)
 
 

@@ -125,8 +125,12 @@ class BatchSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[list[NDArray[np.int64]]]:
         first, self._resume_at = self.first_batch, (0, 0)
-        for batch in range(first, len(self)):
+        for batch in range(first, self.num_batches(self.epoch)):
             yield self.batch(batch)
+
+    def num_batches(self, epoch: int) -> int:
+        """Return the number of batches of an epoch, at most `len`."""
+        return len(self)
 
     def batch(self, index: int) -> list[NDArray[np.int64]]:
         """Return this rank's packs of one batch, without walking over the batches before it."""

@@ -26,12 +26,20 @@ from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# One batch in so many that later epochs may have more than the first, if their documents differ.
+_SLACK = 200
+
 Count = Callable[[int, int, Callable[[int], int]], NDArray[np.int64]]
 """(epoch, num_windows, packs of a window by its number) -> [num_windows] packs of each."""
 
 
 class Shards(Protocol):
     """Documents in shards. An epoch may use a shard several times, or a part of it: as *units*."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether epochs have different documents."""
+        ...
 
     def sizes(self, epoch: int) -> NDArray[np.int64]:
         """Return [num_units], documents of each unit of an epoch."""
@@ -91,17 +99,35 @@ class WindowSampler(BatchSampler):
 
         Composer reads the number of batches once and holds every epoch to it. An epoch whose own
         windows have one batch more or less therefore gets the first epoch's, and the packs in each
-        of them, in another order.
+        of them, in another order. If epochs have different documents, an epoch may be shorter.
         """
-        epoch = epoch if self.shuffle else 0
+        epoch = self._planned(epoch)
         if epoch not in self._plans:
             plan = self._own_plan(epoch)
-            if epoch and self._batches_of(plan.num_packs) != len(self):
+            if epoch and not self._fits(plan):
                 log.info("epoch %d: takes the first epoch's packs in another order", epoch)
                 plan = self.plan(0).in_another_order(self.seed, epoch)
             self._plans = {key: self._plans[key] for key in self._plans if key == 0}
             self._plans[epoch] = plan
         return self._plans[epoch]
+
+    def _fits(self, plan: EpochPlan) -> bool:
+        num_batches = self._batches_of(plan.num_packs)
+        return num_batches <= len(self) if self.shards.varies else num_batches == len(self)
+
+    def _planned(self, epoch: int) -> int:
+        """Return the epoch whose plan an epoch has."""
+        return epoch if self.shuffle or self.shards.varies else 0
+
+    def __len__(self) -> int:
+        """Return the most batches that an epoch has."""
+        if self._num_batches is None:
+            own = super().__len__()
+            self._num_batches = own + (1 + own // _SLACK if self.shards.varies and own else 0)
+        return self._num_batches
+
+    def num_batches(self, epoch: int) -> int:
+        return min(len(self), self._batches_of(self.num_packs(epoch)))
 
     def _own_plan(self, epoch: int) -> EpochPlan:
         windows = make_windows(self.shards.sizes(epoch), self.settings, epoch)
@@ -127,11 +153,16 @@ class WindowSampler(BatchSampler):
 
     def window(self, epoch: int, position: int) -> Packs:
         """Return the packs of a window of an epoch, which hold documents."""
-        epoch = epoch if self.shuffle else 0
+        epoch = self._planned(epoch)
         if (epoch, position) not in self._packs:
             plan = self.plan(epoch)
             number = int(plan.numbers[position])
             documents, packs = self._pack(plan.source, number, plan.windows[position])
+            if len(packs) != plan.counts[position]:
+                raise RuntimeError(
+                    f"window {position} of epoch {epoch} has {len(packs)} packs, and"
+                    f" {plan.counts[position]} when they were counted"
+                )
             if plan.source != epoch:
                 packs = reordered_window(packs, self.seed, epoch, number)
             packs = Packs(

@@ -72,6 +72,8 @@ def refuse_training_documents(
     way_out = _way_out(evaluated)
     if evaluated.documents.fingerprint == trained.documents.fingerprint:
         raise UserError(f"{key}: its documents are those of train_loader; {way_out}")
+    if shared := _shared_shards(evaluated, trained):
+        raise UserError(f"{key}: {shared} of its shards are those of train_loader; {way_out}")
     if not _can_compare(trained):
         if dist.get_global_rank() == 0:
             log.warning(
@@ -93,6 +95,17 @@ def refuse_training_documents(
         raise UserError(found)
     if dist.get_global_rank() == 0:
         log.warning("%s, or leave these few where they are", found)
+
+
+def _shared_shards(evaluated: PackedDataset, trained: PackedDataset) -> int:
+    """Return how many shards both have, if both are prepared."""
+    keys = [
+        {shard.key for source in dataset.documents.sources for shard in source.index.shards}
+        if isinstance(dataset.documents, PreparedDocuments)
+        else set()
+        for dataset in (evaluated, trained)
+    ]
+    return len(keys[0] & keys[1])
 
 
 def _can_compare(trained: PackedDataset) -> bool:

@@ -24,6 +24,8 @@ class Sized(Dataset):
 class Lengths:
     """Shards of documents, each named by shard * 1000 + row."""
 
+    varies = False
+
     def __init__(self, shards: list[list[int]]):
         self.shards = [np.array(lengths, dtype=np.int32) for lengths in shards]
         self.prepared: list[tuple[list[int], list[int]]] = []

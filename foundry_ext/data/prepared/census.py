@@ -10,7 +10,7 @@ from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.prepared.plan_cache import planned
 from foundry_ext.data.prepared.source import PreparedSource
 
-_PARTS = 64  # that ranks share out
+_PARTS = 8  # that ranks share out
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +24,18 @@ class Census:
         lengths: [max_seq_len + 1] documents of each length, without those that were dropped.
     """
 
-    outcomes: NDArray[np.int64]
-    num_truncated_tokens: int
-    num_untrained: int
-    lengths: NDArray[np.int64]
+    outcomes: NDArray[np.number]
+    num_truncated_tokens: float
+    num_untrained: float
+    lengths: NDArray[np.number]
 
     @property
     def num_documents(self) -> int:
-        return int(self.lengths.sum())
+        return round(float(self.lengths.sum()))
 
     @property
     def num_tokens(self) -> int:
-        return int(self.lengths @ np.arange(len(self.lengths)))
+        return round(float(self.lengths @ np.arange(len(self.lengths))))
 
     @property
     def longest(self) -> int:
@@ -45,29 +45,28 @@ class Census:
     @property
     def num_squared(self) -> int:
         """Squared tokens of all documents, which their attention costs."""
-        return int(self.lengths @ np.arange(len(self.lengths)) ** 2)
+        return round(float(self.lengths @ np.arange(len(self.lengths)) ** 2))
 
     @property
     def counts(self) -> dict[str, int]:
         """As `counts` of `Documents`."""
-        named = {kind.name.lower(): int(self.outcomes[kind]) for kind in RowOutcome}
-        named["tokens_cut"] = self.num_truncated_tokens
+        named = {kind.name.lower(): round(float(self.outcomes[kind])) for kind in RowOutcome}
+        named["tokens_cut"] = round(self.num_truncated_tokens)
         if self.num_untrained:
-            named["responses_not_trained"] = self.num_untrained
+            named["responses_not_trained"] = round(self.num_untrained)
         return named
 
 
 def merge_censuses(censuses: Sequence[Census], passes: Sequence[float]) -> Census:
-    """Return the counts of so many passes over each source."""
+    """Return the mean counts of so many passes over each source, which are fractions."""
     most = max(len(census.lengths) for census in censuses)
     pairs = list(zip(censuses, passes, strict=True))
     padded = [np.pad(one.lengths, (0, most - len(one.lengths))) * times for one, times in pairs]
-    outcomes = np.sum([one.outcomes * times for one, times in pairs], axis=0)
     return Census(
-        outcomes=np.round(outcomes).astype(np.int64),
-        num_truncated_tokens=round(sum(one.num_truncated_tokens * times for one, times in pairs)),
-        num_untrained=round(sum(one.num_untrained * times for one, times in pairs)),
-        lengths=np.round(np.sum(padded, axis=0)).astype(np.int64),
+        outcomes=np.sum([one.outcomes * times for one, times in pairs], axis=0),
+        num_truncated_tokens=sum(one.num_truncated_tokens * times for one, times in pairs),
+        num_untrained=sum(one.num_untrained * times for one, times in pairs),
+        lengths=np.sum(padded, axis=0),
     )
 
 

@@ -34,8 +34,7 @@ class PreparedDocuments:
     Args:
         sources: at least one.
         censuses: the counts of one pass over each source.
-        window: documents that a window has at least. The sizes and files of two windows are kept
-            open.
+        window: rows that a window has at least. The sizes and files of two windows are kept open.
 
     Attributes:
         census: the counts of an epoch. A part of a pass counts by its share.
@@ -66,6 +65,17 @@ class PreparedDocuments:
             deciding = (source.max_seq_len, source.overlong, source.passes)
             digest.update(f"{source.index.fingerprint} {deciding}".encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def most_lengths(self) -> NDArray[np.int64]:
+        """[max_seq_len + 1] most documents of each length that an epoch may have."""
+        passes = [float(np.ceil(source.passes)) for source in self.sources]
+        return merge_censuses(self.censuses, passes).lengths.astype(np.int64)
+
+    @property
+    def varies(self) -> bool:
+        """Whether epochs have different documents."""
+        return any(source.passes % 1 for source in self.sources)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -113,10 +123,31 @@ class PreparedDocuments:
     def prepare(self, epoch: int, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
         """Make the shards of a window readable, and begin to fetch those of the next."""
         now, next_ = (np.unique(self._units[0][some]) for some in (units, following))
+        windows = []
         for number, source in enumerate(self.sources):
             first = self._first_shard[number]
             mine = [some[self._source[some] == number] - first for some in (now, next_)]
-            source.files.need(mine[0].tolist(), mine[1].tolist())
+            windows.append((source.files, mine[0].tolist(), mine[1].tolist()))
+        for files, *window in windows:  # all before a shard is fetched, or one removes another's
+            files.announce(*window)
+        for files, *window in windows:
+            files.need(*window)
+
+    def check_limit(self, windows: Sequence[NDArray[np.int64]]) -> None:
+        """Check that the folder of fetched shards may hold any two windows that follow each other.
+
+        Raises:
+            UserError: it may not.
+        """
+        for position, window in enumerate(windows):
+            both = np.concatenate([window, *windows[position + 1 : position + 2]])
+            size = 0
+            for shard in np.unique(self._units[0][both]).tolist():
+                source = int(self._source[shard])
+                size += self.sources[source].index.shards[shard - self._first_shard[source]].bytes
+            for source in self.sources:
+                if source.files.local is not None:
+                    source.files.local.check(size)
 
     def locate(self, document: int) -> tuple[int, int]:
         """Return (source, row in it) of a document."""
@@ -201,10 +232,10 @@ class PreparedDocuments:
 
     def _keep(self, shard: int, cuts: Cuts, file: Shard | None) -> None:
         self._open[shard] = cuts, file
-        rows = sum(len(cuts) for cuts, _ in self._open.values())
+        rows = sum(int(self._rows[shard]) for shard in self._open)
         while rows > self._most_rows and len(self._open) > 1:
-            _, (removed, _) = self._open.popitem(last=False)
-            rows -= len(removed)
+            removed, _ = self._open.popitem(last=False)
+            rows -= int(self._rows[removed])
 
 
 def _units(
@@ -225,12 +256,14 @@ def _part(lengths: NDArray[np.int64], shard: int, part: float, epoch: int) -> ND
     """Return the lengths of an epoch's part of a shard's documents, 0 for the others.
 
     The documents lie in a random order on a circle of as many tokens as they have. The part is an
-    arc, which begins where that of the epoch before ended.
+    arc, which begins where that of the epoch before ended. The first one begins anywhere, so that
+    the shards' arcs do not all begin or end together.
     """
-    order = np.random.default_rng((_DRAW_SEED, shard)).permutation(len(lengths))
+    rng = np.random.default_rng((_DRAW_SEED, shard))
+    order, phase = rng.permutation(len(lengths)), rng.random()
     ends = np.cumsum(lengths[order])
     total = int(ends[-1]) if len(ends) else 0
     starts = (ends - lengths[order]) / max(total, 1)
     is_used = np.zeros(len(lengths), dtype=np.bool_)
-    is_used[order] = (starts - epoch * part) % 1 < part
+    is_used[order] = (starts - phase - epoch * part) % 1 < part
     return np.where(is_used, lengths, 0)

@@ -33,6 +33,7 @@ PREPARED, INDEX, LENGTHS, FIRST_LOSS = (
 )
 SHARD_FILE = "shard.00000.mds"
 _VERSION = 1
+_AGAIN = "run `foundry-ext prepare` again, with --merge if it was made in parts"
 
 
 def shard_folder(key: str) -> str:
@@ -156,20 +157,19 @@ def read_index(storage: Storage, local: Path) -> PreparedIndex:
     """
     folder = Path(storage.place) if storage.is_folder and Path(storage.place) == local else local
     about = _read_about(storage, folder)
-    for name, digest in about["files"].items():
+    try:
+        files = dict(about["files"])
+        recipe = Recipe(**about["recipe"])
+        shards = [ShardAbout(**shard) for shard in about["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / PREPARED} is damaged; {_AGAIN}") from error
+    for name, digest in files.items():
         path = folder / name
-        if folder != Path(storage.place) and not (
-            path.exists() and content_digest([path]) == digest
-        ):
+        if folder != Path(storage.place) and not _is_same(path, digest):
             storage.get(name, path)
         # The row sizes decide every plan, so a damaged one would go unnoticed.
-        if not path.exists() or content_digest([path]) != digest:
-            raise UserError(
-                f"{path}: it is not the file that {PREPARED} names; run `foundry-ext prepare` with"
-                " --merge again"
-            )
-    recipe = Recipe(**about["recipe"])
-    shards = [ShardAbout(**shard) for shard in about["shards"]]
+        if not _is_same(path, digest):
+            raise UserError(f"{path}: it is not the file that {PREPARED} names; {_AGAIN}")
     return PreparedIndex(
         recipe,
         shards,
@@ -179,6 +179,10 @@ def read_index(storage: Storage, local: Path) -> PreparedIndex:
     )
 
 
+def _is_same(path: Path, digest: str) -> bool:
+    return path.is_file() and content_digest([path]) == digest
+
+
 def _read_about(storage: Storage, folder: Path) -> dict[str, Any]:
     path = folder / PREPARED
     try:
@@ -186,7 +190,7 @@ def _read_about(storage: Storage, folder: Path) -> dict[str, Any]:
             storage.get(PREPARED, path)
         about = json.loads(path.read_text(encoding="utf-8"))
         version = about["version"]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"prepared: {storage.place} holds no prepared data, no {PREPARED}; make it with"
             f" `foundry-ext prepare YAML --out {storage.place}`, and with --merge after --part"

@@ -1,5 +1,6 @@
 """A loader's `dataset` section -> documents of prepared data."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,12 +13,18 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.config import get_preprocessing_fn
 from foundry_ext.data.prepared.census import Census, take_census
 from foundry_ext.data.prepared.documents import PreparedDocuments
-from foundry_ext.data.prepared.index import PreparedIndex, read_index
+from foundry_ext.data.prepared.index import (
+    SHARD_FILE,
+    PreparedIndex,
+    read_index,
+    shard_folder,
+)
 from foundry_ext.data.prepared.local_shards import LocalFolder, LocalShards
 from foundry_ext.data.prepared.plan_cache import planned
-from foundry_ext.data.prepared.recipe import check_tokenizer
+from foundry_ext.data.prepared.recipe import check_tokenizer, digest_function, without_token
 from foundry_ext.data.prepared.settings import (
     PreparedSettings,
     get_cache_limit,
@@ -85,7 +92,20 @@ def _open(
         copies = folder.path / "index" / place
     with local_rank_zero_first():
         index = read_index(storage, copies)
+        if folder is None:
+            _check_here(storage, index)
     return index, LocalShards(storage, index.shards, index.recipe.ids, folder)
+
+
+def _check_here(storage: Storage, index: PreparedIndex) -> None:
+    """Check that all shards of a folder are there, and as large as they were when written."""
+    for shard in index.shards:
+        path = storage.path(f"{shard_folder(shard.key)}/{SHARD_FILE}")
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise UserError(
+                f"{path} is missing, or not whole, and the index names it; copy the whole folder,"
+                " or run `foundry-ext prepare` again"
+            )
 
 
 def _overlong(settings: PreparedSettings, index: PreparedIndex) -> str:
@@ -114,13 +134,26 @@ def _check_rows(
         "preprocessing_fn": (dataset.get("preprocessing_fn"), recipe.preprocessing_fn),
         "hf_name": (dataset.get("hf_name"), recipe.source),
         "split": (dataset.get("split"), recipe.split),
+        "holdout": (dataset.get("holdout"), recipe.holdout),
+        "hf_kwargs": (without_token(dataset.get("hf_kwargs")) or None, recipe.hf_kwargs),
     }
     for key, (wanted, prepared) in said.items():
-        if wanted is not None and str(wanted) != str(prepared):
+        if wanted is not None and _as_text(wanted) != _as_text(prepared):
             raise UserError(
                 f"dataset.{key}: {wanted!r}, but {settings.place} was prepared with {prepared!r};"
                 f" leave {key} out, or prepare the data again"
             )
+    if dataset.get("preprocessing_fn") is not None:
+        digest = digest_function(get_preprocessing_fn(dict(dataset)))
+        if digest != recipe.preprocess_digest:
+            raise UserError(
+                f"dataset.preprocessing_fn: {recipe.preprocessing_fn} has changed since"
+                f" {settings.place} was prepared; prepare the data again, or leave the key out"
+            )
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str) if isinstance(value, dict) else str(value)
 
 
 def _describe(settings: PreparedSettings, source: PreparedSource, census: Census) -> dict[str, Any]:
@@ -160,12 +193,20 @@ def window_sampler(
         documents: the documents of the windows.
         settings: as in `WindowSampler`, without `window` and `count`.
     """
-    deciding = ["windows", documents.fingerprint, documents.window, np.__version__]
-    deciding += [settings[key] for key in ("capacity", "seed", "shuffle")]
+    count = _Count(documents, {key: settings[key] for key in ("capacity", "seed", "shuffle")})
+    sampler = WindowSampler(dataset, documents, window=documents.window, count=count, **settings)
+    documents.check_limit(sampler.plan(0).windows)
+    return sampler
 
-    def count(epoch: int, num: int, work: Callable[[int], int]) -> NDArray[np.int64]:
-        name, unit = f"Packing epoch {epoch}", "windows"
-        rows = planned([*deciding, epoch], num, 1, lambda i: [work(i)], name=name, unit=unit)
+
+class _Count:
+    """Packs of each window of an epoch, from the cache or counted by all ranks together."""
+
+    def __init__(self, documents: PreparedDocuments, settings: Mapping[str, Any]):
+        self.deciding = ["windows", documents.fingerprint, documents.window, np.__version__]
+        self.deciding += list(settings.values())
+
+    def __call__(self, epoch: int, num: int, work: Callable[[int], int]) -> NDArray[np.int64]:
+        name, deciding = f"Packing epoch {epoch}", [*self.deciding, epoch]
+        rows = planned(deciding, num, 1, lambda i: [work(i)], name=name, unit="windows")
         return rows[:, 0]
-
-    return WindowSampler(dataset, documents, window=documents.window, count=count, **settings)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from foundry_ext.data.prepared.index import SHARD_FILE, ShardAbout, shard_folder
 from foundry_ext.data.prepared.shard import Shard
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.utils.errors import UserError
+
+_ABANDONED = 3600.0  # seconds since a part of a file was written
 
 
 class LocalFolder:
@@ -32,16 +35,18 @@ class LocalFolder:
 
     def __init__(self, path: Path, limit: int | None = None):
         self.path, self.limit = path, limit
-        self._needed: dict[str, dict[str, int]] = {}
+        self._needed: dict[int, set[str]] = {}
 
-    def need(self, place: str, sizes: dict[str, int]) -> None:
-        """Keep the shards of a source's last two windows, {key: bytes}.
+    def keep(self, source: int, keys: set[str]) -> None:
+        """Keep the shards of a source's window and of its next one."""
+        self._needed[source] = keys
+
+    def check(self, size: int) -> None:
+        """Check that two windows of so many bytes are within the limit.
 
         Raises:
-            UserError: those of all sources are more than the limit.
+            UserError: they are not.
         """
-        self._needed[place] = sizes
-        size = sum(sum(some.values()) for some in self._needed.values())
         if self.limit is not None and size > self.limit:
             raise UserError(
                 f"cache_limit: {self.limit:,} bytes do not hold two windows of shards, {size:,}"
@@ -59,9 +64,13 @@ class LocalFolder:
         """
         folder = self.path / "shards"
         with filelock.FileLock(folder / "room.lock"):
+            for partial in folder.glob("*.partial"):  # of a process that was killed
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - partial.stat().st_mtime > _ABANDONED:
+                        partial.unlink()
             files = {path: path.stat() for path in folder.glob("*.mds")}
             used = sum(status.st_size for status in files.values())
-            needed = {key for some in self._needed.values() for key in some}
+            needed = set().union(*self._needed.values())
             for path in sorted(files, key=lambda one: files[one].st_mtime_ns):
                 if self.limit is None or used + size <= self.limit:
                     break
@@ -124,18 +133,21 @@ class LocalShards:
             " cache_limit, or give each run a folder of its own"
         )
 
+    def announce(self, now: Sequence[int], next_: Sequence[int]) -> None:
+        """Keep the shards of a window and of the next one from being removed."""
+        if self.local is not None:
+            self.local.keep(id(self), {self.shards[shard].key for shard in (*now, *next_)})
+
     def need(self, now: Sequence[int], next_: Sequence[int]) -> None:
         """Wait until the shards of a window are here, and begin to fetch those of the next one.
 
         Raises:
-            UserError: as in `open_shard`; or both windows are more than the folder may hold.
+            UserError: as in `open_shard`.
         """
         if self.local is None or self._window == (window := (list(now), list(next_))):
             return
         self._wait()
         self._window = window
-        shards = [self.shards[shard] for shard in (*now, *next_)]
-        self.local.need(self.storage.place, {shard.key: shard.bytes for shard in shards})
         for shard in now:
             self._fetch(self.shards[shard], self.local)
         self._fetching = threading.Thread(

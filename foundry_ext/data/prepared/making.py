@@ -74,7 +74,9 @@ class Making:
             self._tokens(piece.located())
             raise
         with _new_folder(self.out, key) as folder:
-            mds = write_shard(folder, rows, ids=self.recipe.ids, with_loss=self.recipe.with_loss)
+            # A file has a sample, even if the piece has no row.
+            samples = rows or [NO_TOKENS]
+            mds = write_shard(folder, samples, ids=self.recipe.ids, with_loss=self.recipe.with_loss)
             (folder / "index.json").unlink()
             sizes = RowSizes.of(rows)
             np.save(folder / SIZES, np.stack([sizes.lengths, sizes.first_loss]))
@@ -84,7 +86,7 @@ class Making:
                 piece=piece.name,
                 rows=len(rows),
                 tokens=int(lengths.sum()),
-                longest=int(lengths.max()),
+                longest=int(lengths.max(initial=0)),
                 loss_tokens=sum(int(row.loss_mask[1:].sum()) for row in rows),
                 num_untrained=sum(row.num_untrained for row in rows),
                 mds=mds,
@@ -97,7 +99,7 @@ class Making:
         for places, rows in _batches(piece):
             chosen = [i for i, row in enumerate(rows) if self._is_used(row)]
             tokens += self.read([rows[i] for i in chosen], [places[i] for i in chosen])
-        return tokens or [NO_TOKENS]  # a shard has a row
+        return tokens
 
     def _is_used(self, row: Row) -> bool:
         if self.holdout is None:
@@ -138,9 +140,13 @@ def _new_folder(out: Storage, key: str) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(final, ignore_errors=True)  # what is not whole
-        with contextlib.suppress(OSError):
-            partial.rename(final)
+        if find_shard(out, key) is None:
+            shutil.rmtree(final, ignore_errors=True)  # what is not whole
+            try:
+                partial.rename(final)
+            except OSError:
+                if find_shard(out, key) is None:  # no other writer was faster
+                    raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

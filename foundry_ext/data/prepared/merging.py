@@ -4,10 +4,12 @@ OUT/parts/3-of-8.json   the keys of a part's pieces, written when all of them ar
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from foundry_ext.data.prepared.shard import RowSizes
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.utils.errors import UserError
 
+_PART = re.compile(r"parts/[0-9]+-of-[0-9]+\.json")
 SIZES, ABOUT = "sizes.npy", "about.json"
 
 
@@ -26,7 +29,10 @@ def find_shard(out: Storage, key: str) -> ShardAbout | None:
     name = f"{shard_folder(key)}/{ABOUT}"
     if not out.exists(name):
         return None
-    about = ShardAbout(**json.loads(_read(out, name)))
+    try:
+        about = ShardAbout(**json.loads(_read(out, name)))
+    except (ValueError, TypeError):  # cut off, or of another version
+        return None
     if out.is_folder:
         path = out.path(f"{shard_folder(key)}/{SHARD_FILE}")
         if not path.exists() or path.stat().st_size != about.bytes:
@@ -100,7 +106,7 @@ def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
     Raises:
         UserError: a part is not finished, or parts were made from different sources or recipes.
     """
-    names = {name for name in out.names("parts/") if name.endswith(".json")}
+    names = {name for name in out.names("parts/") if _PART.fullmatch(name)}
     numbers = sorted({int(Path(name).stem.split("-of-")[1]) for name in names})
     if of is None and len(numbers) == 1:
         of = numbers[0]
@@ -119,7 +125,7 @@ def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
             f"{out.place}: parts {listed}{more} are not finished; run `foundry-ext prepare` with"
             " --part for them, then --merge"
         )
-    abouts = [json.loads(_read(out, part.file)) for part in parts]
+    abouts = [_read_part(out, part) for part in parts]
     for part, about in zip(parts, abouts, strict=True):
         for key in ("pieces", "recipe"):
             if about[key] != abouts[0][key]:
@@ -132,6 +138,20 @@ def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
         for piece, key in zip(part.of_pieces(len(keys)), about["keys"], strict=True):
             keys[piece] = key
     return _write_index(out, Recipe(**abouts[0]["recipe"]), keys)
+
+
+def _read_part(out: Storage, part: Part) -> dict[str, Any]:
+    try:
+        about = json.loads(_read(out, part.file))
+        Recipe(**about["recipe"])
+        if len(part.of_pieces(about["num_pieces"])) != len(about["keys"]):
+            raise ValueError("keys are missing")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{out.place}: {part.file} is damaged, or of another version; run `foundry-ext prepare`"
+            f" with --part {part.number}/{part.of} again"
+        ) from error
+    return about
 
 
 def _write_index(out: Storage, recipe: Recipe, keys: Sequence[str]) -> Sequence[ShardAbout]:

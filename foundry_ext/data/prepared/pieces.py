@@ -41,11 +41,15 @@ class Piece(ABC):
 
     size: int
     """Bytes, about; for progress."""
+    source: str
+    """The file, or the name of the data."""
+    label: str
+    """Which part of the source it is, such as `rows 0 to 100`."""
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """Where it lies, for errors."""
+        return f"{self.source}, {self.label}"
 
     @abstractmethod
     def digest(self) -> str:
@@ -66,10 +70,7 @@ class LinesPiece(Piece):
     def __init__(self, path: Path, start: int, end: int, first_line: int | None = None):
         self.path, self.start, self.end, self.first_line = path, start, end, first_line
         self.size = end - start
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}, bytes {self.start} to {self.end}"
+        self.source, self.label = str(path), f"bytes {start} to {end}"
 
     def digest(self) -> str:
         digest = xxhash.xxh3_128()
@@ -132,10 +133,7 @@ class GroupsPiece(Piece):
 
     def __init__(self, path: Path, groups: range, schema: pa.Schema, size: int):
         self.path, self.groups, self.schema, self.size = path, groups, schema, size
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}, row groups {self.groups.start} to {self.groups.stop}"
+        self.source, self.label = str(path), f"row groups {groups.start} to {groups.stop}"
 
     def digest(self) -> str:
         """Hash the columns' compressed bytes, which differ between writers of the same rows."""
@@ -181,10 +179,7 @@ class TablePiece(Piece):
 
     def __init__(self, table: datasets.Dataset, rows: range, size: int, name: str):
         self.table, self.range, self.size, self.source = table, rows, size, name
-
-    @property
-    def name(self) -> str:
-        return f"{self.source}, rows {self.range.start} to {self.range.stop}"
+        self.label = f"rows {rows.start} to {rows.stop}"
 
     def _part(self) -> datasets.Dataset:
         return self.table.select(self.range)
@@ -230,6 +225,21 @@ def split_files(
 
 
 def describe_pieces(pieces: Sequence[Piece]) -> str:
-    """Return a digest of where the pieces lie, which does not read them."""
-    names = json.dumps([(piece.name, piece.size) for piece in pieces])
-    return xxhash.xxh3_128(names.encode()).hexdigest()
+    """Return a digest of the pieces, which reads little of them.
+
+    Of a file it reads name and size, and a megabyte at both ends; not the folder it lies in.
+    """
+    digest = xxhash.xxh3_128()
+    for source in dict.fromkeys(piece.source for piece in pieces):
+        digest.update(_ends_of(Path(source)) if Path(source).is_file() else source.encode())
+    for piece in pieces:
+        digest.update(json.dumps([piece.label, piece.size]).encode())
+    return digest.hexdigest()
+
+
+def _ends_of(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_BLOCK_BYTES)
+        file.seek(max(size - _BLOCK_BYTES, 0))
+        return f"{path.name} {size}".encode() + start + file.read(_BLOCK_BYTES)

@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import logging
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from foundry_ext.data.ranks import from_rank_zero, shared_out
 from foundry_ext.utils.atomic import replaced_file
 from foundry_ext.utils.progress import progress
 
-log = logging.getLogger(__name__)
+PLAN_VERSION = 1  # of cuts, parts of passes, windows and packs: raise it when one of them changes
 
 
 def planned(
@@ -44,19 +43,20 @@ def planned(
         name: of the work, for its progress.
         unit: what a row is about, for its progress.
     """
-    key = xxhash.xxh3_128(json.dumps([1, *deciding], default=str).encode()).hexdigest()
+    key = xxhash.xxh3_128(json.dumps([PLAN_VERSION, *deciding], default=str).encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", "plans", f"{key}.json")
     kept = from_rank_zero(lambda: _read(path, num, width))
     if kept is not None:
         return np.array(kept, dtype=np.int64).reshape(num, width)
     mine = range(dist.get_global_rank(), num, dist.get_world_size())
     shown = dist.get_global_rank() == 0
-    rows = [
-        [int(number) for number in work(i)]
-        for i in progress(mine, name, total=len(mine), unit=unit, shown=shown)
-    ]
+
+    def own() -> list[list[int]]:
+        bar = progress(mine, name, total=len(mine), unit=unit, shown=shown)
+        return [[int(number) for number in work(i)] for i in bar]
+
     result: list[list[int]] = [[]] * num
-    for rank, part in enumerate(shared_out(rows)):
+    for rank, part in enumerate(shared_out(own)):
         result[rank :: dist.get_world_size()] = part
     if dist.get_local_rank() == 0:
         _write(path, result)

@@ -127,7 +127,7 @@ def _choose(dataset: Mapping[str, Any], name: str, number: int) -> tuple[Source,
             " from the streams as they are"
         )
     sources = get_sources(dict(dataset), name)
-    if number >= len(sources):
+    if not 0 <= number < len(sources):
         raise UserError(
             f"--source {number}: dataset.datasets has {len(sources)} sources, counted from 0"
         )

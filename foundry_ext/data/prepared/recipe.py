@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ class Recipe:
     split: str | None
     revision: str | None
     """Commit of a hub's data set."""
+    hf_kwargs: dict[str, Any]
+    """Options of reading, without a token."""
+    holdout: dict[str, Any] | None
+    """The part of the rows that was prepared."""
     tokenizer: str
     """Its name in the YAML."""
     tokenizer_digest: str
@@ -53,7 +58,7 @@ class Recipe:
     def key(self) -> str:
         """Hash of everything that decides the tokens of a row."""
         fields = asdict(self)
-        for name in ("source", "split", "revision", "tokenizer", "preprocessing_fn"):
+        for name in ("source", "split", "revision", "hf_kwargs", "tokenizer", "preprocessing_fn"):
             del fields[name]
         text = json.dumps([_FORMAT_VERSION, fields], sort_keys=True)
         return xxhash.xxh3_128(text.encode()).hexdigest()
@@ -85,6 +90,8 @@ def make_recipe(
         source=source.hf_name,
         split=source.split,
         revision=revision,
+        hf_kwargs=without_token(source.options.get("hf_kwargs")),
+        holdout=source.options.get("holdout"),
         tokenizer=tokenizer_name,
         tokenizer_digest=hash_tokenizer(tokenizer),
         text_key=settings.text_key,
@@ -95,6 +102,11 @@ def make_recipe(
         ids=ids_type(len(tokenizer)),
         versions={name: importlib.metadata.version(name) for name in DECIDING_PACKAGES},
     )
+
+
+def without_token(hf_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the options of reading that may be kept."""
+    return {key: value for key, value in (hf_kwargs or {}).items() if key != "token"}
 
 
 def digest_function(function: Any) -> str:

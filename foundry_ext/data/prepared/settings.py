@@ -14,6 +14,12 @@ from foundry_ext.utils.errors import UserError, suggest
 KEYS = frozenset(("prepared", "local", "cache_limit", "window"))
 _AMOUNTS = ("repeat", "share", "choose")
 _ENTRY_KEYS = frozenset(("prepared", "overlong", *_AMOUNTS))
+# Of one source.
+_SOURCE_KEYS = (
+    *("hf_name", "split", "hf_kwargs", "safe_load", "holdout", "overlong", "text_key"),
+    *("preprocessing_fn", "target_prompts", "target_responses", *_AMOUNTS),
+)
+_STREAM_KEYS = ("streams", "remote")
 DEFAULT_WINDOW = 2**18
 
 
@@ -50,10 +56,19 @@ def get_prepared(dataset: Mapping[str, Any]) -> list[PreparedSettings]:
         UserError: unknown or contradictory keys, or amounts that are none.
     """
     entries = dataset.get("datasets")
+    for key in _STREAM_KEYS:
+        if dataset.get(key):
+            raise UserError(f"dataset.{key} does not go with dataset.prepared: leave one out")
     if entries is None:
         return [_source(dataset, "dataset")]
     if dataset.get("prepared") is not None:
         raise UserError("dataset.prepared does not go with dataset.datasets: move it into an entry")
+    own = sorted(key for key in _SOURCE_KEYS if dataset.get(key))
+    if own:
+        raise UserError(
+            f"dataset.{own[0]} does not go with dataset.datasets: move it into the entries it is"
+            " meant for"
+        )
     sources = []
     for position, entry in enumerate(entries):
         where = f"dataset.datasets[{position}]"
@@ -100,6 +115,8 @@ def _check_number(value: Any, where: str, what: str) -> float:
 
 
 def _tokens(value: Any, where: str) -> int:
+    if isinstance(value, float) and value.is_integer():  # 1e9
+        value = int(value)
     text = str(value).replace("_", "").removesuffix("tok")
     if isinstance(value, bool) or not text.isdecimal() or int(text) == 0:
         raise UserError(f"{where}: {value!r} must be a number of tokens, such as 100_000_000tok")
@@ -147,7 +164,7 @@ def passes(sources: Sequence[PreparedSettings], tokens: Sequence[int]) -> list[f
 
 
 def get_window(dataset: Mapping[str, Any]) -> int:
-    """Return the documents that a window has at least.
+    """Return the rows that a window has at least.
 
     Raises:
         UserError: it is no whole number above 0.
@@ -155,7 +172,7 @@ def get_window(dataset: Mapping[str, Any]) -> int:
     window = dataset.get("window", DEFAULT_WINDOW)
     if type(window) is not int or window < 1:
         raise UserError(
-            f"dataset.window: {window!r} must be a whole number of documents that are shuffled and"
+            f"dataset.window: {window!r} must be a whole number of rows, which are shuffled and"
             f" packed together; the default is {DEFAULT_WINDOW}"
         )
     return window
@@ -169,6 +186,10 @@ def get_local(dataset: Mapping[str, Any], sources: Sequence[PreparedSettings]) -
     """
     local = dataset.get("local")
     if local is not None:
+        if not isinstance(local, str) or Path(local).is_file():
+            raise UserError(
+                f"dataset.local: {local!r} is no folder; name one on a disk of this machine"
+            )
         return Path(local)
     for source in sources:
         if parse_uri(source.place)[0]:

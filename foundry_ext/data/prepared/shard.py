@@ -119,16 +119,19 @@ class Shard:
 
     def __init__(self, path: Path, about: dict[str, Any], ids: str):
         self.path, self.with_loss = path, "loss" in about["column_names"]
+        size, digest = about["raw_data"]["bytes"], about["raw_data"]["hashes"][_HASH]
+        damaged = UserError(
+            f"{path}: its bytes are not those that were written; delete it, and fetch or prepare it"
+            " again"
+        )
+        if path.stat().st_size != size:  # an empty one could not even be mapped
+            raise damaged
         with path.open("rb") as file:
             self._bytes = np.frombuffer(
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
             )
-        size, digest = about["raw_data"]["bytes"], about["raw_data"]["hashes"][_HASH]
-        if len(self._bytes) != size or xxhash.xxh3_64_hexdigest(cast(Any, self._bytes)) != digest:
-            raise UserError(
-                f"{path}: its bytes are not those that were written; delete it, and fetch or"
-                " prepare it again"
-            )
+        if xxhash.xxh3_64_hexdigest(cast(Any, self._bytes)) != digest:
+            raise damaged
         self._type = np.dtype(ids).newbyteorder("<")
         self._offsets = self._bytes[4 : 4 * (about["samples"] + 2)].view("<u4")
 

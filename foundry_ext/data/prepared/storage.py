@@ -8,6 +8,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
@@ -28,12 +29,24 @@ class Storage:
         self.place = place.rstrip("/") or "/"
         backend, _, prefix = parse_uri(place)
         self.is_folder, self._prefix = backend == "", prefix.rstrip("/")
+        self._objects = self._connect()
+
+    def _connect(self) -> Any:
         try:
-            self._objects = None if self.is_folder else maybe_create_object_store_from_uri(place)
+            return None if self.is_folder else maybe_create_object_store_from_uri(self.place)
         except (NotImplementedError, ImportError, ValueError) as error:
             raise UserError(
-                f"{place}: {one_line(error)}; give a folder, or a URI such as s3://bucket/folder"
+                f"{self.place}: {one_line(error)}; give a folder, or a URI such as"
+                " s3://bucket/folder"
             ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the connection behind, for another process to make its own."""
+        return {**self.__dict__, "_objects": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._objects = self._connect()
 
     def _object(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name

@@ -177,16 +177,15 @@ class MeanCounts:
     def __init__(self, dataset: PackedDataset):
         documents, sampler = dataset.documents, dataset.sampler
         assert isinstance(documents, PreparedDocuments)
-        size, self.length = sampler.batch_packs * sampler.num_replicas, len(sampler)
-        # As if the packs filled the last batch, too.
-        batches = max(sampler.num_packs(0) / size, 1e-9)
+        size = sampler.batch_packs * sampler.num_replicas
+        self.length = batches = sampler.num_batches(0)
         real_tokens = round(dataset.num_tokens / batches)
         is_fixed = dataset.collator.fixed_shape
         self.mean = StepCounts(
             real_tokens=real_tokens,
             loss_tokens=round(dataset.count_loss_tokens() / batches),
             documents=round(dataset.num_documents / batches),
-            packs=size,
+            packs=round(sampler.num_packs(0) / batches),
             slots=size * sampler.capacity if is_fixed else real_tokens,
             sum_squared_lengths=round(documents.census.num_squared / batches),
         )

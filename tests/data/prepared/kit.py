@@ -35,6 +35,8 @@ def write_prepared(
         source="rows",
         split="train",
         revision=None,
+        hf_kwargs={},
+        holdout=None,
         tokenizer="t",
         tokenizer_digest="0",
         text_key=None if with_loss else "text",

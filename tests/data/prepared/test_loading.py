@@ -138,6 +138,12 @@ def test_mixtures(tokenizer, section, tmp_path):
         ({"text_key": "content"}, "text_key: 'content', but .*main was prepared with 'text'"),
         ({"split": "test"}, "split: 'test', but .*main was prepared with 'train'; leave split out"),
         ({"datasets": [{"prepared": "x"}]}, "dataset.prepared does not go with dataset.datasets"),
+        (
+            {"holdout": {"by": "id", "fraction": 0.1, "part": "train"}},
+            "holdout: .*prepared with Non",
+        ),
+        ({"hf_kwargs": {"revision": "a"}}, "hf_kwargs: .* was prepared with {}"),
+        ({"local": 5}, "dataset.local: 5 is no folder"),
     ],
 )
 def test_bad_settings(tokenizer, section, change, message):
@@ -199,3 +205,90 @@ def test_rows_with_prompts_need_the_other_loader(
     with pytest.raises(UserError, match=r"prompts has rows with prompts; set train_loader\.name"):
         load(tokenizer, section)
     assert walk(load(tokenizer, section, "packed_finetuning"))
+
+
+def test_parts_of_a_source_move_on_through_the_sampler(tokenizer, section, tmp_path):
+    """Each epoch has other documents, and after 1 / part epochs all have been trained on."""
+    main, more = (str(tmp_path / name) for name in ("main", "more"))
+    common = {key: value for key, value in section.items() if key != "prepared"}
+    entries = [{"prepared": main}, {"prepared": more, "repeat": 0.25}]
+    loader = load(tokenizer, {**common, "datasets": entries}, size=1)
+    dataset = loader.dataloader.dataset
+    seen, per_epoch = set(), []
+    for epoch in range(4):
+        dataset.sampler.set_epoch(epoch)
+        batches = [pack for batch in dataset.sampler for pack in batch]
+        assert len(batches) <= len(dataset.sampler)
+        named = [int(name) for pack in batches for name in pack]
+        drawn = {name for name in named if dataset.documents.locate(name)[0] == 1}
+        assert len(named) == len(set(named))
+        per_epoch.append(drawn)
+        seen |= drawn
+    assert per_epoch[0] != per_epoch[1]
+    whole = load(tokenizer, {**common, "datasets": [{"prepared": main}, {"prepared": more}]})
+    used = whole.dataloader.dataset.used_documents()
+    names = {int(name) for block in used for name in block}
+    assert seen == {name for name in names if dataset.documents.locate(name)[0] == 1}
+
+
+def test_counts_of_small_parts(tokenizer, section):
+    """Documents of a length may be fewer than one per epoch; their sum is not."""
+    common = {key: value for key, value in section.items() if key != "prepared"}
+    entries = [{"prepared": section["prepared"], "repeat": 0.3}]
+    dataset = load(tokenizer, {**common, "datasets": entries}).dataloader.dataset
+    epochs = []
+    for epoch in range(10):
+        dataset.sampler.set_epoch(epoch)
+        packs = [pack for batch in dataset.sampler for pack in batch]
+        epochs.append(sum(len(pack) for pack in packs))
+    assert sum(epochs) / 10 == pytest.approx(dataset.num_documents, rel=0.05)
+
+
+def test_every_window_opens_its_shards_once(tokenizer, section, monkeypatch):
+    from foundry_ext.data.prepared.local_shards import LocalShards
+
+    opened = []
+    open_shard = LocalShards.open_shard
+
+    def noting(self, shard):
+        opened.append(shard)
+        return open_shard(self, shard)
+
+    monkeypatch.setattr(LocalShards, "open_shard", noting)
+    loader = load(tokenizer, section)
+    walk(loader)
+    shards = len(loader.dataloader.dataset.documents.sources[0].index.shards)
+    assert len(opened) == shards
+
+
+def test_loader_goes_to_a_spawned_worker(tokenizer, section, tmp_path):
+    import pickle
+
+    section = {**section, "local": str(tmp_path / "local")}
+    dataset = load(tokenizer, section).dataloader.dataset
+    copy = pickle.loads(pickle.dumps(dataset))
+    pack = dataset.sampler.batch(0)[0]
+    assert copy[pack]["input_ids"].tolist() == dataset[pack]["input_ids"].tolist()
+
+
+def test_evaluation_on_the_same_shards_is_refused(tokenizer, section, tmp_path):
+    from foundry_ext.training.data_checks import refuse_training_documents
+
+    trained = load(tokenizer, {**section, "local": str(tmp_path / "local")}).dataloader.dataset
+    evaluated = load(tokenizer, {**section, "max_seq_len": 30}).dataloader.dataset
+    with pytest.raises(UserError, match=r"eval: \d+ of its shards are those of train_loader"):
+        refuse_training_documents("eval", evaluated, trained)
+
+
+def test_edited_preprocessing_is_noticed(tokenizer, make_rows, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "def change(row):\n    return {**row, 'response': row['response'] + 'a'}\n"
+    (tmp_path / "own_change.py").write_text(code, encoding="utf-8")
+    section = {"hf_name": str(write_jsonl(make_rows(9))), "split": "train", "max_seq_len": 64}
+    section["preprocessing_fn"] = "own_change:change"
+    prepare(section, tokenizer, name="packed_finetuning", tokenizer_name="t", out="o", workers=1)
+    assert walk(load(tokenizer, {**section, "prepared": "o"}, "packed_finetuning"))
+    (tmp_path / "own_change.py").write_text(code.replace("'a'", "'b'"), encoding="utf-8")
+    with pytest.raises(UserError, match="own_change:change has changed since o was prepared"):
+        load(tokenizer, {**section, "prepared": "o"}, "packed_finetuning")

@@ -1,6 +1,7 @@
 """Fetched shards: here before they are read, within the limit, never wrong."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,9 @@ def test_next_window_is_fetched_while_one_is_read(tmp_path, index):
     files = make(tmp_path, index)
     files.need([0, 1], [2, 3])
     assert here(tmp_path) >= {index.shards[0].key, index.shards[1].key}
-    files.need([2, 3], [4])
-    assert {index.shards[2].key, index.shards[3].key} <= here(tmp_path)
+    assert files._fetching is not None
+    files._fetching.join()
+    assert here(tmp_path) == {index.shards[number].key for number in range(4)}
 
 
 def test_disk_stays_within_the_limit(tmp_path, index, monkeypatch):
@@ -60,6 +62,7 @@ def test_disk_stays_within_the_limit(tmp_path, index, monkeypatch):
 
     monkeypatch.setattr(Storage, "get", counting_get)
     for shard in (*range(NUM), 0):
+        files.announce([shard], [(shard + 1) % NUM])
         files.need([shard], [(shard + 1) % NUM])
         assert read(files, shard) == make_row(50, shard, with_loss=True).input_ids.tolist()
     files._wait()
@@ -68,8 +71,10 @@ def test_disk_stays_within_the_limit(tmp_path, index, monkeypatch):
 
 
 def test_limit_below_two_windows_is_an_error(tmp_path, index):
+    local = make(tmp_path, index, shards=1.5).local
+    assert local is not None
     with pytest.raises(UserError, match=r"cache_limit: .* two windows .* raise it, or lower win"):
-        make(tmp_path, index, shards=1.5).need([0], [1])
+        local.check(2 * index.shards[0].bytes)
 
 
 def test_shard_that_another_process_removed_comes_again(tmp_path, index):
@@ -84,16 +89,22 @@ def test_error_of_the_thread_is_raised_where_the_window_is_needed(tmp_path, inde
     files = make(tmp_path, index)
     (Path(files.storage.place) / "shards" / index.shards[1].key / "shard.00000.mds").unlink()
     files.need([0], [1])
+    assert files._fetching is not None
+    files._fetching.join()
     with pytest.raises(UserError, match=r"is missing, which the index names; run `foundry-ext pre"):
-        files.need([1], [2])
+        files._wait()
 
 
 def test_shard_is_fetched_once_by_many_threads(tmp_path, index, monkeypatch):
     fetched = []
     get = Storage.get
-    monkeypatch.setattr(
-        Storage, "get", lambda self, name, to: (fetched.append(name), get(self, name, to))
-    )
+
+    def slow_get(self, name, to):
+        fetched.append(name)
+        time.sleep(0.1)
+        get(self, name, to)
+
+    monkeypatch.setattr(Storage, "get", slow_get)
     processes = [make(tmp_path, index) for _ in range(4)]
     threads = [threading.Thread(target=files.need, args=([0, 1], [])) for files in processes]
     for thread in threads:

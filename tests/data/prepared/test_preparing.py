@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from foundry_ext.data.prepared import making
+from foundry_ext.data.prepared import making, merging
 from foundry_ext.data.prepared.merging import Part, merge_parts
 from foundry_ext.data.prepared.preparing import Prepared, prepare
 from foundry_ext.data.prepared.storage import Storage
@@ -264,3 +264,57 @@ def test_full_disk_is_refused_before_anything_is_written(
 def test_sections_that_cannot_be_prepared(change, message, tokenizer, text_section, tmp_path):
     with pytest.raises(UserError, match=message):
         make(tokenizer, {**text_section, **change}, tmp_path / "out", "packed_finetuning")
+
+
+def test_whole_shard_of_a_faster_writer_stays(tokenizer, text_section, tmp_path, monkeypatch):
+    """A second writer that finds the shard whole, when its own is ready, leaves it alone."""
+    make(tokenizer, text_section, tmp_path / "out")
+    monkeypatch.setattr(making, "find_shard", _missing_at_first())
+    times = {p: p.stat().st_ino for p in (tmp_path / "out" / "shards").rglob("*.mds")}
+    make(tokenizer, text_section, tmp_path / "out")
+    assert {p: p.stat().st_ino for p in (tmp_path / "out" / "shards").rglob("*.mds")} == times
+
+
+def _missing_at_first():
+    asked: set[str] = set()
+
+    def find(out, key):
+        if key in asked:
+            return merging.find_shard(out, key)
+        asked.add(key)
+        return None
+
+    return find
+
+
+def test_changed_source_is_not_merged_with_older_parts(tokenizer, text_section, tmp_path):
+    make(tokenizer, text_section, tmp_path / "out", part=Part(1, 2))
+    path = Path(text_section["hf_name"])
+    path.write_text(path.read_text(encoding="utf-8").replace("last", "LAST"), encoding="utf-8")
+    make(tokenizer, text_section, tmp_path / "out", part=Part(2, 2))
+    with pytest.raises(UserError, match="part 2/2 was made from another source than part 1/2"):
+        merge_parts(Storage(str(tmp_path / "out")))
+
+
+def test_parts_are_made_where_the_source_lies_elsewhere(tokenizer, text_section, tmp_path):
+    make(tokenizer, text_section, tmp_path / "out", part=Part(1, 2))
+    path = Path(text_section["hf_name"])
+    (tmp_path / "other").mkdir()
+    moved = path.rename(tmp_path / "other" / path.name)
+    with pytest.raises(UserError, match="from another recipe"):  # its place is noted
+        make(tokenizer, {**text_section, "hf_name": str(moved)}, tmp_path / "out", part=Part(2, 2))
+        merge_parts(Storage(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("name", ["shards/{key}/about.json", "parts/1-of-1.json"])
+def test_file_that_was_cut_off(name, tokenizer, text_section, tmp_path):
+    out = tmp_path / "out"
+    make(tokenizer, text_section, out)
+    key = min(path.name for path in (out / "shards").iterdir())
+    path = out / name.format(key=key)
+    path.write_bytes(path.read_bytes()[:20])
+    if "parts" in name:
+        with pytest.raises(UserError, match=r"parts/1-of-1.json is damaged, .* --part 1/1 again"):
+            merge_parts(Storage(str(out)))
+    make(tokenizer, text_section, out)
+    assert path.stat().st_size > 20
