@@ -41,7 +41,7 @@ def build_packed_finetuning_dataloader(
       completely, have a `share` of an epoch's tokens.
     - `prepared`: what `foundry-ext prepare` made, a folder or a URI, instead of rows; an entry of
       `datasets` may have it with `repeat`, `share` or `choose`. `window` (default 262144): the
-      documents that are shuffled and packed together. `local`, `cache_limit`: a folder for shards
+      rows that are shuffled and packed together. `local`, `cache_limit`: a folder for shards
       that are fetched while training, and its largest size.
     - `fixed_shape` (true, false, auto; default auto): every pack padded to one shape, for
       compilation. train.py decides what auto is, see config/automatic.py; elsewhere it is false.

@@ -126,18 +126,23 @@ def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
             " --part for them, then --merge"
         )
     abouts = [_read_part(out, part) for part in parts]
+    recipe = Recipe(**abouts[0]["recipe"])
     for part, about in zip(parts, abouts, strict=True):
-        for key in ("pieces", "recipe"):
-            if about[key] != abouts[0][key]:
-                raise UserError(
-                    f"{out.place}: part {part.number}/{of} was made from another"
-                    f" {'source' if key == 'pieces' else 'recipe'} than part 1/{of}; run it again"
-                )
+        if about["pieces"] != abouts[0]["pieces"]:
+            what = "source"
+        elif Recipe(**about["recipe"]).key != recipe.key:
+            what = "tokenizer, or with other settings,"
+        else:
+            continue
+        raise UserError(
+            f"{out.place}: part {part.number}/{of} was made from another {what} than part 1/{of};"
+            " run it again"
+        )
     keys: list[str] = [""] * abouts[0]["num_pieces"]
     for part, about in zip(parts, abouts, strict=True):
         for piece, key in zip(part.of_pieces(len(keys)), about["keys"], strict=True):
             keys[piece] = key
-    return _write_index(out, Recipe(**abouts[0]["recipe"]), keys)
+    return _write_index(out, recipe, keys)
 
 
 def _read_part(out: Storage, part: Part) -> dict[str, Any]:

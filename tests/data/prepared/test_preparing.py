@@ -301,9 +301,12 @@ def test_parts_are_made_where_the_source_lies_elsewhere(tokenizer, text_section,
     path = Path(text_section["hf_name"])
     (tmp_path / "other").mkdir()
     moved = path.rename(tmp_path / "other" / path.name)
-    with pytest.raises(UserError, match="from another recipe"):  # its place is noted
-        make(tokenizer, {**text_section, "hf_name": str(moved)}, tmp_path / "out", part=Part(2, 2))
-        merge_parts(Storage(str(tmp_path / "out")))
+    make(tokenizer, {**text_section, "hf_name": str(moved)}, tmp_path / "out", part=Part(2, 2))
+    make(tokenizer, {**text_section, "hf_name": str(moved)}, tmp_path / "whole")
+    merge_parts(Storage(str(tmp_path / "out")))
+    names = ("index.json", "lengths.npy")
+    out, whole = ([(tmp_path / one / n).read_bytes() for n in names] for one in ("out", "whole"))
+    assert out == whole
 
 
 @pytest.mark.parametrize("name", ["shards/{key}/about.json", "parts/1-of-1.json"])
