@@ -17,6 +17,7 @@ from foundry_ext.utils.redaction import remember_secrets
 COMMANDS = {
     "new": "write the files of an experiment on your own data into a new folder",
     "config": "print a run's YAML with every variable and choice filled in",
+    "prepare": "tokenise rows once, into shards, for data of any size",
     "inspect": "write an HTML page of the first packs as the model sees them",
     "plan": "estimate steps, tokens, memory and time of a run; nothing is trained",
     "verify": "train a few steps and check that packing and resumption change nothing",

@@ -46,7 +46,10 @@ _CLIPPING = {
 }
 _HUB = ("token", "use_auth_token")
 # Keys that decide which documents a loader reads.
-_SOURCE = ("hf_name", "split", "hf_kwargs", "holdout", "datasets", "remote", "local", "streams")
+_SOURCE = (
+    *("hf_name", "split", "hf_kwargs", "holdout", "datasets", "remote", "local", "streams"),
+    "prepared",
+)
 
 
 def find_fault(config: dict[str, Any]) -> str | None:
@@ -200,7 +203,7 @@ def _name(dataset: Mapping[str, Any]) -> str:
     streams = dataset.get("streams")
     if isinstance(streams, Mapping):
         return f"streams {', '.join(map(str, streams))}"
-    names = (dataset.get(key) for key in ("hf_name", "remote", "local", "datasets"))
+    names = (dataset.get(key) for key in ("prepared", "hf_name", "remote", "local", "datasets"))
     return repr(next((name for name in names if name), None))
 
 

@@ -15,11 +15,9 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,16 +28,18 @@ import xxhash
 from datasets.fingerprint import Hasher
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.batches import row_sizes, split_rows
 from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.preprocessing import module_sources
 from foundry_ext.utils.atomic import replaced_folder
 from foundry_ext.utils.errors import UserError, one_line
+from foundry_ext.utils.processes import is_running, machine_name
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FORMAT_VERSION = 2  # of the table and of the key
-_DECIDING_PACKAGES = ("llm-foundry", "tokenizers", "transformers")
+DECIDING_PACKAGES = ("llm-foundry", "tokenizers", "transformers")
 _WHOLE = "whole.json"
 _MISSING, _DAMAGED = "missing", "damaged"
 _OLD = 2 * 24 * 3600.0  # seconds
@@ -47,6 +47,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Rows per hashed batch. Measured: 5 GB/s with 1,000 to 10,000 short rows, 1 GB/s with 100,000,
 # which no longer fit the CPU's caches.
 _HASHED_ROWS = 1000
+# More than a thousand rows of any text but books have: other batches would be other keys.
+_HASHED_BYTES = 2**26
 
 
 class DamagedTableError(Exception):
@@ -54,18 +56,20 @@ class DamagedTableError(Exception):
 
 
 def table_key(
-    rows: datasets.Dataset,
+    rows: datasets.Dataset | str,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
     preprocess: Callable[..., Any] | None,
 ) -> str:
-    """Return a hash of rows, tokenizer, settings, preprocessing's source and versions."""
-    versions = [_FORMAT_VERSION, *map(importlib.metadata.version, _DECIDING_PACKAGES)]
+    """Return a hash of rows, tokenizer, settings, preprocessing's source and versions.
+
+    `rows` may be a digest of rows that are no `datasets.Dataset`.
+    """
+    content = rows if isinstance(rows, str) else hash_rows(rows)
+    versions = [_FORMAT_VERSION, *map(importlib.metadata.version, DECIDING_PACKAGES)]
     # Pickling keeps only a function's name.
     formatting = [preprocess, sorted(module_sources(preprocess).items())]
-    return Hasher.hash(
-        [_hash_rows(rows), _hash_tokenizer(tokenizer), settings, formatting, versions]
-    )
+    return Hasher.hash([content, hash_tokenizer(tokenizer), settings, formatting, versions])
 
 
 def cached(key: str, write: Callable[[Path], None]) -> Path:
@@ -76,7 +80,7 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
     Raises:
         OSError: the disk is full; names the folder, the space left and the variable that moves it.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", key)
+    folder = _folder(key)
     if _find_fault(folder) is not None:
         with _filled(folder, write):
             pass
@@ -105,6 +109,19 @@ def read_cached(key: str, write: Callable[[Path], None], read: Callable[[Path], 
     # Read before the lock is released, so that no other process replaces it in between.
     with _filled(folder, write):
         return _read(folder, read)
+
+
+def find_cached(key: str, read: Callable[[Path], T]) -> T | None:
+    """Return what `read` makes of the folder of a key, or None if it is missing or damaged."""
+    folder = _folder(key)
+    if _find_fault(folder) is None:
+        with contextlib.suppress(DamagedTableError):
+            return _read(folder, read)
+    return None
+
+
+def _folder(key: str) -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE, "foundry_ext", key)
 
 
 def _read(folder: Path, read: Callable[[Path], T]) -> T:
@@ -172,7 +189,7 @@ def _fill(folder: Path, write: Callable[[Path], None], fault: str) -> None:
     for part in folder.parent.glob(f"{folder.name}.*.part"):
         if _is_dead(part, folder.name):
             shutil.rmtree(part, ignore_errors=True)
-    name = f"{folder.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex}.part"
+    name = f"{folder.name}.{machine_name()}.{os.getpid()}.{uuid.uuid4().hex}.part"
     try:
         with replaced_folder(folder, partial=folder.with_name(name), must_be_new=True) as part:
             write(part)
@@ -192,33 +209,13 @@ def _is_dead(part: Path, key: str) -> bool:
     """
     machine, _, process = part.name.removeprefix(f"{key}.").partition(".")
     process = process.partition(".")[0]
-    if machine == _machine() and process.isdecimal():
-        return not _is_running(int(process))
+    if machine == machine_name() and process.isdecimal():
+        return not is_running(int(process))
     try:
         newest = max(path.stat().st_mtime for path in (part, *part.iterdir()))
     except OSError:  # another writer is removing or renaming it
         return False
     return time.time() - newest > _OLD
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-@cache
-def _machine() -> str:
-    """Return a name for what process numbers are unique in: a container, until the next boot."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # not Linux
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
-        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
 
 
 def _find_fault(folder: Path) -> str | None:
@@ -239,18 +236,19 @@ def _find_fault(folder: Path) -> str | None:
     return None
 
 
-def _hash_rows(rows: datasets.Dataset) -> str:
+def hash_rows(rows: datasets.Dataset) -> str:
     """Hash names, types and values; equal for any file, path or chunks they came in."""
     digest = xxhash.xxh3_128(repr(sorted(rows.features.items())).encode())
-    columns = sorted(rows.column_names)
-    for table in rows.with_format("arrow").iter(_HASHED_ROWS):  # slices; nothing is copied
+    columns, tables = sorted(rows.column_names), rows.with_format("arrow")
+    for batch in split_rows(row_sizes(rows), most_bytes=_HASHED_BYTES, most_rows=_HASHED_ROWS):
+        table = cast(pa.Table, tables[batch.start : batch.stop])  # a slice; nothing is copied
         # Copied, because a slice of a longer column is serialised with other offsets.
-        copies = [pa.concat_arrays(cast(pa.Table, table).column(name).chunks) for name in columns]
+        copies = [pa.concat_arrays(table.column(name).chunks) for name in columns]
         digest.update(pa.record_batch(copies, names=columns).serialize())
     return digest.hexdigest()
 
 
-def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash what decides the output; a hash by pickling changes once it has been used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

@@ -6,6 +6,7 @@ from typing import Any
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
 from foundry_ext.data.mixture import check_shares
+from foundry_ext.data.prepared.settings import KEYS as PREPARED_KEYS
 from foundry_ext.data.tokenize import Preprocess, TokenizeSettings
 from foundry_ext.utils.errors import UserError, suggest
 
@@ -14,6 +15,7 @@ _PROMPT_KEYS = frozenset(("preprocessing_fn", "target_prompts", "target_response
 _COMMON_KEYS = _SOURCE_KEYS | {
     *("datasets", "max_seq_len", "pack_tokens", "eval_packs", "fixed_shape"),
     *("shuffle", "shuffle_seed"),
+    *PREPARED_KEYS,
 }
 STREAM_KEYS = {
     *("streams", "remote", "local", "split", "download_retry", "download_timeout"),
@@ -23,7 +25,7 @@ STREAM_KEYS = {
 _STOCK_KEYS = {"decoder_only_format", "allow_pad_trimming", "pad_to_longest"}
 _KEYS = {
     "packed_finetuning": _COMMON_KEYS | _PROMPT_KEYS | STREAM_KEYS | _STOCK_KEYS,
-    "packed_text": _COMMON_KEYS | {"text_key"},
+    "packed_text": _COMMON_KEYS | {"text_key"} | STREAM_KEYS,
 }
 # Beyond these something would run out of memory before it says what is wrong.
 _MOST_TOKENS, _MOST_PACKS = 2**24, 2**20
@@ -82,7 +84,7 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
             f"set {where}.hf_name: a hub dataset, a local file, or a folder; for MDS shards set"
             " dataset.local, dataset.remote or dataset.streams"
         )
-    text_key = section.get("text_key") or ("text" if name == "packed_text" else None)
+    text_key = get_text_key(section, name)
     prompt_keys = [key for key in sorted(_PROMPT_KEYS) if section.get(key)]
     if text_key and prompt_keys:
         raise UserError(
@@ -95,12 +97,17 @@ def _source(section: dict[str, Any], name: str, where: str, max_seq_len: int) ->
         split=section.get("split"),
         options={key: section[key] for key in keys if section.get(key) is not None},
         settings=tokenize_settings(section, max_seq_len, text_key),
-        preprocess=None if text_key else _preprocessing_fn(section),
+        preprocess=None if text_key else get_preprocessing_fn(section),
         share=section.get("share"),
     )
 
 
-def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
+def get_preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
+    """Return the function that a source names, or the one that llm-foundry has for its rows.
+
+    Raises:
+        UserError: there is no such function.
+    """
     given = section.get("preprocessing_fn")
     if isinstance(given, str) and given.partition(":")[0].endswith(".py"):
         # An import of rows.py runs rows before it finds no py in it.
@@ -118,6 +125,11 @@ def _preprocessing_fn(section: dict[str, Any]) -> Preprocess | None:
             f"preprocessing_fn: {given!r} is no function that can be imported{cause}; write"
             " module:function, such as foundry_ext.data.prompts:gsm8k, of a module on Python's path"
         ) from error
+
+
+def get_text_key(section: dict[str, Any], name: str) -> str | None:
+    """Return the column of plain text of a source of the builder `name`, None for prompts."""
+    return section.get("text_key") or ("text" if name == "packed_text" else None)
 
 
 def tokenize_settings(

@@ -1,14 +1,13 @@
 """Counts of documents in the log, and in the error if none is left."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from composer.utils import dist
 
 from foundry_ext.data.documents import Documents, RowOutcome
-from foundry_ext.data.mixture import MixedDocuments
 from foundry_ext.data.settings import TokenizeSettings
 
 log = logging.getLogger(__name__)
@@ -56,13 +55,13 @@ def log_mixture(descriptions: Sequence[dict[str, Any]]) -> None:
 
 
 def describe_nothing_left(
-    documents: Documents | MixedDocuments, description: list[dict[str, Any]], max_seq_len: int
+    counts: Mapping[str, int], description: list[dict[str, Any]], max_seq_len: int
 ) -> str:
     """Return the error's line if no document has a token to learn."""
     names = " + ".join(str(source["name"]) for source in description)
-    counts = ", ".join(f"{count} {kind}" for kind, count in documents.counts.items() if count)
+    text = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return (
-        f"no document of {names} is left to train on: {counts}, with max_seq_len {max_seq_len};"
+        f"no document of {names} is left to train on: {text}, with max_seq_len {max_seq_len};"
         " for overlong rows raise max_seq_len or set overlong: truncate; no_loss rows have a prompt"
         " that fills max_seq_len; empty ones lack a prompt or a response"
     )

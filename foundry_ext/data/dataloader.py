@@ -1,46 +1,20 @@
 """Registry builders `packed_finetuning` and `packed_text`: YAML keys -> Composer DataSpec."""
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import pyarrow as pa
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from datasets.exceptions import DatasetsError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from foundry_ext.data.config import (
-    Source,
-    check_keys,
-    get_batch_packs,
-    get_pack_tokens,
-    get_sources,
-    stream_key,
-    tokenize_settings,
-)
-from foundry_ext.data.count_text import describe_nothing_left, log_counts, log_mixture
+from foundry_ext.data.config import check_keys, get_batch_packs, get_pack_tokens
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
-from foundry_ext.data.documents import Documents
-from foundry_ext.data.full_disk import naming_full_disk
-from foundry_ext.data.mixture import MixedDocuments, draw
-from foundry_ext.data.ranks import local_rank_zero_first, telling_others
-from foundry_ext.data.row_errors import separator_hint
-from foundry_ext.data.sources import (
-    fetch,
-    find_revision,
-    load_rows,
-    load_streams,
-)
-from foundry_ext.data.tokenize import tokenize_rows, tokenize_stream
-from foundry_ext.packing.algorithm import most_documents
+from foundry_ext.data.loading import load_documents, most_documents_of
+from foundry_ext.data.ranks import telling_others
 from foundry_ext.packing.batch import num_documents, num_tokens, split_batch
 from foundry_ext.packing.collator import PackCollator
 from foundry_ext.utils.absent import dataset_settings
 from foundry_ext.utils.errors import UserError
-from foundry_ext.utils.processes import num_cores
 
 
 def build_packed_finetuning_dataloader(
@@ -65,6 +39,10 @@ def build_packed_finetuning_dataloader(
     - `datasets`: a list of sources instead of one, each with `hf_name`, `split` and the other keys
       of a source, or with `text_key` for plain text. All but the main one, which is used
       completely, have a `share` of an epoch's tokens.
+    - `prepared`: what `foundry-ext prepare` made, a folder or a URI, instead of rows; an entry of
+      `datasets` may have it with `repeat`, `share` or `choose`. `window` (default 262144): the
+      rows that are shuffled and packed together. `local`, `cache_limit`: a folder for shards
+      that are fetched while training, and its largest size.
     - `fixed_shape` (true, false, auto; default auto): every pack padded to one shape, for
       compilation. train.py decides what auto is, see config/automatic.py; elsewhere it is false.
     - `shuffle` (default false): a new order and new packs in every epoch, by `shuffle_seed`
@@ -108,7 +86,7 @@ def build_packed_text_dataloader(
 
     Each document ends with end-of-text. Keys are those of `packed_finetuning` without the ones for
     prompts and responses; `text_key` (default "text") names the column, and `overlong` defaults to
-    "split".
+    "split". Rows of MDS streams may hold `tokens` instead, which are taken as they are stored.
     """
     packed = _plan_packs("packed_text", tokenizer, device_batch_size, dataset, drop_last)
     return _load_packs(
@@ -134,12 +112,7 @@ def _plan_packs(
         raise UserError(f"{name} needs a tokenizer with an end-of-text token (eos_token)")
     pack_tokens = get_pack_tokens(dataset)
     batch_packs = get_batch_packs(dataset.get("eval_packs") or device_batch_size)
-    if stream_key(dataset) is None:
-        documents, descriptions = _read_sources(get_sources(dataset, name), tokenizer)
-    else:
-        documents, descriptions = _read_streams(dataset, tokenizer)
-    if not documents.lengths.any():
-        raise UserError(describe_nothing_left(documents, descriptions, dataset["max_seq_len"]))
+    documents, descriptions = load_documents(dataset, tokenizer, name=name)
     packed = PackedDataset(
         documents,
         PackCollator(
@@ -147,7 +120,7 @@ def _plan_packs(
             pack_tokens=pack_tokens,
             pad_token_id=cast(int, tokenizer.pad_token_id or 0),
             fixed_shape=dataset.get("fixed_shape", False) is True,  # auto: train.py has not decided
-            max_documents=most_documents(documents.lengths[documents.lengths > 0], pack_tokens),
+            max_documents=most_documents_of(documents, pack_tokens),
         ),
         {
             "capacity": pack_tokens,
@@ -162,78 +135,6 @@ def _plan_packs(
     )
     packed.compare_ranks()
     return packed
-
-
-def _read_sources(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Documents | MixedDocuments, list[dict[str, Any]]]:
-    """Return the documents, and a description per source.
-
-    All ranks must call it together, see `fetch`.
-    """
-    read, descriptions = [], []
-    for source in sources:
-        documents, revision = _read_source(source, tokenizer)
-        log_counts(source.hf_name, documents, source.settings)
-        read.append(documents)
-        descriptions.append({"name": source.hf_name, "split": source.split, "revision": revision})
-    parts = draw(read, [source.share for source in sources])
-    for description, part in zip(descriptions, parts, strict=True):
-        description |= part.describe()
-    if len(parts) == 1:
-        return read[0], descriptions
-    log_mixture(descriptions)
-    return MixedDocuments(parts), descriptions
-
-
-def _read_source(
-    source: Source, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Documents, str | None]:
-    """Return the documents of a source, and the hub revision they come from."""
-    settings, text_key = source.settings, source.settings.text_key
-    hf_name, split = fetch(source.hf_name, source.split)
-    with local_rank_zero_first(), naming_full_disk(), _naming(source.hf_name):
-        rows = load_rows(hf_name, split, **source.options)
-        revision = find_revision(rows, source.options.get("hf_kwargs"))
-        if text_key is not None:
-            if text_key not in rows.column_names:
-                raise UserError(
-                    f"no column {text_key!r} in {source.hf_name}; there are"
-                    f" {', '.join(rows.column_names)}"
-                    f"{separator_hint(rows.column_names) or ': set text_key'}"
-                )
-            rows = rows.select_columns([text_key])
-        documents = tokenize_rows(
-            *(rows, tokenizer, settings),
-            preprocess=source.preprocess,
-            num_proc=_num_proc(),
-            name=f"{source.hf_name} ({source.split})",
-        )
-        return documents, revision
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Name the source in errors about its rows.
-
-    Errors of `datasets` and pyarrow, whose own message says little, are replaced by their cause.
-    """
-    try:
-        yield
-    except (ValueError, DatasetsError, pa.ArrowException) as error:
-        cause = str(error if isinstance(error, ValueError) else error.__cause__ or error)
-        raise UserError(cause if name in cause else f"{name}: {cause}") from error
-
-
-def _read_streams(
-    dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Documents, list[dict[str, Any]]]:
-    settings = tokenize_settings(dataset, dataset["max_seq_len"])
-    stream = load_streams(dataset, tokenizer)
-    documents = tokenize_stream(stream, tokenizer, settings)
-    log_counts("streams", documents, settings)
-    name = {"name": "streams", "split": dataset.get("split"), "revision": None}
-    return documents, [name | draw([documents], [None])[0].describe()]
 
 
 def _load_packs(
@@ -258,8 +159,3 @@ def _load_packs(
         get_num_samples_in_batch=num_documents,
         get_num_tokens_in_batch=num_tokens,
     )
-
-
-def _num_proc() -> int:
-    """Return the processes to tokenise with: the cores that are ours, at most $MAX_NUM_PROC."""
-    return min(num_cores(), int(os.environ.get("MAX_NUM_PROC", 64)))

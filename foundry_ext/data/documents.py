@@ -1,6 +1,7 @@
 """Tokenised documents, memory-mapped; packs hold indices into them."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -13,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from foundry_ext.data.cache import DamagedTableError, discard
+from foundry_ext.data.token_columns import chunks_of
 from foundry_ext.packing.collator import Document
 from foundry_ext.utils.errors import UserError
 
@@ -28,7 +30,7 @@ class RowOutcome(IntEnum):
     DROPPED_EMPTY = 5
 
 
-# Caches on disk hold these column names: has_loss is a document's loss_mask, num_cut its
+# Columns of an earlier version's tables; data/token_columns.py has today's. num_cut is a document's
 # num_truncated_tokens.
 FEATURES = datasets.Features(
     {
@@ -43,6 +45,21 @@ NUM_UNTRAINED = "num_untrained"
 
 
 _ODD = np.uint64(0x9E3779B185EBCA87)  # spreads a value over all bits, as in xxHash
+
+
+def sketch(
+    lengths: NDArray[np.integer], tokens: Sequence[NDArray[np.integer]]
+) -> NDArray[np.uint64]:
+    """Return [n], a hash of documents' lengths and of their tokens after each quarter but the last.
+
+    Args:
+        lengths: [n] tokens of each document.
+        tokens: three times [n] token ids, at a quarter, half and three quarters of the length.
+    """
+    values = lengths.astype(np.uint64)
+    for ids in tokens:
+        values = (values ^ ids.astype(np.uint64)) * _ODD
+    return values
 
 
 def count_outcomes(
@@ -62,7 +79,7 @@ def count_outcomes(
     return named
 
 
-# Tokens per checksum: 1.3 MB are read and hashed for the first document of a block.
+# Tokens per checksum: .5 MB are read and hashed for the first document of a block.
 _BLOCK = 2**18
 
 
@@ -80,11 +97,11 @@ class Stored:
 class Documents:
     """Random access to token ids and loss masks, directly in the pages of the Arrow files.
 
-    A table from the cache is compared with its checksums: lengths and outcomes here, tokens and
-    loss masks block by block, when the first document of a block is read.
+    A table from the cache is compared with its checksums: lengths, loss masks and outcomes here,
+    tokens block by block, when the first document of a block is read.
 
     Args:
-        table: has the columns of `FEATURES`.
+        table: has the columns of `to_table`, or of `FEATURES`.
         stored: what the cache knows about the table, if it comes from there.
 
     Raises:
@@ -101,23 +118,12 @@ class Documents:
     """
 
     def __init__(self, table: datasets.Dataset, *, stored: Stored | None = None):
-        ids, flags = (table.data.column(name).chunks for name in ("input_ids", "has_loss"))
-        self._chunks = [
-            (
-                chunk.offsets.to_numpy(),
-                chunk.values.to_numpy(),
-                flag.offsets.to_numpy(),
-                flag.values.to_numpy().view(np.bool_),
-            )
-            for chunk, flag in zip(ids, flags, strict=True)
-        ]
-        sizes = [len(chunk[0]) - 1 for chunk in self._chunks]
-        self._first = np.cumsum([0, *sizes])
+        self._chunks = chunks_of(table)
+        self._first = np.cumsum([0, *map(len, self._chunks)])
         self.lengths = np.empty(self._first[-1], np.int32)
-        for start, (offsets, *_) in zip(self._first, self._chunks, strict=False):
-            np.subtract(
-                offsets[1:], offsets[:-1], out=self.lengths[start : start + len(offsets) - 1]
-            )
+        for start, chunk in zip(self._first, self._chunks, strict=False):
+            lengths = self.lengths[start : start + len(chunk)]
+            np.subtract(chunk.offsets[1:], chunk.offsets[:-1], out=lengths)
         self.outcomes = np.asarray(table.data.column("outcome").to_numpy(), dtype=np.int8)
         self.num_truncated_tokens = np.asarray(
             table.data.column("num_cut").to_numpy(), dtype=np.int32
@@ -141,6 +147,11 @@ class Documents:
     def __getitem__(self, index: int) -> Document:
         return self.read(np.array([index]))[0]
 
+    @property
+    def key(self) -> str | None:
+        """The table's key in the cache, if it comes from there."""
+        return None if self._stored is None else self._stored.folder.name
+
     def locate(self, index: int) -> tuple[int, int]:
         """Return (source, index in it); there is one source here."""
         return 0, index
@@ -151,15 +162,11 @@ class Documents:
         rows = indices - self._first[chunks]
         documents = []
         for chunk, row in zip(chunks.tolist(), rows.tolist(), strict=True):
-            ids_at, ids, flags_at, flags = self._chunks[chunk]
+            tokens = self._chunks[chunk]
             if self._unchecked[chunk]:
-                self._compare_blocks(chunk, int(ids_at[row]), int(ids_at[row + 1]))
-            documents.append(
-                Document(
-                    input_ids=ids[ids_at[row] : ids_at[row + 1]],
-                    loss_mask=flags[flags_at[row] : flags_at[row + 1]],
-                )
-            )
+                offsets = tokens.offsets
+                self._compare_blocks(chunk, offsets.item(row), offsets.item(row + 1))
+            documents.append(tokens.document(row))
         return documents
 
     def sketches(self, most_tokens: int) -> NDArray[np.uint64]:
@@ -169,15 +176,13 @@ class Documents:
         sketch, and an empty one has 0.
         """
         sketches = np.zeros(len(self), np.uint64)
-        for start, (offsets, ids, *_) in zip(self._first, self._chunks, strict=False):
+        for start, chunk in zip(self._first, self._chunks, strict=False):
+            offsets, ids = chunk.offsets, chunk.ids
             lengths = np.minimum(np.diff(offsets), most_tokens)
             hashes = sketches[start : start + len(lengths)]
             rows = np.flatnonzero(lengths)
-            values = lengths[rows].astype(np.uint64)
-            for quarter in (1, 2, 3):
-                at = offsets[rows] + lengths[rows] * quarter // 4
-                values = (values ^ ids[at].astype(np.uint64)) * _ODD
-            hashes[rows] = values
+            at = [offsets[rows] + lengths[rows] * quarter // 4 for quarter in (1, 2, 3)]
+            hashes[rows] = sketch(lengths[rows], [ids[one] for one in at])
         return sketches
 
     @cached_property
@@ -185,14 +190,19 @@ class Documents:
         """Hash of all tokens, loss masks and lengths; equal on every machine and path.
 
         The fingerprint of `datasets` changes with a file's path and time, and rows of a stream have
-        no file, so a run could not be resumed with the very same data. Measured: 1.4 GB/s at 5
-        bytes per token, so it is computed when a table is written, and stored beside it.
+        no file, so a run could not be resumed with the very same data. Every number counts as in
+        the first version's files, as int64, int32 or a byte, because a checkpoint of any version
+        holds the fingerprint. It is computed when a table is written, and stored beside it.
         """
         digest = hashlib.sha256(self.lengths.astype(np.int64).tobytes())
-        for ids_at, ids, *_ in self._chunks:
-            digest.update(ids[ids_at[0] : ids_at[-1]])
-        for *_, flags_at, flags in self._chunks:
-            digest.update(flags[flags_at[0] : flags_at[-1]])
+        for chunk in self._chunks:
+            start, end = int(chunk.offsets[0]), int(chunk.offsets[-1])
+            for at in range(start, end, _BLOCK):
+                digest.update(chunk.ids[at : min(at + _BLOCK, end)].astype(np.int32))
+        for first, chunk in zip(self._first, self._chunks, strict=False):
+            lengths = self.lengths[first : first + len(chunk)].tolist()
+            for row, length in enumerate(lengths):
+                digest.update(chunk.loss_mask(row, length).tobytes())
         return digest.hexdigest()[:16]
 
     def source_fingerprints(self) -> list[str]:
@@ -214,23 +224,19 @@ class Documents:
 
     def _hash_index(self) -> str:
         digest = xxhash.xxh3_64(self.fingerprint.encode())
-        for ids_at, _, flags_at, _ in self._chunks:
-            digest.update(ids_at)
-            digest.update(flags_at)
+        for chunk in self._chunks:
+            for array in chunk.index():
+                digest.update(array)
         digest.update(self.outcomes.tobytes())
         digest.update(self.num_truncated_tokens.tobytes())
         digest.update(self.num_untrained.tobytes())
         return digest.hexdigest()
 
     def _num_blocks(self, chunk: int) -> int:
-        return -(-len(self._chunks[chunk][1]) // _BLOCK)
+        return -(-len(self._chunks[chunk].ids) // _BLOCK)
 
     def _hash_block(self, chunk: int, block: int) -> str:
-        _, ids, _, flags = self._chunks[chunk]
-        place = slice(block * _BLOCK, (block + 1) * _BLOCK)
-        digest = xxhash.xxh3_64(ids[place])
-        digest.update(flags[place])
-        return digest.hexdigest()
+        return self._chunks[chunk].hash_block(slice(block * _BLOCK, (block + 1) * _BLOCK))
 
     def _compare_index(self, checksums: dict[str, Any]) -> None:
         sizes = [len(blocks) for blocks in checksums["tokens"]]

@@ -14,9 +14,8 @@ from datasets.exceptions import DatasetsError
 from foundry_ext.utils.errors import one_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-BYTES_PER_TOKEN = 5  # of the columns input_ids and has_loss
 # Text of common tokenizers has 3 to 5 bytes per token. Half of the usual need is taken for certain.
-_NEED_PER_BYTE, _CERTAIN = BYTES_PER_TOKEN / 4, 0.5
+_TEXT_PER_TOKEN, _CERTAIN = 4, 0.5
 
 
 @contextlib.contextmanager
@@ -33,22 +32,31 @@ def naming_full_disk() -> Iterator[None]:
         raise OSError(errno.ENOSPC, text) from error
 
 
-def check_space(rows: datasets.Dataset, columns: Collection[str], most_tokens: int | None) -> None:
+def check_space(
+    rows: datasets.Dataset, columns: Collection[str], most_tokens: int | None, token_bytes: int
+) -> None:
     """Check that the tokens of rows can fit on the disk of the cache.
 
     Args:
         rows: the rows to tokenise.
         columns: those of their columns that are text to tokenise; others are ignored.
         most_tokens: more tokens than this cannot result; None if there is no such limit.
+        token_bytes: bytes of a token on the disk.
 
     Raises:
         OSError: less is free than they certainly need.
     """
     text = rows.data.select([name for name in rows.column_names if name in columns])
     # Below a selection of rows there is the whole table.
-    need = text.nbytes * len(rows) / max(rows.data.num_rows, 1) * _NEED_PER_BYTE
+    num_bytes = text.nbytes * len(rows) / max(rows.data.num_rows, 1)
+    check_space_for_text(num_bytes, most_tokens, token_bytes)
+
+
+def check_space_for_text(num_bytes: float, most_tokens: int | None, token_bytes: int) -> None:
+    """Check that the tokens of so many bytes of text can fit; see `check_space`."""
+    need = num_bytes / _TEXT_PER_TOKEN * token_bytes
     if most_tokens is not None:
-        need = min(need, most_tokens * BYTES_PER_TOKEN)
+        need = min(need, most_tokens * token_bytes)
     if _free() < need * _CERTAIN:
         needed = f", of about {_megabytes(need)} needed"
         raise OSError(errno.ENOSPC, _describe("the rows' tokens", needed))

@@ -37,7 +37,10 @@ def read_json(
     encoding = text_encoding(path, encoding)
     with open_binary(path) as file:
         if field is None and (_is_of_lines(path) or _begins_with_a_row(file, encoding)):
-            rows = _read_lines(path, file, encoding)
+            lines: Iterable[Any] = file  # of bytes, which are faster than those of a text stream
+            if encoding != UTF_8:
+                lines = io.TextIOWrapper(file, encoding, newline="\n")
+            rows = read_lines(path, lines, encoding=encoding)
         else:
             rows = _read_whole(path, file, field, encoding)
         empty = True
@@ -62,13 +65,22 @@ def _begins_with_a_row(file: BinaryIO, encoding: str) -> bool:
         return False
 
 
-def _read_lines(path: Path, file: BinaryIO, encoding: str) -> Iterator[Row]:
-    lines: Iterable[Any] = file  # of bytes, which are faster than those of a text stream
-    if encoding != UTF_8:
-        lines = io.TextIOWrapper(file, encoding, newline="\n")
-    number = 0
+def read_lines(
+    path: Path, lines: Iterable[Any], *, first: int = 1, encoding: str = UTF_8
+) -> Iterator[Row]:
+    """Yield the rows of lines of a file, one object per line.
+
+    Args:
+        path: the file, for errors.
+        lines: bytes, or text if they are not in UTF-8.
+        first: number of the first of these lines in the file.
+        encoding: of the file, for errors.
+
+    Raises:
+        UserError: as in `read_json`.
+    """
     try:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(lines, start=first):
             text = (line if isinstance(line, str) else line.decode()).rstrip(_SPACE)
             if number == 1:
                 text = text.removeprefix("\ufeff")

@@ -101,6 +101,29 @@ def load_files(hf_name: str, split: str, hf_kwargs: Mapping[str, Any]) -> datase
     return _concatenate(rows, split, hf_name)
 
 
+def files_of_split(
+    hf_name: str, split: str, hf_kwargs: Mapping[str, Any]
+) -> tuple[list[Path], dict[str, Any]] | None:
+    """Return the local files of one whole split, and the other options of `hf_kwargs`.
+
+    None stands for anything else that `load_files` or `datasets` reads: a part of a split, several
+    splits, or rows that are not in local files.
+
+    Raises:
+        UserError: no such split, or files that cannot be read as rows.
+        FileNotFoundError: no such file.
+    """
+    options = dict(hf_kwargs)
+    found = _find(hf_name, options)
+    if found is None or split == "all" or not split.replace("_", "").isalnum():
+        return None
+    kind, splits = found
+    if splits is None:
+        return [Path(hf_name)], options
+    named = bool(hf_kwargs.get("data_files"))
+    return (select_split(splits, split, hf_name, named=named), options) if kind is None else None
+
+
 @contextlib.contextmanager
 def _naming_split(split: str, hf_name: str) -> Iterator[None]:
     try:

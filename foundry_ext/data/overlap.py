@@ -43,21 +43,21 @@ def find_overlap(
         trained: the training data.
         indices: documents of `evaluated` that are used; None for all.
     """
-    used = np.flatnonzero(evaluated.documents.lengths) if indices is None else indices
+    used = np.concatenate(list(evaluated.used_documents())) if indices is None else indices
     most = min(evaluated.collator.max_seq_len, trained.collator.max_seq_len)
     digests = list(_digests(evaluated, used, most))
     lacking = set(digests)
     found: dict[bytes, int] = {}
-    sketches = evaluated.documents.sketches(most)[used]
-    candidates = np.flatnonzero(np.isin(trained.documents.sketches(most), sketches))
-    for index, digest in zip(candidates, _digests(trained, candidates, most), strict=True):
-        if digest in lacking:
-            lacking.remove(digest)
-            found[digest] = int(index)
-            if not lacking:
-                break
+    sketches = evaluated.sketches(used, most)
+    for block in trained.used_documents():
+        candidates = block[np.isin(trained.sketches(block, most), sketches)]
+        for index, digest in zip(candidates, _digests(trained, candidates, most), strict=True):
+            if digest in lacking:
+                lacking.remove(digest)
+                found[digest] = int(index)
+        if not lacking:
+            break
     hits = [int(index) for index, digest in zip(used, digests, strict=True) if digest in found]
-    lengths = evaluated.documents.lengths
     example = ""
     if hits:
         theirs = found[next(digest for digest in digests if digest in found)]
@@ -65,7 +65,10 @@ def find_overlap(
     return Overlap(
         documents=len(hits),
         of_documents=len(used),
-        share=float(lengths[hits].sum() / max(1, lengths[used].sum())),
+        share=float(
+            evaluated.lengths_of(np.array(hits, dtype=np.int64)).sum()
+            / max(1, evaluated.lengths_of(used).sum())
+        ),
         example=example,
     )
 
@@ -74,5 +77,5 @@ def _digests(
     dataset: PackedDataset, indices: NDArray[np.integer], most_tokens: int
 ) -> Iterator[bytes]:
     for start in range(0, len(indices), _BLOCK):
-        for document in dataset.documents.read(indices[start : start + _BLOCK]):
+        for document in dataset.read(indices[start : start + _BLOCK]):
             yield xxhash.xxh3_128_digest(document.input_ids[:most_tokens].tobytes())

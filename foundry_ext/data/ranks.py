@@ -14,7 +14,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from composer.utils import dist
@@ -27,32 +27,37 @@ log = logging.getLogger(__name__)
 
 _POLL, _BEAT = 0.1, 5.0  # seconds
 _SILENCE = 300.0  # seconds without a heartbeat after which a rank is taken for dead
+_ARRIVAL = 3600.0  # seconds until a rank, which may be saving a checkpoint, comes to a meeting
 _MENTION = 30.0  # seconds of waiting after which a log line says for whom
 _LEAVE = 10.0  # seconds that a failing rank gives the others to read why
 _SHOWN = 3  # differing keys that an error shows
 
 
 @contextlib.contextmanager
-def local_rank_zero_first() -> Iterator[None]:
+def local_rank_zero_first() -> Iterator[dict[str, Any]]:
     """Let each node's first rank fill the cache on disk before the node's other ranks read it.
 
     All ranks call it together, and leave it together when all are done. There is no time limit as
     long as the others are alive. The body must not contain a collective, or the first rank would
     wait for the others forever.
 
+    Yields:
+        what the node's first rank has found out, for the others: it fills the dict with anything
+        that JSON has, and each other rank gets a copy.
+
     Raises:
         UserError: another rank failed or died; names it, its node and its error. The rank that
             failed raises its own error.
     """
     if dist.get_world_size() == 1:
-        yield
+        yield {}
         return
     with _Meeting() as meeting:
         first = dist.get_global_rank() - dist.get_local_rank()
-        if first != dist.get_global_rank():
-            meeting.wait_for(first)
-        yield
-        meeting.post("done")
+        is_first = first == dist.get_global_rank()
+        found = {} if is_first else json.loads(meeting.wait_for(first))
+        yield found
+        meeting.post(json.dumps(found if is_first else {}))
         for rank in range(dist.get_world_size()):
             meeting.wait_for(rank)
 
@@ -81,6 +86,33 @@ def check_same(items: Mapping[str, Any], way_out: str) -> None:
                 faults = _differences(*(meeting.items(one) for one in (0, rank)))
                 if faults:
                     raise UserError(_describe(faults, meeting.name(0), meeting.name(rank), way_out))
+
+
+def shared_out(work: Callable[[], Any]) -> list[Any]:
+    """Return what each rank's work returns, by rank; anything that JSON has.
+
+    All ranks call it together, and work at the same time, for as long as it takes.
+    """
+    if dist.get_world_size() == 1:
+        return [work()]
+    with _Meeting(arrival=_ARRIVAL) as meeting:
+        meeting.post(json.dumps(work()))
+        return [json.loads(meeting.wait_for(rank)) for rank in range(dist.get_world_size())]
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """Return what rank 0 makes; anything that JSON has. All ranks call it together."""
+    if dist.get_world_size() == 1:
+        return make()
+    with _Meeting(arrival=_ARRIVAL) as meeting:
+        if meeting.rank == 0:
+            meeting.post(json.dumps(make()))
+        made = json.loads(meeting.wait_for(0))
+        if meeting.rank != 0:
+            meeting.post("heard")
+        for rank in range(dist.get_world_size()):  # rank 0's process holds the store
+            meeting.wait_for(rank)
+        return made
 
 
 @contextlib.contextmanager
@@ -138,8 +170,8 @@ class _Meeting:
     has_failed: ClassVar[bool] = False
     """The last one ended with an error, which all know."""
 
-    def __init__(self) -> None:
-        self.rank = dist.get_global_rank()
+    def __init__(self, *, arrival: float | None = None) -> None:
+        self.rank, self.arrival = dist.get_global_rank(), arrival
         # Its stubs lack `check`.
         self.store: Any = PrefixStore(f"foundry_ext/{_Meeting.held}", _get_default_store())
         _Meeting.held += 1
@@ -192,7 +224,7 @@ class _Meeting:
                 seen = self._last_beat(rank)
                 if seen != beat:
                     beat, heard = seen, now
-                elif now - heard > _SILENCE:
+                elif now - heard > (_SILENCE if beat or not self.arrival else self.arrival):
                     raise UserError(
                         f"{self.name(rank)} has not been heard of for {_SILENCE:.0f} seconds, so"
                         " its process or machine has ended or cannot be reached; see its output,"

@@ -19,18 +19,20 @@ _ROWS = (
 )
 
 
-def naming_row(index: int, function: Callable[[Any], Any], row: Any) -> Any:
+def naming_row(place: int | str, function: Callable[[Any], Any], row: Any) -> Any:
     """Return function(row).
 
     Raises:
-        UserError: the function raised anything; names the row, counted from 0, and what it lacks.
+        UserError: the function raised anything; names the row, by its number from 0 or by a place
+            such as `rows.jsonl, line 3`, and what it lacks.
     """
     try:
         return function(row)
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         fault = _explain(error, row if isinstance(row, dict) else {})
-        raise UserError(f"row {index}: {kind}{fault}") from error
+        name = f"row {place}" if isinstance(place, int) else place
+        raise UserError(f"{name}: {kind}{fault}") from error
 
 
 def _explain(error: Exception, row: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ other column is kept as JSON, and read back as it was.
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -63,6 +63,7 @@ with warnings.catch_warnings():
     register_feature(JsonValue, "FoundryExtJsonValue")
 
 _ROLES = {*ALLOWED_MESSAGES_KEYS, *ALLOWED_PROMPT_KEYS, *ALLOWED_RESPONSE_KEYS}
+_NOTHING = (None, "", [], {})
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 2**24
 _MOST_LEVELS = 50  # of a value with an Arrow type; Arrow reads files of at most 64
 _NAMES = {"string": "text", "bool": "true or false", "int64": "a number", "float64": "a number"}
@@ -206,6 +207,13 @@ def without_empty_columns(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.remove_columns([name for name in extra if _is_empty(rows, name)])
 
 
+def without_empty_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without keys that hold nothing in any of them, as `without_empty_columns`."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    full = {key for key in keys if any(row.get(key) not in _NOTHING for row in rows)} | _ROLES
+    return [{key: value for key, value in row.items() if key in full} for row in rows]
+
+
 def _is_empty(rows: datasets.Dataset, name: str) -> bool:
     feature = rows.features[name]
     no_items = datasets.Sequence(datasets.Value("null"))
@@ -213,4 +221,4 @@ def _is_empty(rows: datasets.Dataset, name: str) -> bool:
     if not may_be_empty and getattr(feature, "dtype", None) not in ("string", "large_string"):
         return getattr(feature, "dtype", None) == "null"
     batches = cast(Iterator[dict[str, Any]], rows.select_columns([name]).iter(_BATCH_ROWS))
-    return all(value in (None, "", [], {}) for batch in batches for value in batch[name])
+    return all(value in _NOTHING for batch in batches for value in batch[name])

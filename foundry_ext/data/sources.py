@@ -1,12 +1,11 @@
-"""Sources of rows: the hub at a revision, local JSONL, Parquet or CSV, MDS streams.
+"""Sources of rows: the hub at a revision, local JSONL, Parquet or CSV.
 
-Every source ends as a memory-mapped `datasets.Dataset` of raw rows or, for MDS, as stored rows.
+Every source ends as a memory-mapped `datasets.Dataset` of raw rows; streams.py has MDS shards.
 """
 
 import contextlib
 import hashlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -18,11 +17,8 @@ from composer.utils import parse_uri
 from datasets.data_files import EmptyDatasetError
 from huggingface_hub.errors import HFValidationError
 from llmfoundry.data.finetuning.dataloader import _download_remote_hf_dataset
-from llmfoundry.data.finetuning.tasks import SUPPORTED_EXTENSIONS, StreamingFinetuningDataset
-from llmfoundry.data.text_data import build_streams
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from llmfoundry.data.finetuning.tasks import SUPPORTED_EXTENSIONS
 
-from foundry_ext.data.config import STREAM_KEYS
 from foundry_ext.data.files import KINDS
 from foundry_ext.data.local_rows import cache_of_folder, load_files
 from foundry_ext.utils.errors import UserError
@@ -158,14 +154,10 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
     """
     if by not in rows.column_names:
         raise UserError(f"holdout: no column {by!r}; there are {', '.join(rows.column_names)}")
-    if part not in ("train", "eval") or not 0 < fraction < 1:
-        raise UserError(
-            f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in"
-            " (0, 1)"
-        )
+    check_part(fraction, part)
 
     def is_wanted(values: list[Any]) -> list[bool]:
-        return [(_share(str(value)) < fraction) == (part == "eval") for value in values]
+        return [is_in_part(value, fraction, part) for value in values]
 
     return rows.filter(
         is_wanted,
@@ -178,55 +170,24 @@ def hold_out(rows: datasets.Dataset, *, by: str, fraction: float, part: str) -> 
     )
 
 
-def _share(value: str) -> float:
-    """Return a number in [0, 1) that depends on the text only."""
-    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64
+def check_part(fraction: Any, part: Any) -> None:
+    """Check the values of `holdout`.
 
-
-def _check_local(stream: dict[str, Any]) -> None:
-    if stream.get("local") is None or stream.get("remote") is not None:
-        return
-    folder = Path(stream["local"], stream.get("split") or "")
-    if not (folder / "index.json").is_file():
-        raise FileNotFoundError(
-            f"local: {folder} holds no MDS shards, no index.json; set remote to the place they are"
-            " copied from, or give hf_name other files of rows"
+    Raises:
+        UserError: they name no part.
+    """
+    if part not in ("train", "eval") or not 0 < fraction < 1:
+        raise UserError(
+            f"holdout: part {part!r}, fraction {fraction!r}; part is train or eval, fraction in"
+            " (0, 1)"
         )
 
 
-_WEIGHTS = ("proportion", "repeat", "choose")
+def is_in_part(value: Any, fraction: float, part: str) -> bool:
+    """Return whether a row with this value of the column `by` is in a part, see `hold_out`."""
+    return (_share(str(value)) < fraction) == (part == "eval")
 
 
-class _StoredRows(StreamingFinetuningDataset):
-    """MDS rows as they are stored: `turns` of tokens, or text that is not tokenised yet."""
-
-    def tokenize_example(self, example: Any) -> Any:
-        return example
-
-
-def load_streams(
-    dataset: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> StreamingFinetuningDataset:
-    """Return MDS streams: row `i`, in stored order, is text, or has `turns` if it is tokenised.
-
-    All of it will be read, so it must fit on disk. All ranks must call this together, because they
-    wait for each other in it.
-
-    Raises:
-        UserError: weighted streams, which a plan over complete documents does not draw.
-    """
-    streams = dataset.get("streams")
-    for name, stream in (streams or {}).items():
-        weighted = [key for key in _WEIGHTS if stream.get(key) is not None]
-        if weighted:
-            raise UserError(
-                f"streams.{name}.{weighted[0]}: weighted streams are not supported by"
-                " packed_finetuning; every document is used once per epoch"
-            )
-    for stream in (dataset, *(streams or {}).values()):
-        _check_local(stream)
-    arguments = {key: dataset[key] for key in STREAM_KEYS & dataset.keys()}
-    if streams is not None:
-        arguments["streams"] = build_streams(streams)
-    # llm-foundry would cut tokenised rows to max_seq_len, before `overlong` sees and counts them.
-    return _StoredRows(tokenizer=tokenizer, max_seq_len=sys.maxsize, batch_size=1, **arguments)
+def _share(value: str) -> float:
+    """Return a number in [0, 1) that depends on the text only."""
+    return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") / 2**64

@@ -1,13 +1,17 @@
 """Rows of tokens -> the table of documents; decides what is truncated, split or dropped."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from datasets.utils import tqdm
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import FEATURES, NUM_UNTRAINED, RowOutcome
+from foundry_ext.data.documents import NUM_UNTRAINED, RowOutcome
+from foundry_ext.data.token_columns import ENDS, IDS, ids_type, mask_ends
 from foundry_ext.utils.errors import UserError
 
 
@@ -77,25 +81,40 @@ def _document(tokens: Tokens, outcome: RowOutcome, num_truncated_tokens: int = 0
     return Record(tokens, outcome, num_truncated_tokens)
 
 
-def to_table(records: Iterable[Record], *, with_responses: bool = False) -> pa.Table:
-    """Return the columns of `FEATURES`, built from arrays without a Python object per token.
+def to_table(
+    records: Iterable[Record], *, max_id: int = 2**31 - 1, with_responses: bool = False
+) -> pa.Table:
+    """Return the columns of data/token_columns.py, built without a Python object per token.
 
-    `with_responses` adds NUM_UNTRAINED.
+    Args:
+        records: the documents.
+        max_id: the tokenizer's largest id.
+        with_responses: add NUM_UNTRAINED, and the loss masks, which plain text does without.
     """
     tokens, outcomes, num_truncated_tokens, num_untrained = zip(*records, strict=True)
     offsets = np.cumsum([0, *(len(row.input_ids) for row in tokens)], dtype=np.int32)
+    ids = pa.array(np.concatenate([row.input_ids for row in tokens]))
     columns = {
-        "input_ids": pa.ListArray.from_arrays(
-            offsets, np.concatenate([row.input_ids for row in tokens])
-        ),
-        "has_loss": pa.ListArray.from_arrays(
-            offsets, np.concatenate([row.loss_mask for row in tokens]).view(np.uint8)
-        ),
+        IDS: pa.ListArray.from_arrays(offsets, ids.cast(ids_type(max_id))),
         "outcome": np.array(outcomes, dtype=np.int8),
         "num_cut": np.array(num_truncated_tokens, dtype=np.int32),
     }
-    schema = FEATURES.arrow_schema
     if with_responses:
+        columns[ENDS] = mask_ends(np.concatenate([row.loss_mask for row in tokens]), offsets)
         columns[NUM_UNTRAINED] = np.array(num_untrained, dtype=np.int32)
-        schema = schema.append(pa.field(NUM_UNTRAINED, pa.int32()))
-    return pa.table(columns, schema=schema)
+    return pa.table(columns)
+
+
+def write_table(
+    path: Path, batches: Sequence[range], tables: Iterator[pa.Table], description: str
+) -> None:
+    """Write the tables of batches of rows, in order, as one Arrow stream, with a progress bar."""
+    first = next(tables)
+    with (
+        tqdm(total=batches[-1].stop, unit=" rows", desc=description) as bar,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, first.schema) as writer,
+    ):
+        for batch, table in zip(batches, chain([first], tables), strict=True):
+            writer.write_table(table)
+            bar.update(len(batch))

@@ -5,6 +5,7 @@ a row means the same under `finetuning` and `packed_finetuning`. A document has 
 `max_seq_len` tokens; `overlong` decides what happens to a longer row, which is always counted.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,15 +17,16 @@ import numpy as np
 import pyarrow as pa
 from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
 from llmfoundry.data.finetuning.tasks import (
-    StreamingFinetuningDataset,
     _get_example_type,
-    _slice_chat_formatted_example,
     tokenize_formatted_example,
 )
+from numpy.typing import NDArray
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.batches import count_processes, row_sizes, split_rows, work_on
 from foundry_ext.data.cache import table_key
 from foundry_ext.data.cached_documents import cached_documents
+from foundry_ext.data.chats import ChatSlicer
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.full_disk import check_space
 from foundry_ext.data.preprocessing import format_row
@@ -32,7 +34,8 @@ from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.rows import without_empty_columns
 from foundry_ext.data.settings import TokenizeSettings
 from foundry_ext.data.special_tokens import SpecialTokens, WithoutSpecialTokens
-from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table
+from foundry_ext.data.table import NO_TOKENS, Tokens, to_records, to_table, write_table
+from foundry_ext.data.token_columns import ids_type
 from foundry_ext.utils.constants import IGNORE_INDEX
 from foundry_ext.utils.errors import UserError
 
@@ -54,7 +57,7 @@ def tokenize_rows(
     """Tokenise rows, or find them in the cache by their content, see data/cache.py.
 
     Rows are prompt/response or chat rows after `preprocess`, or have `settings.text_key`. Each of
-    `num_proc` processes gets 1000 rows or more. The progress bar shows `name`.
+    `num_proc` processes gets some MB of rows. The progress bar shows `name`.
 
     Raises:
         UserError: no rows; a row that cannot be read, or is too long under `overlong: error`. The
@@ -64,19 +67,19 @@ def tokenize_rows(
         raise UserError("the dataset has no rows; check its split and holdout")
     if preprocess is None and settings.text_key is None:
         rows = without_empty_columns(rows)
-    reader = _Reader(tokenizer, settings)
+    reader = RowReader(tokenizer, settings)
+    table = _table_of(rows, reader, preprocess)
 
-    def write(folder: Path) -> datasets.Dataset:
+    def write(folder: Path) -> None:
         if preprocess is None:  # which may leave out anything
             most = None if settings.overlong == "split" else len(rows) * settings.max_seq_len
-            check_space(rows, [settings.text_key or "prompt", "response", "messages"], most)
-        return _map(
-            rows,
-            _table_of(reader, preprocess),
-            num_proc=min(num_proc or 1, len(rows) // 1000) or None,
-            desc=f"Tokenizing {name}",
-            cache_file_name=str(folder / "part.arrow"),
-        )
+            columns = [settings.text_key or "prompt", "response", "messages"]
+            check_space(rows, columns, most, reader.token_bytes)
+        sizes = row_sizes(rows)
+        batches = split_rows(sizes)
+        num_processes = count_processes(int(sizes.sum()), num_proc or 1)
+        with contextlib.closing(work_on(batches, table, num_processes)) as tables:
+            write_table(folder / "part.arrow", batches, tables, f"Tokenizing {name}")
 
     deciding = asdict(settings) | reader.version
     if preprocess is not None:  # earlier ones let nulls inside values become text
@@ -84,51 +87,27 @@ def tokenize_rows(
     return cached_documents(table_key(rows, tokenizer, deciding, preprocess), write)
 
 
-def tokenize_stream(
-    rows: StreamingFinetuningDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: TokenizeSettings,
-) -> Documents:
-    """Tokenise the rows of `load_streams`; the documents stay in memory and are not cached."""
-    reader = _Reader(tokenizer, settings)
+def _table_of(
+    rows: datasets.Dataset, reader: "RowReader", preprocess: Preprocess | None
+) -> Callable[[range], pa.Table]:
+    """Return a function that makes the table of a batch of rows."""
 
-    def table(batch: dict[str, list[int]]) -> pa.Table:
-        indices = batch["index"]
-        stored = [naming_row(index, rows.__getitem__, index) for index in indices]
-        return reader.table(indices, _read(reader, stored, indices, reader.read_stored))
-
-    indices = datasets.Dataset.from_dict({"index": list(range(rows.num_samples))})
-    return Documents(_map(indices, table, with_indices=False, desc="Reading streams"))
-
-
-def _map(rows: datasets.Dataset, table: Callable[..., pa.Table], **settings: Any) -> Any:
-    """Map without the cache of `datasets`, whose key would be the rows' path and time."""
-    return rows.map(
-        table,
-        batched=True,
-        remove_columns=rows.column_names,
-        new_fingerprint="documents",
-        load_from_cache_file=False,
-        **{"with_indices": True, **settings},
-    )
-
-
-def _table_of(reader: "_Reader", preprocess: Preprocess | None) -> Callable[..., pa.Table]:
-    def table(batch: dict[str, list[Any]], indices: list[int]) -> pa.Table:
-        names = list(batch)
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+    def table(batch: range) -> pa.Table:
+        columns = rows[batch.start : batch.stop]
+        names = list(columns)
+        found = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         if preprocess is not None and reader.settings.text_key is None:
             formatted = partial(format_row, preprocess)
-            rows = [naming_row(i, formatted, row) for i, row in zip(indices, rows, strict=True)]
-        return reader.table(indices, _read(reader, rows, indices, reader.read))
+            found = [naming_row(i, formatted, row) for i, row in zip(batch, found, strict=True)]
+        return reader.table(batch, read_rows(reader, found, batch, reader.read))
 
     return table
 
 
-def _read(
-    reader: "_Reader",
+def read_rows(
+    reader: "RowReader",
     rows: Sequence[dict[str, Any]],
-    indices: Sequence[int],
+    indices: Sequence[int | str],
     read: Callable[[dict[str, Any]], Tokens],
 ) -> list[Tokens]:
     """Return the tokens of rows, read together if that is possible, otherwise by `read`."""
@@ -138,13 +117,16 @@ def _read(
     return tokens
 
 
-class _Reader:
+class RowReader:
     """Tokenizer of formatted rows: one as llm-foundry does it, or many, equal but faster."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings):
         self.tokenizer, self.settings = tokenizer, settings
         self.plain: Any = WithoutSpecialTokens(tokenizer)
         self.special = SpecialTokens(tokenizer)
+        self.slice_chat = ChatSlicer(tokenizer)
+        self.max_id = max(tokenizer.get_vocab().values())
+        self.token_bytes: int = ids_type(self.max_id).bit_width // 8
 
     @property
     def version(self) -> dict[str, int]:
@@ -167,7 +149,28 @@ class _Reader:
 
     def read_stored(self, row: dict[str, Any]) -> Tokens:
         """Return the tokens of a row of a stream, which may be tokenised already."""
-        return self.stitch(row["turns"], is_chat=True) if "turns" in row else self.read(row)
+        text_key = self.settings.text_key
+        if text_key is None and "turns" in row:
+            for turn in row["turns"]:
+                self._check(np.array([*turn["input_ids"], *turn["labels"]]))
+            return self.stitch(row["turns"], is_chat=True)
+        if text_key is None or text_key in row:
+            return self.read(row)
+        if "tokens" not in row:
+            raise UserError(f"no {text_key!r} and no 'tokens'; there are {', '.join(row)}")
+        ids = np.asarray(row["tokens"])  # as they are: whoever wrote them may have joined texts
+        self._check(ids)
+        ids = ids.astype(np.int32)
+        return Tokens(ids, np.ones(len(ids), np.bool_)) if len(ids) else NO_TOKENS
+
+    def _check(self, ids: NDArray[np.integer]) -> None:
+        """Check that stored ids are those of a tokenizer as large as this one."""
+        bad = ids[(ids < 0) | (ids >= (2**16 if self.token_bytes == 2 else 2**31))]
+        if len(bad):
+            raise UserError(
+                f"the token {bad[0]} is beyond the tokenizer's {self.max_id}; give the tokenizer"
+                " that the shards were tokenized with"
+            )
 
     def _join(self, turns: Sequence[Any], *, is_chat: bool) -> Tokens:
         """Join the turns of a row of text, with the tokens that the tokenizer puts around it."""
@@ -201,7 +204,7 @@ class _Reader:
         for index, row in zip(indices, rows, strict=True):
             first, *rest = to_records(index, row, settings.max_seq_len, settings.overlong)
             records += [first._replace(num_untrained=row.num_untrained), *rest]
-        return to_table(records, with_responses=settings.text_key is None)
+        return to_table(records, max_id=self.max_id, with_responses=settings.text_key is None)
 
     def _text(self, text: str, ids: list[int]) -> Tokens:
         """Return a plain text: closed with end-of-text, which is learned too."""
@@ -249,8 +252,7 @@ class _Reader:
     def _texts(self, row: dict[str, Any], kind: str) -> list[str]:
         """Return prompt, response, prompt, response, ... of a row."""
         if kind == "chat":
-            turns = _slice_chat_formatted_example(cast(Any, row), self.tokenizer)
-            return [text for turn in turns for text in turn]
+            return self.slice_chat(row)
         return [row["prompt"], *(text for key, text in row.items() if key != "prompt")]
 
     def _encode(self, texts: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from foundry_ext.data.prepared.documents import PreparedDocuments
 from foundry_ext.evaluation.config import DocumentsSetConfig
 from foundry_ext.evaluation.metrics import Item
 from foundry_ext.evaluation.scoring import Shard, evenly_spaced, score_documents
@@ -41,13 +42,19 @@ class DocumentsSet:
         spec = builders[name](tokenizer=tokenizer, device_batch_size=1, **loader)
         dataloader: Any = spec.dataloader
         self.dataset: packed.PackedDataset = dataloader.dataset
-        used = self.dataset.sampler.used
+        if isinstance(self.dataset.documents, PreparedDocuments):
+            raise UserError(
+                f"sets.{config.name}.loader.dataset.prepared: a set's documents are measured one by"
+                " one; name their rows in hf_name"
+            )
+        self.documents = self.dataset.documents
+        (used,) = self.dataset.used_documents()
         self.indices = used[evenly_spaced(len(used), config.max_documents)]
 
     @property
     def description(self) -> dict[str, Any]:
         """Identity of the data, for the run's record."""
-        documents = self.dataset.documents
+        documents = self.documents
         return {
             "name": self.dataset.describe_sources("name"),
             "revision": self.dataset.describe_sources("revision"),
@@ -60,7 +67,7 @@ class DocumentsSet:
     @property
     def digest(self) -> str:
         """Digest of the documents; those that are measured follow from it and from the settings."""
-        return self.dataset.documents.fingerprint
+        return self.documents.fingerprint
 
     def measure(
         self, model: SmolLM2ForCausalLM, base: BaseStates | None, shard: Shard
@@ -73,7 +80,7 @@ class DocumentsSet:
         scores = score_documents(
             model,
             self.indices,
-            dataset.documents.lengths[self.indices].astype(np.int64),
+            self.documents.lengths[self.indices].astype(np.int64),
             lambda indices: dataset[np.asarray(indices)],
             name=self.config.name,
             capacity=dataset.sampler.capacity,

@@ -13,7 +13,7 @@ from foundry_ext.utils.nested import leaves
 from foundry_ext.utils.redaction import redact
 
 # Keys that may differ from node to node, by their last part. The readers compare the data itself.
-_SOURCES = ("cache_dir", "data_dir", "hf_name", "local", "remote")
+_SOURCES = ("cache_dir", "data_dir", "hf_name", "local", "prepared", "remote")
 _OUTPUTS = ("filename", "folder", "items", "path")
 _READING = ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "timeout")
 _WAY_OUT = (

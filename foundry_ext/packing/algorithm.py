@@ -41,6 +41,7 @@ def pack(
     *,
     seed: int,
     epoch: int,
+    number: int | None = None,
     window: int = 2**17,
 ) -> Packs:
     """Put every document into exactly one pack of at most `capacity` tokens.
@@ -59,6 +60,7 @@ def pack(
         seed: seed of the shuffle, together with `epoch`. Equal arguments give equal packs under
             one version of numpy, whose generators may change (NEP 19).
         epoch: see `seed`.
+        number: see `seed`; for plans that are made of several calls.
         window: documents packed at a time. It bounds the working memory, not the shuffle, which is
             over all documents. Below about 2**14 packing efficiency drops, and long and short
             documents are mixed less.
@@ -70,7 +72,7 @@ def pack(
     check_least(1, capacity=capacity, window=window)
     check_least(0, seed=seed, epoch=epoch)
     lengths = check_lengths(lengths, capacity)
-    rng = np.random.default_rng((seed, epoch))
+    rng = np.random.default_rng((seed, epoch) if number is None else (seed, epoch, number))
     documents, sizes = zip(*_packed_windows(lengths, capacity, window, rng), strict=True)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
     return Packs(np.concatenate(documents), offsets, capacity, int(lengths.sum(dtype=np.int64)))
@@ -117,12 +119,18 @@ def most_documents(lengths: np.ndarray, capacity: int) -> int:
         lengths: [num_documents], tokens of each document, positive integers.
         capacity: tokens that a pack can hold.
     """
-    counts = np.bincount(lengths)
+    return most_of_counts(np.bincount(lengths), capacity)
+
+
+def most_of_counts(counts: np.ndarray, capacity: int) -> int:
+    """Return `most_documents` for counts[l] documents of l tokens; counts[0] is ignored."""
+    counts = counts.copy()
+    counts[:1] = 0
     tokens = np.cumsum(counts * np.arange(len(counts)))  # in documents of up to this length
     # The first length of which not all documents fit beside all shorter ones.
     partial = int(np.searchsorted(tokens, capacity, side="right"))
     if partial == len(counts):
-        return len(lengths)
+        return int(counts.sum())
     left = capacity - int(tokens[partial - 1])
     return int(counts[:partial].sum()) + left // partial
 

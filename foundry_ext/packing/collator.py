@@ -13,7 +13,10 @@ from foundry_ext.utils.constants import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids [L], and a mask [L] bool of those that carry loss."""
+    """Token ids [L], perhaps uint16, and a mask [L] bool of those that carry loss.
+
+    Widen the ids before computing with them: in uint16, -100 is 65436.
+    """
 
     input_ids: NDArray[np.integer]
     loss_mask: NDArray[np.bool_]
@@ -41,17 +44,33 @@ class PackCollator:
 
     def __call__(self, documents: Sequence[Document]) -> Pack:
         """Join documents; an empty sequence gives the empty pack, one pad token without loss."""
-        lengths = np.array([len(document.input_ids) for document in documents], dtype=np.int64)
-        num_tokens = int(lengths.sum())
+        if not documents:
+            return self.join(np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))
+        return self.join(
+            np.concatenate([document.input_ids for document in documents]),
+            np.concatenate([document.loss_mask for document in documents]),
+            np.array([len(document.input_ids) for document in documents], dtype=np.int64),
+        )
+
+    def join(
+        self, ids: NDArray[np.integer], loss_mask: NDArray[np.bool_], lengths: NDArray[np.int64]
+    ) -> Pack:
+        """Return the pack of documents that lie end to end already.
+
+        Args:
+            ids: [T] token ids of all documents.
+            loss_mask: [T] those that carry loss; overwritten.
+            lengths: [D] tokens of each document.
+        """
+        num_tokens, num_documents = len(ids), len(lengths)
         # A kernel needs at least one token, hence the pad token of an empty pack.
         num_computed_tokens = self.pack_tokens if self.fixed_shape else max(num_tokens, 1)
         input_ids = np.full(num_computed_tokens, self.pad_token_id, dtype=np.int64)
         labels = np.full(num_computed_tokens, IGNORE_INDEX, dtype=np.int64)
         cu_seqlens = self._offsets(lengths, num_computed_tokens)
-        if documents:
-            np.concatenate([d.input_ids for d in documents], out=input_ids[:num_tokens])
-            loss_mask = np.concatenate([d.loss_mask for d in documents])
-            loss_mask[cu_seqlens[: len(documents)]] = False
+        if num_documents:
+            input_ids[:num_tokens] = ids
+            loss_mask[cu_seqlens[:num_documents]] = False
             np.copyto(labels[:num_tokens], input_ids[:num_tokens], where=loss_mask)
         position_ids = np.arange(num_computed_tokens) - np.repeat(
             cu_seqlens[:-1], np.diff(cu_seqlens)
@@ -62,7 +81,7 @@ class PackCollator:
             labels=torch.from_numpy(labels)[None],
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             max_seqlen=self.max_seq_len,
-            num_documents=len(documents),
+            num_documents=num_documents,
             num_tokens=num_tokens,
             num_loss_tokens=int(np.count_nonzero(labels != IGNORE_INDEX)),
             sum_squared_lengths=int(lengths @ lengths),

@@ -1,7 +1,7 @@
 """The packs of an epoch, and checks of what they are made from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,17 @@ class Packs:
     def packing_efficiency(self) -> float:
         """Tokens over capacity, 0 to 1; 1 without packs, because nothing is wasted."""
         return self.num_tokens / (len(self) * self.capacity) if len(self) else 1.0
+
+
+def reordered(packs: Packs, rng: np.random.Generator) -> Packs:
+    """Return the same packs in another order."""
+    # numpy only: there may be millions of packs, too many for a Python object each.
+    order = rng.permutation(len(packs))
+    sizes = np.diff(packs.offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    index = np.repeat(packs.offsets[:-1][order] - offsets[:-1], sizes)
+    index += np.arange(len(index))
+    return replace(packs, documents=packs.documents[index], offsets=offsets)
 
 
 def check_least(least: int, **values: int) -> None:

@@ -10,15 +10,16 @@ Example, 2 ranks of 1 pack, packs A B C: rank 0 gets [A] [C], rank 1 gets [B] [e
 
 import hashlib
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 from foundry_ext.packing.algorithm import pack, pack_in_order
-from foundry_ext.packing.packs import Packs
+from foundry_ext.packing.packs import Packs, reordered
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,19 +27,20 @@ log = logging.getLogger(__name__)
 _EMPTY = np.empty(0, dtype=np.int64)
 
 
-class PackedBatchSampler(DistributedSampler):
-    """A batch sampler that yields lists of packs, each an int64 array of document indices.
+class BatchSampler(DistributedSampler):
+    """A batch sampler that yields lists of packs, each an int64 array of documents.
 
     Composer recognises a sampler that distributes data over ranks by its type, DistributedSampler,
     and calls `set_epoch` before every epoch. In evaluation it also cuts off
     `total_size - len(dataset)` samples as padding. Here the two are equal, because an empty pack
     holds no sample.
+
+    Subclasses say which packs an epoch has.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        lengths: NDArray[np.integer],
         *,
         capacity: int,
         batch_packs: int,
@@ -48,11 +50,10 @@ class PackedBatchSampler(DistributedSampler):
         seed: int,
         drop_last: bool = False,
     ):
-        """Plan the first epoch.
+        """Hold the settings.
 
         Args:
             dataset: `len` is the number of documents.
-            lengths: [num_documents], tokens of each document; 0 leaves a document out.
             capacity: tokens that a pack can hold.
             batch_packs: packs per batch on this rank.
             rank: this process's rank.
@@ -61,28 +62,114 @@ class PackedBatchSampler(DistributedSampler):
                 their own order, in packs of neighbours.
             seed: seed of the plans; without effect if nothing is shuffled.
             drop_last: leave out a last global batch that is incomplete.
-
-        Raises:
-            UserError: there are no documents, or with `drop_last` too few for one batch.
         """
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.total_size = len(dataset)  # pyright: ignore[reportArgumentType]
-        self.used = np.flatnonzero(lengths)
-        self.lengths = np.asarray(lengths)[self.used]
         self.capacity, self.batch_packs = capacity, batch_packs
         self.drop_last = drop_last
         self._resume_at = 0, 0  # epoch, batch
-        self._plan: tuple[int, Packs] | None = None
         self._num_batches: int | None = None
+
+    @abstractmethod
+    def num_packs(self, epoch: int) -> int:
+        """Return the number of packs of an epoch."""
+
+    @abstractmethod
+    def documents_of_pack(self, epoch: int, index: int) -> NDArray[np.int64]:
+        """Return the documents of one pack of an epoch."""
+
+    @abstractmethod
+    def first_window(self) -> tuple[NDArray[np.int64], NDArray[np.integer], Packs]:
+        """Return documents that are planned together, from the beginning of the first epoch.
+
+        They are [n] documents, [n] tokens of each, and their packs, which hold indices into both.
+        Without windows they are all documents of the epoch.
+        """
+
+    @abstractmethod
+    def plan_digest(self, epoch: int) -> str:
+        """Return a hash of an epoch's packs, to compare the packs of two runs."""
+
+    def _check_not_empty(self) -> None:
+        if len(self) == 0:
+            raise UserError(
+                f"{self.num_packs(0)} packs do not fill one global batch of"
+                f" {self.batch_packs} x {self.num_replicas}; lower the batch size, or set"
+                " drop_last: false"
+            )
+
+    def _batches_of(self, num_packs: int) -> int:
+        complete, rest = divmod(num_packs, self.batch_packs * self.num_replicas)
+        return complete if self.drop_last else complete + bool(rest)
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch, the same in every epoch and on every rank."""
+        if self._num_batches is None:
+            self._num_batches = self._batches_of(self.num_packs(0))
+        return self._num_batches
+
+    def resume_at(self, *, epoch: int, batch: int) -> None:
+        """Start the next iteration at `batch` if it is over `epoch`, otherwise at 0."""
+        self.epoch = epoch
+        self._resume_at = epoch, batch
+
+    @property
+    def first_batch(self) -> int:
+        """First batch of the next iteration.
+
+        If `max_duration` stops Composer right after an epoch's last batch, the checkpoint holds
+        that batch's number although the clock is in the next epoch already. That epoch starts at 0.
+        """
+        epoch, batch = self._resume_at
+        return batch if epoch == self.epoch else 0
+
+    def __iter__(self) -> Iterator[list[NDArray[np.int64]]]:
+        first, self._resume_at = self.first_batch, (0, 0)
+        for batch in range(first, self.num_batches(self.epoch)):
+            yield self.batch(batch)
+
+    def num_batches(self, epoch: int) -> int:
+        """Return the number of batches of an epoch, at most `len`."""
+        return len(self)
+
+    def batch(self, index: int) -> list[NDArray[np.int64]]:
+        """Return this rank's packs of one batch, without walking over the batches before it."""
+        global_size = self.batch_packs * self.num_replicas
+        start, num_packs = index * global_size + self.rank, self.num_packs(self.epoch)
+        packs = range(start, start + global_size, self.num_replicas)
+        return [self.documents_of_pack(self.epoch, i) if i < num_packs else _EMPTY for i in packs]
+
+
+class PackedBatchSampler(BatchSampler):
+    """Batches of a plan over all documents; packs hold indices into them.
+
+    Args:
+        dataset: as in BatchSampler, like `settings`.
+        lengths: [num_documents], tokens of each document; 0 leaves a document out.
+
+    Raises:
+        UserError: there are no documents, or with `drop_last` too few for one batch.
+    """
+
+    def __init__(self, dataset: Dataset, lengths: NDArray[np.integer], **settings: Any):
+        super().__init__(dataset, **settings)
+        self.used = np.flatnonzero(lengths)
+        self.lengths = np.asarray(lengths)[self.used]
+        self._plan: tuple[int, Packs] | None = None
         if len(self.used) == 0:
             raise UserError(
                 "no documents left to train on; the counts logged above say why rows were dropped"
             )
-        if len(self) == 0:
-            raise UserError(
-                f"{len(self.plan(0))} packs do not fill one global batch of"
-                f" {batch_packs} x {world_size}; lower the batch size, or set drop_last: false"
-            )
+        self._check_not_empty()
+
+    def num_packs(self, epoch: int) -> int:
+        return len(self.plan(epoch))
+
+    def documents_of_pack(self, epoch: int, index: int) -> NDArray[np.int64]:
+        return self.used[self.plan(epoch)[index]]
+
+    def first_window(self) -> tuple[NDArray[np.int64], NDArray[np.integer], Packs]:
+        return self.used, self.lengths, self.plan(0)
 
     def plan(self, epoch: int) -> Packs:
         """Return the packs of an epoch; their indices are into `used`.
@@ -103,11 +190,11 @@ class PackedBatchSampler(DistributedSampler):
         packs = pack(self.lengths, self.capacity, seed=self.seed, epoch=epoch)
         efficiency = 100 * packs.packing_efficiency
         log.info("epoch %d: %d packs, %.2f %% full", epoch, len(packs), efficiency)
-        if self._num_batches is not None and self._batches_of(packs) != self._num_batches:
+        if self._num_batches is not None and self._batches_of(len(packs)) != self._num_batches:
             del packs
             if first is None:
                 first = pack(self.lengths, self.capacity, seed=self.seed, epoch=0)
-            packs = _reordered(first, np.random.default_rng((self.seed, epoch)))
+            packs = reordered(first, np.random.default_rng((self.seed, epoch)))
         self._plan = epoch, packs
         return packs
 
@@ -121,55 +208,5 @@ class PackedBatchSampler(DistributedSampler):
         return packs
 
     def plan_digest(self, epoch: int) -> str:
-        """Return a hash of an epoch's packs, to compare the packs of two runs."""
         packs = self.plan(epoch)
         return hashlib.sha256(packs.documents.tobytes() + packs.offsets.tobytes()).hexdigest()[:16]
-
-    def _batches_of(self, packs: Packs) -> int:
-        complete, rest = divmod(len(packs), self.batch_packs * self.num_replicas)
-        return complete if self.drop_last else complete + bool(rest)
-
-    def __len__(self) -> int:
-        """Return the number of batches per epoch, the same in every epoch and on every rank."""
-        if self._num_batches is None:
-            self._num_batches = self._batches_of(self.plan(0))
-        return self._num_batches
-
-    def resume_at(self, *, epoch: int, batch: int) -> None:
-        """Start the next iteration at `batch` if it is over `epoch`, otherwise at 0."""
-        self.epoch = epoch
-        self._resume_at = epoch, batch
-
-    @property
-    def first_batch(self) -> int:
-        """First batch of the next iteration.
-
-        If `max_duration` stops Composer right after an epoch's last batch, the checkpoint holds
-        that batch's number although the clock is in the next epoch already. That epoch starts at 0.
-        """
-        epoch, batch = self._resume_at
-        return batch if epoch == self.epoch else 0
-
-    def __iter__(self) -> Iterator[list[NDArray[np.int64]]]:
-        first, self._resume_at = self.first_batch, (0, 0)
-        for batch in range(first, len(self)):
-            yield self.batch(batch)
-
-    def batch(self, index: int) -> list[NDArray[np.int64]]:
-        """Return this rank's packs of one batch, without walking over the batches before it."""
-        packs = self.plan(self.epoch)
-        global_size = self.batch_packs * self.num_replicas
-        start = index * global_size + self.rank
-        pack_indices = range(start, start + global_size, self.num_replicas)
-        return [self.used[packs[i]] if i < len(packs) else _EMPTY for i in pack_indices]
-
-
-def _reordered(packs: Packs, rng: np.random.Generator) -> Packs:
-    """Return the same packs in another order."""
-    # numpy only: there may be millions of packs, too many for a Python object each.
-    order = rng.permutation(len(packs))
-    sizes = np.diff(packs.offsets)[order]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    index = np.repeat(packs.offsets[:-1][order] - offsets[:-1], sizes)
-    index += np.arange(len(index))
-    return replace(packs, documents=packs.documents[index], offsets=offsets)

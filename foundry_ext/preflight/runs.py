@@ -33,7 +33,7 @@ def plan_run(path: Path | str, overrides: Sequence[str] = (), *, num_ranks: int 
     """
     loaded = load_config(path, overrides)
     compiled = compiles_on_gpu(loaded)
-    config = _checked(loaded)
+    config = checked(loaded)
     from foundry_ext.preflight.plan.plan import plan_config
 
     return plan_config(config, name=str(path), num_ranks=num_ranks, compiles_on_gpu=compiled)
@@ -55,7 +55,7 @@ def inspect_run(
     Raises:
         UserError: the configuration is wrong, or the loader does not pack.
     """
-    config = _checked(load_config(path, overrides))
+    config = checked(load_config(path, overrides))
     from foundry_ext.preflight.inspect.packs import inspect_config
     from foundry_ext.preflight.plan.layouts import predict_speeds
 
@@ -88,13 +88,13 @@ def verify_run(
     Raises:
         UserError: the configuration is wrong, or the run cannot be verified.
     """
-    config = _checked(load_config(path, overrides))
+    config = checked(load_config(path, overrides))
     from foundry_ext.preflight.verify.verify import verify_config
 
     return verify_config(config, name=str(path), steps=steps, packs=packs, tokens=tokens)
 
 
-def _checked(loaded: DictConfig) -> dict[str, Any]:
+def checked(loaded: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration; its components' names and keys are known to be right."""
     announce("loading torch and llm-foundry")
     settle(loaded, has_gpu=has_gpu())

@@ -275,6 +275,7 @@ def cost_key(config: Mapping[str, Any], *, whole: bool) -> Any:
     names = ["model.pretrained_model_name_or_path", "model.config_overrides"]
     if whole:
         names += ["max_duration", "global_train_batch_size", "eval_interval"]
-        names += [f"train_loader.dataset.{key}" for key in ("hf_name", "datasets", "pack_tokens")]
+        keys = ("hf_name", "prepared", "datasets", "pack_tokens")
+        names += [f"train_loader.dataset.{key}" for key in keys]
     method = method_of_config(get(config, "model.peft_config")).name
     return [method, *(get(config, name) for name in names)]

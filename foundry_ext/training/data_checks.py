@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from foundry_ext.data.dataset import PackedDataset
 from foundry_ext.data.overlap import find_overlap
+from foundry_ext.data.prepared.documents import PreparedDocuments
 from foundry_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MOST_COMPARED = 2**28
+"""Prepared training tokens that are read at every start to compare them with an evaluation."""
 # Honest data repeat a few short rows, which have few tokens. Overlapping slices share rows of every
 # length, so their share of the tokens is that of the rows.
 MOST_TRAINED = 0.1
@@ -69,6 +72,17 @@ def refuse_training_documents(
     way_out = _way_out(evaluated)
     if evaluated.documents.fingerprint == trained.documents.fingerprint:
         raise UserError(f"{key}: its documents are those of train_loader; {way_out}")
+    if shared := _shared_shards(evaluated, trained):
+        raise UserError(f"{key}: {shared} of its shards are those of train_loader; {way_out}")
+    if not _can_compare(trained):
+        if dist.get_global_rank() == 0:
+            log.warning(
+                "%s: its documents are not compared with those of train_loader, which is prepared"
+                " data in another place, or more than %d tokens; hold them out (`holdout`) when you"
+                " prepare it",
+                *(key, MOST_COMPARED),
+            )
+        return
     overlap = find_overlap(evaluated, trained, indices)
     if not overlap.documents:
         return
@@ -81,6 +95,26 @@ def refuse_training_documents(
         raise UserError(found)
     if dist.get_global_rank() == 0:
         log.warning("%s, or leave these few where they are", found)
+
+
+def _shared_shards(evaluated: PackedDataset, trained: PackedDataset) -> int:
+    """Return how many shards both have, if both are prepared."""
+    keys = [
+        {shard.key for source in dataset.documents.sources for shard in source.index.shards}
+        if isinstance(dataset.documents, PreparedDocuments)
+        else set()
+        for dataset in (evaluated, trained)
+    ]
+    return len(keys[0] & keys[1])
+
+
+def _can_compare(trained: PackedDataset) -> bool:
+    """Return whether all training documents can be read at every start."""
+    documents = trained.documents
+    if not isinstance(documents, PreparedDocuments):
+        return True
+    is_here = all(source.files.local is None for source in documents.sources)
+    return is_here and trained.num_tokens <= MOST_COMPARED
 
 
 def _way_out(evaluated: PackedDataset) -> str:

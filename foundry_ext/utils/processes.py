@@ -1,10 +1,15 @@
-"""Environment variables, signals and cores of processes that start others."""
+"""Processes: numbers, cores, signals, and the environment of those that are started."""
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from types import FrameType
+
+import xxhash
 
 _RANK_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK"),
@@ -16,6 +21,27 @@ def num_cores() -> int:
     """Return the number of cores that this process may use, which may be fewer than there are."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def is_running(process: int) -> bool:
+    """Return whether this machine has a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+@cache
+def machine_name() -> str:
+    """Return a name for what process numbers are unique in: a container, until the next boot."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # not Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return xxhash.xxh3_64(" ".join(parts).encode()).hexdigest()
 
 
 def environment_without_rank() -> dict[str, str]:

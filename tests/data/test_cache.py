@@ -11,18 +11,21 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import datasets.config
 import numpy as np
+import pyarrow as pa
 import pytest
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
-from foundry_ext.data import cache
+from foundry_ext.data import batches, cache
 from foundry_ext.data.documents import FEATURES, Documents
 from foundry_ext.data.sources import load_rows
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
 from foundry_ext.launch.failures import explain
+from foundry_ext.utils.processes import machine_name
 
 FORMATTING = """
 calls = 0
@@ -202,20 +205,20 @@ def test_rows_have_one_hash_however_they_lie(make_rows, write_jsonl, tmp_path):
         datasets.concatenate_datasets([whole, first]).filter(lambda row: row["prompt"] != "a"),
         whole.select_columns(["s", "response", "n", "prompt"]),
     ]
-    assert {cache._hash_rows(one) for one in same} == {cache._hash_rows(whole)}
+    assert {cache.hash_rows(one) for one in same} == {cache.hash_rows(whole)}
     others = [
         whole.select(range(2499)),
         whole.select([1, 0, *range(2, 2500)]),
         whole.rename_columns({"prompt": "response", "response": "prompt"}),
         whole.add_column("more", [None] * 2500),
     ]
-    assert len({cache._hash_rows(one) for one in [whole, *others]}) == 5
+    assert len({cache.hash_rows(one) for one in [whole, *others]}) == 5
 
 
 def test_chat_rows_and_missing_values_are_hashed(tmp_path):
     def hashed(first, second):
         turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
-        return cache._hash_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
+        return cache.hash_rows(datasets.Dataset.from_list([{"messages": turns}] * 3))
 
     assert hashed("ab", "c") == hashed("ab", "c")
     assert len({hashed("ab", "c"), hashed("a", "bc"), hashed("ab", None), hashed("ab", "")}) == 4
@@ -224,13 +227,14 @@ def test_chat_rows_and_missing_values_are_hashed(tmp_path):
 def test_the_number_of_processes_is_not_in_the_key(tokenizer, make_rows, monkeypatch):
     rows = datasets.Dataset.from_list(make_rows(2100, longest=6))
     settings = TokenizeSettings(max_seq_len=16)
+    monkeypatch.setattr(batches, "_BYTES_PER_PROCESS", 10_000)
     first = tokenize_rows(rows, tokenizer, settings, num_proc=2)
-    monkeypatch.setattr("foundry_ext.data.tokenize._map", pytest.fail)
+    monkeypatch.setattr("foundry_ext.data.tokenize.write_table", pytest.fail)
     assert contents(tokenize_rows(rows, tokenizer, settings)) == contents(first)
 
 
 def test_the_fingerprint_is_kept_beside_the_table(counted: Counted, tokenizer, monkeypatch):
-    """It is stored because every rank would hash 5 bytes per token for it."""
+    """It is stored because every rank would hash all tokens for it."""
     first, _ = counted(tokenizer)
     computed = Documents.__dict__["fingerprint"].func(first)
     monkeypatch.setattr("foundry_ext.data.documents.hashlib.sha256", pytest.fail)
@@ -392,16 +396,54 @@ def test_the_fingerprint_sees_tokens_flags_and_lengths(tokenizer):
     assert fingerprint(ids[::-1], flags[::-1]) != first
 
 
-def test_several_processes_make_the_same_table(tokenizer, make_rows, write_jsonl, monkeypatch):
+@pytest.mark.parametrize("changed", ["processes", "batches"])
+def test_processes_and_batches_change_nothing(
+    tokenizer, make_rows, write_jsonl, monkeypatch, tmp_path, changed: str
+):
+    """The key, the documents and their fingerprint are the same; of processes, the bytes too."""
     rows = load_rows(str(write_jsonl(make_rows(2100, longest=6))), "train")
     settings = TokenizeSettings(max_seq_len=16)
-    alone = tokenize_rows(rows, tokenizer, settings, num_proc=1)
-    monkeypatch.setattr("foundry_ext.data.cache._FORMAT_VERSION", -1)  # past the cache
-    several = tokenize_rows(rows, tokenizer, settings, num_proc=2)
-    assert len(several._chunks) > len(alone._chunks)
-    np.testing.assert_array_equal(several.lengths, alone.lengths)
-    assert several.counts == alone.counts
-    assert several.fingerprint == alone.fingerprint
+
+    def make() -> tuple[Documents, Path]:
+        documents = tokenize_rows(rows, tokenizer, settings, num_proc=2)
+        assert documents._stored is not None
+        return documents, documents._stored.folder / "part.arrow"
+
+    first, path = make()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
+    if changed == "batches":
+        few = {"most_bytes": 999, "most_rows": 50}
+        monkeypatch.setattr(batches.split_rows, "__kwdefaults__", few)
+    else:
+        monkeypatch.setattr(batches, "_BYTES_PER_PROCESS", 10_000)
+    started, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: (started.append(1), fork())[1])
+    again, other = make()
+    assert len(started) == (2 if changed == "processes" else 0)
+    assert other.parent.name == path.parent.name and other != path
+    assert (len(again._chunks) > len(first._chunks)) == (changed == "batches")
+    assert (other.read_bytes() == path.read_bytes()) == (changed == "processes")
+    np.testing.assert_array_equal(again.lengths, first.lengths)
+    assert again.counts == first.counts
+    assert again.fingerprint == first.fingerprint
+    assert contents(again) == contents(first)
+
+
+def test_books_are_read_a_few_at_a_time(tokenizer, monkeypatch):
+    """Neither their key nor their tokens need the memory of a thousand of them."""
+    rows = datasets.Dataset.from_dict({"text": ["x" * 10**6] * 100})
+    hashed, make = [], pa.record_batch
+    fake = SimpleNamespace(**{**vars(pa), "record_batch": None})
+    fake.record_batch = lambda *a, **k: (hashed.append(make(*a, **k).nbytes), make(*a, **k))[1]
+    monkeypatch.setattr(cache, "pa", fake)
+    written = []
+    monkeypatch.setattr("foundry_ext.data.tokenize.write_table", lambda *a: written.append(a[1]))
+    with pytest.raises(ValueError, match="concatenate"):  # no table was written
+        settings = TokenizeSettings(max_seq_len=512, text_key="text")
+        tokenize_rows(rows, tokenizer, settings)
+    assert len(hashed) == 2 and max(hashed) < 2**26
+    (read,) = written
+    assert [len(batch) for batch in read] == [16] * 6 + [4]
 
 
 # --- file systems without locks, and full ones ----------------------------------------------------
@@ -473,7 +515,7 @@ def test_only_leftovers_of_dead_writers_are_removed(store: Path):
     dead = multiprocessing.get_context("fork").Process(target=int)
     dead.start()
     dead.join()
-    machine, other = cache._machine(), "0123456789abcdef"
+    machine, other = machine_name(), "0123456789abcdef"
     stay = [
         f"key.{machine}.{os.getppid()}.1.part",  # running
         f"key.{other}.{dead.pid}.2.part",  # of another machine, where that number may be running
@@ -522,14 +564,14 @@ def test_a_real_limit_names_the_cache(tokenizer, make_rows, store: Path):
 
 def test_too_little_space_is_known_before(tokenizer, make_rows, store: Path, monkeypatch):
     rows = datasets.Dataset.from_list(make_rows(500))
-    need = 1.25 * rows.data.nbytes
+    need = rows.data.nbytes / 4 * 2  # 4 bytes of text a token, 2 bytes a token on the disk
     free = need / 4
 
     def disk_usage(_):
         return shutil._ntuple_diskusage(10**12, 0, int(free))
 
     monkeypatch.setattr("foundry_ext.data.full_disk.shutil.disk_usage", disk_usage)
-    monkeypatch.setattr("foundry_ext.data.tokenize._map", pytest.fail)
+    monkeypatch.setattr("foundry_ext.data.tokenize.write_table", pytest.fail)
     with pytest.raises(OSError) as raised:
         tokenize_rows(rows, tokenizer, TokenizeSettings(max_seq_len=512))
     assert f"of about {need / 1e6:,.1f} MB needed" in str(raised.value)

@@ -14,7 +14,8 @@ import pytest
 from foundry_ext.data import cache
 from foundry_ext.data import cached_documents as module
 from foundry_ext.data import documents as documents_module
-from foundry_ext.data.documents import FEATURES, Documents
+from foundry_ext.data.documents import FEATURES, Documents, RowOutcome
+from foundry_ext.data.table import Record, Tokens, to_table, write_table
 from foundry_ext.utils.errors import UserError
 from tests.data.kit import build
 
@@ -35,9 +36,12 @@ def made() -> list[int]:
     return []
 
 
-@pytest.fixture
-def read(made):
-    """Return a function that reads the table, as a run's start does."""
+@pytest.fixture(params=["today", "yesterday"])
+def read(made, request):
+    """Return a function that reads the table, as a run's start does.
+
+    An earlier version's tables have the columns of FEATURES.
+    """
     rng = random.Random(0)
     ids = [[rng.randrange(300) for _ in range(rng.randint(2, 30))] for _ in range(NUM)]
     columns = {
@@ -47,10 +51,17 @@ def read(made):
         "num_cut": [0] * NUM,
     }
 
-    def write(folder: Path) -> datasets.Dataset:
+    def write(folder: Path) -> None:
         made.append(1)
+        if request.param == "today":
+            tokens = [Tokens(np.array(one), np.arange(len(one)) % 7 < 3) for one in ids]
+            records = [Record(one, RowOutcome.KEPT) for one in tokens]
+            parts = [records[at : at + 20] for at in range(0, NUM, 20)]
+            tables = (to_table(part, max_id=300, with_responses=True) for part in parts)
+            write_table(folder / "part.arrow", [range(NUM)] * 3, tables, "")
+            return
         rows = datasets.Dataset.from_dict(columns, features=FEATURES)
-        return rows.map(
+        rows.map(
             lambda row: row,
             cache_file_name=str(folder / "part.arrow"),
             writer_batch_size=20,
@@ -105,8 +116,9 @@ def test_documents_of_whole_blocks_are_read(read, folder, monkeypatch):
     whole = contents(read())
     data = (folder / "part.arrow").read_bytes()
     # The last document of the first chunk, of 20, by its ids.
-    ids = b"".join(value.to_bytes(4, "little") for value in whole[19][0])
-    flip(folder / "part.arrow", data.index(ids) + len(ids) - 4)
+    dtype = read()[0].input_ids.dtype
+    ids = np.array(whole[19][0], dtype).tobytes()
+    flip(folder / "part.arrow", data.index(ids) + len(ids) - dtype.itemsize)
     documents = read()
     assert documents[0].input_ids.tolist() == whole[0][0]
     assert documents[20].input_ids.tolist() == whole[20][0]

@@ -405,9 +405,7 @@ def test_a_tokenizer_without_a_pad_token_will_do(tokenizer, dataset):
 
 @pytest.mark.parametrize("size", [0.5, 2.5, 0])
 def test_a_fraction_of_a_pack_is_no_batch(tokenizer, dataset, size, monkeypatch):
-    monkeypatch.setattr(
-        "foundry_ext.data.dataloader.load_rows", pytest.fail
-    )  # before it takes long
+    monkeypatch.setattr("foundry_ext.data.loading.load_rows", pytest.fail)  # before it takes long
     message = f"batch size {size} is not a whole number of packs; raise the global batch"
     with pytest.raises(ValueError, match=message):
         build(tokenizer, dataset, size=size)

@@ -243,7 +243,7 @@ def test_no_list_of_sources(tokenizer, mixed, datasets):
 
 
 def test_errors_come_before_long_work(tokenizer, mixed, monkeypatch):
-    monkeypatch.setattr("foundry_ext.data.dataloader.load_rows", pytest.fail)
+    monkeypatch.setattr("foundry_ext.data.loading.load_rows", pytest.fail)
     mixed["datasets"][1]["share"] = 2
     with pytest.raises(ValueError, match=r"dataset.datasets\[1\].share: 2 .* between 0 and 1"):
         build(tokenizer, mixed)

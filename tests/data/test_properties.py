@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
-from foundry_ext.data.documents import FEATURES, Documents, RowOutcome
+from foundry_ext.data.documents import Documents, RowOutcome
 from foundry_ext.data.mixture import MixedDocuments, draw
 from foundry_ext.data.table import Record, Tokens, to_records, to_table
 from foundry_ext.packing.algorithm import most_documents, pack
@@ -184,11 +184,13 @@ def test_tokens_of_a_row_are_kept_in_order_or_counted(flags, limit, overlong):
 def in_memory(documents) -> Documents:
     """Return documents as the tokeniser writes them, in several chunks of two rows each."""
     records = [Record(Tokens(one.input_ids, one.loss_mask), RowOutcome.KEPT) for one in documents]
-    tables = [to_table(records[at : at + 2]) for at in range(0, len(records), 2)]
+    tables = [
+        to_table(records[at : at + 2], with_responses=True) for at in range(0, len(records), 2)
+    ]
     return Documents(datasets.Dataset(pa.concat_tables(tables), info=_INFO))
 
 
-_INFO = datasets.DatasetInfo(features=FEATURES)
+_INFO = datasets.DatasetInfo()
 
 
 @examples(100)

@@ -46,6 +46,16 @@ def in_turn(rank: int) -> None:
         assert path.exists()
 
 
+def hands_over(rank: int) -> None:
+    """Each node's first rank finds something out; its other ranks, if any, are given that."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    with ranks.local_rank_zero_first() as node:
+        assert node == ({"key": 0} if local_rank else {}), node
+        node["key"] = rank
+    with ranks.local_rank_zero_first() as node:
+        assert node == {}
+
+
 def dies(rank: int) -> None:
     with ranks.local_rank_zero_first():
         if rank == 1:
@@ -79,7 +89,7 @@ def differ(rank: int) -> None:
 
 SCENES = {
     scene.__name__: scene
-    for scene in (slow, in_turn, dies, first_dies, fails, fails_outside, differ)
+    for scene in (slow, in_turn, hands_over, dies, first_dies, fails, fails_outside, differ)
 }
 
 
@@ -117,6 +127,11 @@ def test_a_rank_may_work_longer_than_a_collective_may_take(tmp_path, num_nodes):
 
 def test_the_nodes_first_rank_is_first(tmp_path):
     assert play(in_turn, tmp_path, num_nodes=1) == ["done", "done"]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_what_the_first_rank_finds_is_the_nodes(tmp_path, num_nodes):
+    assert play(hands_over, tmp_path, num_nodes=num_nodes) == ["done", "done"]
 
 
 def test_a_rank_that_dies_is_named(tmp_path):

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
-from foundry_ext.data.sources import load_rows, load_streams
-from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_stream
+from foundry_ext.data.sources import load_rows
+from foundry_ext.data.streams import load_streams, tokenize_stream
+from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
 from tests.properties import examples
 
 # What a reader might take for something else than text, and any character of UTF-8.

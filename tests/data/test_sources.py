@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
-from foundry_ext.data.sources import fetch, hold_out, load_rows, load_streams
+from foundry_ext.data.sources import fetch, hold_out, load_rows
+from foundry_ext.data.streams import load_streams, tokenize_stream
 from foundry_ext.data.table import Tokens, to_records
-from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows, tokenize_stream
+from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
 from tests.data.kit import build
 
 
@@ -305,7 +306,7 @@ def test_a_bad_row_of_a_stream_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize("weight", ["proportion", "repeat", "choose"])
 def test_weighted_streams_are_refused(tmp_path, tokenizer, weight: str):
     streams = {"a": {"local": str(tmp_path), weight: 2}}
-    message = rf"streams.a.{weight}: weighted streams are not supported .* once per epoch"
+    message = rf"streams.a.{weight}: weighted streams are not supported; .* once per epoch"
     with pytest.raises(ValueError, match=message):
         load_streams({"streams": streams}, tokenizer)
 

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import processors
 
 from foundry_ext.data.special_tokens import SpecialTokens, encode_prompts
-from foundry_ext.data.tokenize import TokenizeSettings, _Reader
+from foundry_ext.data.tokenize import RowReader, TokenizeSettings
 from foundry_ext.evaluation.multiple_choice import encode
 
 START, END, SEPARATOR = 1, 0, 2  # <|im_start|>, <|endoftext|> (the end of text), <|im_end|>
@@ -51,9 +51,9 @@ def plain(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def reader_of(tokenizer, kind: str, **settings) -> _Reader:
+def reader_of(tokenizer, kind: str, **settings) -> RowReader:
     text_key = "text" if kind == "text" else None
-    return _Reader(tokenizer, TokenizeSettings(max_seq_len=99, text_key=text_key, **settings))
+    return RowReader(tokenizer, TokenizeSettings(max_seq_len=99, text_key=text_key, **settings))
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from foundry_ext.data.tokenize import TokenizeSettings, _Reader
+from foundry_ext.data.tokenize import RowReader, TokenizeSettings
 from tests.conftest import SPECIAL_TOKENS, WORDS
 from tests.properties import examples
 
@@ -26,10 +26,10 @@ END = SPECIAL_TOKENS[0]
 @pytest.fixture(scope="module")
 def reader_of(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    return lambda **settings: _Reader(tokenizer, TokenizeSettings(max_seq_len=9, **settings))
+    return lambda **settings: RowReader(tokenizer, TokenizeSettings(max_seq_len=9, **settings))
 
 
-def say(reader: _Reader, ids) -> str:
+def say(reader: RowReader, ids) -> str:
     return reader.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 

@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from foundry_ext.data.documents import Documents
-from foundry_ext.data.tokenize import TokenizeSettings, _Reader, tokenize_rows
+from foundry_ext.data.tokenize import RowReader, TokenizeSettings, tokenize_rows
 from foundry_ext.utils.constants import IGNORE_INDEX
 
 LONG = 2048
@@ -66,7 +66,7 @@ def ours(documents: Documents, index: int):
     document = documents[index]
     if len(document.input_ids) == 0:
         return None
-    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
+    labels = np.where(document.loss_mask, document.input_ids.astype(int), IGNORE_INDEX)
     return document.input_ids.tolist(), labels.tolist()
 
 
@@ -124,8 +124,10 @@ def test_answers_that_are_not_trained_are_counted(tokenizer, overlong: str):
 def read_singly(monkeypatch, tmp_path) -> list:
     """Return the list of rows that were read one by one, with an empty cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    found, read = [], _Reader.read
-    monkeypatch.setattr(_Reader, "read", lambda self, row: (found.append(row), read(self, row))[1])
+    found, read = [], RowReader.read
+    monkeypatch.setattr(
+        RowReader, "read", lambda self, row: (found.append(row), read(self, row))[1]
+    )
     return found
 
 
@@ -145,7 +147,7 @@ def test_rows_are_read_many_at_a_time(tokenizer, make_rows, monkeypatch, read_si
     monkeypatch.setattr("foundry_ext.data.tokenize._BATCH_CHARACTERS", 150)
     monkeypatch.setattr("foundry_ext.data.cache._FORMAT_VERSION", -2)  # past the cache
     again = tokenize(rows, tokenizer, text_key=text_key)
-    monkeypatch.setattr(_Reader, "read_batch", lambda self, rows: None)
+    monkeypatch.setattr(RowReader, "read_batch", lambda self, rows: None)
     monkeypatch.setattr("foundry_ext.data.cache._FORMAT_VERSION", -3)
     singly = tokenize(rows, tokenizer, text_key=text_key)
     assert len(read_singly) == 2 + 60

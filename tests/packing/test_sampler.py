@@ -8,7 +8,8 @@ import pytest
 from torch.utils.data import Dataset, DistributedSampler
 
 from foundry_ext.packing.algorithm import pack
-from foundry_ext.packing.sampler import PackedBatchSampler, _reordered
+from foundry_ext.packing.packs import reordered
+from foundry_ext.packing.sampler import PackedBatchSampler
 
 CAPACITY = 64
 
@@ -247,7 +248,7 @@ def test_too_few_packs_to_drop_the_last_are_an_error():
 
 def test_the_packs_are_the_same_in_another_order():
     packs = pack(random_lengths(200, unused=0), CAPACITY, seed=1, epoch=0)
-    ordered = _reordered(packs, np.random.default_rng(3))
+    ordered = reordered(packs, np.random.default_rng(3))
     places = np.random.default_rng(3).permutation(len(packs))
     assert [ordered[i].tolist() for i in range(len(packs))] == [packs[i].tolist() for i in places]
     assert (ordered.capacity, ordered.num_tokens) == (packs.capacity, packs.num_tokens)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.data.prepared.documents import PreparedDocuments
 
 MOST_LINES = 200
 """Most lines that are drawn of a layout."""
@@ -74,6 +75,8 @@ class Layouts:
     per_microbatch: int
     """Documents of a padded or unpadded microbatch."""
     layouts: list[Layout]
+    scope: str = "the whole epoch"
+    """The documents that are counted."""
     why_no_speed: str = ""
     device: str = ""
     """Processor of the predicted tokens per second, and how its speed is known."""
@@ -98,10 +101,10 @@ class Layouts:
 
 
 def lay_out(dataset: PackedDataset) -> Layouts:
-    """Count the three layouts of a data set's first epoch."""
+    """Count the three layouts of a data set's first epoch, or of its first window."""
     sampler = dataset.sampler
-    lengths = np.asarray(sampler.lengths, dtype=np.int64)
-    plan = sampler.plan(0)
+    _, found, plan = sampler.first_window()
+    lengths = np.asarray(found, dtype=np.int64)
     count = max(1, round(len(lengths) / len(plan)))
     order = np.arange(len(lengths))
     if sampler.shuffle:
@@ -112,8 +115,10 @@ def lay_out(dataset: PackedDataset) -> Layouts:
     fixed = sampler.capacity if dataset.collator.fixed_shape else None
     squares = int((lengths**2).sum())
     wide = [(len(batch), int(batch.max())) for batch in batches]
+    is_prepared = isinstance(dataset.documents, PreparedDocuments)
     return Layouts(
         width=width,
+        scope="the first window of shards" if is_prepared else Layouts.scope,
         per_microbatch=count,
         layouts=[
             Layout(

@@ -16,7 +16,6 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.dataset import PackedDataset
-from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.special_tokens import SpecialTokens
 from foundry_ext.packing.batch import Pack
 from foundry_ext.preflight.components import without_remote_code
@@ -173,7 +172,7 @@ def open_loader(
     Raises:
         UserError: the loader is missing or not packed, or its builder rejects the configuration.
     """
-    section, size = _section(config, loader)
+    section, size = loader_section(config, loader)
     announce(f"reading and tokenising the data of {loader}_loader")
     spec = build_dataloader({**section, "num_workers": 0}, tokenizer, size)
     dataset = getattr(spec.dataloader, "dataset", None)
@@ -181,7 +180,7 @@ def open_loader(
     return spec.dataloader, dataset
 
 
-def _section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], int]:
+def loader_section(config: Mapping[str, Any], loader: str) -> tuple[dict[str, Any], int]:
     """Return the loader's section, and the number of packs in a batch over all devices."""
     section: Any = config.get(f"{loader}_loader")
     if isinstance(section, list):
@@ -233,7 +232,6 @@ def _document_views(
         pack[key][0].tolist() for key in ("input_ids", "position_ids", "labels")
     )
     bounds = pairwise(pack["cu_seqlens"].tolist())
-    sources = getattr(dataset.documents, "source", None)  # None if there is only one
     views = []
     # cu_seqlens may continue after the last document, over tokens that fill a fixed shape.
     for index, (start, end) in zip(map(int, indices), bounds, strict=False):
@@ -246,12 +244,14 @@ def _document_views(
             )
             for at in range(start, end)
         ]
+        source, row = dataset.documents.locate(index)
+        outcome, num_truncated_tokens = dataset.outcome_of(index)
         views.append(
             DocumentView(
-                index=index,
-                source=dataset.description[0 if sources is None else int(sources[index])]["name"],
-                outcome=RowOutcome(int(dataset.documents.outcomes[index])).name.lower(),
-                num_truncated_tokens=int(dataset.documents.num_truncated_tokens[index]),
+                index=row,
+                source=dataset.description[source]["name"],
+                outcome=outcome.name.lower(),
+                num_truncated_tokens=num_truncated_tokens,
                 tokens=tokens,
             )
         )
@@ -271,18 +271,15 @@ def token_text(token: int, tokenizer: Any) -> str:
 
 def totals_of(dataset: PackedDataset) -> Epoch:
     """Return the totals of the dataset's first epoch."""
-    documents, sampler = dataset.documents, dataset.sampler
-    used = np.flatnonzero(documents.lengths)
-    # A document's first token has nothing before it to be predicted from.
-    num_loss = sum(int(documents[int(index)].loss_mask[1:].sum()) for index in used)
+    sampler = dataset.sampler
     return Epoch(
-        num_documents=len(used),
-        num_tokens=int(documents.lengths.sum()),
-        num_loss_tokens=num_loss,
-        num_packs=len(sampler.plan(0)),
+        num_documents=dataset.num_documents,
+        num_tokens=dataset.num_tokens,
+        num_loss_tokens=dataset.count_loss_tokens(),
+        num_packs=sampler.num_packs(0),
         num_batches=len(sampler),
         batch_packs=sampler.batch_packs * sampler.num_replicas,
         capacity=sampler.capacity,
         max_seq_len=dataset.collator.max_seq_len,
-        longest=int(documents.lengths.max()),
+        longest=dataset.longest,
     )

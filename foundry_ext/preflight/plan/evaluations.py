@@ -156,7 +156,7 @@ def set_work(eval_set: EvalSet) -> Forward:
     not included.
     """
     if isinstance(eval_set, DocumentsSet):
-        documents, indices = eval_set.dataset.documents, eval_set.indices
+        documents, indices = eval_set.documents, eval_set.indices
         lengths = np.asarray(documents.lengths, dtype=np.int64)[indices]
         labelled = sum(np.count_nonzero(one.loss_mask[1:]) for one in documents.read(indices))
         return Forward(

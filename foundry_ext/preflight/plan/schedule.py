@@ -15,6 +15,10 @@ from composer.utils import create_interval_scheduler
 from numpy.typing import NDArray
 
 from foundry_ext.data.dataset import PackedDataset
+from foundry_ext.data.documents import Documents
+from foundry_ext.data.mixture import MixedDocuments
+from foundry_ext.data.prepared.documents import PreparedDocuments
+from foundry_ext.packing.sampler import PackedBatchSampler
 from foundry_ext.training.meter import StepCounts
 from foundry_ext.utils.errors import UserError
 
@@ -103,7 +107,8 @@ def _events(dataset: PackedDataset, clock: Any) -> Iterator[tuple[Event, StepCou
 
     The first event of a step also yields the step's batch.
     """
-    counts = PackCounts(dataset)
+    prepared = isinstance(dataset.documents, PreparedDocuments)
+    counts = MeanCounts(dataset) if prepared else PackCounts(dataset)
     while clock.timestamp < clock.max_duration:
         batches = counts.batches(int(clock.timestamp.epoch))
         for position, batch in enumerate(batches, 1):
@@ -128,8 +133,11 @@ class PackCounts:
     """Sums over the packs of any epoch; each document is read once."""
 
     def __init__(self, dataset: PackedDataset):
-        self.sampler, self.fixed_shape = dataset.sampler, dataset.collator.fixed_shape
-        documents, used = dataset.documents, dataset.sampler.used
+        sampler, documents = dataset.sampler, dataset.documents
+        assert isinstance(sampler, PackedBatchSampler)
+        assert isinstance(documents, Documents | MixedDocuments)
+        self.sampler, self.fixed_shape = sampler, dataset.collator.fixed_shape
+        used = sampler.used
         self.lengths = np.asarray(documents.lengths, dtype=np.int64)[used]
         # Nothing precedes a document's first token to predict it.
         self.labelled = np.array(
@@ -161,3 +169,27 @@ class PackCounts:
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         batches = [StepCounts(**dict(zip(columns, row, strict=True))) for row in rows]
         return batches[: len(self.sampler)]  # drop_last
+
+
+class MeanCounts:
+    """Batches of the mean counts of an epoch, for prepared data, which is too large to read."""
+
+    def __init__(self, dataset: PackedDataset):
+        documents, sampler = dataset.documents, dataset.sampler
+        assert isinstance(documents, PreparedDocuments)
+        size = sampler.batch_packs * sampler.num_replicas
+        self.length = batches = sampler.num_batches(0)
+        real_tokens = round(dataset.num_tokens / batches)
+        is_fixed = dataset.collator.fixed_shape
+        self.mean = StepCounts(
+            real_tokens=real_tokens,
+            loss_tokens=round(dataset.count_loss_tokens() / batches),
+            documents=round(dataset.num_documents / batches),
+            packs=round(sampler.num_packs(0) / batches),
+            slots=size * sampler.capacity if is_fixed else real_tokens,
+            sum_squared_lengths=round(documents.census.num_squared / batches),
+        )
+
+    def batches(self, epoch: int) -> list[StepCounts]:
+        """Return the global batches of an epoch."""
+        return [self.mean] * self.length

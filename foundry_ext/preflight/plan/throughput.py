@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from foundry_ext.data.dataset import PackedDataset
@@ -96,8 +95,7 @@ def estimate_throughput(
     if device == "cpu" and str(config["precision"]).startswith("amp_"):
         return ThroughputEstimate(device=name, kind=device)  # Composer refuses to train like this
     announce("measuring one layer and three of the model on this machine")
-    lengths = np.asarray(train.documents.lengths)[train.sampler.used]
-    first_pack = lengths[train.sampler.plan(0)[0]]
+    first_pack = train.lengths_of(train.sampler.documents_of_pack(0, 0))
     measured = measure_throughput(
         model,
         first_pack.tolist(),

@@ -8,7 +8,7 @@ so it shares no collator, offsets or kernels with the packed model.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, islice, pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,8 @@ def _first_documents(
     at least three documents fit.
     """
     chosen, was_cut = [], False
-    for pack in islice(dataset.sampler.plan(0), num_packs):
-        documents = dataset.documents.read(dataset.sampler.used[pack])
+    for index in range(min(num_packs, dataset.sampler.num_packs(0))):
+        documents = dataset.documents.read(dataset.sampler.documents_of_pack(0, index))
         if sum(len(document.input_ids) for document in documents) <= most_tokens:
             chosen.append(documents)
             continue
@@ -150,7 +150,8 @@ def _build_reference_model(ours: Any) -> Any:
 
 
 def _labels(document: Document) -> Tensor:
-    labels = np.where(document.loss_mask, document.input_ids, IGNORE_INDEX)
+    # Ids of a table may have two bytes, in which -100 would be another id.
+    labels = np.where(document.loss_mask, document.input_ids.astype(np.int64), IGNORE_INDEX)
     return torch.from_numpy(labels[1:].astype(np.int64))
 
 

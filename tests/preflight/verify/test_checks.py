@@ -2,7 +2,11 @@
 
 import math
 
+import numpy as np
+
+from foundry_ext.packing.collator import Document
 from foundry_ext.preflight.verify.checks import largest
+from foundry_ext.preflight.verify.packing import _labels
 
 
 def test_nan_is_the_largest_error():
@@ -13,3 +17,10 @@ def test_nan_is_the_largest_error():
         assert where == "a" and math.isnan(worst)
     assert largest({"a": 0.0, "b": 2.0}) == ("b", 2.0)
     assert largest({}) == ("nowhere", 0.0)
+
+
+def test_labels_of_two_byte_ids():
+    """In uint16, -100 is 65436, which numpy does not say."""
+    ids = np.array([5, 6, 7, 8], np.uint16)
+    labels = _labels(Document(ids, np.array([False, False, True, True])))
+    assert labels.tolist() == [-100, 7, 8]

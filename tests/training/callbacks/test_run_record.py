@@ -16,7 +16,7 @@ from foundry_ext.training.callbacks.run_record import RunRecord
 from tests.system.test_ranks import launch
 from tests.training import kit
 
-REVISION = "foundry_ext.data.dataloader.find_revision"  # files have no revision
+REVISION = "foundry_ext.data.loading.find_revision"  # files have no revision
 
 
 def settings(world, folder: Path, **overrides):
