@@ -6,7 +6,7 @@ from typing import Any
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 
 from foundry_ext.data.mixture import check_shares
-from foundry_ext.data.prepared.settings import KEYS as PREPARED_KEYS
+from foundry_ext.data.prepared_settings import KEYS as PREPARED_KEYS
 from foundry_ext.data.tokenize import Preprocess, TokenizeSettings
 from foundry_ext.utils.errors import UserError, suggest
 

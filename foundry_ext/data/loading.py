@@ -24,7 +24,7 @@ from foundry_ext.data.full_disk import naming_full_disk
 from foundry_ext.data.mixture import MixedDocuments, draw
 from foundry_ext.data.prepared.documents import PreparedDocuments
 from foundry_ext.data.prepared.loading import load_prepared
-from foundry_ext.data.prepared.settings import is_prepared
+from foundry_ext.data.prepared_settings import is_prepared
 from foundry_ext.data.ranks import local_rank_zero_first
 from foundry_ext.data.row_errors import separator_hint
 from foundry_ext.data.sources import fetch, find_revision, load_rows

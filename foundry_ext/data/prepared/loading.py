@@ -25,7 +25,9 @@ from foundry_ext.data.prepared.index import (
 from foundry_ext.data.prepared.local_shards import LocalFolder, LocalShards
 from foundry_ext.data.prepared.plan_cache import planned
 from foundry_ext.data.prepared.recipe import check_tokenizer, digest_function, without_token
-from foundry_ext.data.prepared.settings import (
+from foundry_ext.data.prepared.source import PreparedSource
+from foundry_ext.data.prepared.storage import Storage
+from foundry_ext.data.prepared_settings import (
     PreparedSettings,
     get_cache_limit,
     get_local,
@@ -33,8 +35,6 @@ from foundry_ext.data.prepared.settings import (
     get_window,
     passes,
 )
-from foundry_ext.data.prepared.source import PreparedSource
-from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.data.ranks import local_rank_zero_first
 from foundry_ext.data.settings import OVERLONG
 from foundry_ext.packing.window_sampler import WindowSampler

@@ -18,8 +18,8 @@ from foundry_ext.data.prepared.making import Making, check_room, remove_leftover
 from foundry_ext.data.prepared.merging import Part, merge_parts, write_part
 from foundry_ext.data.prepared.pieces import Piece, Row, split_files, split_table
 from foundry_ext.data.prepared.recipe import make_recipe
-from foundry_ext.data.prepared.settings import is_prepared
 from foundry_ext.data.prepared.storage import Storage
+from foundry_ext.data.prepared_settings import is_prepared
 from foundry_ext.data.preprocessing import format_row
 from foundry_ext.data.row_errors import naming_row
 from foundry_ext.data.rows import without_empty_keys
