@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
-from foundry_ext.data import batches, dataloader, streams
+from foundry_ext.data import batches, loading, streams
 from foundry_ext.data.documents import Documents
 from foundry_ext.data.streams import StoredRows, load_streams, tokenize_stream
 from foundry_ext.data.tokenize import TokenizeSettings, tokenize_rows
@@ -198,14 +198,14 @@ def test_the_other_ranks_of_a_node_neither_read_nor_hash(
         yield node
         found.append(node)
 
-    monkeypatch.setattr(dataloader, "local_rank_zero_first", lambda: as_rank({}))
+    monkeypatch.setattr(loading, "local_rank_zero_first", lambda: as_rank({}))
     first = build(tokenizer, dataset, name="packed_text").dataloader.dataset
     (node,), num_read = found, len(read)
     assert set(node) == ({"key"} if kind == "stream" else {"key", "revision"})
-    monkeypatch.setattr(dataloader, "local_rank_zero_first", lambda: as_rank(node))
+    monkeypatch.setattr(loading, "local_rank_zero_first", lambda: as_rank(node))
     with monkeypatch.context() as patch:
         patch.setattr(streams, "content_digest", pytest.fail)
-        patch.setattr(dataloader, "load_rows", pytest.fail)
+        patch.setattr(loading, "load_rows", pytest.fail)
         other = build(tokenizer, dataset, name="packed_text").dataloader.dataset
     assert len(read) == num_read
     assert other.fingerprint == first.fingerprint

@@ -32,7 +32,7 @@ CONTENT_KEYS = {
     *("hf_name", "split", "hf_kwargs", "safe_load", "holdout", "overlong", "datasets"),
     *("preprocessing_fn", "target_prompts", "target_responses", "text_key", "max_seq_len"),
     *("streams", "remote", "local", "token_encoding_type"),
-    *("pack_tokens", "shuffle", "shuffle_seed"),  # which the loader's own state compares
+    *("pack_tokens", "shuffle", "shuffle_seed", "prepared", "window"),  # compared by the loader
 }
 DECIDING_MODEL_KEYS = {
     *("additional_eval_metrics", "additional_train_metrics", "allow_embedding_resizing"),
