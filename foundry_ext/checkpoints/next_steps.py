@@ -1,4 +1,4 @@
-"""What to do with a folder of weights that was just written: load it, merge it, measure it."""
+"""Next steps with a folder of weights that was just written: load it, merge it, measure it."""
 
 import json
 import shlex

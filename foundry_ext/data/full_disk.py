@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 
 from foundry_ext.utils.errors import one_line
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Text of common tokenizers has 3 to 5 bytes per token. Half of the usual need is taken for certain.
 _TEXT_PER_TOKEN, _CERTAIN = 4, 0.5
 
@@ -74,10 +74,15 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _free() -> int:
-    folder = Path(datasets.config.HF_DATASETS_CACHE).absolute()
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that are free for a folder, which need not be there yet."""
+    folder = folder.absolute()
     there = next(one for one in (folder, *folder.parents) if one.exists())
     return shutil.disk_usage(there).free
+
+
+def _free() -> int:
+    return free_bytes(Path(datasets.config.HF_DATASETS_CACHE))
 
 
 def _find_full(error: BaseException | None) -> OSError | None:
@@ -85,7 +90,7 @@ def _find_full(error: BaseException | None) -> OSError | None:
     while error is not None:
         # The text is that of a check by `datasets`, which has no error number.
         if isinstance(error, OSError) and (
-            error.errno in _FULL or "Not enough disk space" in str(error)
+            error.errno in FULL or "Not enough disk space" in str(error)
         ):
             return error
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""What a run prints around its steps: one line in place of its configuration, and its end."""
+"""Console output around a run: one line in place of its configuration, and a block at its end."""
 
 import contextlib
 import importlib

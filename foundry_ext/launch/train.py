@@ -201,7 +201,7 @@ def complain(path: Path, text: str) -> None:
 def plan_each(configs: Sequence[tuple[Path, DictConfig]]) -> int:
     """Print the plan of every run, on rank 0 only, because a plan needs no other process."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_zero():
         return 0
     os.environ.update(ALONE if num_ranks > 1 else {})
     announce("loading torch and llm-foundry")

@@ -41,8 +41,8 @@ class Shards(Protocol):
         """Whether epochs have different documents."""
         ...
 
-    def sizes(self, epoch: int) -> NDArray[np.int64]:
-        """Return [num_units], documents of each unit of an epoch."""
+    def sizes(self) -> NDArray[np.int64]:
+        """Return [num_units], documents of each unit."""
         ...
 
     def documents(
@@ -51,7 +51,7 @@ class Shards(Protocol):
         """Return [n] documents of units, in order, and [n] tokens of each; 0 leaves one out."""
         ...
 
-    def prepare(self, epoch: int, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
+    def prepare(self, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
         """Make the units of a window readable, and begin to do so for those of the next."""
         ...
 
@@ -130,7 +130,7 @@ class WindowSampler(BatchSampler):
         return min(len(self), self._batches_of(self.num_packs(epoch)))
 
     def _own_plan(self, epoch: int) -> EpochPlan:
-        windows = make_windows(self.shards.sizes(epoch), self.settings, epoch)
+        windows = make_windows(self.shards.sizes(), self.settings, epoch)
         full = [0, 0]  # tokens, capacity
 
         def count(number: int) -> int:
@@ -193,7 +193,6 @@ class WindowSampler(BatchSampler):
         for position in range(first, last + 1):
             following = plan.windows[position + 1 : position + 2]
             self.shards.prepare(
-                plan.source,
                 plan.windows[position],
                 following[0] if following else np.empty(0, np.int64),
             )

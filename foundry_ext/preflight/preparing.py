@@ -7,7 +7,7 @@ from streaming.base.util import bytes_to_int
 
 from foundry_ext.config.loading import load_config
 from foundry_ext.data.prepared.merging import Part, merge_parts
-from foundry_ext.data.prepared.preparing import Prepared, prepare
+from foundry_ext.data.prepared.preparing import Prepared, prepare, summarise
 from foundry_ext.data.prepared.storage import Storage
 from foundry_ext.preflight.inspect.packs import loader_section, open_tokenizer
 from foundry_ext.preflight.runs import checked
@@ -75,10 +75,4 @@ def merge(out: str) -> Prepared:
     Raises:
         UserError: a part is not finished, or parts do not go together.
     """
-    shards = merge_parts(Storage(out))
-    return Prepared(
-        shards=len(shards),
-        rows=sum(shard.rows for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        has_index=True,
-    )
+    return summarise(merge_parts(Storage(out)), has_index=True)

@@ -30,7 +30,7 @@ class Lengths:
         self.shards = [np.array(lengths, dtype=np.int32) for lengths in shards]
         self.prepared: list[tuple[list[int], list[int]]] = []
 
-    def sizes(self, epoch: int) -> np.ndarray:
+    def sizes(self) -> np.ndarray:
         return np.array([len(lengths) for lengths in self.shards])
 
     def documents(self, epoch: int, units: np.ndarray):
@@ -41,7 +41,7 @@ class Lengths:
             np.concatenate([empty, *(self.shards[unit] for unit in units)]).astype(np.int64),
         )
 
-    def prepare(self, epoch: int, units: np.ndarray, following: np.ndarray) -> None:
+    def prepare(self, units: np.ndarray, following: np.ndarray) -> None:
         self.prepared.append((units.tolist(), following.tolist()))
 
     @property
@@ -150,15 +150,14 @@ def test_going_on_packs_no_window_before_it():
     shards = random_shards(60)
     whole = make(shards)
     counts = whole.plan(0).counts
+    expected = walk(whole)[len(whole) // 2]
     packed = []
     sampler = make(shards, count=lambda epoch, number, count: counts)
     documents = shards.documents
     shards.documents = lambda epoch, units: packed.append(units.tolist()) or documents(epoch, units)
     batch = sampler.batch(len(sampler) // 2)
-    assert [pack.tolist() for pack in batch] == walk(whole)[len(whole) // 2]
-    packed_by_sampler = packed[:2]
-    assert 1 <= len(packed_by_sampler) <= 2
-    assert len(counts) > 10
+    assert [pack.tolist() for pack in batch] == expected
+    assert 1 <= len(packed) <= 2 < 10 < len(counts)
 
 
 def test_epochs_differ_in_windows_and_packs():

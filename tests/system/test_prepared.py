@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -60,16 +59,15 @@ def test_two_ranks_train_as_one(world, loader, tmp_path):
 
 
 def test_killed_some_times(world, loader, tmp_path, monkeypatch):
-    longer = replace(world, rows=world.rows)
     settings = test_kill.settings
 
     def prepared_settings(*arguments):
         return {**settings(*arguments), "train_loader": loader}
 
     monkeypatch.setattr(test_kill, "settings", prepared_settings)
-    test_kill.run(longer, tmp_path / "reference", "lora", 0)
+    test_kill.run(world, tmp_path / "reference", "lora", 0)
     kills = ["save", 0.3, "start", "save"]
-    met = test_kill.run(longer, tmp_path / "run", "lora", 0, kills)
+    met = test_kill.run(world, tmp_path / "run", "lora", 0, kills)
     assert met["attempts"] == 5
     test_kill.assert_same_end(tmp_path / "run", tmp_path / "reference")
     batches = list(test_kill.documents_by_batch(tmp_path / "run").values())

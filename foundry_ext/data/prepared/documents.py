@@ -102,8 +102,8 @@ class PreparedDocuments:
                 total += (census.num_tokens - census.num_documents) * source.passes
         return round(total)
 
-    def sizes(self, epoch: int) -> NDArray[np.int64]:
-        """Return [num_units], rows of each unit of an epoch, or about as many in a part."""
+    def sizes(self) -> NDArray[np.int64]:
+        """Return [num_units], rows of each unit, or about as many in a part."""
         shards, parts = self._units
         return np.round(self._rows[shards] * parts).astype(np.int64)
 
@@ -120,7 +120,7 @@ class PreparedDocuments:
             lengths.append(used if part == 1 else _part(used, shard, part, epoch))
         return np.concatenate(names), np.concatenate(lengths)
 
-    def prepare(self, epoch: int, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
+    def prepare(self, units: NDArray[np.int64], following: NDArray[np.int64]) -> None:
         """Make the shards of a window readable, and begin to fetch those of the next."""
         now, next_ = (np.unique(self._units[0][some]) for some in (units, following))
         windows = []

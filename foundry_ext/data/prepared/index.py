@@ -48,7 +48,7 @@ class ShardAbout:
     key: str
     """Hash of the piece's content and of the recipe."""
     piece: str
-    """Where its rows came from, such as `data.jsonl, bytes 0 to 1000`."""
+    """The piece that it was made from, such as `data.jsonl, bytes 0 to 1000`."""
     rows: int
     tokens: int
     longest: int
@@ -86,10 +86,6 @@ class PreparedIndex:
         """Hash of the shards and their order."""
         keys = " ".join([self.recipe.key, *(shard.key for shard in self.shards)])
         return xxhash.xxh3_128(keys.encode()).hexdigest()[:16]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
 
     def sizes(self, shard: int) -> RowSizes:
         """Return the sizes of a shard's rows."""
@@ -196,9 +192,7 @@ def _read_about(storage: Storage, folder: Path) -> dict[str, Any]:
             f" `foundry-ext prepare YAML --out {storage.place}`, and with --merge after --part"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged; run `foundry-ext prepare` with --merge again"
-        ) from error
+        raise UserError(f"{path} is damaged; {_AGAIN}") from error
     if version != _VERSION:
         raise UserError(
             f"{path} is of version {version}, this foundry_ext reads {_VERSION}; prepare the data"

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.data.config import get_preprocessing_fn
 from foundry_ext.data.prepared.census import Census, take_census
 from foundry_ext.data.prepared.documents import PreparedDocuments
-from foundry_ext.data.prepared.index import (
-    SHARD_FILE,
-    PreparedIndex,
-    read_index,
-    shard_folder,
-)
+from foundry_ext.data.prepared.index import SHARD_FILE, PreparedIndex, read_index, shard_folder
 from foundry_ext.data.prepared.local_shards import LocalFolder, LocalShards
 from foundry_ext.data.prepared.plan_cache import planned
 from foundry_ext.data.prepared.recipe import check_tokenizer, digest_function, without_token
@@ -72,10 +68,7 @@ def load_prepared(
         sources.append(source)
         censuses.append(take_census(source, settings.place))
     amounts = passes(given, [census.num_tokens for census in censuses])
-    used = [
-        PreparedSource(one.index, one.files, one.max_seq_len, one.overlong, amount)
-        for one, amount in zip(sources, amounts, strict=True)
-    ]
+    used = [replace(one, passes=amount) for one, amount in zip(sources, amounts, strict=True)]
     descriptions = [_describe(*one) for one in zip(given, used, censuses, strict=True)]
     for description, source, census in zip(descriptions, used, censuses, strict=True):
         _log(description, source, census)

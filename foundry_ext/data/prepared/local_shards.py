@@ -8,7 +8,6 @@ already, for which it waits.
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import filelock
 
+from foundry_ext.data.full_disk import free_bytes
 from foundry_ext.data.prepared.index import SHARD_FILE, ShardAbout, shard_folder
 from foundry_ext.data.prepared.shard import Shard
 from foundry_ext.data.prepared.storage import Storage
@@ -78,7 +78,7 @@ class LocalFolder:
                     path.unlink(missing_ok=True)
                     path.with_suffix(".lock").unlink(missing_ok=True)
                     used -= files[path].st_size
-            free = shutil.disk_usage(folder).free
+            free = free_bytes(folder)
             if free < size:
                 raise UserError(
                     f"{folder}: {free:,} bytes are free, and a shard has {size:,}; make room, set"

@@ -17,10 +17,10 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from foundry_ext.data.full_disk import FULL, free_bytes
 from foundry_ext.data.prepared.index import SHARD_FILE, ShardAbout, shard_folder
 from foundry_ext.data.prepared.merging import ABOUT, SIZES, find_shard
 from foundry_ext.data.prepared.pieces import Piece, Row
@@ -40,20 +40,18 @@ ReadRows = Callable[[Sequence[Row], Sequence[str]], list[Tokens]]
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What it takes to make shards.
+    """A source, its tokenizer and the storage: everything that making shards needs.
 
     Attributes:
         recipe: of the tokens.
         pieces: all pieces of the source.
         read: tokenises rows.
-        holdout: as in `load_rows`; None to read all rows.
         out: where the shards go.
     """
 
     recipe: Recipe
     pieces: Sequence[Piece]
     read: ReadRows
-    holdout: dict[str, Any] | None
     out: Storage
 
     def make(self, number: int) -> ShardAbout:
@@ -63,7 +61,7 @@ class Making:
             UserError: a row cannot be read; names its file and place there.
         """
         piece = self.pieces[number]
-        key = self.recipe.shard_key(f"{piece.digest()} {json.dumps(self.holdout)}")
+        key = self.recipe.shard_key(piece.digest())
         found = find_shard(self.out, key)
         if found is not None:
             return found
@@ -102,9 +100,10 @@ class Making:
         return tokens
 
     def _is_used(self, row: Row) -> bool:
-        if self.holdout is None:
+        holdout = self.recipe.holdout
+        if holdout is None:
             return True
-        by, fraction, part = (self.holdout[key] for key in ("by", "fraction", "part"))
+        by, fraction, part = (holdout[key] for key in ("by", "fraction", "part"))
         if by not in row:
             raise UserError(f"holdout: no column {by!r}; there are {', '.join(row)}")
         return is_in_part(row[by], fraction, part)
@@ -148,7 +147,7 @@ def _new_folder(out: Storage, key: str) -> Iterator[Path]:
                 if find_shard(out, key) is None:  # no other writer was faster
                     raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise OSError(
             error.errno,
@@ -177,9 +176,7 @@ def check_room(out: Storage, pieces: Sequence[Piece]) -> None:
     """
     if not out.is_folder:
         return
-    folder = Path(out.place).absolute()
-    there = next(one for one in (folder, *folder.parents) if one.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(Path(out.place))
     # Text has 3 to 5 bytes a token, and a token has 2: half of that is taken for certain.
     need = sum(piece.size for piece in pieces) // 4
     if free < need:

@@ -30,7 +30,7 @@ def find_shard(out: Storage, key: str) -> ShardAbout | None:
     if not out.exists(name):
         return None
     try:
-        about = ShardAbout(**json.loads(_read(out, name)))
+        about = ShardAbout(**_read_json(out, name))
     except (ValueError, TypeError):  # cut off, or of another version
         return None
     if out.is_folder:
@@ -38,14 +38,6 @@ def find_shard(out: Storage, key: str) -> ShardAbout | None:
         if not path.exists() or path.stat().st_size != about.bytes:
             return None
     return about
-
-
-def _read(storage: Storage, name: str) -> bytes:
-    if storage.is_folder:
-        return storage.path(name).read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        storage.get(name, Path(folder, "file"))
-        return Path(folder, "file").read_bytes()
 
 
 @dataclass(frozen=True)
@@ -86,14 +78,7 @@ def write_part(
         "num_pieces": len(pieces),
         "keys": [shard.key for shard in shards],
     }
-    _put_text(out, part.file, json.dumps(about))
-
-
-def _put_text(out: Storage, name: str, text: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "file")
-        path.write_text(text, encoding="utf-8")
-        out.put(path, name)
+    out.put_text(json.dumps(about), part.file)
 
 
 def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
@@ -147,7 +132,7 @@ def merge_parts(out: Storage, of: int | None = None) -> Sequence[ShardAbout]:
 
 def _read_part(out: Storage, part: Part) -> dict[str, Any]:
     try:
-        about = json.loads(_read(out, part.file))
+        about = _read_json(out, part.file)
         Recipe(**about["recipe"])
         if len(part.of_pieces(about["num_pieces"])) != len(about["keys"]):
             raise ValueError("keys are missing")
@@ -177,12 +162,11 @@ def _write_index(out: Storage, recipe: Recipe, keys: Sequence[str]) -> Sequence[
 
 
 def _read_sizes(out: Storage, key: str) -> RowSizes:
-    name = f"{shard_folder(key)}/{SIZES}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sizes.npy")
-        if out.is_folder:
-            path = out.path(name)
-        else:
-            out.get(name, path)
+    with out.opened(f"{shard_folder(key)}/{SIZES}") as path:
         lengths, first_loss = np.load(path)
     return RowSizes(lengths, first_loss)
+
+
+def _read_json(out: Storage, name: str) -> Any:
+    with out.opened(name) as path:
+        return json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Pieces of a source: what one shard is made from, and what is done again after a kill.
+"""Pieces of a source: each becomes one shard, and is the most that a kill loses per process.
 
 | source | piece |
 |---|---|
@@ -44,11 +44,11 @@ class Piece(ABC):
     source: str
     """The file, or the name of the data."""
     label: str
-    """Which part of the source it is, such as `rows 0 to 100`."""
+    """The part of the source, such as `rows 0 to 100`."""
 
     @property
     def name(self) -> str:
-        """Where it lies, for errors."""
+        """Source and part, for errors."""
         return f"{self.source}, {self.label}"
 
     @abstractmethod
@@ -227,7 +227,7 @@ def split_files(
 def describe_pieces(pieces: Sequence[Piece]) -> str:
     """Return a digest of the pieces, which reads little of them.
 
-    Of a file it reads name and size, and a megabyte at both ends; not the folder it lies in.
+    A file counts by its name, its size and a megabyte at both ends, not by its folder.
     """
     digest = xxhash.xxh3_128()
     for source in dict.fromkeys(piece.source for piece in pieces):

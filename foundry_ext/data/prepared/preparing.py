@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from foundry_ext.data.batches import work_on
 from foundry_ext.data.config import Source, check_keys, get_sources, stream_key
 from foundry_ext.data.local_rows import files_of_split
+from foundry_ext.data.prepared.index import ShardAbout
 from foundry_ext.data.prepared.making import Making, check_room, remove_leftovers
 from foundry_ext.data.prepared.merging import Part, merge_parts, write_part
 from foundry_ext.data.prepared.pieces import Piece, Row, split_files, split_table
@@ -73,46 +74,54 @@ def prepare(
     Raises:
         UserError: keys, or a row, that a loader would refuse, too.
     """
+    making = _plan(dataset, tokenizer, name, tokenizer_name, Storage(out), source, shard_bytes)
+    pieces, is_whole = making.pieces, part is None
+    part = part or Part(1, 1)
+    numbers = part.of_pieces(len(pieces))
+    remove_leftovers(making.out)
+    check_room(making.out, [pieces[number] for number in numbers])
+    made = work_on(numbers, making.make, workers)
+    title = f"Preparing {making.recipe.source}"
+    shards = list(progress(made, title, total=len(numbers), unit="shards"))
+    write_part(making.out, part, making.recipe, pieces, shards)
+    return summarise(merge_parts(making.out, of=1) if is_whole else shards, has_index=is_whole)
+
+
+def summarise(shards: Sequence[ShardAbout], *, has_index: bool) -> Prepared:
+    """Return the totals of shards."""
+    return Prepared(
+        shards=len(shards),
+        rows=sum(shard.rows for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        has_index=has_index,
+    )
+
+
+def _plan(
+    dataset: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    tokenizer_name: str,
+    out: Storage,
+    number: int,
+    shard_bytes: int,
+) -> Making:
+    """Check the section, and find the pieces of its source."""
     dataset = dataset_settings(dict(dataset))
     check_keys(dataset, name)
-    storage = Storage(out)
-    chosen, given = _choose(dataset, name, source)
-    pieces, revision = _find_pieces(chosen, shard_bytes * _TEXT_PER_SHARD_BYTE)
+    source, given = _choose(dataset, name, number)
+    pieces, revision = _find_pieces(source, shard_bytes * _TEXT_PER_SHARD_BYTE)
     if not pieces:
-        raise UserError(f"{chosen.hf_name}: there are no rows to prepare")
+        raise UserError(f"{source.hf_name}: there are no rows to prepare")
     recipe = make_recipe(
-        chosen,
+        source,
         tokenizer,
         tokenizer_name=tokenizer_name,
         revision=revision,
         preprocessing_fn=given.get("preprocessing_fn"),
     )
-    making = Making(
-        recipe=recipe,
-        pieces=pieces,
-        read=partial(_read, RowReader(tokenizer, chosen.settings), chosen),
-        holdout=chosen.options.get("holdout"),
-        out=storage,
-    )
-    numbers = (part or Part(1, 1)).of_pieces(len(pieces))
-    remove_leftovers(storage)
-    check_room(storage, [pieces[number] for number in numbers])
-    made = progress(
-        work_on(numbers, making.make, workers),
-        f"Preparing {chosen.hf_name}",
-        total=len(numbers),
-        unit="shards",
-    )
-    shards = list(made)
-    write_part(storage, part or Part(1, 1), recipe, pieces, shards)
-    if part is None:
-        shards = merge_parts(storage, of=1)
-    return Prepared(
-        shards=len(shards),
-        rows=sum(shard.rows for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        has_index=part is None,
-    )
+    read = partial(_read, RowReader(tokenizer, source.settings), source)
+    return Making(recipe=recipe, pieces=pieces, read=read, out=out)
 
 
 def _choose(dataset: Mapping[str, Any], name: str, number: int) -> tuple[Source, Mapping[str, Any]]:
@@ -144,7 +153,7 @@ def _find_pieces(source: Source, piece_bytes: int) -> tuple[list[Piece], str | N
     """Return the pieces of a source, and the hub's revision of it."""
     hf_name, split = fetch(source.hf_name, source.split)
     options = dict(source.options)
-    options.pop("holdout", None)  # rows are chosen piece by piece
+    holdout = options.pop("holdout", None)  # rows are chosen piece by piece
     kwargs = options.get("hf_kwargs") or {}
     revision = None
     is_here = Path(hf_name).exists() or bool(kwargs.get("data_files")) or parse_uri(hf_name)[0]
@@ -164,8 +173,9 @@ def _find_pieces(source: Source, piece_bytes: int) -> tuple[list[Piece], str | N
         if pieces is not None:
             return pieces, revision
     rows = load_rows(hf_name, split, **options)
-    if source.settings.text_key is not None and source.settings.text_key in rows.column_names:
-        rows = rows.select_columns([source.settings.text_key])
+    if source.settings.text_key in rows.column_names:
+        needed = {source.settings.text_key, (holdout or {}).get("by")}
+        rows = rows.select_columns([name for name in rows.column_names if name in needed])
     found_revision = find_revision(rows, kwargs) or revision
     return split_table(rows, f"{source.hf_name} ({split})", piece_bytes), found_revision
 

@@ -47,7 +47,7 @@ class Recipe:
     ids: str
     """Type of the token ids, uint16 or uint32."""
     versions: dict[str, str]
-    """Of the packages that decide the tokens."""
+    """Versions of the packages that decide the tokens."""
 
     @property
     def with_loss(self) -> bool:

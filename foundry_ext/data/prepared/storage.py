@@ -6,7 +6,9 @@ Composer's object stores do the transfers, so credentials and endpoints are thos
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,24 @@ class Storage:
             os.replace(partial, to)
         finally:
             partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """Yield a path at which a file can be read: its own, or that of a temporary copy."""
+        if self.is_folder:
+            yield self.path(name)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, "file")
+            self.get(name, copy)
+            yield copy
+
+    def put_text(self, text: str, name: str) -> None:
+        """Write a text as a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "file")
+            path.write_text(text, encoding="utf-8")
+            self.put(path, name)
 
     def put(self, path: Path, name: str) -> None:
         """Copy a file to the storage, where it is complete or not there at all."""

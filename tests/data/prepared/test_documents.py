@@ -35,7 +35,7 @@ def shards(tmp_path):
 
 
 def all_documents(documents: PreparedDocuments, epoch: int = 0):
-    units = np.arange(len(documents.sizes(epoch)))
+    units = np.arange(len(documents.sizes()))
     names, lengths = documents.documents(epoch, units)
     return names[lengths > 0], lengths[lengths > 0]
 

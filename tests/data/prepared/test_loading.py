@@ -98,7 +98,7 @@ def test_other_plan_is_refused_on_resumption(tokenizer, section, change, part):
         load(tokenizer, {**section, **change}).dataloader.dataset.load_state_dict(state)
 
 
-def amounts(tokenizer, section, entries) -> list[tuple[float, int]]:
+def amounts(tokenizer, entries) -> list[tuple[float, int]]:
     dataset = load(tokenizer, entries).dataloader.dataset
     return [(source["passes"], source["tokens"]) for source in dataset.description]
 
@@ -107,7 +107,7 @@ def test_mixtures(tokenizer, section, tmp_path):
     main, more = (str(tmp_path / name) for name in ("main", "more"))
     common = {key: value for key, value in section.items() if key != "prepared"}
     (_, whole), (_, small) = amounts(
-        tokenizer, section, {**common, "datasets": [{"prepared": main}, {"prepared": more}]}
+        tokenizer, {**common, "datasets": [{"prepared": main}, {"prepared": more}]}
     )
     for amount, tokens in (
         ({"repeat": 2.5}, 2.5 * small),

@@ -132,9 +132,7 @@ def test_damaged_file_is_an_error(tmp_path, index):
 
 
 def test_full_disk_is_an_error_before_anything_is_written(tmp_path, index, monkeypatch):
-    monkeypatch.setattr(
-        local_shards.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5})
-    )
+    monkeypatch.setattr(local_shards, "free_bytes", lambda folder: 5)
     with pytest.raises(UserError, match=r"local/shards: 5 bytes are free, and a shard has"):
         make(tmp_path, index).need([0], [])
     assert not here(tmp_path)

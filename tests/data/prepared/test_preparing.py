@@ -129,10 +129,17 @@ def test_rows_with_prompts(
     )
 
 
-def test_holdout_is_that_of_the_loader(tokenizer, make_rows, write_jsonl, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_holdout_is_that_of_the_loader(
+    kind, tokenizer, make_rows, write_jsonl, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     rows = [{"text": row["prompt"], "id": f"{i % 20}"} for i, row in enumerate(make_rows(60))]
-    section = {**TEXT, "hf_name": str(write_jsonl(rows))}
+    path = write_jsonl(rows)
+    if kind == "csv":  # read as a table
+        path = tmp_path / "rows.csv"
+        datasets.Dataset.from_list(rows).to_csv(path)
+    section = {**TEXT, "hf_name": str(path)}
     for part in ("train", "eval"):
         holdout = {"by": "id", "fraction": 0.3, "part": part}
         make(tokenizer, {**section, "holdout": holdout}, tmp_path / part)
@@ -248,7 +255,7 @@ def test_nothing_to_merge(tmp_path):
 def test_full_disk_is_refused_before_anything_is_written(
     tokenizer, text_section, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(making.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 99}))
+    monkeypatch.setattr(making, "free_bytes", lambda folder: 99)
     with pytest.raises(OSError, match=r"out: 0\.0 MB are free, and the shards need about"):
         make(tokenizer, text_section, tmp_path / "out")
     assert not (tmp_path / "out").exists()
