@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from composer.utils import dist
 
-from foundry_ext.data.documents import Documents, RowOutcome
+from foundry_ext.data.documents import Documents
+from foundry_ext.data.row_outcome import RowOutcome
 from foundry_ext.data.settings import TokenizeSettings
 
 log = logging.getLogger(__name__)

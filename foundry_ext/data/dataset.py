@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from foundry_ext import __version__
-from foundry_ext.data.documents import Documents, RowOutcome
+from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments
 from foundry_ext.data.prepared.documents import PreparedDocuments
 from foundry_ext.data.prepared.loading import window_sampler
 from foundry_ext.data.ranks import check_same
 from foundry_ext.packing.batch import Pack
-from foundry_ext.packing.collator import Document, PackCollator
+from foundry_ext.packing.collator import PackCollator
 from foundry_ext.packing.sampler import PackedBatchSampler
 from foundry_ext.utils.constants import NEW_RUN
 from foundry_ext.utils.errors import UserError
@@ -42,14 +42,12 @@ class PackedDataset(Dataset):
         description: Sequence[dict[str, Any]] = (),
     ):
         self.documents, self.collator, self.description = documents, collator, list(description)
-        if isinstance(documents, PreparedDocuments):
-            self.num_documents = documents.census.num_documents
-            self.num_tokens = documents.census.num_tokens
-            self.sampler = window_sampler(self, documents, **sampler_settings)
-        else:
-            self.num_documents = int(np.count_nonzero(documents.lengths))
-            self.num_tokens = int(documents.lengths.sum())
-            self.sampler = PackedBatchSampler(self, documents.lengths, **sampler_settings)
+        self.num_documents = documents.num_used
+        self.sampler = (
+            window_sampler(self, documents, **sampler_settings)
+            if isinstance(documents, PreparedDocuments)
+            else PackedBatchSampler(self, documents.lengths, **sampler_settings)
+        )
         self.epoch, self.next_batch = 0, 0
         self.pending_rng: Any = None
 
@@ -58,61 +56,7 @@ class PackedDataset(Dataset):
         return self.num_documents
 
     def __getitem__(self, pack: NDArray[np.int64]) -> Pack:
-        if isinstance(self.documents, PreparedDocuments):
-            tokens, lengths = self.documents.read_flat(pack)
-            return self.collator.join(*tokens, lengths)
-        return self.collator(self.documents.read(pack))
-
-    def read(self, documents: NDArray[np.integer]) -> list[Document]:
-        """Return documents."""
-        return self.documents.read(np.asarray(documents, dtype=np.int64))
-
-    def used_documents(self) -> Iterator[NDArray[np.int64]]:
-        """Yield all documents that are used, in their order, block by block."""
-        if isinstance(self.documents, PreparedDocuments):
-            yield from self.documents.used_documents()
-        else:
-            yield np.flatnonzero(self.documents.lengths)
-
-    def sketches(self, documents: NDArray[np.integer], most_tokens: int) -> NDArray[np.uint64]:
-        """Return [n], a hash of each document's length and of some tokens.
-
-        Documents are taken as if they were cut to `most_tokens`. Different documents may share a
-        sketch.
-        """
-        if isinstance(self.documents, PreparedDocuments):
-            return self.documents.sketches(np.asarray(documents, dtype=np.int64), most_tokens)
-        return self.documents.sketches(most_tokens)[documents]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        if isinstance(self.documents, PreparedDocuments):
-            return self.documents.census.longest
-        return int(self.documents.lengths.max())
-
-    def count_loss_tokens(self) -> int:
-        """Return the tokens of an epoch that are predicted, which is estimated for prepared data.
-
-        A document's first token has nothing before it to be predicted from.
-        """
-        if isinstance(self.documents, PreparedDocuments):
-            return self.documents.estimate_loss_tokens()
-        used = np.flatnonzero(self.documents.lengths)
-        return sum(int(self.documents[int(i)].loss_mask[1:].sum()) for i in used)
-
-    def lengths_of(self, documents: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return [n] tokens of documents."""
-        if isinstance(self.documents, PreparedDocuments):
-            return self.documents.lengths_of(np.asarray(documents, dtype=np.int64))
-        return self.documents.lengths[documents].astype(np.int64)
-
-    def outcome_of(self, document: int) -> tuple[RowOutcome, int]:
-        """Return the outcome of a document, and how many tokens were removed from it."""
-        if isinstance(self.documents, PreparedDocuments):
-            return self.documents.outcome_of(document)
-        outcome = RowOutcome(int(self.documents.outcomes[document]))
-        return outcome, int(self.documents.num_truncated_tokens[document])
+        return self.documents.pack(pack, self.collator)
 
     def describe_sources(self, key: str) -> str | None:
         """Return the `name` or the `revision` of the source; those of a mixture are joined."""
@@ -132,9 +76,7 @@ class PackedDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """Hash of the data and of all settings that decide the plan, ranks excluded."""
-        sampler, data = self.sampler, self.documents.fingerprint
-        if isinstance(self.documents, PreparedDocuments):
-            data += f" window {self.documents.window}"
+        sampler, data = self.sampler, self.documents.plan_fingerprint
         return f"{data}-{sampler.capacity}-{sampler.seed}-{sampler.shuffle:d}"
 
     def compare_ranks(self) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from foundry_ext.data.cache import DamagedTableError, discard
+from foundry_ext.data.indexed_documents import IndexedDocuments
+from foundry_ext.data.row_outcome import count_outcomes
 from foundry_ext.data.token_columns import chunks_of
 from foundry_ext.packing.collator import Document
 from foundry_ext.utils.errors import UserError
-
-
-class RowOutcome(IntEnum):
-    """Outcome of tokenising a row; a dropped row stays as an empty document, to be counted."""
-
-    KEPT = 0
-    TRUNCATED = 1
-    SPLIT = 2
-    DROPPED_OVERLONG = 3
-    DROPPED_NO_LOSS = 4
-    DROPPED_EMPTY = 5
-
 
 # Columns of an earlier version's tables; data/token_columns.py has today's. num_cut is a document's
 # num_truncated_tokens.
@@ -62,23 +51,6 @@ def sketch(
     return values
 
 
-def count_outcomes(
-    outcomes: NDArray[np.integer],
-    num_truncated_tokens: NDArray[np.integer],
-    num_untrained: NDArray[np.integer],
-) -> dict[str, int]:
-    """Return {"kept": 3, "truncated": 1, ..., "tokens_cut": 9}.
-
-    `responses_not_trained` follows if there are any, which only chats have.
-    """
-    counts = np.bincount(outcomes, minlength=len(RowOutcome)).tolist()
-    named = {kind.name.lower(): counts[kind] for kind in RowOutcome}
-    named["tokens_cut"] = int(num_truncated_tokens.sum())
-    if num_untrained.any():
-        named["responses_not_trained"] = int(num_untrained.sum())
-    return named
-
-
 # Tokens per checksum: .5 MB are read and hashed for the first document of a block.
 _BLOCK = 2**18
 
@@ -94,7 +66,7 @@ class Stored:
     """The result of `Documents.checksums`."""
 
 
-class Documents:
+class Documents(IndexedDocuments):
     """Random access to token ids and loss masks, directly in the pages of the Arrow files.
 
     A table from the cache is compared with its checksums: lengths, loss masks and outcomes here,
@@ -141,12 +113,6 @@ class Documents:
             self.fingerprint = stored.fingerprint
             self._compare_index(stored.checksums)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Document:
-        return self.read(np.array([index]))[0]
-
     @property
     def key(self) -> str | None:
         """The table's key in the cache, if it comes from there."""
@@ -156,20 +122,20 @@ class Documents:
         """Return (source, index in it); there is one source here."""
         return 0, index
 
-    def read(self, indices: NDArray[np.integer]) -> list[Document]:
+    def read(self, documents: NDArray[np.integer]) -> list[Document]:
         """Return the documents at these indices as views, looked up in one pass."""
-        chunks = np.searchsorted(self._first, indices, side="right") - 1
-        rows = indices - self._first[chunks]
-        documents = []
+        chunks = np.searchsorted(self._first, documents, side="right") - 1
+        rows = documents - self._first[chunks]
+        found = []
         for chunk, row in zip(chunks.tolist(), rows.tolist(), strict=True):
             tokens = self._chunks[chunk]
             if self._unchecked[chunk]:
                 offsets = tokens.offsets
                 self._compare_blocks(chunk, offsets.item(row), offsets.item(row + 1))
-            documents.append(tokens.document(row))
-        return documents
+            found.append(tokens.document(row))
+        return found
 
-    def sketches(self, most_tokens: int) -> NDArray[np.uint64]:
+    def sketches(self, documents: NDArray[np.integer], most_tokens: int) -> NDArray[np.uint64]:
         """Return [n], a hash of each document's length and of three of its tokens.
 
         Documents are taken as if they were cut to `most_tokens`. Different documents may share a
@@ -183,7 +149,7 @@ class Documents:
             rows = np.flatnonzero(lengths)
             at = [offsets[rows] + lengths[rows] * quarter // 4 for quarter in (1, 2, 3)]
             hashes[rows] = sketch(lengths[rows], [ids[one] for one in at])
-        return sketches
+        return sketches[documents]
 
     @cached_property
     def fingerprint(self) -> str:

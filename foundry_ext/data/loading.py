@@ -55,14 +55,11 @@ def load_documents(
     documents: AnyDocuments
     if is_prepared(dataset):
         documents, descriptions = load_prepared(dataset, tokenizer, name=name)
-        is_empty = not documents.census.num_documents
+    elif stream_key(dataset) is None:
+        documents, descriptions = _read_sources(get_sources(dataset, name), tokenizer)
     else:
-        if stream_key(dataset) is None:
-            documents, descriptions = _read_sources(get_sources(dataset, name), tokenizer)
-        else:
-            documents, descriptions = _read_streams(dataset, name, tokenizer)
-        is_empty = not documents.lengths.any()
-    if is_empty:
+        documents, descriptions = _read_streams(dataset, name, tokenizer)
+    if not documents.num_used:
         max_seq_len = dataset["max_seq_len"]
         raise UserError(describe_nothing_left(documents.counts, descriptions, max_seq_len))
     return documents, descriptions

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import Documents, count_outcomes
+from foundry_ext.data.documents import Documents
+from foundry_ext.data.indexed_documents import IndexedDocuments
+from foundry_ext.data.row_outcome import count_outcomes
 from foundry_ext.packing.collator import Document
 from foundry_ext.utils.errors import UserError
 
@@ -110,8 +112,8 @@ def _draw(lengths: NDArray[np.integer], wanted: float, position: int) -> NDArray
     return np.concatenate([np.tile(used, int(passes)), order[:num_more]])
 
 
-class MixedDocuments:
-    """The documents of all parts, one part after the other, with the interface of `Documents`.
+class MixedDocuments(IndexedDocuments):
+    """The documents of all parts, one part after the other.
 
     `counts` are those of an epoch: a document that is used twice counts twice.
     """
@@ -131,36 +133,32 @@ class MixedDocuments:
     def _gathered(self, name: str) -> NDArray[np.integer]:
         return np.concatenate([getattr(part.documents, name)[part.chosen] for part in self.parts])
 
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def __getitem__(self, index: int) -> Document:
-        return self.read(np.array([index]))[0]
-
     def locate(self, index: int) -> tuple[int, int]:
         """Return (source, index of the document in it)."""
         return int(self.source[index]), int(self._row[index])
 
-    def read(self, indices: NDArray[np.integer]) -> list[Document]:
-        """Return the documents at these indices, as views."""
-        documents: list[Any] = [None] * len(indices)
-        sources, rows = self.source[indices], self._row[indices]
+    def read(self, documents: NDArray[np.integer]) -> list[Document]:
+        found: list[Any] = [None] * len(documents)
+        sources, rows = self.source[documents], self._row[documents]
         for source in np.unique(sources):
             positions = np.flatnonzero(sources == source)
             read = self.parts[source].documents.read(rows[positions])
             for position, document in zip(positions.tolist(), read, strict=True):
-                documents[position] = document
-        return documents
+                found[position] = document
+        return found
 
     def source_fingerprints(self) -> list[str]:
         """Return the hash of each source's tokens, drawn or not."""
         return [part.documents.fingerprint for part in self.parts]
 
-    def sketches(self, most_tokens: int) -> NDArray[np.uint64]:
+    def sketches(self, documents: NDArray[np.integer], most_tokens: int) -> NDArray[np.uint64]:
         """Return [n], as in `Documents.sketches`."""
-        return np.concatenate(
-            [part.documents.sketches(most_tokens)[part.chosen] for part in self.parts]
-        )
+        sketches = np.zeros(len(documents), np.uint64)
+        for source, part in enumerate(self.parts):
+            mine = self.source[documents] == source
+            rows = self._row[documents[mine]]
+            sketches[mine] = part.documents.sketches(rows, most_tokens)
+        return sketches
 
     @cached_property
     def fingerprint(self) -> str:

@@ -43,14 +43,16 @@ def find_overlap(
         trained: the training data.
         indices: documents of `evaluated` that are used; None for all.
     """
-    used = np.concatenate(list(evaluated.used_documents())) if indices is None else indices
+    used = (
+        np.concatenate(list(evaluated.documents.used_documents())) if indices is None else indices
+    )
     most = min(evaluated.collator.max_seq_len, trained.collator.max_seq_len)
     digests = list(_digests(evaluated, used, most))
     lacking = set(digests)
     found: dict[bytes, int] = {}
-    sketches = evaluated.sketches(used, most)
-    for block in trained.used_documents():
-        candidates = block[np.isin(trained.sketches(block, most), sketches)]
+    sketches = evaluated.documents.sketches(used, most)
+    for block in trained.documents.used_documents():
+        candidates = block[np.isin(trained.documents.sketches(block, most), sketches)]
         for index, digest in zip(candidates, _digests(trained, candidates, most), strict=True):
             if digest in lacking:
                 lacking.remove(digest)
@@ -66,8 +68,8 @@ def find_overlap(
         documents=len(hits),
         of_documents=len(used),
         share=float(
-            evaluated.lengths_of(np.array(hits, dtype=np.int64)).sum()
-            / max(1, evaluated.lengths_of(used).sum())
+            evaluated.documents.lengths_of(np.array(hits, dtype=np.int64)).sum()
+            / max(1, evaluated.documents.lengths_of(used).sum())
         ),
         example=example,
     )
@@ -77,5 +79,5 @@ def _digests(
     dataset: PackedDataset, indices: NDArray[np.integer], most_tokens: int
 ) -> Iterator[bytes]:
     for start in range(0, len(indices), _BLOCK):
-        for document in dataset.read(indices[start : start + _BLOCK]):
+        for document in dataset.documents.read(indices[start : start + _BLOCK]):
             yield xxhash.xxh3_128_digest(document.input_ids[:most_tokens].tobytes())

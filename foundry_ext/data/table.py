@@ -10,7 +10,8 @@ import pyarrow as pa
 from datasets.utils import tqdm
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import NUM_UNTRAINED, RowOutcome
+from foundry_ext.data.documents import NUM_UNTRAINED
+from foundry_ext.data.row_outcome import RowOutcome
 from foundry_ext.data.token_columns import ENDS, IDS, ids_type, mask_ends
 from foundry_ext.utils.errors import UserError
 

@@ -48,7 +48,7 @@ class DocumentsSet:
                 " one; name their rows in hf_name"
             )
         self.documents = self.dataset.documents
-        (used,) = self.dataset.used_documents()
+        (used,) = self.documents.used_documents()
         self.indices = used[evenly_spaced(len(used), config.max_documents)]
 
     @property

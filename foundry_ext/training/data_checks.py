@@ -114,7 +114,7 @@ def _can_compare(trained: PackedDataset) -> bool:
     if not isinstance(documents, PreparedDocuments):
         return True
     is_here = all(source.files.local is None for source in documents.sources)
-    return is_here and trained.num_tokens <= MOST_COMPARED
+    return is_here and documents.num_tokens <= MOST_COMPARED
 
 
 def _way_out(evaluated: PackedDataset) -> str:

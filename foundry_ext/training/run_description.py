@@ -38,7 +38,7 @@ def describe_loader(dataset: PackedDataset) -> dict[str, Any]:
         "revision": dataset.describe_sources("revision"),
         "fingerprint": dataset.documents.fingerprint,  # the same for every seed and rank
         "documents": dataset.num_documents,
-        "tokens": dataset.num_tokens,
+        "tokens": dataset.documents.num_tokens,
         "counts": dict(dataset.documents.counts),
     }
 

@@ -14,7 +14,8 @@ import pytest
 from foundry_ext.data import cache
 from foundry_ext.data import cached_documents as module
 from foundry_ext.data import documents as documents_module
-from foundry_ext.data.documents import FEATURES, Documents, RowOutcome
+from foundry_ext.data.documents import FEATURES, Documents
+from foundry_ext.data.row_outcome import RowOutcome
 from foundry_ext.data.table import Record, Tokens, to_table, write_table
 from foundry_ext.utils.errors import UserError
 from tests.data.kit import build

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundry_ext.data.dataset import PackedDataLoader, PackedDataset
-from foundry_ext.data.documents import Documents, RowOutcome
+from foundry_ext.data.documents import Documents
 from foundry_ext.data.mixture import MixedDocuments, draw
+from foundry_ext.data.row_outcome import RowOutcome
 from foundry_ext.data.table import Record, Tokens, to_records, to_table
 from foundry_ext.packing.algorithm import most_documents, pack
 from foundry_ext.packing.batch import (

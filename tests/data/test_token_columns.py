@@ -5,7 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from foundry_ext.data.documents import FEATURES, Documents, RowOutcome
+from foundry_ext.data.documents import FEATURES, Documents
+from foundry_ext.data.row_outcome import RowOutcome
 from foundry_ext.data.table import Record, Tokens, to_table
 from foundry_ext.packing.collator import PackCollator
 

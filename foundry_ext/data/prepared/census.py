@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.prepared.plan_cache import planned
 from foundry_ext.data.prepared.source import PreparedSource
+from foundry_ext.data.row_outcome import RowOutcome
 
 _PARTS = 8  # that ranks share out
 

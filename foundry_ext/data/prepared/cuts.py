@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.prepared.shard import RowSizes
+from foundry_ext.data.row_outcome import RowOutcome
 
 
 @dataclass(frozen=True)

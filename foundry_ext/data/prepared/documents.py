@@ -17,12 +17,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from foundry_ext.data.documents import RowOutcome, sketch
+from foundry_ext.data.documents import sketch
 from foundry_ext.data.prepared.census import Census, merge_censuses
 from foundry_ext.data.prepared.cuts import Cuts
 from foundry_ext.data.prepared.shard import FlatTokens, Shard
 from foundry_ext.data.prepared.source import PreparedSource
-from foundry_ext.packing.collator import Document
+from foundry_ext.data.row_outcome import RowOutcome
+from foundry_ext.packing.batch import Pack
+from foundry_ext.packing.collator import Document, PackCollator
 
 _SHARD = 2**32
 _DRAW_SEED = 17  # of the order in which parts of a shard are taken
@@ -78,6 +80,26 @@ class PreparedDocuments:
         return any(source.passes % 1 for source in self.sources)
 
     @property
+    def num_used(self) -> int:
+        """Documents of an epoch that are used."""
+        return self.census.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an epoch."""
+        return self.census.num_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return self.census.longest
+
+    @property
+    def plan_fingerprint(self) -> str:
+        """Hash of all that decides the packs but the sampler's settings."""
+        return f"{self.fingerprint} window {self.window}"
+
+    @property
     def counts(self) -> dict[str, int]:
         """Documents of an epoch per outcome, as `counts` of `Documents`."""
         return self.census.counts
@@ -86,10 +108,10 @@ class PreparedDocuments:
         """Return the hash of each source's shards."""
         return [source.index.fingerprint for source in self.sources]
 
-    def estimate_loss_tokens(self) -> int:
+    def count_loss_tokens(self) -> int:
         """Return the tokens of an epoch that are predicted.
 
-        It is exact for plain text, and where no row is cut.
+        It is an estimate where rows with prompts are cut.
         """
         total = 0.0
         for source, census in zip(self.sources, self.censuses, strict=True):
@@ -156,9 +178,9 @@ class PreparedDocuments:
         first = self.sources[source].index.first_row[shard - self._first_shard[source]]
         return source, int(first + self._cuts(shard).rows[position])
 
-    def lengths_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    def lengths_of(self, documents: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return [n] tokens of documents."""
-        shards, positions = np.divmod(documents, _SHARD)
+        shards, positions = np.divmod(np.asarray(documents, np.int64), _SHARD)
         lengths = np.zeros(len(documents), dtype=np.int64)
         for shard in np.unique(shards):
             mine = shards == shard
@@ -171,9 +193,9 @@ class PreparedDocuments:
         cuts = self._cuts(shard)
         return RowOutcome(int(cuts.outcomes[position])), int(cuts.num_truncated_tokens[position])
 
-    def read_flat(self, documents: NDArray[np.int64]) -> tuple[FlatTokens, NDArray[np.int64]]:
+    def read_flat(self, documents: NDArray[np.integer]) -> tuple[FlatTokens, NDArray[np.int64]]:
         """Return the tokens of documents, end to end, and [n] tokens of each."""
-        shards, positions = np.divmod(documents, _SHARD)
+        shards, positions = np.divmod(np.asarray(documents, np.int64), _SHARD)
         used, lengths = np.unique(shards), self.lengths_of(documents)
         total = int(lengths.sum())
         ids, mask = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.bool_)
@@ -187,7 +209,12 @@ class PreparedDocuments:
             ids[where], mask[where] = part.input_ids, part.loss_mask
         return FlatTokens(ids, mask), lengths
 
-    def read(self, documents: NDArray[np.int64]) -> list[Document]:
+    def pack(self, documents: NDArray[np.integer], collator: PackCollator) -> Pack:
+        """Return a pack of documents."""
+        tokens, lengths = self.read_flat(documents)
+        return collator.join(*tokens, lengths)
+
+    def read(self, documents: NDArray[np.integer]) -> list[Document]:
         """Return documents one by one."""
         (ids, mask), lengths = self.read_flat(documents)
         ends = np.cumsum(lengths)[:-1]
@@ -199,10 +226,10 @@ class PreparedDocuments:
         for shard in range(len(self._source)):
             yield shard * _SHARD + np.flatnonzero(self._cuts(shard).lengths)
 
-    def sketches(self, documents: NDArray[np.int64], most_tokens: int) -> NDArray[np.uint64]:
+    def sketches(self, documents: NDArray[np.integer], most_tokens: int) -> NDArray[np.uint64]:
         """Return [n], as in `Documents.sketches`."""
         hashes = np.zeros(len(documents), dtype=np.uint64)
-        shards, positions = np.divmod(documents, _SHARD)
+        shards, positions = np.divmod(np.asarray(documents, np.int64), _SHARD)
         for shard in np.unique(shards):
             mine = shards == shard
             cuts, file = self._opened(int(shard))

@@ -245,7 +245,7 @@ def _document_views(
             for at in range(start, end)
         ]
         source, row = dataset.documents.locate(index)
-        outcome, num_truncated_tokens = dataset.outcome_of(index)
+        outcome, num_truncated_tokens = dataset.documents.outcome_of(index)
         views.append(
             DocumentView(
                 index=row,
@@ -274,12 +274,12 @@ def totals_of(dataset: PackedDataset) -> Epoch:
     sampler = dataset.sampler
     return Epoch(
         num_documents=dataset.num_documents,
-        num_tokens=dataset.num_tokens,
-        num_loss_tokens=dataset.count_loss_tokens(),
+        num_tokens=dataset.documents.num_tokens,
+        num_loss_tokens=dataset.documents.count_loss_tokens(),
         num_packs=sampler.num_packs(0),
         num_batches=len(sampler),
         batch_packs=sampler.batch_packs * sampler.num_replicas,
         capacity=sampler.capacity,
         max_seq_len=dataset.collator.max_seq_len,
-        longest=dataset.longest,
+        longest=dataset.documents.longest,
     )

@@ -179,11 +179,11 @@ class MeanCounts:
         assert isinstance(documents, PreparedDocuments)
         size = sampler.batch_packs * sampler.num_replicas
         self.length = batches = sampler.num_batches(0)
-        real_tokens = round(dataset.num_tokens / batches)
+        real_tokens = round(documents.num_tokens / batches)
         is_fixed = dataset.collator.fixed_shape
         self.mean = StepCounts(
             real_tokens=real_tokens,
-            loss_tokens=round(dataset.count_loss_tokens() / batches),
+            loss_tokens=round(documents.count_loss_tokens() / batches),
             documents=round(dataset.num_documents / batches),
             packs=round(sampler.num_packs(0) / batches),
             slots=size * sampler.capacity if is_fixed else real_tokens,

@@ -95,7 +95,7 @@ def estimate_throughput(
     if device == "cpu" and str(config["precision"]).startswith("amp_"):
         return ThroughputEstimate(device=name, kind=device)  # Composer refuses to train like this
     announce("measuring one layer and three of the model on this machine")
-    first_pack = train.lengths_of(train.sampler.documents_of_pack(0, 0))
+    first_pack = train.documents.lengths_of(train.sampler.documents_of_pack(0, 0))
     measured = measure_throughput(
         model,
         first_pack.tolist(),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from foundry_ext.data.documents import RowOutcome
 from foundry_ext.data.prepared.documents import PreparedDocuments
+from foundry_ext.data.row_outcome import RowOutcome
 from foundry_ext.data.table import to_records
 from foundry_ext.packing.window_sampler import WindowSampler
 from foundry_ext.utils.errors import UserError

@@ -226,7 +226,7 @@ def test_parts_of_a_source_move_on_through_the_sampler(tokenizer, section, tmp_p
         seen |= drawn
     assert per_epoch[0] != per_epoch[1]
     whole = load(tokenizer, {**common, "datasets": [{"prepared": main}, {"prepared": more}]})
-    used = whole.dataloader.dataset.used_documents()
+    used = whole.dataloader.dataset.documents.used_documents()
     names = {int(name) for block in used for name in block}
     assert seen == {name for name in names if dataset.documents.locate(name)[0] == 1}
 
