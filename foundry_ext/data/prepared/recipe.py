@@ -12,8 +12,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foundry_ext.data.cache import DECIDING_PACKAGES, hash_tokenizer
 from foundry_ext.data.config import Source
-from foundry_ext.data.prepared.shard import ids_type
 from foundry_ext.data.preprocessing import module_sources
+from foundry_ext.data.token_columns import ids_type
 from foundry_ext.utils.errors import UserError
 
 _FORMAT_VERSION = 1  # of a shard's content
@@ -45,7 +45,7 @@ class Recipe:
     preprocess_digest: str
     """Hash of the function's source and of the user's modules that it imports."""
     ids: str
-    """Type of the token ids, uint16 or uint32."""
+    """Type of the token ids, uint16 or int32."""
     versions: dict[str, str]
     """Versions of the packages that decide the tokens."""
 
@@ -99,7 +99,7 @@ def make_recipe(
         target_responses=settings.target_responses,
         preprocessing_fn=None if preprocessing_fn is None else str(preprocessing_fn),
         preprocess_digest=digest_function(source.preprocess),
-        ids=ids_type(len(tokenizer)),
+        ids=str(ids_type(max(tokenizer.get_vocab().values()))),
         versions={name: importlib.metadata.version(name) for name in DECIDING_PACKAGES},
     )
 

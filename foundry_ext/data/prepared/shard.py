@@ -5,7 +5,7 @@ change without tokenising again. A row without tokens is an empty sample, so it 
 
 | column | encoding | content |
 |---|---|---|
-| `ids` | bytes | token ids, uint16 or uint32 by the size of the vocabulary, little-endian |
+| `ids` | bytes | token ids, uint16 or int32 by the tokenizer's largest id, little-endian |
 | `loss` | bytes | a bit per token, 1 if it is predicted, lowest first; zeros fill 4 bytes |
 
 Plain text, all of which is predicted, has no column `loss`. `StreamingDataset` reads these files,
@@ -69,11 +69,6 @@ def _first_loss(row: Tokens) -> int:
     return position + 1 if len(mask) and mask[position] else NEVER
 
 
-def ids_type(vocabulary_size: int) -> str:
-    """Return the type that holds every token id: uint16 or uint32."""
-    return "uint16" if vocabulary_size <= 2**16 else "uint32"
-
-
 def write_shard(
     folder: Path, rows: Iterable[Tokens], *, ids: str, with_loss: bool
 ) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def write_shard(
     Args:
         folder: an empty folder, or none yet; the file and its index.json are written there.
         rows: at least one.
-        ids: the result of `ids_type`.
+        ids: type of the ids, uint16 or int32.
         with_loss: write the column `loss`; otherwise every token is predicted.
 
     Returns:

@@ -27,11 +27,9 @@ def make_row(length: int, seed: int, *, with_loss: bool) -> Tokens:
     return Tokens(rng.integers(0, 49152, length, dtype=np.int32), mask)
 
 
-def write_prepared(
-    folder: Path, shards: list[list[Tokens]], *, with_loss: bool = True
-) -> PreparedIndex:
-    """Write shards with these rows, and their index; return it."""
-    recipe = Recipe(
+def make_recipe(text_key: str | None) -> Recipe:
+    """Return a recipe of two-byte ids that no tokenizer has made."""
+    return Recipe(
         source="rows",
         split="train",
         revision=None,
@@ -39,7 +37,7 @@ def write_prepared(
         holdout=None,
         tokenizer="t",
         tokenizer_digest="0",
-        text_key=None if with_loss else "text",
+        text_key=text_key,
         target_prompts="none",
         target_responses="last",
         preprocessing_fn=None,
@@ -47,6 +45,13 @@ def write_prepared(
         ids="uint16",
         versions={},
     )
+
+
+def write_prepared(
+    folder: Path, shards: list[list[Tokens]], *, with_loss: bool = True
+) -> PreparedIndex:
+    """Write shards with these rows, and their index; return it."""
+    recipe = make_recipe(None if with_loss else "text")
     abouts, sizes = [], []
     for number, rows in enumerate(shards):
         key = f"{number:032x}"

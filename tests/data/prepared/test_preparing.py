@@ -328,3 +328,17 @@ def test_file_that_was_cut_off(name, tokenizer, text_section, tmp_path):
             merge_parts(Storage(str(out)))
     make(tokenizer, text_section, out)
     assert path.stat().st_size > 20
+
+
+def test_largest_id_decides_the_bytes_of_a_token(tokenizer, text_section, tmp_path, monkeypatch):
+    """A vocabulary may have gaps, so its size says too little."""
+    vocabulary = {**tokenizer.get_vocab(), "far": 2**16}
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
+    make(tokenizer, text_section, tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "prepared.json").read_text(encoding="utf-8"))
+    assert about["recipe"]["ids"] == "int32"
+    loader = build(
+        tokenizer, {**text_section, "prepared": str(tmp_path / "out")}, name="packed_text"
+    )
+    expected = build(tokenizer, text_section, name="packed_text")
+    assert documents_of(walk(loader)) == documents_of(walk(expected))
